@@ -1,0 +1,70 @@
+"""Every config key that sasa_det adds to detectron2's defaults."""
+
+from detectron2.config import CfgNode
+
+__all__ = ["add_sasa_config"]
+
+
+def add_sasa_config(cfg: CfgNode) -> None:
+    """Add sasa_det's keys with their defaults, a fully attentional model, to a config.
+
+    Depth, norm and out features of the backbone stay in ``MODEL.RESNETS``.
+
+    Args:
+        cfg: a detectron2 config, changed in place.
+    """
+    sasa = cfg.MODEL.SASA = CfgNode()
+    # Stem of the backbone: "attention" (Section 3.2) or "convolution" (7x7 and max pool).
+    sasa.STEM = "attention"
+    # Stages whose 3x3 convolutions become attention; any of res2, res3, res4, res5 (Table 3).
+    sasa.ATTENTION_STAGES = ["res2", "res3", "res4", "res5"]
+    # Odd extent k of the attention window, in backbone, FPN and heads (Table 4).
+    sasa.KERNEL_SIZE = 7
+    # Attention heads of every layer outside the stem; heads must be of even width.
+    sasa.NUM_HEADS = 8
+    # Position in attention: "relative", "absolute" (sinusoidal) or "none" (Table 5).
+    sasa.POSITION = "relative"
+    # Whether logits hold q.k beside q.r; False drops the key projection (Table 6).
+    sasa.CONTENT = True
+    # Neighbours outside the image: "mask" leaves them out, "zero" makes them zero keys and values.
+    sasa.BORDER = "mask"
+    # Attention heads of the stem.
+    sasa.STEM_HEADS = 4
+    # Values of the stem: "mixture" (spatially aware), "pointwise" or "convolution" (Table 7).
+    sasa.STEM_VALUES = "mixture"
+    # Number of value matrices the stem mixes (M of equation 8).
+    sasa.STEM_MIXTURES = 4
+    # Whether the stem's logits hold q.r; the paper's FLOPs do, its equation 7 does not.
+    sasa.STEM_RELATIVE = True
+    # Factor on the width of every backbone layer, stem included (Figure 5).
+    sasa.WIDTH_MULTIPLIER = 1.0
+    # 3x3 convolutions of the FPN, and P6 and P7: "attention" or "convolution".
+    sasa.FPN = "attention"
+    # Feature that P6 is made from: "p5" as the paper's FLOPs say, or "res5".
+    sasa.TOP_BLOCK_IN_FEATURE = "p5"
+    # RetinaNet's towers and prediction layers: "attention" or "convolution".
+    sasa.HEAD = "attention"
+    # Whether a pointwise layer of the tower's width mixes the heads of the prediction layers
+    # before the pointwise layer that produces the outputs, which mixes them as well.
+    sasa.HEAD_MIXING_LAYER = False
+    # Backend of local attention, see sasa_det.ops.available_backends(); "" takes the fastest.
+    sasa.BACKEND = ""
+
+    # Multiscale jitter and a crop of fixed size, in place of resizing (appendix A.3).
+    jitter = cfg.INPUT.JITTER = CfgNode()
+    # Whether to train on jittered crops; evaluation resizes as usual.
+    jitter.ENABLED = False
+    # Range of the scale, as a factor on the largest size that fits into the crop.
+    jitter.MIN_SCALE = 0.8
+    jitter.MAX_SCALE = 1.2
+    # Side of the square crop in pixels.
+    jitter.CROP_SIZE = 640
+
+    # COCO-format files to train and to test on, in place of DATASETS.TRAIN and DATASETS.TEST.
+    cfg.DATASETS.TRAIN_JSON = ""
+    cfg.DATASETS.TRAIN_IMAGES = ""
+    cfg.DATASETS.TEST_JSON = ""
+    cfg.DATASETS.TEST_IMAGES = ""
+
+    # "SGD" with SOLVER.MOMENTUM, or "AdamW".
+    cfg.SOLVER.OPTIMIZER = "SGD"

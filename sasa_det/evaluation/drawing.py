@@ -1,0 +1,223 @@
+"""Pictures of detections and training curves, as PNG files."""
+
+import json
+import logging
+import os
+import tempfile
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import hsv_to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import LogLocator, NullFormatter
+
+__all__ = ["draw_curves", "draw_detections"]
+
+logger = logging.getLogger(__name__)
+
+# Detections: sizes in inches. A point of type is 1/72 inch.
+DPI = 120
+PANEL = 2.3
+GAP = 0.06
+CELL_GAP = 0.22
+TITLE = 0.28
+FONT_SIZE = 6.5
+
+
+def draw_detections(samples, path, class_names, score_threshold=0.5, columns=4):
+    """Draw images twice, with their ground truth and with what was detected, into one PNG.
+
+    Args:
+        samples (list[dict]): one a cell, at least one, each with "image" ((H, W, 3) uint8 RGB),
+            "gt_boxes" ((G, 4) X0, Y0, X1, Y1 in pixels of the image), "gt_classes" ((G,) integer),
+            "boxes" ((D, 4)), "scores" ((D,)) and "classes" ((D,)).
+        path (str or path): the PNG to write.
+        class_names (sequence[str]): names by class index.
+        score_threshold (float): detections with a lower score are not drawn.
+        columns (int): cells in a row, >= 1.
+
+    Raises:
+        ValueError: there are no samples, or `columns` is less than 1.
+    """
+    _save(_detections_figure(samples, class_names, score_threshold, columns), path)
+
+
+def draw_curves(runs, path):
+    """Draw loss and AP of training runs against the iteration into one PNG.
+
+    Args:
+        runs (dict[str, str or path]): the legend's label of every run, and its `metrics.json` as
+            detectron2's trainer writes it.
+        path (str or path): the PNG to write.
+
+    Raises:
+        ValueError: there are no runs, or a file is not JSON lines or has neither `total_loss` nor
+            `bbox/AP` in it.
+        FileNotFoundError: a metrics file does not exist.
+    """
+    _save(_curves_figure(runs), path)
+
+
+def _detections_figure(samples, class_names, score_threshold, columns):
+    if not samples:
+        raise ValueError("samples is empty: at least one is needed")
+    if columns < 1:
+        raise ValueError(f"columns must be >= 1, got {columns}")
+    columns = min(columns, len(samples))
+    rows = -(-len(samples) // columns)
+    cell = 2 * PANEL + GAP
+    width = columns * cell + (columns + 1) * CELL_GAP
+    height = rows * (PANEL + TITLE) + CELL_GAP
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    colours = _class_colours(len(class_names))
+    for index, sample in enumerate(samples):
+        row, column = divmod(index, columns)
+        kept = np.asarray(sample["scores"]) >= score_threshold
+        ground_truth = (sample["gt_boxes"], sample["gt_classes"], None)
+        detected = tuple(np.asarray(sample[key])[kept] for key in ("boxes", "classes", "scores"))
+        titles = ("Ground truth", f"Detections, score ≥ {score_threshold:g}")
+        for panel, (title, drawn) in enumerate(zip(titles, (ground_truth, detected), strict=True)):
+            left = CELL_GAP + column * (cell + CELL_GAP) + panel * (PANEL + GAP)
+            bottom = height - (row + 1) * (PANEL + TITLE)
+            axes = figure.add_axes(
+                (left / width, bottom / height, PANEL / width, PANEL / height), anchor="N"
+            )
+            axes.set_title(title, fontsize=8, pad=3)
+            _draw_panel(axes, sample["image"], *drawn, class_names, colours)
+    return figure
+
+
+def _draw_panel(axes, image, boxes, classes, scores, class_names, colours):
+    height, width = image.shape[:2]
+    # Pixel (x, y) covers x..x+1, y..y+1, as it does in detectron2's box coordinates.
+    axes.imshow(image, extent=(0, width, height, 0), interpolation="nearest")
+    axes.set_xlim(0, width)
+    axes.set_ylim(height, 0)
+    axes.set_axis_off()
+    order = range(len(boxes)) if scores is None else np.argsort(scores)  # the surest on top
+    for index in order:
+        x0, y0, x1, y1 = (float(value) for value in boxes[index])
+        label = int(classes[index])
+        box = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=colours[label], lw=1.2)
+        # A dark rim, for boxes on a background of their own colour.
+        box.set_path_effects([withStroke(linewidth=2.0, foreground="black")])
+        axes.add_patch(box)
+        text = class_names[label]
+        if scores is not None:
+            text += f" {scores[index]:.2f}"
+        # Above the box; below it where there is no room, a label being about 1/18 of the panel.
+        above = y0 >= max(height, width) / 18
+        from_left = x0 < 0.75 * width
+        axes.text(
+            max(x0, 0) if from_left else min(x1, width),
+            y0 if above else y1,
+            text,
+            fontsize=FONT_SIZE,
+            color=_text_colour(colours[label]),
+            ha="left" if from_left else "right",
+            va="bottom" if above else "top",
+            bbox={"facecolor": colours[label], "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
+        )
+
+
+def _class_colours(count):
+    """Colours that are far apart for neighbouring classes. Returns (count, 3) float in 0..1."""
+    # Steps of the golden ratio spread any number of hues evenly; brightness alternates in threes.
+    index = np.arange(count)
+    hue = (index * 0.618034) % 1
+    value = np.array([1.0, 0.75, 0.9])[index % 3]
+    saturation = np.array([0.95, 0.85, 0.7])[index % 3]
+    return hsv_to_rgb(np.stack([hue, saturation, value], axis=-1))
+
+
+def _text_colour(background):
+    return "black" if background @ (0.299, 0.587, 0.114) > 0.5 else "white"
+
+
+def _curves_figure(runs):
+    if not runs:
+        raise ValueError("runs is empty: at least one metrics.json is needed")
+    figure = Figure(figsize=(12, 4.5), dpi=DPI, layout="constrained")
+    loss_axes, ap_axes = figure.subplots(1, 2)
+    for number, (label, metrics_path) in enumerate(runs.items()):
+        records = _read_metrics(metrics_path)
+        curves = {key: _curve(records, key) for key in ("total_loss", "bbox/AP", "bbox/AP50")}
+        if not any(len(iterations) for iterations, _ in curves.values()):
+            raise ValueError(
+                f"{metrics_path} has neither 'total_loss' nor 'bbox/AP' in any line: it must be "
+                "the metrics.json of a detectron2 training"
+            )
+        colour = f"C{number % 10}"
+        iterations, losses = curves["total_loss"]
+        loss_axes.plot(iterations, losses, color=colour, alpha=0.25, linewidth=0.8)
+        loss_axes.plot(
+            iterations, _running_median(losses), color=colour, linewidth=1.8, label=label
+        )
+        for key, style in (("bbox/AP", "-"), ("bbox/AP50", "--")):
+            iterations, values = curves[key]
+            if len(iterations):
+                name = f"{label}, {key.removeprefix('bbox/')}"
+                ap_axes.plot(
+                    iterations, values, style, color=colour, marker="o", markersize=4, label=name
+                )
+    loss_axes.set_title("Training loss (running median; raw behind it)")
+    loss_axes.set_ylabel("total loss")
+    loss_axes.set_yscale("log")
+    loss_axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    loss_axes.yaxis.set_major_formatter("{x:g}")
+    loss_axes.yaxis.set_minor_formatter(NullFormatter())
+    ap_axes.set_title("Box AP on the test set")
+    ap_axes.set_ylabel("AP (0 to 100)")
+    ap_axes.set_ylim(bottom=0)
+    for axes in (loss_axes, ap_axes):
+        axes.set_xlabel("iteration")
+        axes.grid(alpha=0.3)
+    loss_axes.legend()
+    if ap_axes.lines:
+        ap_axes.legend()
+    else:
+        ap_axes.text(
+            0.5, 0.5, "no evaluation yet", ha="center", va="center", transform=ap_axes.transAxes
+        )
+    return figure
+
+
+def _read_metrics(path):
+    with open(path, encoding="utf-8") as file:
+        lines = [line for line in file if line.strip()]
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number == len(lines):
+                logger.warning("%s: the last line is cut off and left out", path)
+                break
+            raise ValueError(f"{path}: line {number} is not JSON: {error}") from error
+    return records
+
+
+def _curve(records, key):
+    # A resumed run repeats iterations: the later record is the one that counts.
+    values = {r["iteration"]: r[key] for r in records if "iteration" in r and key in r}
+    iterations = sorted(values)
+    return np.array(iterations, dtype=float), np.array([values[i] for i in iterations], dtype=float)
+
+
+def _running_median(values):
+    half = max(len(values) // 40, 1)
+    return np.array(
+        [np.median(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))]
+    )
+
+
+def _save(figure, path):
+    """Write a figure as PNG, whole or not at all."""
+    path = os.path.abspath(path)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(path), prefix=".drawing-") as folder:
+        part = os.path.join(folder, "figure.png")
+        FigureCanvasAgg(figure).print_png(part)
+        os.replace(part, path)

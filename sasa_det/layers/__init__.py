@@ -1,0 +1,6 @@
+"""Attention layers; they need torch and nothing else."""
+
+from .attention_stem import AttentionStem
+from .local_attention import LocalSelfAttention2d
+
+__all__ = ["AttentionStem", "LocalSelfAttention2d"]

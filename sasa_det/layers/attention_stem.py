@@ -1,0 +1,151 @@
+"""The stem that stands where a strided convolution and a max pool stood."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import block_attention, mixed_values
+from ..ops.local_attention import check_heads
+
+__all__ = ["STEM_VALUES", "AttentionStem"]
+
+STEM_VALUES = ("mixture", "pointwise", "convolution")
+
+
+class AttentionStem(nn.Module):
+    """Attention stem of "Stand-Alone Self-Attention in Vision Models", Section 3.2 and A.1.
+
+    Every pixel attends to the pixels of its own 4x4 block; norm, ReLU and a 4x4 max pool over
+    the same blocks follow. The values are spatially aware: a mixture of matrices whose weights
+    depend on the pixel's place in the block (equations 8 and 9), shared by the heads.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 64,
+        num_heads: int = 4,
+        num_mixtures: int = 4,
+        values: str = "mixture",
+        relative: bool = True,
+        block_size: int = 4,
+        norm: Callable[[int], nn.Module] | None = nn.BatchNorm2d,
+    ):
+        """
+        Args:
+            in_channels: channels of the image.
+            out_channels: channels of the output; num_heads divides them into heads of even width.
+            num_heads: number of attention heads.
+            num_mixtures: number of value matrices M of equation 8.
+            values: "mixture" for spatially aware values, "pointwise" for plain 1x1 ones,
+                "convolution" for a block_size x block_size convolution (Table 7).
+            relative: whether the logits hold the term q.r of equation 3. The paper's FLOPs
+                contain it, equation 7 leaves it out.
+            block_size: side of a block in pixels, and the stride.
+            norm: makes the norm layer from a channel count; None for no norm.
+
+        Raises:
+            ValueError: naming the argument, its value and what is allowed.
+        """
+        super().__init__()
+        check_heads(out_channels, num_heads, "out_channels")
+        if values not in STEM_VALUES:
+            raise ValueError(f"values must be one of {list(STEM_VALUES)}, got {values!r}.")
+        for name, number in {"num_mixtures": num_mixtures, "block_size": block_size}.items():
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}.")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.num_heads = num_heads
+        self.values = values
+        self.block_size = block_size
+        self.stride = block_size
+        self.query = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.key = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        head_width = out_channels // num_heads
+        if values == "mixture":
+            self.value_weight = nn.Parameter(torch.empty(num_mixtures, out_channels, in_channels))
+            self.row_embedding = nn.Parameter(torch.empty(block_size, head_width))
+            self.col_embedding = nn.Parameter(torch.empty(block_size, head_width))
+            self.mixture_embedding = nn.Parameter(torch.empty(num_mixtures, head_width))
+        else:
+            side = 1 if values == "pointwise" else block_size
+            self.value = nn.Conv2d(in_channels, out_channels, side, bias=False)
+        if relative:
+            shape = (num_heads, head_width // 2, 2 * block_size - 1)
+            self.rel_rows = nn.Parameter(torch.empty(shape))
+            self.rel_cols = nn.Parameter(torch.empty(shape))
+        else:
+            self.register_parameter("rel_rows", None)
+            self.register_parameter("rel_cols", None)
+        self.norm = nn.Identity() if norm is None else norm(out_channels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weights so that logits start with unit variance for inputs of unit variance."""
+        head_width = self.out_channels // self.num_heads
+        std = self.in_channels**-0.5
+        nn.init.normal_(self.query.weight, std=std * head_width**-0.5)
+        nn.init.normal_(self.key.weight, std=std)
+        if self.values == "mixture":
+            nn.init.normal_(self.value_weight, std=std)
+            # (row + column) . mixture has unit variance; equal factors would make all the
+            # matrices receive the same gradient.
+            nn.init.normal_(self.row_embedding, std=0.5**0.5)
+            nn.init.normal_(self.col_embedding, std=0.5**0.5)
+            nn.init.normal_(self.mixture_embedding, std=head_width**-0.5)
+        else:
+            fan_in = self.value.weight[0].numel()
+            nn.init.normal_(self.value.weight, std=fan_in**-0.5)
+        if self.rel_rows is not None:
+            nn.init.normal_(self.rel_rows)
+            nn.init.normal_(self.rel_cols)
+
+    def mixing(self) -> Tensor:
+        """Return p(a, b, m) of equation 9, (num_mixtures, block_size, block_size)."""
+        place = self.row_embedding[:, None] + self.col_embedding[None]
+        return torch.einsum("abd,md->mab", place, self.mixture_embedding).softmax(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """
+        Args:
+            x: (N, in_channels, H, W), floating point, any H, W >= 1.
+
+        Returns:
+            (N, out_channels, ceil(H / block_size), ceil(W / block_size)).
+        """
+        x = block_attention(
+            self.query(x),
+            self.key(x),
+            self._values(x),
+            self._embedding(),
+            block_size=self.block_size,
+            num_heads=self.num_heads,
+        )
+        x = F.relu(self.norm(x))
+        return F.max_pool2d(x, self.block_size, ceil_mode=True)
+
+    def _values(self, x: Tensor) -> Tensor:
+        if self.values == "mixture":
+            return mixed_values(x, self.value_weight, self.mixing())
+        if self.values == "convolution":
+            # As "same" padding, so that a block's pixels see their surroundings alike.
+            before, after = (self.block_size - 1) // 2, self.block_size // 2
+            x = F.pad(x, (before, after, before, after))
+        return self.value(x)
+
+    def _embedding(self) -> Tensor:
+        """Spread the embeddings over a block's pairs of pixels, (heads, b^2, b^2, width)."""
+        block, pixels = self.block_size, self.block_size**2
+        if self.rel_rows is None:
+            head_width = self.out_channels // self.num_heads
+            return self.query.weight.new_zeros(self.num_heads, pixels, pixels, head_width)
+        place = torch.arange(block, device=self.rel_rows.device)
+        offset = place[None, :] - place[:, None] + block - 1
+        rows = self.rel_rows[:, :, offset][:, :, :, None, :, None]
+        cols = self.rel_cols[:, :, offset][:, :, None, :, None, :]
+        shape = (*self.rel_rows.shape[:2], block, block, block, block)
+        embedding = torch.cat([rows.expand(shape), cols.expand(shape)], 1)
+        return embedding.flatten(4).flatten(2, 3).permute(0, 2, 3, 1)

@@ -1,0 +1,140 @@
+"""The attention layer that stands where a spatial convolution stood."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import local_attention
+from ..ops.local_attention import BORDERS, check_heads, check_kernel_size
+from .position import sinusoidal_encoding
+
+__all__ = ["POSITIONS", "LocalSelfAttention2d"]
+
+POSITIONS = ("relative", "absolute", "none")
+
+
+class LocalSelfAttention2d(nn.Module):
+    """Local self-attention of "Stand-Alone Self-Attention in Vision Models", Section 2.2.
+
+    Queries, keys and values are pointwise projections of the input without bias; every pixel
+    attends to the k x k pixels around it (equation 3). A stride of 2 is a 2x2 average pool that
+    follows the attention (Section 3.1) and rounds sizes up, like a strided 1x1 convolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 7,
+        num_heads: int = 8,
+        position: str = "relative",
+        content: bool = True,
+        border: str = "mask",
+        stride: int = 1,
+        backend: str | None = None,
+    ):
+        """
+        Args:
+            in_channels: channels of the input.
+            out_channels: channels of the output; num_heads divides them into heads of even width.
+            kernel_size: odd extent k of the window.
+            num_heads: number of attention heads.
+            position: "relative" learns an embedding of every row and column offset; "absolute"
+                adds a sinusoidal encoding to what queries and keys are projected from; "none"
+                leaves position out (Table 5).
+            content: False drops q.k and with it the key projection; only with position
+                "relative" (Table 6).
+            border: "mask" or "zero", see :func:`sasa_det.ops.local_attention`.
+            stride: 1 or 2.
+            backend: see :func:`sasa_det.ops.local_attention`.
+
+        Raises:
+            ValueError: naming the argument, its value and what is allowed.
+        """
+        super().__init__()
+        check_kernel_size(kernel_size)
+        check_heads(out_channels, num_heads, "out_channels")
+        if position not in POSITIONS:
+            raise ValueError(f"position must be one of {list(POSITIONS)}, got {position!r}.")
+        if border not in BORDERS:
+            raise ValueError(f"border must be one of {list(BORDERS)}, got {border!r}.")
+        if stride not in (1, 2):
+            raise ValueError(f"stride must be 1 or 2, got {stride!r}.")
+        if not content and position != "relative":
+            raise ValueError(
+                f"content=False leaves only q.r and needs position 'relative', got {position!r}."
+            )
+        if position == "absolute" and in_channels % 4:
+            raise ValueError(
+                f"in_channels must be a multiple of 4 for position 'absolute', got {in_channels}."
+            )
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = kernel_size
+        self.num_heads = num_heads
+        self.position = position
+        self.content = content
+        self.border = border
+        self.stride = stride
+        self.backend = backend
+        self.query = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.key = nn.Conv2d(in_channels, out_channels, 1, bias=False) if content else None
+        self.value = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        if position == "relative":
+            shape = (num_heads, out_channels // num_heads // 2, kernel_size)
+            self.rel_rows = nn.Parameter(torch.empty(shape))
+            self.rel_cols = nn.Parameter(torch.empty(shape))
+        else:
+            self.register_parameter("rel_rows", None)
+            self.register_parameter("rel_cols", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weights so that q.k and q.r start with unit variance for inputs of unit variance.
+
+        The paper scales no logit by 1/sqrt(d); the initial queries carry that factor instead.
+        """
+        std = self.in_channels**-0.5
+        nn.init.normal_(self.query.weight, std=std * (self.out_channels // self.num_heads) ** -0.5)
+        if self.key is not None:
+            nn.init.normal_(self.key.weight, std=std)
+        nn.init.normal_(self.value.weight, std=std)
+        if self.rel_rows is not None:
+            nn.init.normal_(self.rel_rows)
+            nn.init.normal_(self.rel_cols)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """
+        Args:
+            x: (N, in_channels, H, W), floating point, any H, W >= 1.
+
+        Returns:
+            (N, out_channels, ceil(H / stride), ceil(W / stride)).
+        """
+        placed = x
+        if self.position == "absolute":
+            placed = x + sinusoidal_encoding(
+                self.in_channels, *x.shape[2:], dtype=x.dtype, device=x.device
+            )
+        x = local_attention(
+            self.query(placed),
+            None if self.key is None else self.key(placed),
+            self.value(x),
+            self.rel_rows,
+            self.rel_cols,
+            kernel_size=self.kernel_size,
+            num_heads=self.num_heads,
+            border=self.border,
+            content=self.content,
+            backend=self.backend,
+        )
+        if self.stride == 2:
+            x = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
+        return x
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"num_heads={self.num_heads}, position={self.position!r}, content={self.content}, "
+            f"border={self.border!r}, stride={self.stride}"
+        )

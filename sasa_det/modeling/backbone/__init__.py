@@ -1,0 +1,17 @@
+from .attention_fpn import (
+    AttentionFPN,
+    LastLevelP6P7Attention,
+    build_retinanet_sasa_resnet_fpn_backbone,
+    build_sasa_resnet_fpn_backbone,
+)
+from .sasa_resnet import AttentionBottleneckBlock, SASAResNet, build_sasa_resnet_backbone
+
+__all__ = [
+    "AttentionBottleneckBlock",
+    "AttentionFPN",
+    "LastLevelP6P7Attention",
+    "SASAResNet",
+    "build_retinanet_sasa_resnet_fpn_backbone",
+    "build_sasa_resnet_backbone",
+    "build_sasa_resnet_fpn_backbone",
+]

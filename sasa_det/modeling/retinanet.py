@@ -1,0 +1,158 @@
+"""RetinaNet with attentional towers and prediction layers."""
+
+import math
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec, get_norm
+from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from torch import Tensor, nn
+
+from ..layers import LocalSelfAttention2d
+from .attention_options import PRIMITIVES, attention_options, check_choice
+
+__all__ = ["AttentionRetinaNet", "AttentionRetinaNetHead"]
+
+
+class AttentionRetinaNetHead(nn.Module):
+    """RetinaNet's two subnets with attention in place of every 3x3 convolution.
+
+    Appendix A.3 of "Stand-Alone Self-Attention in Vision Models": towers of attention layers,
+    then an attention layer and the pointwise convolution that mixes its heads into the outputs.
+    Weights are shared over the levels; batch norms keep statistics of their own for each level.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        input_shape: list[ShapeSpec],
+        num_classes: int,
+        num_anchors: int,
+        conv_dims: list[int],
+        norm: str = "",
+        prior_prob: float = 0.01,
+        mixing_layer: bool = False,
+        attention: dict[str, Any] | None = None,
+    ):
+        """
+        Args:
+            input_shape: shapes of the levels; all have the same channels.
+            num_classes: number of classes K.
+            num_anchors: number of anchors A a location.
+            conv_dims: channels of the tower's layers.
+            norm: norm of the tower's layers, see :func:`detectron2.layers.get_norm`.
+            prior_prob: probability of an object that the initial class bias expresses.
+            mixing_layer: whether a pointwise layer of the tower's width stands before the
+                pointwise layer that produces the outputs.
+            attention: keywords of :class:`LocalSelfAttention2d`.
+        """
+        super().__init__()
+        self._num_levels = len(input_shape)
+        options = attention or {}
+        channels = [input_shape[0].channels, *conv_dims]
+        self.cls_subnet = self._make_tower(channels, norm, options)
+        self.bbox_subnet = self._make_tower(channels, norm, options)
+        self.cls_score = _prediction(channels[-1], num_anchors * num_classes, mixing_layer, options)
+        self.bbox_pred = _prediction(channels[-1], num_anchors * 4, mixing_layer, options)
+        for module in self.modules():
+            if isinstance(module, LocalSelfAttention2d):
+                nn.init.normal_(module.value.weight, std=0.01)
+        # The outputs start with `prior_prob` for every class.
+        nn.init.constant_(self.cls_score[-1].bias, -math.log((1 - prior_prob) / prior_prob))
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:
+        options = RetinaNetHead.from_config(cfg, input_shape)
+        options["attention"] = attention_options(cfg)
+        options["mixing_layer"] = cfg.MODEL.SASA.HEAD_MIXING_LAYER
+        return options
+
+    def _make_tower(self, channels: list[int], norm: str, options: dict[str, Any]) -> nn.ModuleList:
+        tower = nn.ModuleList()
+        for in_channels, out_channels in zip(channels, channels[1:], strict=False):
+            layer = nn.ModuleDict(
+                {"attention": LocalSelfAttention2d(in_channels, out_channels, **options)}
+            )
+            if norm:
+                per_level = norm in ("BN", "SyncBN")
+                layer["norms"] = nn.ModuleList(
+                    get_norm(norm, out_channels)
+                    for _ in range(self._num_levels if per_level else 1)
+                )
+            tower.append(layer)
+        return tower
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """
+        Args:
+            features: one (N, C, H, W) for each level, from high to low resolution.
+
+        Returns:
+            (logits, deltas): lists of (N, A K, H, W) and (N, A 4, H, W), one for each level.
+        """
+        logits, deltas = [], []
+        for level, feature in enumerate(features):
+            logits.append(self.cls_score(_run_tower(self.cls_subnet, feature, level)))
+            deltas.append(self.bbox_pred(_run_tower(self.bbox_subnet, feature, level)))
+        return logits, deltas
+
+
+def _run_tower(tower: nn.ModuleList, x: Tensor, level: int) -> Tensor:
+    for layer in tower:
+        x = layer["attention"](x)
+        if "norms" in layer:
+            norms = layer["norms"]
+            x = norms[level % len(norms)](x)
+        x = torch.relu(x)
+    return x
+
+
+def _prediction(
+    channels: int, outputs: int, mixing_layer: bool, options: dict[str, Any]
+) -> nn.Sequential:
+    layers: list[nn.Module] = [LocalSelfAttention2d(channels, channels, **options)]
+    if mixing_layer:
+        layers.append(nn.Conv2d(channels, channels, 1))
+    layers.append(nn.Conv2d(channels, outputs, 1))
+    for layer in layers[1:]:
+        nn.init.normal_(layer.weight, std=0.01)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)
+
+
+def _convolutional_head(cfg: CfgNode, input_shape: list[ShapeSpec]) -> RetinaNetHead:
+    options = RetinaNetHead.from_config(cfg, input_shape)
+    name = options["norm"]
+    if name == "GN":
+        # detectron2 0.6 tries the norm on one channel, which a group norm of 32 groups refuses.
+        options["norm"] = lambda channels: nn.GroupNorm(min(32, channels), channels)
+    return RetinaNetHead(**options)
+
+
+@META_ARCH_REGISTRY.register()
+class AttentionRetinaNet(RetinaNet):
+    """:paper:`RetinaNet` with the head that ``MODEL.SASA.HEAD`` asks for.
+
+    Section 4.2 of "Stand-Alone Self-Attention in Vision Models". Backbone and FPN follow
+    ``MODEL.BACKBONE.NAME``, so that each part is attentional or convolutional on its own.
+    """
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        check_choice("MODEL.SASA.HEAD", cfg.MODEL.SASA.HEAD, PRIMITIVES)
+        # RetinaNet's own from_config has RetinaNetHead built in: give it the least of one.
+        bare = cfg.clone()
+        bare.defrost()
+        bare.MODEL.RETINANET.NUM_CONVS = 1
+        bare.MODEL.RETINANET.NORM = ""
+        options = super().from_config(bare)
+        shapes = options["backbone"].output_shape()
+        input_shape = [shapes[name] for name in cfg.MODEL.RETINANET.IN_FEATURES]
+        if cfg.MODEL.SASA.HEAD == "attention":
+            options["head"] = AttentionRetinaNetHead(cfg, input_shape)
+        else:
+            options["head"] = _convolutional_head(cfg, input_shape)
+        return options

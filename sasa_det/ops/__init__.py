@@ -1,0 +1,7 @@
+"""Attention operators; they need torch and nothing else."""
+
+from . import flops
+from .block_attention import block_attention, mixed_values
+from .local_attention import available_backends, local_attention
+
+__all__ = ["available_backends", "block_attention", "flops", "local_attention", "mixed_values"]

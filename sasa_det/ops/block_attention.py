@@ -1,0 +1,236 @@
+"""The two operations of the attention stem, on non-overlapping blocks of pixels.
+
+Both are operators of ``torch.library`` with their backward written out, so that training keeps
+their inputs alone and FLOP counters see them as the paper counts them.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .reference import accumulation_dtype
+
+__all__ = ["block_attention", "mixed_values"]
+
+_SPAN = 512
+
+
+def block_attention(
+    query: Tensor, key: Tensor, value: Tensor, embedding: Tensor, *, block_size: int, num_heads: int
+) -> Tensor:
+    """Let every pixel attend to the pixels of its own block (Section 3.2 and equation 7).
+
+    Pixels of a block that reaches over the image's edge and lie outside take no part.
+
+    Args:
+        query, key, value: (N, C, H, W), floating point, any H, W >= 1.
+        embedding: (num_heads, B, B, C // num_heads) with B = block_size^2; its entry [h, p, q] is
+            the embedding by which pixel p of a block sees pixel q. Zeros for none.
+        block_size: side of a block in pixels.
+        num_heads: number of heads; it divides C.
+
+    Returns:
+        (N, C, H, W) in the type of ``value``.
+    """
+    return _attend(query, key, value, embedding, block_size, num_heads)
+
+
+def mixed_values(x: Tensor, weight: Tensor, mixing: Tensor) -> Tensor:
+    """Transform every pixel by a mixture of matrices that its place in the block chooses.
+
+    Equation 8 of the paper, v_ab = (sum_m p(a, b, m) W_V^m) x_ab. The matrices are mixed first,
+    once for each of the places of a block.
+
+    Args:
+        x: (N, C_in, H, W), floating point, any H, W >= 1.
+        weight: (M, C, C_in), the matrices W_V^m.
+        mixing: (M, b, b), the weights p(a, b, m) for a block of b x b pixels.
+
+    Returns:
+        (N, C, H, W) in the type of ``x``.
+    """
+    return _mix(x, weight, mixing)
+
+
+def _to_blocks(x: Tensor, block_size: int) -> Tensor:
+    """(N, C, H, W) to (N * blocks, block_size^2, C), zero-padded at the bottom and the right."""
+    n, channels, height, width = x.shape
+    x = F.pad(x, (0, -width % block_size, 0, -height % block_size))
+    x = x.reshape(
+        n, channels, x.shape[2] // block_size, block_size, x.shape[3] // block_size, block_size
+    )
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(-1, block_size * block_size, channels)
+
+
+def _from_blocks(blocks: Tensor, shape: tuple[int, ...], block_size: int) -> Tensor:
+    """Invert :func:`_to_blocks` for an image batch of the given shape."""
+    n, channels, height, width = shape
+    rows, cols = -(-height // block_size), -(-width // block_size)
+    x = blocks.reshape(n, rows, cols, block_size, block_size, channels).permute(0, 5, 1, 3, 2, 4)
+    x = x.reshape(n, channels, rows * block_size, cols * block_size)
+    return x[:, :, :height, :width].contiguous()
+
+
+def _heads_first(x: Tensor, block_size: int, num_heads: int, dtype: torch.dtype) -> Tensor:
+    """(N, C, H, W) to (num_heads, N * blocks, block_size^2, C // num_heads), contiguous."""
+    blocks = _to_blocks(x.to(dtype), block_size)
+    blocks = blocks.reshape(*blocks.shape[:2], num_heads, -1)
+    return blocks.permute(2, 0, 1, 3).contiguous()
+
+
+def _heads_last(x: Tensor, shape: tuple[int, ...], block_size: int) -> Tensor:
+    """Invert :func:`_heads_first`."""
+    return _from_blocks(x.permute(1, 2, 0, 3).flatten(2), shape, block_size)
+
+
+def _outside(shape: tuple[int, ...], block_size: int, device: torch.device) -> Tensor | None:
+    """Mark the pixels of blocks outside the image, (N * blocks, B); None if there are none."""
+    n, _, height, width = shape
+    if height % block_size == 0 and width % block_size == 0:
+        return None
+    inside = _to_blocks(torch.ones(n, 1, height, width, device=device), block_size)
+    return inside.squeeze(2) == 0
+
+
+def _weights(query, key, embedding, outside, span) -> Tensor:
+    """Softmax weights (num_heads, span, B, B) from the queries and keys of a span of blocks."""
+    logits = query @ key.transpose(-1, -2)
+    logits += torch.einsum("hnpd,hpqd->hnpq", query, embedding)
+    if outside is not None:
+        logits.masked_fill_(outside[span][None, :, None], float("-inf"))
+    return logits.softmax(-1)
+
+
+def _spans(num_blocks: int) -> Iterator[slice]:
+    """Cut the blocks into spans whose logits stay in a processor's cache."""
+    for start in range(0, num_blocks, _SPAN):
+        yield slice(start, start + _SPAN)
+
+
+@torch.library.custom_op("sasa_det::block_attention", mutates_args=())
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, embedding: Tensor, block_size: int, num_heads: int
+) -> Tensor:
+    dtype = accumulation_dtype(query.dtype)
+    q, k, v = (_heads_first(x, block_size, num_heads, dtype) for x in (query, key, value))
+    r = embedding.to(dtype)
+    outside = _outside(query.shape, block_size, query.device)
+    output = torch.empty_like(v)
+    for span in _spans(q.shape[1]):
+        weights = _weights(q[:, span], k[:, span], r, outside, span)
+        output[:, span] = weights @ v[:, span]
+    return _heads_last(output, value.shape, block_size).to(value.dtype)
+
+
+@_attend.register_fake
+def _(query, key, value, embedding, block_size, num_heads):
+    return value.new_empty(value.shape)
+
+
+@torch.library.custom_op("sasa_det::block_attention_backward", mutates_args=())
+def _attend_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embedding: Tensor,
+    block_size: int,
+    num_heads: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(query.dtype)
+    q, k, v, g = (_heads_first(x, block_size, num_heads, dtype) for x in (query, key, value, grad))
+    r = embedding.to(dtype)
+    outside = _outside(query.shape, block_size, query.device)
+    grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    grad_r = torch.zeros_like(r)
+    for span in _spans(q.shape[1]):
+        q_span, g_span = q[:, span], g[:, span]
+        weights = _weights(q_span, k[:, span], r, outside, span)
+        grad_v[:, span] = weights.transpose(-1, -2) @ g_span
+        grad_logits = g_span @ v[:, span].transpose(-1, -2)
+        grad_logits -= (grad_logits * weights).sum(-1, keepdim=True)
+        grad_logits *= weights
+        grad_q[:, span] = grad_logits @ k[:, span]
+        grad_q[:, span] += torch.einsum("hnpq,hpqd->hnpd", grad_logits, r)
+        grad_k[:, span] = grad_logits.transpose(-1, -2) @ q_span
+        grad_r += torch.einsum("hnpq,hnpd->hpqd", grad_logits, q_span)
+    grads = (_heads_last(x, query.shape, block_size) for x in (grad_q, grad_k, grad_v))
+    return (*(x.to(query.dtype) for x in grads), grad_r.to(embedding.dtype))
+
+
+@_attend_backward.register_fake
+def _(grad, query, key, value, embedding, block_size, num_heads):
+    return tuple(x.new_empty(x.shape) for x in (query, key, value, embedding))
+
+
+def _attend_context(ctx, inputs, output):
+    *tensors, ctx.block_size, ctx.num_heads = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _attend_autograd(ctx, grad):
+    return (
+        *_attend_backward(grad, *ctx.saved_tensors, ctx.block_size, ctx.num_heads),
+        None,
+        None,
+    )
+
+
+_attend.register_autograd(_attend_autograd, setup_context=_attend_context)
+
+
+def _place_matrices(weight: Tensor, mixing: Tensor) -> Tensor:
+    """One matrix (C, C_in) for each place of a block, (b * b, C, C_in)."""
+    return torch.einsum("mp,mci->pci", mixing.flatten(1), weight)
+
+
+@torch.library.custom_op("sasa_det::mixed_values", mutates_args=())
+def _mix(x: Tensor, weight: Tensor, mixing: Tensor) -> Tensor:
+    dtype = accumulation_dtype(x.dtype)
+    block_size = mixing.shape[-1]
+    matrices = _place_matrices(weight.to(dtype), mixing.to(dtype))
+    blocks = torch.einsum("npi,pci->npc", _to_blocks(x.to(dtype), block_size), matrices)
+    shape = (x.shape[0], weight.shape[1], *x.shape[2:])
+    return _from_blocks(blocks, shape, block_size).to(x.dtype)
+
+
+@_mix.register_fake
+def _(x, weight, mixing):
+    return x.new_empty((x.shape[0], weight.shape[1], x.shape[2], x.shape[3]))
+
+
+@torch.library.custom_op("sasa_det::mixed_values_backward", mutates_args=())
+def _mix_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mixing: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(x.dtype)
+    block_size = mixing.shape[-1]
+    w, p = weight.to(dtype), mixing.to(dtype)
+    g = _to_blocks(grad.to(dtype), block_size)
+    grad_x = torch.einsum("npc,pci->npi", g, _place_matrices(w, p))
+    grad_matrices = torch.einsum("npc,npi->pci", g, _to_blocks(x.to(dtype), block_size))
+    grad_weight = torch.einsum("mp,pci->mci", p.flatten(1), grad_matrices)
+    grad_mixing = torch.einsum("pci,mci->mp", grad_matrices, w).reshape(mixing.shape)
+    return (
+        _from_blocks(grad_x, x.shape, block_size).to(x.dtype),
+        grad_weight.to(weight.dtype),
+        grad_mixing.to(mixing.dtype),
+    )
+
+
+@_mix_backward.register_fake
+def _(grad, x, weight, mixing):
+    return tuple(t.new_empty(t.shape) for t in (x, weight, mixing))
+
+
+def _mix_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _mix_autograd(ctx, grad):
+    return _mix_backward(grad, *ctx.saved_tensors)
+
+
+_mix.register_autograd(_mix_autograd, setup_context=_mix_context)

@@ -1,0 +1,160 @@
+"""The public operation: its contract, its checks and the choice of a backend."""
+
+import logging
+from functools import lru_cache
+
+from torch import Tensor
+
+from . import loop, reference
+
+__all__ = ["BORDERS", "available_backends", "check_heads", "check_kernel_size", "local_attention"]
+
+logger = logging.getLogger(__name__)
+
+BORDERS = ("mask", "zero")
+_BACKENDS = {"loop": loop.local_attention, "reference": reference.local_attention}
+
+
+def available_backends() -> dict[str, str]:
+    """Name the backends of :func:`local_attention`, fastest first.
+
+    Returns:
+        dict[str, str]: backend name to one sentence on what it is.
+    """
+    return {
+        name: function.__module__ + ": " + _summary(function)
+        for name, function in _BACKENDS.items()
+    }
+
+
+def _summary(function) -> str:
+    return (function.__doc__ or "").strip().splitlines()[0]
+
+
+def check_kernel_size(kernel_size: int) -> None:
+    """Raise ValueError unless the window extent is an odd integer of at least 1."""
+    if isinstance(kernel_size, bool) or not isinstance(kernel_size, int):
+        raise ValueError(f"kernel_size must be an odd integer >= 1, got {kernel_size!r}.")
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd and at least 1, got {kernel_size}.")
+
+
+def check_heads(channels: int, num_heads: int, name: str = "channels") -> None:
+    """Raise ValueError unless ``num_heads`` divides ``channels`` into heads of even width."""
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
+        raise ValueError(f"num_heads must be an integer >= 1, got {num_heads!r}.")
+    if channels % num_heads:
+        raise ValueError(f"{name} {channels} must be a multiple of num_heads {num_heads}.")
+    if channels // num_heads % 2:
+        raise ValueError(
+            f"{name} {channels} over num_heads {num_heads} gives heads of width "
+            f"{channels // num_heads}; the width must be even, half for the row and half for the "
+            "column embedding."
+        )
+
+
+def local_attention(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_rows: Tensor | None,
+    rel_cols: Tensor | None,
+    *,
+    kernel_size: int,
+    num_heads: int,
+    border: str = "mask",
+    content: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """Let every pixel attend to the k x k pixels around it, with 2-D relative embeddings.
+
+    Equation 3 of "Stand-Alone Self-Attention in Vision Models" for every head n and pixel ij::
+
+        y_ij = sum_ab softmax_ab(q_ij . k_ab + q_ij . r_(a-i, b-j)) v_ab
+
+    without a 1/sqrt(d) scale. r_(a-i, b-j) concatenates a row and a column embedding, each of
+    half the head's width. Logits, softmax and sums are float32 (float64 for float64 inputs)
+    whatever the input type.
+
+    Args:
+        query: (N, C, H, W), floating point; head n holds the channels n C/num_heads and on.
+        key: as query. May be None when ``content`` is False.
+        value: as query.
+        rel_rows: (num_heads, C // num_heads // 2, kernel_size); entry o is the embedding of row
+            offset o - kernel_size // 2. None, together with rel_cols, for no embedding.
+        rel_cols: the same for column offsets.
+        kernel_size: the odd extent k of the window.
+        num_heads: number of heads; it divides C into heads of even width.
+        border: "mask" leaves neighbours outside the image out of the softmax; "zero" treats them
+            as zero keys and values, which keep their logit q . r.
+        content: False drops the term q . k (Table 6 of the paper).
+        backend: a name of :func:`available_backends`; None takes the fastest that can run here.
+
+    Returns:
+        (N, C, H, W) in the type of ``value``.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+    """
+    _check(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, border, content)
+    if backend is None:
+        backend = _default_backend()
+    elif backend not in _BACKENDS:
+        raise ValueError(f"backend must be None or one of {list(_BACKENDS)}, got {backend!r}.")
+    return _BACKENDS[backend](
+        query,
+        key if content else None,
+        value,
+        rel_rows,
+        rel_cols,
+        kernel_size=kernel_size,
+        num_heads=num_heads,
+        border=border,
+    )
+
+
+@lru_cache(None)
+def _default_backend() -> str:
+    name = next(iter(_BACKENDS))
+    logger.info("local_attention runs on the %s backend (%s).", name, _summary(_BACKENDS[name]))
+    return name
+
+
+def _check(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, border, content):
+    check_kernel_size(kernel_size)
+    if query.dim() != 4:
+        raise ValueError(f"query must be (N, C, H, W), got shape {tuple(query.shape)}.")
+    check_heads(query.shape[1], num_heads)
+    if min(query.shape[1:]) < 1:
+        raise ValueError(f"query must have C, H, W >= 1, got shape {tuple(query.shape)}.")
+    if border not in BORDERS:
+        raise ValueError(f"border must be one of {list(BORDERS)}, got {border!r}.")
+    if content and key is None:
+        raise ValueError("key must be given unless content is False, got None.")
+    others = {"value": value, "key": key} if content else {"value": value}
+    for name, tensor in others.items():
+        if tensor.shape != query.shape:
+            raise ValueError(
+                f"{name} must have query's shape {tuple(query.shape)}, got {tuple(tensor.shape)}."
+            )
+    for name, tensor in {"query": query, **others}.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}.")
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ValueError(
+                f"{name} must have query's type and device, {query.dtype} on {query.device}, "
+                f"got {tensor.dtype} on {tensor.device}."
+            )
+    if (rel_rows is None) != (rel_cols is None):
+        raise ValueError("rel_rows and rel_cols must be given together or both be None.")
+    if rel_rows is None:
+        if not content:
+            raise ValueError("content=False leaves only q.r and so needs rel_rows and rel_cols.")
+        return
+    shape = (num_heads, query.shape[1] // num_heads // 2, kernel_size)
+    for name, tensor in {"rel_rows": rel_rows, "rel_cols": rel_cols}.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} must be (num_heads, C // num_heads // 2, kernel_size) = {shape}, "
+                f"got {tuple(tensor.shape)}."
+            )

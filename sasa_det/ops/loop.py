@@ -1,0 +1,221 @@
+"""PyTorch backend that walks the window offset by offset and never unfolds it.
+
+It is one operator of ``torch.library``, ``sasa_det::local_attention``, with its backward written
+out: autograd on the plain loop would keep a C x H x W product for each of the k^2 offsets.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .reference import accumulation_dtype
+
+__all__ = ["local_attention"]
+
+
+def local_attention(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_rows: Tensor | None,
+    rel_cols: Tensor | None,
+    *,
+    kernel_size: int,
+    num_heads: int,
+    border: str,
+) -> Tensor:
+    """PyTorch, loops over the window: its largest tensor holds num_heads k^2 values a pixel.
+
+    Arguments and result are those of :func:`sasa_det.ops.local_attention`, without checks; a key
+    of None stands for ``content=False``. Differentiable once.
+    """
+    output, _ = _forward(
+        query, key, value, rel_rows, rel_cols, kernel_size, num_heads, border == "mask"
+    )
+    return output
+
+
+Region = tuple[slice, slice]
+
+
+def _offsets(
+    kernel_size: int, height: int, width: int
+) -> Iterator[tuple[int, int, Region, Region]]:
+    """Yield (row, column, pixels, neighbours) of every offset that stays inside the image.
+
+    ``row`` and ``column`` index the window from 0; the regions are equal in size: each of the
+    pixels has its neighbour at this offset inside the image, at the same place of ``neighbours``.
+    """
+    reach = kernel_size // 2
+
+    def spans(extent: int) -> list[tuple[int, slice, slice]]:
+        return [
+            (
+                d + reach,
+                slice(max(0, -d), extent - max(0, d)),
+                slice(max(0, d), extent + min(0, d)),
+            )
+            for d in range(-reach, reach + 1)
+            if abs(d) < extent
+        ]
+
+    for row, pixel_rows, neighbour_rows in spans(height):
+        for column, pixel_cols, neighbour_cols in spans(width):
+            yield row, column, (pixel_rows, pixel_cols), (neighbour_rows, neighbour_cols)
+
+
+def _by_head(x: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
+    n, channels, height, width = x.shape
+    return x.to(dtype).reshape(n, num_heads, channels // num_heads, height, width)
+
+
+def _logits(
+    query: Tensor,
+    key: Tensor | None,
+    rel_rows: Tensor | None,
+    rel_cols: Tensor | None,
+    kernel_size: int,
+    mask: bool,
+) -> Tensor:
+    """Return the logits of all windows, (N, heads, k, k, H, W); -inf where left out."""
+    n, heads, head_width, height, width = query.shape
+    logits = query.new_full(
+        (n, heads, kernel_size, kernel_size, height, width), float("-inf") if mask else 0.0
+    )
+    for row, column, pixels, neighbours in _offsets(kernel_size, height, width):
+        target = logits[(..., row, column, *pixels)]
+        if key is None:
+            target.zero_()
+        else:
+            torch.sum(query[(..., *pixels)] * key[(..., *neighbours)], 2, out=target)
+    if rel_rows is not None:
+        by_row, by_col = query.split(head_width // 2, 2)
+        logits += torch.einsum("nhdyx,hdk->nhkyx", by_row, rel_rows)[:, :, :, None]
+        logits += torch.einsum("nhdyx,hdk->nhkyx", by_col, rel_cols)[:, :, None]
+    return logits
+
+
+@torch.library.custom_op("sasa_det::local_attention", mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_rows: Tensor | None,
+    rel_cols: Tensor | None,
+    kernel_size: int,
+    num_heads: int,
+    mask: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the output (N, C, H, W) and each window's log-sum-exp (N, heads, H, W)."""
+    dtype = accumulation_dtype(query.dtype)
+    queries = _by_head(query, num_heads, dtype)
+    keys = None if key is None else _by_head(key, num_heads, dtype)
+    values = _by_head(value, num_heads, dtype)
+    rows = None if rel_rows is None else rel_rows.to(dtype)
+    cols = None if rel_cols is None else rel_cols.to(dtype)
+    logits = _logits(queries, keys, rows, cols, kernel_size, mask)
+    log_sum = torch.logsumexp(logits, (2, 3))
+    weights = logits.sub_(log_sum[:, :, None, None]).exp_()
+    output = torch.zeros_like(values)
+    for row, column, pixels, neighbours in _offsets(kernel_size, *query.shape[2:]):
+        output[(..., *pixels)].addcmul_(
+            weights[(..., row, column, *pixels)].unsqueeze(2), values[(..., *neighbours)]
+        )
+    return output.reshape(value.shape).to(value.dtype), log_sum
+
+
+@_forward.register_fake
+def _(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask):
+    n, _, height, width = query.shape
+    log_sum = query.new_empty((n, num_heads, height, width), dtype=accumulation_dtype(query.dtype))
+    return value.new_empty(value.shape), log_sum
+
+
+@torch.library.custom_op("sasa_det::local_attention_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_rows: Tensor | None,
+    rel_cols: Tensor | None,
+    output: Tensor,
+    log_sum: Tensor,
+    kernel_size: int,
+    num_heads: int,
+    mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key, value and both embeddings; empty for an absent one."""
+    dtype = accumulation_dtype(query.dtype)
+    queries, values, grads, outputs = (
+        _by_head(x, num_heads, dtype) for x in (query, value, grad, output)
+    )
+    keys = None if key is None else _by_head(key, num_heads, dtype)
+    rows = None if rel_rows is None else rel_rows.to(dtype)
+    cols = None if rel_cols is None else rel_cols.to(dtype)
+    logits = _logits(queries, keys, rows, cols, kernel_size, mask)
+    weights = logits.sub_(log_sum[:, :, None, None]).exp_()
+    # d softmax: every logit's gradient is weight * (g.v - g.y).
+    expected = (grads * outputs).sum(2)
+    grad_query, grad_value = torch.zeros_like(queries), torch.zeros_like(values)
+    grad_key = None if keys is None else torch.zeros_like(keys)
+    # Neighbours outside the image have zero values, hence g.v = 0, and no key to send back to.
+    grad_logits = -weights * expected[:, :, None, None]
+    for row, column, pixels, neighbours in _offsets(kernel_size, *query.shape[2:]):
+        weight = weights[(..., row, column, *pixels)]
+        grad_logit = grad_logits[(..., row, column, *pixels)]
+        pixel_grads = grads[(..., *pixels)]
+        grad_value[(..., *neighbours)].addcmul_(weight.unsqueeze(2), pixel_grads)
+        grad_logit.addcmul_(weight, (pixel_grads * values[(..., *neighbours)]).sum(2))
+        if keys is not None:
+            grad_query[(..., *pixels)].addcmul_(grad_logit.unsqueeze(2), keys[(..., *neighbours)])
+            grad_key[(..., *neighbours)].addcmul_(grad_logit.unsqueeze(2), queries[(..., *pixels)])
+    grad_rows = grad_cols = None
+    if rows is not None:
+        half = queries.shape[2] // 2
+        by_row, by_col = grad_logits.sum(3), grad_logits.sum(2)
+        grad_query[:, :, :half] += torch.einsum("nhkyx,hdk->nhdyx", by_row, rows)
+        grad_query[:, :, half:] += torch.einsum("nhkyx,hdk->nhdyx", by_col, cols)
+        grad_rows = torch.einsum("nhkyx,nhdyx->hdk", by_row, queries[:, :, :half])
+        grad_cols = torch.einsum("nhkyx,nhdyx->hdk", by_col, queries[:, :, half:])
+
+    def like(x: Tensor | None, reference: Tensor | None) -> Tensor:
+        if reference is None:
+            return query.new_empty(0)
+        return x.reshape(reference.shape).to(reference.dtype)
+
+    return (
+        like(grad_query, query),
+        like(grad_key, key),
+        like(grad_value, value),
+        like(grad_rows, rel_rows),
+        like(grad_cols, rel_cols),
+    )
+
+
+@_backward.register_fake
+def _(grad, query, key, value, rel_rows, rel_cols, output, log_sum, kernel_size, num_heads, mask):
+    return tuple(
+        query.new_empty(0) if x is None else x.new_empty(x.shape)
+        for x in (query, key, value, rel_rows, rel_cols)
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    query, key, value, rel_rows, rel_cols, ctx.kernel_size, ctx.num_heads, ctx.mask = inputs
+    ctx.save_for_backward(query, key, value, rel_rows, rel_cols, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, grad, _):
+    if grad is None:
+        return (None,) * 8
+    tensors = ctx.saved_tensors
+    grads = _backward(grad, *tensors, ctx.kernel_size, ctx.num_heads, ctx.mask)
+    present = [None if x is None else g for g, x in zip(grads, tensors[:5], strict=True)]
+    return (*present, None, None, None)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,0 +1,38 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def version():
+    # Read, not imported: importing sasa_det takes torch.
+    text = (ROOT / "sasa_det" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE).group(1)
+
+
+setup(
+    name="sasa_det",
+    version=version(),
+    description="Stand-alone self-attention for object detection, a detectron2 plugin",
+    license="Apache-2.0",
+    packages=find_packages(include=["sasa_det", "sasa_det.*"]),
+    python_requires=">=3.10",
+    # detectron2 is needed too, but is not on PyPI, where nobody may require anything that is not:
+    # tools/install_detectron2.py installs it.
+    install_requires=[
+        "fvcore>=0.1.5",
+        "iopath>=0.1.7",
+        "matplotlib",
+        "numpy",
+        "opencv-python",
+        "Pillow>=12.3",
+        "pycocotools>=2.0.6",
+        "scikit-learn",
+        "tensorboard",
+        "torch>=2.10",  # older ones have holes in reading checkpoints
+        "torchvision",
+    ],
+    extras_require={"dev": ["hypothesis", "pytest", "ruff"]},
+)

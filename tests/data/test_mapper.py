@@ -1,0 +1,167 @@
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import transforms as T
+from detectron2.structures import BoxMode
+from PIL import Image
+
+from sasa_det.config import add_sasa_config
+from sasa_det.data import build_jitter_crop_mapper, jitter_and_crop_augmentations
+
+
+def config(scale=(1.0, 1.0), crop=40, flip="none"):
+    cfg = get_cfg()
+    add_sasa_config(cfg)
+    cfg.INPUT.JITTER.ENABLED = True
+    cfg.INPUT.JITTER.MIN_SCALE, cfg.INPUT.JITTER.MAX_SCALE = scale
+    cfg.INPUT.JITTER.CROP_SIZE = crop
+    cfg.INPUT.RANDOM_FLIP = flip
+    return cfg
+
+
+def dataset_dict(path, pixels, boxes=()):
+    """Writes an image and describes it; boxes are X, Y, width, height, classes count from 0."""
+    Image.fromarray(pixels).save(path)
+    annotations = [
+        {"bbox": list(box), "bbox_mode": BoxMode.XYWH_ABS, "category_id": i, "iscrowd": 0}
+        for i, box in enumerate(boxes)
+    ]
+    height, width = pixels.shape[:2]
+    return {
+        "file_name": str(path),
+        "image_id": 1,
+        "height": height,
+        "width": width,
+        "annotations": annotations,
+    }
+
+
+def noise(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_image_that_fits_is_padded_and_its_boxes_scaled(tmp_path):
+    # 20 x 10 fits into 40 x 40 twice: it becomes 40 wide and 20 high, and 20 rows are padded.
+    sample = dataset_dict(tmp_path / "a.png", noise(10, 20), [(1, 2, 5, 4), (15, 5, 5, 5)])
+    mapped = build_jitter_crop_mapper(config())(sample)
+    assert mapped["image"].shape == (3, 40, 40) and mapped["image"].dtype == torch.uint8
+    assert (mapped["image"][:, 20:] == 128).all()
+    assert not (mapped["image"][:, :20] == 128).all(dim=0).any(dim=1).all()
+    instances = mapped["instances"]
+    assert instances.image_size == (40, 40)
+    assert instances.gt_boxes.tensor.tolist() == [[2, 4, 12, 12], [30, 10, 40, 20]]
+    assert instances.gt_classes.tolist() == [0, 1]
+
+
+def test_integer_boxes_keep_their_fractions(tmp_path):
+    sample = dataset_dict(tmp_path / "a.png", noise(100, 100), [(10, 10, 5, 5)])
+    instances = build_jitter_crop_mapper(config(crop=133))(sample)["instances"]
+    expected = torch.tensor([[13.3, 13.3, 19.95, 19.95]])
+    assert torch.allclose(instances.gt_boxes.tensor, expected)
+    assert sample["annotations"][0]["bbox"] == [10, 10, 5, 5]
+
+
+def test_crop_clips_boxes_and_drops_those_outside(tmp_path, monkeypatch):
+    # 20 x 10 fits four times into 80 x 80: 80 wide, 40 high. The crop takes 40 of the 80 columns;
+    # half of the room, 20, is left off at the left.
+    monkeypatch.setattr(np.random, "uniform", lambda low=0.0, high=1.0, size=None: (low + high) / 2)
+    boxes = [(6, 1, 3, 2), (3, 2, 4, 3), (13, 0, 7, 10), (0, 0, 5, 10), (15, 0, 5, 5)]
+    sample = dataset_dict(tmp_path / "a.png", noise(10, 20), boxes)
+    instances = build_jitter_crop_mapper(config(scale=(2.0, 2.0)))(sample)["instances"]
+    # times 4, minus 20 in x: 4..16; -8..8 is clipped at 0; 32..60 at 40. The fourth ends at 0 and
+    # the fifth begins at 40: both are gone.
+    assert instances.gt_boxes.tensor.tolist() == [[4, 4, 16, 12], [0, 8, 8, 20], [32, 0, 40, 40]]
+    assert instances.gt_classes.tolist() == [0, 1, 2]
+
+
+def test_boxes_follow_the_pixels(tmp_path):
+    # A white block on black: wherever it ends up, its box is where the white is.
+    pixels = np.zeros((30, 50, 3), np.uint8)
+    pixels[8:20, 14:34] = 255
+    sample = dataset_dict(tmp_path / "a.png", pixels, [(14, 8, 20, 12)])
+    mapper = build_jitter_crop_mapper(config(scale=(0.6, 2.0), crop=64, flip="horizontal"))
+    np.random.seed(0)
+    clipped = flipped = 0
+    for _ in range(40):
+        mapped = mapper(sample)
+        assert mapped["image"].shape == (3, 64, 64)
+        # Padding is 128 and grey of the edges is near it at most on a line: white is above 191.
+        white = (mapped["image"] > 191).all(dim=0)
+        rows, columns = torch.nonzero(white.any(dim=1)), torch.nonzero(white.any(dim=0))
+        found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        box = mapped["instances"].gt_boxes.tensor[0]
+        assert torch.allclose(torch.stack(found).float(), box, atol=1.5)
+        clipped += int(box.min() == 0 or box.max() == 64)
+        flipped += int((mapped["image"][:, 0, 0] == 128).all())
+    assert clipped > 0 and flipped > 0
+
+
+def test_scale_stays_within_its_bounds(tmp_path):
+    image = noise(20, 30)
+    resize = jitter_and_crop_augmentations(config(scale=(0.8, 1.2), crop=60), True)[0]
+    np.random.seed(0)
+    widths = []
+    for _ in range(200):
+        height, width = resize.get_transform(image).apply_image(image).shape[:2]
+        assert abs(height - width * 2 / 3) <= 1
+        widths.append(width)
+    # The longer side fits into 60 times the factor.
+    assert min(widths) >= 48 and max(widths) <= 72
+    assert min(widths) <= 50 and max(widths) >= 70
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 100), (100, 3), (33, 47)])
+def test_output_is_always_the_crop(tmp_path, shape):
+    mapper = build_jitter_crop_mapper(config(scale=(0.8, 1.2), crop=32))
+    sample = dataset_dict(tmp_path / "a.png", noise(*shape), [(0, 0, shape[1], shape[0])])
+    for _ in range(5):
+        assert mapper(sample)["image"].shape == (3, 32, 32)
+
+
+def test_grey_and_transparent_images_have_three_channels(tmp_path):
+    grey = np.full((8, 8), 77, np.uint8)
+    mapped = build_jitter_crop_mapper(config(crop=8))(dataset_dict(tmp_path / "grey.png", grey))
+    assert (mapped["image"] == 77).all() and mapped["image"].shape == (3, 8, 8)
+    colour = np.full((8, 8, 4), (10, 20, 30, 40), np.uint8)
+    mapped = build_jitter_crop_mapper(config(crop=8))(dataset_dict(tmp_path / "rgba.png", colour))
+    # detectron2's default format is BGR.
+    assert mapped["image"][:, 0, 0].tolist() == [30, 20, 10]
+
+
+@pytest.mark.parametrize("flip, both", [("none", 1), ("horizontal", 2), ("vertical", 2)])
+def test_flip_follows_the_config(tmp_path, flip, both):
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[0, 0] = 255
+    corner = {"horizontal": (0, 7), "vertical": (7, 0)}.get(flip, (0, 0))
+    mapper = build_jitter_crop_mapper(config(crop=8, flip=flip))
+    np.random.seed(0)
+    sample = dataset_dict(tmp_path / "a.png", pixels)
+    seen = {tuple(torch.nonzero(mapper(sample)["image"][0])[0].tolist()) for _ in range(30)}
+    assert seen == {(0, 0), corner} and len(seen) == both
+
+
+def test_inference_resizes_as_detectron2_does():
+    cfg = config()
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 50, 80
+    (resize,) = jitter_and_crop_augmentations(cfg, is_train=False)
+    assert isinstance(resize, T.ResizeShortestEdge)
+    image = noise(20, 30)
+    assert resize.get_transform(image).apply_image(image).shape == (50, 75, 3)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("INPUT.JITTER.MIN_SCALE", 0.0, r"INPUT\.JITTER\.MIN_SCALE .* got 0\.0 and 1\.2"),
+        ("INPUT.JITTER.MIN_SCALE", 1.5, r"0 < MIN_SCALE <= MAX_SCALE, got 1\.5 and 1\.2"),
+        ("INPUT.JITTER.CROP_SIZE", 0, r"INPUT\.JITTER\.CROP_SIZE must be >= 1, got 0"),
+        ("INPUT.RANDOM_FLIP", "sideways", r"INPUT\.RANDOM_FLIP must be .* got 'sideways'"),
+        ("INPUT.CROP.ENABLED", True, r"INPUT\.CROP\.ENABLED must be False with INPUT\.JITTER"),
+    ],
+)
+def test_bad_config_values_are_named(key, value, message):
+    cfg = config(scale=(0.8, 1.2))
+    cfg.merge_from_list([key, value])
+    with pytest.raises(ValueError, match=message):
+        build_jitter_crop_mapper(cfg)

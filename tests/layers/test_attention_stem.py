@@ -1,0 +1,99 @@
+"""The attention stem: its equations, its variants, its sizes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sasa_det.layers import AttentionStem
+
+
+def test_mixing_is_equation_9():
+    torch.manual_seed(0)
+    stem = AttentionStem(num_mixtures=3)
+    mixing = stem.mixing()
+    assert mixing.shape == (3, 4, 4)
+    for a in range(4):
+        for b in range(4):
+            place = stem.row_embedding[a] + stem.col_embedding[b]
+            logits = torch.stack([place @ stem.mixture_embedding[m] for m in range(3)])
+            torch.testing.assert_close(mixing[:, a, b], logits.softmax(0))
+
+
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("values", ["mixture", "pointwise", "convolution"])
+def test_equals_its_equations_on_one_block(values, relative):
+    torch.manual_seed(0)
+    stem = AttentionStem(3, 8, 2, values=values, relative=relative, norm=None).double()
+    x = torch.randn(1, 3, 4, 4, dtype=torch.float64)
+
+    def pointwise(layer, pixel):
+        return layer.weight[:, :, 0, 0] @ pixel
+
+    places = [(a, b) for a in range(4) for b in range(4)]
+    value = {}
+    for a, b in places:
+        pixel = x[0, :, a, b]
+        if values == "mixture":
+            mixing = stem.mixing()[:, a, b]
+            value[a, b] = torch.einsum("m,mci->ci", mixing, stem.value_weight) @ pixel
+        elif values == "pointwise":
+            value[a, b] = pointwise(stem.value, pixel)
+        else:
+            # A 4x4 window that starts one pixel up and left.
+            padded = F.pad(x[0], (1, 2, 1, 2))[:, a : a + 4, b : b + 4]
+            value[a, b] = torch.einsum("oiab,iab->o", stem.value.weight, padded)
+    output = torch.zeros(8, 4, 4, dtype=torch.float64)
+    for i, j in places:
+        query = pointwise(stem.query, x[0, :, i, j])
+        for head in (0, 1):
+            channels = slice(4 * head, 4 * head + 4)
+            logits = []
+            for a, b in places:
+                key = pointwise(stem.key, x[0, :, a, b])[channels]
+                if relative:
+                    row = stem.rel_rows[head, :, a - i + 3]
+                    key = key + torch.cat([row, stem.rel_cols[head, :, b - j + 3]])
+                logits.append(query[channels] @ key)
+            weights = torch.stack(logits).softmax(0)
+            for weight, place in zip(weights, places, strict=True):
+                output[channels, i, j] += weight * value[place][channels]
+    expected = output.relu().amax((1, 2))
+    torch.testing.assert_close(stem(x)[0, :, 0, 0], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 4), (5, 7), (8, 12), (9, 30)])
+def test_any_size_rounds_up_to_blocks(size):
+    stem = AttentionStem(3, 8, 2)
+    output = stem(torch.randn(2, 3, *size))
+    assert output.shape == (2, 8, -(-size[0] // 4), -(-size[1] // 4))
+
+
+def test_blocks_are_independent():
+    torch.manual_seed(0)
+    stem = AttentionStem(3, 8, 2).eval()
+    x = torch.randn(1, 3, 10, 11)
+    whole = stem(x)
+    torch.testing.assert_close(whole[..., 1:2, 1:2], stem(x[..., 4:8, 4:8]))
+    # What lies outside the image takes no part in the last, cut block.
+    torch.testing.assert_close(whole[..., 2:, 2:], stem(x[..., 8:, 8:]))
+
+
+def test_every_parameter_learns():
+    torch.manual_seed(0)
+    stem = AttentionStem(3, 8, 2)
+    (stem(torch.randn(2, 3, 9, 9)) * torch.randn(2, 8, 3, 3)).sum().backward()
+    for name, parameter in stem.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"values": "conv"}, "values must be one of .*, got 'conv'"),
+        ({"num_heads": 5}, "out_channels 64 must be a multiple of num_heads 5"),
+        ({"num_mixtures": 0}, "num_mixtures must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionStem(**options)

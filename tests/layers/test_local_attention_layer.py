@@ -1,0 +1,107 @@
+"""The attention layer: its parameters, its position encodings, its sizes."""
+
+import math
+
+import pytest
+import torch
+
+from sasa_det.layers import LocalSelfAttention2d
+from sasa_det.layers.position import sinusoidal_encoding
+from sasa_det.ops import local_attention
+
+
+def test_parameters_have_their_public_names_and_shapes():
+    layer = LocalSelfAttention2d(12, 16, kernel_size=5, num_heads=4)
+    assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == {
+        "query.weight": (16, 12, 1, 1),
+        "key.weight": (16, 12, 1, 1),
+        "value.weight": (16, 12, 1, 1),
+        "rel_rows": (4, 2, 5),
+        "rel_cols": (4, 2, 5),
+    }
+    names = [n for n, _ in LocalSelfAttention2d(12, 16, 5, 4, content=False).named_parameters()]
+    assert names == ["rel_rows", "rel_cols", "query.weight", "value.weight"]
+
+
+def test_is_the_operation_on_projections_followed_by_a_pool():
+    layer = LocalSelfAttention2d(6, 8, kernel_size=3, num_heads=2, stride=2).double()
+    x = torch.randn(2, 6, 5, 7, dtype=torch.float64)
+    q, k, v = (
+        torch.einsum("oi,nihw->nohw", p.weight[:, :, 0, 0], x)
+        for p in (layer.query, layer.key, layer.value)
+    )
+    y = local_attention(
+        q, k, v, layer.rel_rows, layer.rel_cols, kernel_size=3, num_heads=2, backend="reference"
+    )
+    output = layer(x)
+    assert output.shape == (2, 8, 3, 4)
+    torch.testing.assert_close(output[:, :, 0, 0], y[:, :, :2, :2].mean((2, 3)))
+    torch.testing.assert_close(output[:, :, 2, 3], y[:, :, 4, 6])
+    torch.testing.assert_close(output[:, :, 2, 0], y[:, :, 4, :2].mean(2))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 3), (7, 8), (15, 9)])
+def test_a_stride_of_two_gives_the_size_of_a_strided_pointwise_convolution(size):
+    x = torch.randn(1, 4, *size)
+    expected = torch.nn.Conv2d(4, 8, 1, stride=2)(x).shape
+    assert LocalSelfAttention2d(4, 8, 3, 2, stride=2)(x).shape == expected
+
+
+def test_sinusoidal_encoding_has_its_closed_form():
+    encoding = sinusoidal_encoding(8, 5, 6, dtype=torch.float64, device=torch.device("cpu"))
+    for row in range(5):
+        for col in range(6):
+            expected = []
+            for place in (row, col):
+                angles = [place, place / 100]
+                expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+            torch.testing.assert_close(
+                encoding[:, row, col],
+                torch.tensor(expected, dtype=torch.float64),
+                rtol=1e-5,
+                atol=1e-5,
+            )
+
+
+def test_only_positions_tell_a_constant_image_apart():
+    x = torch.ones(1, 8, 6, 6)
+    torch.manual_seed(0)
+    interior = (0, slice(None), slice(2, 4), slice(2, 4))
+    for position in ("none", "relative"):
+        y = LocalSelfAttention2d(8, 8, 3, 2, position=position)(x)[interior]
+        torch.testing.assert_close(y, y[:, :1, :1].expand_as(y))
+    # Absolute positions choose the weights, and equal values average to themselves.
+    layer = LocalSelfAttention2d(8, 8, 3, 2, position="absolute")
+    torch.testing.assert_close(layer(x)[interior], layer.value(x)[interior])
+    ramp = torch.arange(6.0).expand(1, 8, 6, 6)
+    moved = torch.arange(1.0, 7.0).expand(1, 8, 6, 6)
+    shift = layer.value(moved - ramp)[interior]
+    assert not torch.allclose(layer(moved)[interior] - layer(ramp)[interior], shift, atol=1e-3)
+
+
+def test_initial_logits_have_unit_variance():
+    torch.manual_seed(0)
+    layer = LocalSelfAttention2d(64, 64, 7, 4)
+    x = torch.randn(4, 64, 16, 16)
+    q, k = (f(x).view(4, 4, 16, 16, 16) for f in (layer.query, layer.key))
+    content = torch.einsum("nhdyx,nhdyx->nhyx", q, k.roll(1, -1))
+    row = torch.einsum("nhdyx,hdk->nhkyx", q[:, :, :8], layer.rel_rows)
+    assert content.var().item() == pytest.approx(1, abs=0.2)
+    assert 2 * row.var().item() == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"kernel_size": 6}, "kernel_size must be odd and at least 1, got 6"),
+        ({"num_heads": 3}, "out_channels 8 must be a multiple of num_heads 3"),
+        ({"position": "rotary"}, "position must be one of .*, got 'rotary'"),
+        ({"border": "wrap"}, "border must be one of .*, got 'wrap'"),
+        ({"stride": 3}, "stride must be 1 or 2, got 3"),
+        ({"content": False, "position": "none"}, "content=False .* needs position 'relative'"),
+        ({"in_channels": 6, "position": "absolute"}, "in_channels must be a multiple of 4"),
+    ],
+)
+def test_bad_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        LocalSelfAttention2d(**{"in_channels": 8, "out_channels": 8, "num_heads": 2, **options})
