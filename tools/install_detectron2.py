@@ -323,7 +323,7 @@ def build_wheel_of_main(folder):
         lines = BUILD_LOG.read_text(errors="replace").splitlines()
         error = next((line for line in lines if "error:" in line.lower()), "pip names no error")
         raise InstallError(
-            f"the official detectron2 did not build ({error.strip()}); see {BUILD_LOG}."
+            f"the official detectron2 did not build ({error.strip()}; see {BUILD_LOG})."
         )
 
 
@@ -365,7 +365,7 @@ def install_best():
             return install("main")
         except InstallError as error:
             reason = f"WARNING: {str(error).rstrip('.')}"
-    say(f"{reason}: taking v0.6 instead, which is older.")
+    say(f"{reason}; taking the older v0.6.")
     return install("0.6")
 
 

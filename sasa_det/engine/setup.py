@@ -13,6 +13,8 @@ from detectron2.modeling import build_model
 
 from ..config import add_sasa_config
 from ..data.coco import check_registered, num_classes_of, register_coco
+from ..data.mapper import jitter_and_crop_augmentations
+from .trainer import build_optimizer
 
 __all__ = ["UsageError", "argument_parser", "check_run", "load_config", "register_datasets"]
 
@@ -148,7 +150,7 @@ def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool, overwrite: bool) -
     check_registered(cfg.DATASETS.TEST, training=False)
     _check_classes(cfg, cfg.DATASETS.TEST if eval_only else cfg.DATASETS.TRAIN)
     _check_device(cfg)
-    _check_model(cfg)
+    _check_model(cfg, eval_only)
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other.")
     if not resume:
@@ -187,12 +189,17 @@ def _check_device(cfg: CfgNode) -> None:
         )
 
 
-def _check_model(cfg: CfgNode) -> None:
+def _check_model(cfg: CfgNode, eval_only: bool) -> None:
+    """Build all that a config can get wrong once, on the CPU, before the run does."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
     try:
-        build_model(cfg)
+        model = build_model(cfg)
+        if not eval_only:
+            build_optimizer(cfg, model)
+            if cfg.INPUT.JITTER.ENABLED:
+                jitter_and_crop_augmentations(cfg, is_train=True)
     except (ValueError, KeyError) as error:
         raise UsageError(_explain(error, cfg)) from error
 

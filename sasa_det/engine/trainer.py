@@ -1,6 +1,7 @@
 """The trainer: detectron2's with this project's data, optimizer and evaluation."""
 
 import os
+import re
 from typing import Any
 
 import torch
@@ -80,9 +81,13 @@ class Trainer(DefaultTrainer):
                 f"DATASETS.TEST {dataset_name} must be a data set of evaluator_type 'coco', "
                 f"got {kind!r}."
             )
+        if output_folder is None:
+            # Data named on the command line is registered under its path.
+            folder = re.sub(r"[^\w.-]+", "_", dataset_name.strip("/"))
+            output_folder = os.path.join(cfg.OUTPUT_DIR, "inference", folder)
         return COCOEvaluator(
             dataset_name,
-            output_dir=output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name),
+            output_dir=output_folder,
             use_fast_impl=_has_compiled_evaluation(),
         )
 

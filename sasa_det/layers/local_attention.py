@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import local_attention
-from ..ops.local_attention import BORDERS, check_heads, check_kernel_size
+from ..ops.local_attention import BORDERS, check_backend, check_heads, check_kernel_size
 from .position import sinusoidal_encoding
 
 __all__ = ["POSITIONS", "LocalSelfAttention2d"]
@@ -54,6 +54,7 @@ class LocalSelfAttention2d(nn.Module):
         super().__init__()
         check_kernel_size(kernel_size)
         check_heads(out_channels, num_heads, "out_channels")
+        check_backend(backend)
         if position not in POSITIONS:
             raise ValueError(f"position must be one of {list(POSITIONS)}, got {position!r}.")
         if border not in BORDERS:

@@ -23,17 +23,20 @@ class Part:
     Attributes:
         name: stem, res2 to res5, linear, FPN or head.
         parameters: number of parameters, frozen ones included, buffers not.
-        flops: floating-point operations for one image.
+        flops: floating-point operations for one image; None where they depend on its content.
     """
 
     name: str
     parameters: int
-    flops: int
+    flops: int | None
 
 
 def total(parts: list[Part]) -> Part:
-    """Add up the parts of a model."""
-    return Part("total", sum(p.parameters for p in parts), sum(p.flops for p in parts))
+    """Add up the parts of a model; its FLOPs are None if those of a part are."""
+    flops = [part.flops for part in parts]
+    return Part(
+        "total", sum(part.parameters for part in parts), None if None in flops else sum(flops)
+    )
 
 
 def count_resnet(model: ResNet, height: int, width: int) -> list[Part]:
@@ -57,8 +60,7 @@ def count_resnet(model: ResNet, height: int, width: int) -> list[Part]:
 def count_config(cfg: CfgNode, height: int, width: int) -> list[Part]:
     """Count the model that a config builds.
 
-    The heads of a RetinaNet are counted. Those of an R-CNN depend on its proposals and are not;
-    their parameters are.
+    The FLOPs of an R-CNN's heads depend on its proposals and are not counted.
 
     Args:
         cfg: a config of a model whose backbone is a ResNet or an FPN on one.
@@ -89,7 +91,7 @@ def count_config(cfg: CfgNode, height: int, width: int) -> list[Part]:
         fpn_flops = sum(count for name, count in flops.items() if name != "bottom_up")
         parameters = _parameters(backbone) - _parameters(resnet)
         parts.append(Part("FPN", parameters, fpn_flops))
-    head_flops = 0
+    head_flops = None
     if hasattr(model, "head"):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model.head([features[name] for name in model.head_in_features])

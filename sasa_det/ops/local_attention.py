@@ -7,7 +7,14 @@ from torch import Tensor
 
 from . import loop, reference
 
-__all__ = ["BORDERS", "available_backends", "check_heads", "check_kernel_size", "local_attention"]
+__all__ = [
+    "BORDERS",
+    "available_backends",
+    "check_backend",
+    "check_heads",
+    "check_kernel_size",
+    "local_attention",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +44,12 @@ def check_kernel_size(kernel_size: int) -> None:
         raise ValueError(f"kernel_size must be an odd integer >= 1, got {kernel_size!r}.")
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be odd and at least 1, got {kernel_size}.")
+
+
+def check_backend(backend: str | None) -> None:
+    """Raise ValueError unless ``backend`` is None or the name of a backend."""
+    if backend is not None and backend not in _BACKENDS:
+        raise ValueError(f"backend must be None or one of {list(_BACKENDS)}, got {backend!r}.")
 
 
 def check_heads(channels: int, num_heads: int, name: str = "channels") -> None:
@@ -97,11 +110,8 @@ def local_attention(
         ValueError: naming the argument, its value and what is allowed.
     """
     _check(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, border, content)
-    if backend is None:
-        backend = _default_backend()
-    elif backend not in _BACKENDS:
-        raise ValueError(f"backend must be None or one of {list(_BACKENDS)}, got {backend!r}.")
-    return _BACKENDS[backend](
+    check_backend(backend)
+    return _BACKENDS[backend or _default_backend()](
         query,
         key if content else None,
         value,

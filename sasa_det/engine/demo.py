@@ -1,0 +1,170 @@
+"""The demonstration: an attentional detector and its convolutional twin on handwritten digits."""
+
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.utils.logger import setup_logger
+from tabulate import tabulate
+
+from ..evaluation.drawing import draw_curves, draw_detections
+from ..modeling.complexity import count_config, total
+from .setup import UsageError, check_run, load_config
+from .trainer import Trainer
+
+__all__ = ["run_demo"]
+
+logger = logging.getLogger("sasa_det")
+
+_MODELS = {"attention": "retinanet_SASA.yaml", "convolution": "retinanet_conv.yaml"}
+
+
+def run_demo(configs: Path, output: Path, opts: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Train both models with the same budget, evaluate them, draw and tabulate the results.
+
+    Args:
+        configs: the folder of the two configs.
+        output: folder to make; it receives results.md, results.json, curves.png and, for each
+            model in a folder of its own, what training writes and detections.png.
+        opts: config overrides for both models, KEY VALUE pairs.
+
+    Returns:
+        list[dict]: one entry a model: model, AP, AP50, parameters, flops, seconds (training and
+        evaluation) and seconds_per_iteration.
+
+    Raises:
+        UsageError: if ``output`` exists and is not an empty folder, or a config is wrong.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError(
+            f"output {output} exists already; name another one, as in make demo OUTPUT=folder."
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    runs = {}
+    for label, name in _MODELS.items():
+        overrides = ["MODEL.DEVICE", device, *opts, "OUTPUT_DIR", str(output / label)]
+        cfg = load_config(str(configs / name), overrides)
+        check_run(cfg, eval_only=False, resume=False, overwrite=False)
+        runs[label] = cfg
+    results = [_train(label, cfg) for label, cfg in runs.items()]
+    curves = output / "curves.png"
+    draw_curves({label: output / label / "metrics.json" for label in runs}, curves)
+    table = _table(results)
+    summary = f"{table}\n\n{_conditions(runs['attention'])}\n"
+    (output / "results.md").write_text(summary)
+    (output / "results.json").write_text(json.dumps(results, indent=2))
+    print(f"\n{summary}")
+    print(f"Detections: {', '.join(str(output / label / 'detections.png') for label in runs)}")
+    print(f"Curves: {curves}")
+    return results
+
+
+def _train(label: str, cfg: CfgNode) -> dict[str, Any]:
+    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    for name in ("detectron2", "fvcore", "sasa_det"):
+        for handler in setup_logger(cfg.OUTPUT_DIR, name=name).handlers:
+            if not isinstance(handler, logging.FileHandler):
+                handler.addFilter(_is_short)
+    Path(cfg.OUTPUT_DIR, "config.yaml").write_text(cfg.dump())
+    logger.info("Training the %s model into %s.", label, cfg.OUTPUT_DIR)
+    torch.manual_seed(cfg.SEED if cfg.SEED >= 0 else 0)
+    start = time.perf_counter()
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    seconds = time.perf_counter() - start
+    _draw(cfg, trainer.model, Path(cfg.OUTPUT_DIR, "detections.png"))
+    box = trainer._last_eval_results["bbox"]
+    size = cfg.INPUT.MIN_SIZE_TEST
+    parts = total(count_config(cfg, size, size))
+    return {
+        "model": label,
+        "AP": box["AP"],
+        "AP50": box["AP50"],
+        "parameters": parts.parameters,
+        "flops": parts.flops,
+        "seconds": seconds,
+        "seconds_per_iteration": trainer.storage.history("time").median(10**9),
+    }
+
+
+def _is_short(record: logging.LogRecord) -> bool:
+    """Keep a model's description in the log file and out of the terminal."""
+    return not record.getMessage().startswith("Model:\n")
+
+
+def _draw(cfg: CfgNode, model: torch.nn.Module, path: Path, num_images: int = 8) -> None:
+    dataset = cfg.DATASETS.TEST[0]
+    mapper = DatasetMapper(cfg, is_train=False)
+    samples = []
+    model.eval()
+    for record in DatasetCatalog.get(dataset)[:num_images]:
+        with torch.no_grad():
+            inputs = mapper(record)
+            instances = model([inputs])[0]["instances"].to("cpu")
+        image = inputs["image"].numpy().transpose(1, 2, 0)
+        samples.append(
+            {
+                # The mapper's image is in INPUT.FORMAT and of the size of the file.
+                "image": image if cfg.INPUT.FORMAT == "RGB" else image[:, :, ::-1],
+                "gt_boxes": [_xyxy(a["bbox"]) for a in record["annotations"]],
+                "gt_classes": [a["category_id"] for a in record["annotations"]],
+                "boxes": instances.pred_boxes.tensor.numpy(),
+                "scores": instances.scores.numpy(),
+                "classes": instances.pred_classes.numpy(),
+            }
+        )
+    draw_detections(samples, path, MetadataCatalog.get(dataset).thing_classes, columns=2)
+
+
+def _xyxy(box: Sequence[float]) -> list[float]:
+    x, y, width, height = box
+    return [x, y, x + width, y + height]
+
+
+def _table(results: list[dict[str, Any]]) -> str:
+    rows = [
+        [
+            result["model"],
+            f"{result['AP']:.1f}",
+            f"{result['AP50']:.1f}",
+            f"{result['parameters'] / 1e6:.2f}",
+            f"{result['flops'] / 1e9:.2f}",
+            f"{result['seconds']:.0f}",
+            f"{result['seconds_per_iteration']:.2f}",
+        ]
+        for result in results
+    ]
+    headers = ["model", "AP", "AP50", "params (M)", "FLOPs (B)", "seconds", "s / iteration"]
+    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def _conditions(cfg: CfgNode) -> str:
+    if cfg.MODEL.DEVICE == "cuda":
+        machine = torch.cuda.get_device_name()
+    else:
+        machine = f"{_processor()}, {torch.get_num_threads()} threads"
+    return (
+        f"{cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} images; COCO AP on "
+        f"{', '.join(cfg.DATASETS.TEST)}; FLOPs of one {cfg.INPUT.MIN_SIZE_TEST} x "
+        f"{cfg.INPUT.MIN_SIZE_TEST} image, a multiply-add being 2; seconds of training and "
+        f"evaluation on {machine}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}."
+    )
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

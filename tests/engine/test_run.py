@@ -1,0 +1,180 @@
+"""Commands as a person gives them: train, resume, evaluate, and every mistake in one sentence."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sasa_det.data import write_digits
+from sasa_det.engine import argument_parser, run
+
+CONFIG = "configs/quick/retinanet_SASA.yaml"
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    return write_digits(
+        tmp_path_factory.mktemp("data") / "digits", num_train=8, num_val=3, image_size=64
+    )
+
+
+@pytest.fixture
+def command(digits, tmp_path):
+    """Return a function that runs a command line on the digits and gives its exit status."""
+
+    def call(*words, train=None, test=None):
+        train = train or (digits / "train.json", digits / "train")
+        test = test or (digits / "val.json", digits / "val")
+        arguments = ["--config-file", CONFIG, "--train", *train, "--test", *test, *words]
+        if "OUTPUT_DIR" not in words:
+            arguments += ["OUTPUT_DIR", tmp_path / "run"]
+        return run(argument_parser().parse_args([str(word) for word in arguments]))
+
+    return call
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+def test_trains_evaluates_and_resumes(command, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert command() == 0
+    assert (folder / "config.yaml").is_file()
+    assert list(folder.glob("events.out.tfevents.*"))
+    assert (folder / "last_checkpoint").read_text() == "model_final.pth"
+    assert "bbox/AP50" in metrics(folder)[-1]
+
+    # The same command again would write over the run.
+    assert command() == 2
+    assert "OUTPUT_DIR" in capsys.readouterr().err
+    before = torch.load(folder / "model_final.pth", weights_only=False)
+    assert before["iteration"] == 3
+    assert before["trainer"]["_trainer"]["optimizer"]["state"]
+
+    # Two more iterations from the checkpoint.
+    assert command("--resume", "SOLVER.MAX_ITER", "6") == 0
+    after = torch.load(folder / "model_final.pth", weights_only=False)
+    assert after["iteration"] == 5
+
+    # Evaluation of the result elsewhere gives what training printed.
+    assert command(
+        "--eval-only", "MODEL.WEIGHTS", folder / "model_final.pth", "OUTPUT_DIR", tmp_path / "eval"
+    ) == 0  # fmt: skip
+    assert (tmp_path / "eval" / "inference").is_dir()
+    assert command("--overwrite") == 0
+    assert torch.load(folder / "model_final.pth", weights_only=False)["iteration"] == 3
+
+
+@pytest.mark.slow
+def test_learns_to_detect(digits, tmp_path):
+    """Eight images learned by heart: the loss falls by half and the boxes are found."""
+    command = [sys.executable, "tools/train_net.py", "--config-file", CONFIG]
+    command += ["--train", digits / "train.json", digits / "train"]
+    command += ["--test", digits / "train.json", digits / "train"]
+    options = {
+        "OUTPUT_DIR": tmp_path / "run", "SOLVER.MAX_ITER": 150, "SOLVER.IMS_PER_BATCH": 8,
+        "SOLVER.BASE_LR": 0.004, "INPUT.JITTER.MIN_SCALE": 1.0, "INPUT.JITTER.MAX_SCALE": 1.0,
+        "SOLVER.CHECKPOINT_PERIOD": 1000,
+    }  # fmt: skip
+    for key, value in options.items():
+        command += [key, value]
+    result = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    records = metrics(tmp_path / "run")
+    losses = [record["total_loss"] for record in records if "total_loss" in record]
+    assert losses[-1] < losses[0] / 2
+    assert records[-1]["bbox/AP50"] > 50
+
+
+MISTAKES = {
+    "unknown key": (["MODEL.SASA.KERNEL_SISE", "7"], "KERNEL_SISE does not exist; did you mean "
+                    "MODEL.SASA.KERNEL_SIZE"),
+    "even k": (["MODEL.SASA.KERNEL_SIZE", "4"], "kernel_size must be odd and at least 1, got 4"),
+    "heads": (["MODEL.SASA.NUM_HEADS", "5"], "must be a multiple of num_heads 5"),
+    "stage": (["MODEL.SASA.ATTENTION_STAGES", "['res7']"], "ATTENTION_STAGES"),
+    "wrong type": (["MODEL.SASA.KERNEL_SIZE", "seven"], "KERNEL_SIZE"),
+    "not a pair": (["MODEL.SASA.KERNEL_SIZE"], "KEY VALUE pairs"),
+    "classes": (["MODEL.RETINANET.NUM_CLASSES", "3"], "MODEL.RETINANET.NUM_CLASSES is 3"),
+    "backbone": (["MODEL.BACKBONE.NAME", "build_sasa_backbone"], "build_sasa_backbone"),
+    "optimizer": (["SOLVER.OPTIMIZER", "Adam"], "SOLVER.OPTIMIZER must be 'SGD' or 'AdamW'"),
+    "jitter": (["INPUT.JITTER.MIN_SCALE", "2.0"], "INPUT.JITTER.MIN_SCALE"),
+    "backend": (["MODEL.SASA.BACKEND", "cuda"], "backend"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_in_the_config_are_told_before_any_work(mistake, command, tmp_path, capsys):
+    words, message = MISTAKES[mistake]
+    assert command(*words) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and error.startswith("error: ") and "\n" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_in_the_data_are_told_before_any_work(command, digits, tmp_path, capsys):
+    bad = tmp_path / "bad.json"
+    content = json.loads((digits / "train.json").read_text())
+    images = digits / "train"
+    first = content["images"][0]
+
+    def told(*parts):
+        assert command(train=(bad, images)) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("error: ") and "\n" not in error
+        for part in (str(bad), *parts):
+            assert part in error
+        assert not (tmp_path / "run").exists()
+        bad.write_text("gone")
+
+    bad.write_text("{")
+    told("JSON")
+    bad.write_text("[]")
+    told()
+    for key in ("images", "annotations", "categories"):
+        bad.write_text(json.dumps({k: v for k, v in content.items() if k != key}))
+        told(key)
+    bad.write_text(json.dumps({**content, "images": []}))
+    told("images")
+    bad.write_text(json.dumps({**content, "annotations": []}))
+    told("annotations")
+    missing = [{**first, "file_name": "nowhere.png"}, *content["images"][1:]]
+    bad.write_text(json.dumps({**content, "images": missing}))
+    told("nowhere.png")
+    bad.unlink()
+    assert command(train=(bad, images)) == 2
+    assert str(bad) in capsys.readouterr().err
+    bad.write_text(json.dumps(content))
+    assert command(train=(bad, tmp_path / "no_folder")) == 2
+    assert "no_folder" in capsys.readouterr().err
+
+
+def test_number_of_classes_follows_the_data(command, digits, tmp_path):
+    content = json.loads((digits / "train.json").read_text())
+    content["categories"] = [{"id": 4, "name": "digit"}]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = 4
+    one_class = tmp_path / "one_class.json"
+    one_class.write_text(json.dumps(content))
+    data = (one_class, digits / "train")
+    assert command("SOLVER.MAX_ITER", "1", "SOLVER.WARMUP_ITERS", "0", train=data, test=data) == 0
+    weights = torch.load(tmp_path / "run" / "model_final.pth", weights_only=False)["model"]
+    assert weights["head.cls_score.1.bias"].shape == (9,)
+
+
+def test_unknown_data_set_and_config_file(capsys, tmp_path):
+    parser = argument_parser()
+    words = ["--config-file", CONFIG, "OUTPUT_DIR", str(tmp_path / "run")]
+    assert run(parser.parse_args([*words, "DATASETS.TRAIN", "('digits_trian',)"])) == 2
+    error = capsys.readouterr().err
+    assert "digits_trian" in error and "digits_train" in error
+    assert run(parser.parse_args(["--config-file", "nowhere.yaml"])) == 2
+    assert "--config-file nowhere.yaml does not exist" in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_not_there(command, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command("MODEL.DEVICE", "cuda") == 2
+    assert "MODEL.DEVICE is cuda but no GPU is visible" in capsys.readouterr().err

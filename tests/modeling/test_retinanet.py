@@ -1,0 +1,146 @@
+"""Attentional FPN and heads: what they are made of and what they compute."""
+
+import math
+
+import pytest
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import FPN
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+
+import sasa_det  # noqa: F401
+from sasa_det.layers import LocalSelfAttention2d
+from sasa_det.modeling import AttentionFPN, AttentionRetinaNetHead, SASAResNet
+from sasa_det.modeling.backbone import LastLevelP6P7Attention
+
+ATTENTION = {"kernel_size": 3, "num_heads": 4}
+
+
+def make_head(**options):
+    options = {"num_classes": 3, "num_anchors": 2, "conv_dims": [32, 32], **options}
+    shapes = [ShapeSpec(channels=32, stride=8), ShapeSpec(channels=32, stride=16)]
+    return AttentionRetinaNetHead(input_shape=shapes, attention=ATTENTION, **options)
+
+
+def test_head_shapes():
+    head = make_head()
+    logits, deltas = head([torch.randn(2, 32, 5, 7), torch.randn(2, 32, 3, 4)])
+    assert [x.shape for x in logits] == [(2, 6, 5, 7), (2, 6, 3, 4)]
+    assert [x.shape for x in deltas] == [(2, 8, 5, 7), (2, 8, 3, 4)]
+
+
+@pytest.mark.parametrize("norm,shared", [("", True), ("GN", True), ("BN", False)])
+def test_weights_are_shared_over_levels_and_batch_statistics_are_not(norm, shared):
+    torch.manual_seed(0)
+    head = make_head(norm=norm)
+    x = torch.randn(2, 32, 5, 7)
+    head.train()
+    head([x, 3 * x])
+    head.eval()
+    logits, deltas = head([x, x])
+    assert torch.equal(logits[0], logits[1]) == shared
+    assert torch.equal(deltas[0], deltas[1]) == shared
+
+
+def test_initial_weights_and_prior():
+    torch.manual_seed(0)
+    head = AttentionRetinaNetHead(
+        input_shape=[ShapeSpec(channels=256, stride=8)],
+        num_classes=80, num_anchors=9, conv_dims=[256] * 4, prior_prob=0.02,
+    )  # fmt: skip
+    layers = [m for m in head.modules() if isinstance(m, LocalSelfAttention2d)]
+    assert len(layers) == 10
+    for layer in layers:
+        assert layer.value.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    with torch.no_grad():
+        logits, _ = head([torch.randn(1, 256, 6, 6)])
+    torch.testing.assert_close(
+        logits[0].sigmoid(), torch.full_like(logits[0], 0.02), rtol=0.01, atol=0
+    )
+    assert head.cls_score[-1].bias[0].item() == pytest.approx(-math.log(0.98 / 0.02))
+
+
+def test_prediction_is_attention_and_the_pointwise_layer_that_mixes_heads():
+    kinds = [type(m) for m in make_head().cls_score]
+    assert kinds == [LocalSelfAttention2d, torch.nn.Conv2d]
+    mixing = make_head(mixing_layer=True).bbox_pred
+    assert [type(m) for m in mixing] == [LocalSelfAttention2d, torch.nn.Conv2d, torch.nn.Conv2d]
+    assert mixing[1].weight.shape == (32, 32, 1, 1)
+    for module in make_head(mixing_layer=True).modules():
+        if isinstance(module, torch.nn.Conv2d):
+            assert module.kernel_size == (1, 1)
+
+
+def test_attention_fpn_has_no_spatial_convolution_and_equals_its_formula():
+    torch.manual_seed(0)
+    bottom_up = SASAResNet(
+        depth=26, width_multiplier=0.25, attention=ATTENTION, out_features=["res4", "res5"]
+    )
+    top_block = LastLevelP6P7Attention(32, 32, "p5", ATTENTION)
+    fpn = AttentionFPN(bottom_up, ["res4", "res5"], 32, top_block=top_block, attention=ATTENTION)
+    fpn.eval()
+    for name, module in fpn.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            assert module.kernel_size == (1, 1), name
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        features, output = bottom_up(x), fpn(x)
+        p5 = fpn.fpn_lateral5(features["res5"])
+        p4 = fpn.fpn_lateral4(features["res4"])
+        p4 = p4 + p5.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        expected = {"p4": fpn.fpn_output4(p4), "p5": fpn.fpn_output5(p5)}
+        expected["p6"] = top_block.p6(expected["p5"])
+        expected["p7"] = top_block.p7(expected["p6"].relu())
+    assert list(output) == ["p4", "p5", "p6", "p7"]
+    for name, feature in expected.items():
+        torch.testing.assert_close(output[name], feature)
+    shapes = fpn.output_shape()
+    assert [(s.channels, s.stride) for s in shapes.values()] == [
+        (32, 16), (32, 32), (32, 64), (32, 128)
+    ]  # fmt: skip
+    assert [tuple(x.shape[2:]) for x in output.values()] == [(4, 6), (2, 3), (1, 2), (1, 1)]
+
+
+def test_fpn_norm_follows_the_attention():
+    bottom_up = SASAResNet(depth=26, width_multiplier=0.25, out_features=["res4", "res5"])
+    fpn = AttentionFPN(bottom_up, ["res4", "res5"], 32, norm="GN", attention=ATTENTION)
+    kinds = [type(m) for m in fpn.fpn_output5]
+    assert kinds == [LocalSelfAttention2d, torch.nn.GroupNorm]
+
+
+@pytest.mark.parametrize("fpn,head", [
+    ("attention", "attention"), ("convolution", "attention"), ("attention", "convolution"),
+    ("convolution", "convolution"),
+])  # fmt: skip
+@pytest.mark.parametrize("norm", ["GN", ""])
+def test_fpn_and_head_are_chosen_apart(fpn, head, norm):
+    from detectron2.modeling import build_model
+
+    from sasa_det.engine import load_config
+
+    cfg = load_config(
+        "configs/quick/retinanet_SASA.yaml",
+        ["MODEL.SASA.FPN", fpn, "MODEL.SASA.HEAD", head, "MODEL.RETINANET.NORM", norm],
+    )
+    model = build_model(cfg)
+    assert isinstance(model.backbone, FPN)
+    assert isinstance(model.backbone, AttentionFPN) == (fpn == "attention")
+    assert isinstance(model.backbone.top_block, LastLevelP6P7Attention) == (fpn == "attention")
+    expected = AttentionRetinaNetHead if head == "attention" else RetinaNetHead
+    assert type(model.head) is expected
+    norms = [m for m in model.head.modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert len(norms) == (2 if norm else 0)
+
+
+@pytest.mark.parametrize("key,message", [
+    ("MODEL.SASA.FPN", "MODEL.SASA.FPN must be one of .*got 'dense'"),
+    ("MODEL.SASA.HEAD", "MODEL.SASA.HEAD must be one of .*got 'dense'"),
+    ("MODEL.SASA.TOP_BLOCK_IN_FEATURE", "TOP_BLOCK_IN_FEATURE must be one of .*got 'dense'"),
+])  # fmt: skip
+def test_bad_values_are_named(key, message):
+    from detectron2.modeling import build_model
+
+    from sasa_det.engine import load_config
+
+    with pytest.raises(ValueError, match=message):
+        build_model(load_config("configs/quick/retinanet_SASA.yaml", [key, "dense"]))

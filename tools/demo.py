@@ -1,0 +1,23 @@
+#!/usr/bin/env python
+"""Train a fully attentional RetinaNet and its convolutional twin on digits, compare and draw."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from sasa_det.data.coco import DatasetError
+from sasa_det.engine import UsageError
+from sasa_det.engine.demo import run_demo
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", default="output/demo", help="a folder that does not exist yet")
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, help="config overrides for both models, KEY VALUE pairs"
+    )
+    args = parser.parse_args()
+    try:
+        run_demo(Path(__file__).parents[1] / "configs" / "Digits", Path(args.output), args.opts)
+    except (UsageError, DatasetError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
