@@ -24,7 +24,7 @@ MAIN_REPOSITORY = "https://github.com/facebookresearch/detectron2"
 MAIN_COMMIT = "02b5c4e295e990042a714712c21dc79b731e8833"
 GITHUB_PATIENCE_S = 10
 
-RELEASE = "pb1-detectron2==0.6"
+RELEASE_NAME, RELEASE_VERSION = "pb1-detectron2", "0.6"
 RELEASE_SHA256 = "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29"
 
 # Present while site-packages is being changed, so that an interrupted installation is noticed.
@@ -261,18 +261,45 @@ def run_pip(doing, *arguments):
         raise InstallError(f"pip failed at {doing}, for the reason that it gives above.")
 
 
+def download_release(folder):
+    """Download the source archive of v0.6 into `folder` and return its path."""
+    # Every pip command that downloads a source archive also runs its setup.py, and pip 26 refuses
+    # what that one declares. pip's own search knows the user's index, proxy and certificates.
+    from pip._internal.commands import create_command
+    from pip._internal.exceptions import PipError
+    from pip._vendor.requests import RequestException
+
+    command = create_command("download")
+    options, _ = command.parse_args(["--no-binary", ":all:"])
+    try:
+        with command.main_context():
+            session = command.get_default_session(options)
+            finder = command._build_package_finder(options, session)
+            links = [
+                candidate.link
+                for candidate in finder.find_all_candidates(RELEASE_NAME)
+                if str(candidate.version) == RELEASE_VERSION
+            ]
+            if not links:
+                raise InstallError(
+                    f"pip finds no {RELEASE_NAME} {RELEASE_VERSION} source archive; is the package "
+                    "index reachable?"
+                )
+            archive = folder / links[0].filename
+            # Not unpacked on the way: the hash is that of the file.
+            headers = {"Accept-Encoding": "identity"}
+            response = session.get(links[0].url_without_fragment, headers=headers)
+            response.raise_for_status()
+            archive.write_bytes(response.content)
+    except (PipError, RequestException) as error:
+        raise InstallError(f"{RELEASE_NAME} cannot be downloaded ({error}).") from error
+    return archive
+
+
 def build_wheel_of_release(folder):
     """Build v0.6 as pure Python into `folder`, from PyPI's source archive."""
-    say(f"installing {RELEASE} from PyPI, as pure Python, with fixes for today's libraries ...")
-    requirement = folder / "requirement.txt"
-    # pip runs the archive's setup.py to read its metadata, but not before it has checked the hash.
-    requirement.write_text(f"{RELEASE} --hash=sha256:{RELEASE_SHA256}\n")
-    run_pip(
-        f"fetching {RELEASE}",
-        *("download", "--no-deps", "--no-build-isolation", "--no-binary", ":all:"),
-        *("--dest", folder, "--requirement", requirement),
-    )
-    (archive,) = folder.glob("*.tar.gz")
+    say("installing v0.6 from PyPI, as pure Python, with fixes for today's libraries ...")
+    archive = download_release(folder)
     sources = folder / "sources"
     sources.mkdir()
     tree = unpack(archive, sources, RELEASE_SHA256)
@@ -300,7 +327,7 @@ def why_no_github():
         return "git is not installed"
     except subprocess.TimeoutExpired:
         return f"GitHub did not answer within {GITHUB_PATIENCE_S} s"
-    reason = (answer.stderr.strip().splitlines() or [f"git exits with {answer.returncode}"])[-1]
+    reason = (answer.stderr.strip().splitlines() or [f"git exits with {answer.returncode}"])[0]
     return f"GitHub does not answer ({reason})" if answer.returncode else ""
 
 

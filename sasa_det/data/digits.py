@@ -23,14 +23,15 @@ GENERATOR_VERSION = 1
 SPLITS = ("train", "val")
 
 VAL_FRACTION = 0.2
-DIGITS_PER_IMAGE = (2, 6)
-# Heights of the ink, as fractions of the image's side: 16 to 56 pixels at 128.
-HEIGHT_RANGE = (0.125, 0.4375)
+DIGITS_PER_IMAGE = (2, 5)
+# Heights of the ink, as fractions of the image's side: 24 to 64 pixels at 128.
+HEIGHT_RANGE = (0.1875, 0.5)
 MAX_IOU = 0.05
-# Difference in luminance (0..255) between the ink and the mean of the background in its box.
+# Difference in luminance (0..255) between the ink, which is light, and the mean of the background
+# in its box.
 CONTRAST_RANGE = (70.0, 150.0)
-# The mean luminance of a background. On at least one side of it there is room for the contrast.
-BACKGROUND_RANGE = (60.0, 195.0)
+# The mean luminance of a background; there is room for the contrast above it.
+BACKGROUND_RANGE = (30.0, 125.0)
 PLACEMENT_ATTEMPTS = 60
 LUMINANCE = np.array([0.299, 0.587, 0.114])
 
@@ -203,7 +204,7 @@ def compose_scene(digits, candidates, image_size, rng):
         rng (numpy.random.Generator): the only source of randomness.
 
     Returns:
-        Scene: the image with 2 to 6 digits.
+        Scene: the image with 2 to 5 digits.
     """
     background = _background(image_size, rng)
     image = background.copy()
@@ -303,14 +304,9 @@ def _background(size, rng):
 
 
 def _ink_colour(background, rng):
-    """Draw an ink colour that stands out from a mean background colour, lighter or darker."""
+    """Draw a light ink colour that stands out from a mean background colour."""
     level = float(background @ LUMINANCE)
-    contrast = rng.uniform(*CONTRAST_RANGE)
-    levels = [value for value in (level - contrast, level + contrast) if 0 <= value <= 255]
-    if levels:
-        target = levels[rng.integers(len(levels))]
-    else:
-        target = 0.0 if level > 127.5 else 255.0
+    target = min(level + rng.uniform(*CONTRAST_RANGE), 255.0)
     return _with_luminance(rng.uniform(0, 255, size=3), target)
 
 

@@ -206,7 +206,8 @@ def _check_model(cfg: CfgNode, eval_only: bool) -> None:
 
 def _clear_output(folder: Path, overwrite: bool) -> None:
     """Refuse an output folder that holds a run, or remove that run's files."""
-    files = sorted(path for pattern in _RUN_FILES for path in folder.glob(pattern))
+    found = (path for pattern in _RUN_FILES for path in folder.glob(pattern))
+    files = sorted(path for path in found if path.is_file())
     if files and not overwrite:
         raise UsageError(
             f"OUTPUT_DIR {folder} already holds {files[0].name} and {len(files) - 1} more files "

@@ -108,9 +108,9 @@ def test_overlap_count_and_scale_of_digits(scenes):
                 )
                 areas = (ax1 - ax0) * (ay1 - ay0) + (bx1 - bx0) * (by1 - by0)
                 assert inter / (areas - inter) <= 0.05
-    assert counts == {2, 3, 4, 5, 6}
+    assert counts == {2, 3, 4, 5}
     # The soft edge of the strokes moves the box by up to two pixels from the height drawn.
-    assert 14 <= min(heights) <= 19 and 48 <= max(heights) <= 59
+    assert 22 <= min(heights) <= 27 and 56 <= max(heights) <= 67
 
 
 def test_ink_stands_out_from_a_textured_background(scenes):
@@ -120,8 +120,8 @@ def test_ink_stands_out_from_a_textured_background(scenes):
         assert luminance.std() > 3
         for ink, (x, y, w, h) in zip(scene.ink, scene.boxes, strict=True):
             local = luminance[y : y + h, x : x + w].mean()
-            # Strokes end in a soft edge: the darkest or lightest tenth is fully covered by ink.
-            difference = np.abs((scene.image @ weights)[ink] - local)
+            # Strokes end in a soft edge: the lightest tenth is fully covered by ink.
+            difference = (scene.image @ weights)[ink] - local
             assert np.percentile(difference, 90) >= 60
 
 
@@ -241,7 +241,7 @@ def test_arguments_out_of_range_are_named(tmp_path, name, value):
 def test_image_size_scales_the_digits(tmp_path):
     root = write_digits(tmp_path / "set", num_train=20, num_val=1, image_size=256)
     heights = [annotation["bbox"][3] for annotation in load(root, "train")["annotations"]]
-    assert 28 <= min(heights) <= 45 and 80 <= max(heights) <= 116
+    assert 44 <= min(heights) <= 65 and 90 <= max(heights) <= 132
     assert load(root, "train")["images"][0]["height"] == 256
 
 
