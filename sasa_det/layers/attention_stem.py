@@ -13,6 +13,10 @@ __all__ = ["STEM_VALUES", "AttentionStem"]
 
 STEM_VALUES = ("mixture", "pointwise", "convolution")
 
+# Standard deviations of the initial logits of q.k, q.r and of the mixing weights.
+_LOGIT_STD = 3.0
+_MIXING_STD = 4.0
+
 
 class AttentionStem(nn.Module):
     """Attention stem of "Stand-Alone Self-Attention in Vision Models", Section 3.2 and A.1.
@@ -84,21 +88,23 @@ class AttentionStem(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw weights so that logits start with unit variance for inputs of unit variance."""
+        """Draw weights so that the places of a block differ from the start.
+
+        Mixing logits of unit variance mix all matrices about alike at every place, and attention
+        logits of unit variance average the block: what remains is its mean colour. Larger ones
+        let edges through.
+        """
         head_width = self.out_channels // self.num_heads
         std = self.in_channels**-0.5
-        nn.init.normal_(self.query.weight, std=std * head_width**-0.5)
+        nn.init.normal_(self.query.weight, std=_LOGIT_STD * std * head_width**-0.5)
         nn.init.normal_(self.key.weight, std=std)
         if self.values == "mixture":
             nn.init.normal_(self.value_weight, std=std)
-            # (row + column) . mixture has unit variance; equal factors would make all the
-            # matrices receive the same gradient.
             nn.init.normal_(self.row_embedding, std=0.5**0.5)
             nn.init.normal_(self.col_embedding, std=0.5**0.5)
-            nn.init.normal_(self.mixture_embedding, std=head_width**-0.5)
+            nn.init.normal_(self.mixture_embedding, std=_MIXING_STD * head_width**-0.5)
         else:
-            fan_in = self.value.weight[0].numel()
-            nn.init.normal_(self.value.weight, std=fan_in**-0.5)
+            nn.init.normal_(self.value.weight, std=self.value.weight[0].numel() ** -0.5)
         if self.rel_rows is not None:
             nn.init.normal_(self.rel_rows)
             nn.init.normal_(self.rel_cols)

@@ -79,15 +79,23 @@ def test_only_positions_tell_a_constant_image_apart():
     assert not torch.allclose(layer(moved)[interior] - layer(ramp)[interior], shift, atol=1e-3)
 
 
-def test_initial_logits_have_unit_variance():
+def test_heads_start_by_looking_at_their_own_neighbour():
     torch.manual_seed(0)
-    layer = LocalSelfAttention2d(64, 64, 7, 4)
-    x = torch.randn(4, 64, 16, 16)
-    q, k = (f(x).view(4, 4, 16, 16, 16) for f in (layer.query, layer.key))
-    content = torch.einsum("nhdyx,nhdyx->nhyx", q, k.roll(1, -1))
-    row = torch.einsum("nhdyx,hdk->nhkyx", q[:, :, :8], layer.rel_rows)
-    assert content.var().item() == pytest.approx(1, abs=0.2)
-    assert 2 * row.var().item() == pytest.approx(1, abs=0.2)
+    layer = LocalSelfAttention2d(64, 64, 7, 8)
+    x = torch.randn(1, 64, 15, 15).relu()
+    # Identity-like values: output channel 0 of every head copies a ramp of rows and of columns.
+    rows, cols = torch.meshgrid(torch.arange(15.0), torch.arange(15.0), indexing="ij")
+    value = torch.zeros(1, 64, 15, 15)
+    value[0, 0::8], value[0, 1::8] = rows, cols
+    with torch.no_grad():
+        y = local_attention(
+            layer.query(x), layer.key(x), value, layer.rel_rows, layer.rel_cols,
+            kernel_size=7, num_heads=8,
+        )  # fmt: skip
+    moved = torch.stack([y[0, 0::8] - rows, y[0, 1::8] - cols], 1)[:, :, 3:12, 3:12]
+    looks = [(0, 0), (-1, -1), (-1, 1), (1, -1), (1, 1), (0, 1), (1, 0), (0, -1)]
+    for mean, look in zip(moved.mean((2, 3)), looks, strict=True):
+        torch.testing.assert_close(mean, torch.tensor(look).float(), rtol=0, atol=0.5)
 
 
 @pytest.mark.parametrize(
