@@ -10,7 +10,7 @@ from ..ops import local_attention
 from ..ops.local_attention import BORDERS, check_backend, check_heads, check_kernel_size
 from .position import sinusoidal_encoding
 
-__all__ = ["POSITIONS", "LocalSelfAttention2d"]
+__all__ = ["POSITIONS", "RECTIFIED_MEAN", "LocalSelfAttention2d"]
 
 POSITIONS = ("relative", "absolute", "none")
 
@@ -18,7 +18,7 @@ POSITIONS = ("relative", "absolute", "none")
 _FIRST_LOOKS = ((0, 0), (-1, -1), (-1, 1), (1, -1), (1, 1), (0, 1), (1, 0), (0, -1), (-1, 0))
 _FOCUS = 2.0
 # The mean of max(z, 0) for a standard normal z.
-_RECTIFIED_MEAN = (2 * math.pi) ** -0.5
+RECTIFIED_MEAN = (2 * math.pi) ** -0.5
 
 
 class LocalSelfAttention2d(nn.Module):
@@ -128,7 +128,7 @@ class LocalSelfAttention2d(nn.Module):
             embedding -= _FOCUS * direction[:, :, None] * distance[:, None] ** 2
             directions.append(direction)
         constant = torch.cat(directions, 1).reshape(-1, 1, 1, 1)
-        self.query.weight += constant / (self.in_channels * _RECTIFIED_MEAN)
+        self.query.weight += constant / (self.in_channels * RECTIFIED_MEAN)
 
     def forward(self, x: Tensor) -> Tensor:
         """

@@ -12,6 +12,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor, nn
 
 from ...layers import LocalSelfAttention2d
+from ...layers.local_attention import RECTIFIED_MEAN
 from ..attention_options import PRIMITIVES, attention_options, check_choice
 from .sasa_resnet import build_sasa_resnet_backbone
 
@@ -58,6 +59,10 @@ class AttentionFPN(FPN):
             setattr(self, name, layer)
         # FPN keeps its output layers from low to high resolution.
         self.output_convs = [getattr(self, name) for name in reversed(names)]
+        # The attention layers that follow expect inputs with the mean of rectified ones.
+        for name, module in self.named_modules():
+            if name.startswith("fpn_") and getattr(module, "bias", None) is not None:
+                nn.init.constant_(module.bias, RECTIFIED_MEAN)
 
 
 class LastLevelP6P7Attention(nn.Module):
