@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
-from detectron2.utils.logger import setup_logger
+from detectron2.utils.env import seed_all_rng
 from tabulate import tabulate
 
 from ..evaluation.drawing import draw_curves, draw_detections
 from ..modeling.complexity import count_config, total
+from .logs import log_to
 from .setup import UsageError, check_run, load_config
 from .trainer import Trainer
 
@@ -47,6 +48,7 @@ def run_demo(configs: Path, output: Path, opts: Sequence[str] = ()) -> list[dict
         raise UsageError(
             f"output {output} exists already; name another one, as in make demo OUTPUT=folder."
         )
+    log_to(None)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     runs = {}
     for label, name in _MODELS.items():
@@ -69,13 +71,10 @@ def run_demo(configs: Path, output: Path, opts: Sequence[str] = ()) -> list[dict
 
 def _train(label: str, cfg: CfgNode) -> dict[str, Any]:
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-    for name in ("detectron2", "fvcore", "sasa_det"):
-        for handler in setup_logger(cfg.OUTPUT_DIR, name=name).handlers:
-            if not isinstance(handler, logging.FileHandler):
-                handler.addFilter(_is_short)
+    log_to(cfg.OUTPUT_DIR, shown=_is_short)
     Path(cfg.OUTPUT_DIR, "config.yaml").write_text(cfg.dump())
     logger.info("Training the %s model into %s.", label, cfg.OUTPUT_DIR)
-    torch.manual_seed(cfg.SEED if cfg.SEED >= 0 else 0)
+    seed_all_rng(max(cfg.SEED, 0))
     start = time.perf_counter()
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)

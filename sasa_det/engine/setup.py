@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
 from detectron2.engine import default_argument_parser
-from detectron2.modeling import build_model
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_model
 
 from ..config import add_sasa_config
 from ..data.coco import check_registered, num_classes_of, register_coco
@@ -28,6 +30,10 @@ _RUN_FILES = (
     "events.out.tfevents.*",
     "inference/**/*.*",
 )
+
+
+# What yacs, detectron2's assertions and this project raise over a config.
+_CONFIG_ERRORS = (AssertionError, AttributeError, KeyError, TypeError, ValueError)
 
 
 class UsageError(Exception):
@@ -72,7 +78,7 @@ def load_config(
         train, test: (json, image folder) of COCO-format data to use in place of the config's.
 
     Returns:
-        CfgNode: frozen, with the number of classes of ``train`` unless ``opts`` sets it.
+        CfgNode: frozen, with the number of classes of the named data unless ``opts`` sets it.
 
     Raises:
         UsageError: on a file that is missing or unreadable, an unknown key or a wrong value.
@@ -84,22 +90,23 @@ def load_config(
             raise UsageError(f"--config-file {config_file} does not exist.")
         try:
             cfg.merge_from_file(config_file)
-        except (KeyError, ValueError, AssertionError) as error:
+        except (*_CONFIG_ERRORS, yaml.YAMLError) as error:
             raise UsageError(f"{config_file}: {_explain(error, cfg)}") from error
     opts = [opt for opt in opts if opt != "--"]
     if len(opts) % 2:
         raise UsageError(f"config overrides must be KEY VALUE pairs, got {' '.join(opts)!r}.")
     try:
         cfg.merge_from_list(opts)
-    except (KeyError, ValueError, AssertionError) as error:
+    except _CONFIG_ERRORS as error:
         raise UsageError(_explain(error, cfg)) from error
     for split, source in (("TRAIN", train), ("TEST", test)):
         if source:
             cfg.DATASETS[f"{split}_JSON"], cfg.DATASETS[f"{split}_IMAGES"] = source
     register_datasets(cfg)
-    for key in _class_keys(cfg) if cfg.DATASETS.TRAIN_JSON else ():
+    named = [cfg.DATASETS[split] for split in ("TRAIN", "TEST") if cfg.DATASETS[f"{split}_JSON"]]
+    for key in _class_keys(cfg) if named else ():
         if key not in opts[::2]:
-            cfg.merge_from_list([key, num_classes_of(cfg.DATASETS.TRAIN)])
+            cfg.merge_from_list([key, num_classes_of(named[0])])
     cfg.freeze()
     return cfg
 
@@ -148,13 +155,30 @@ def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool, overwrite: bool) -
     elif not cfg.DATASETS.TEST:
         raise UsageError("DATASETS.TEST names no data set; name one, or use --test.")
     check_registered(cfg.DATASETS.TEST, training=False)
-    _check_classes(cfg, cfg.DATASETS.TEST if eval_only else cfg.DATASETS.TRAIN)
+    for name in cfg.DATASETS.TEST:
+        kind = MetadataCatalog.get(name).get("evaluator_type")
+        if kind != "coco":
+            raise UsageError(
+                f"DATASETS.TEST {name} must be a data set of evaluator_type 'coco', got {kind!r}."
+            )
+    _check_classes(cfg, [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST])
     _check_device(cfg)
+    folder, weights = Path(cfg.OUTPUT_DIR), cfg.MODEL.WEIGHTS
+    resume = resume and (folder / "last_checkpoint").is_file()
+    if eval_only and not weights and not resume:
+        raise UsageError(
+            "--eval-only needs weights: set MODEL.WEIGHTS, or give --resume with an OUTPUT_DIR "
+            "that holds a checkpoint."
+        )
+    if weights and not resume and "://" not in weights and not os.path.isfile(weights):
+        raise UsageError(f"MODEL.WEIGHTS {weights} does not exist.")
     _check_model(cfg, eval_only)
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other.")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"OUTPUT_DIR {folder} is a file; it must be a folder.")
     if not resume:
-        _clear_output(Path(cfg.OUTPUT_DIR), overwrite)
+        _clear_output(folder, weights, eval_only, overwrite)
 
 
 def _class_keys(cfg: CfgNode) -> list[str]:
@@ -172,7 +196,7 @@ def _get(cfg: CfgNode, key: str):
 
 
 def _check_classes(cfg: CfgNode, datasets: Sequence[str]) -> None:
-    found = num_classes_of(list(datasets))
+    found = num_classes_of(datasets)
     for key in _class_keys(cfg):
         if _get(cfg, key) != found:
             raise UsageError(
@@ -195,24 +219,43 @@ def _check_model(cfg: CfgNode, eval_only: bool) -> None:
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
     try:
+        _check_registered(cfg)
         model = build_model(cfg)
         if not eval_only:
             build_optimizer(cfg, model)
             if cfg.INPUT.JITTER.ENABLED:
                 jitter_and_crop_augmentations(cfg, is_train=True)
-    except (ValueError, KeyError) as error:
+    except _CONFIG_ERRORS as error:
         raise UsageError(_explain(error, cfg)) from error
 
 
-def _clear_output(folder: Path, overwrite: bool) -> None:
+def _check_registered(cfg: CfgNode) -> None:
+    for key, registry in (
+        ("MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY),
+        ("MODEL.BACKBONE.NAME", BACKBONE_REGISTRY),
+    ):
+        name = _get(cfg, key)
+        if name not in registry:
+            nearest = difflib.get_close_matches(name, [known for known, _ in registry], n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else "."
+            raise ValueError(f"{key} {name} is not registered{hint}")
+
+
+def _clear_output(folder: Path, weights: str, eval_only: bool, overwrite: bool) -> None:
     """Refuse an output folder that holds a run, or remove that run's files."""
     found = (path for pattern in _RUN_FILES for path in folder.glob(pattern))
     files = sorted(path for path in found if path.is_file())
     if files and not overwrite:
         raise UsageError(
-            f"OUTPUT_DIR {folder} already holds {files[0].name} and {len(files) - 1} more files "
-            "of a run; name another OUTPUT_DIR, continue it with --resume, or allow to remove "
-            "them with --overwrite."
+            f"OUTPUT_DIR {folder} already holds {files[0].name} of a run; name another OUTPUT_DIR, "
+            "continue the run with --resume, or allow to write over it with --overwrite."
+        )
+    if eval_only:
+        # Evaluation writes no checkpoints and so leaves those that are there alone.
+        files = [path for path in files if path.parent != folder]
+    if weights and Path(weights).resolve() in [path.resolve() for path in files]:
+        raise UsageError(
+            f"MODEL.WEIGHTS {weights} would be removed by --overwrite; name another OUTPUT_DIR."
         )
     for path in files:
         path.unlink()

@@ -1,7 +1,6 @@
 """One run: training with evaluation, or evaluation alone."""
 
 import argparse
-import logging
 import sys
 from typing import Any
 
@@ -9,14 +8,14 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup, launch
 from detectron2.evaluation import verify_results
+from detectron2.utils import comm
 
 from ..data.coco import DatasetError
+from .logs import log_to
 from .setup import UsageError, check_run, load_config, register_datasets
 from .trainer import Trainer
 
 __all__ = ["evaluate", "run", "train"]
-
-logger = logging.getLogger("sasa_det")
 
 
 def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
@@ -63,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         int: exit status, 0 or, after a mistake told in one sentence, 2.
     """
+    log_to(None)
     try:
         cfg = load_config(args.config_file, args.opts, args.train, args.test)
         check_run(cfg, eval_only=args.eval_only, resume=args.resume, overwrite=args.overwrite)
@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _worker(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
     register_datasets(cfg)
+    log_to(cfg.OUTPUT_DIR, comm.get_rank())
     default_setup(cfg, args)
     if args.eval_only:
         return evaluate(cfg, resume=args.resume)

@@ -1,21 +1,23 @@
 """The trainer: detectron2's with this project's data, optimizer and evaluation."""
 
+import logging
 import os
 import re
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_train_loader
+from detectron2.data import build_detection_train_loader
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import COCOEvaluator
-from detectron2.solver import build_optimizer as build_sgd
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import nn
 
 from ..data.mapper import build_jitter_crop_mapper
 
 __all__ = ["Trainer", "build_optimizer"]
+
+logger = logging.getLogger(__name__)
 
 # Learned embeddings are no weights of a linear map: like norms they do not decay.
 _EMBEDDINGS = ("rel_rows", "rel_cols", "row_embedding", "col_embedding", "mixture_embedding")
@@ -29,25 +31,30 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         model: its parameters that require gradients are optimized.
 
     Returns:
-        torch.optim.Optimizer: SGD as detectron2 builds it, or AdamW without weight decay on
-        embeddings and with ``SOLVER.WEIGHT_DECAY_NORM`` on norms.
+        torch.optim.Optimizer: SGD or AdamW, with detectron2's settings for norms and biases and
+        without weight decay on learned embeddings.
 
     Raises:
         ValueError: if the name is neither SGD nor AdamW.
     """
-    if cfg.SOLVER.OPTIMIZER == "SGD":
-        return build_sgd(cfg, model)
-    if cfg.SOLVER.OPTIMIZER == "AdamW":
-        params = get_default_optimizer_params(
-            model,
-            base_lr=cfg.SOLVER.BASE_LR,
-            weight_decay=cfg.SOLVER.WEIGHT_DECAY,
-            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
-            overrides={name: {"weight_decay": 0.0} for name in _EMBEDDINGS},
+    solver = cfg.SOLVER
+    params = get_default_optimizer_params(
+        model,
+        base_lr=solver.BASE_LR,
+        weight_decay=solver.WEIGHT_DECAY,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        overrides={name: {"weight_decay": 0.0} for name in _EMBEDDINGS},
+    )
+    if solver.OPTIMIZER == "SGD":
+        options = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
+        return maybe_add_gradient_clipping(cfg, torch.optim.SGD)(
+            params, lr=solver.BASE_LR, **options
         )
-        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-        return optimizer(params, lr=cfg.SOLVER.BASE_LR)
-    raise ValueError(f"SOLVER.OPTIMIZER must be 'SGD' or 'AdamW', got {cfg.SOLVER.OPTIMIZER!r}.")
+    if solver.OPTIMIZER == "AdamW":
+        return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(params, lr=solver.BASE_LR)
+    raise ValueError(f"SOLVER.OPTIMIZER must be 'SGD' or 'AdamW', got {solver.OPTIMIZER!r}.")
 
 
 def _has_compiled_evaluation() -> bool:
@@ -75,12 +82,6 @@ class Trainer(DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> COCOEvaluator:
-        kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-        if kind != "coco":
-            raise ValueError(
-                f"DATASETS.TEST {dataset_name} must be a data set of evaluator_type 'coco', "
-                f"got {kind!r}."
-            )
         if output_folder is None:
             # Data named on the command line is registered under its path.
             folder = re.sub(r"[^\w.-]+", "_", dataset_name.strip("/"))
@@ -98,6 +99,9 @@ class Trainer(DefaultTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if "_trainer" not in state_dict:
+            logger.warning("The checkpoint holds no optimizer state: the optimizer starts anew.")
+            state_dict = {**state_dict, "_trainer": self._trainer.state_dict()}
         super().load_state_dict(state_dict)
         if "load_state_dict" not in vars(DefaultTrainer):
             self._trainer.load_state_dict(state_dict["_trainer"])

@@ -142,12 +142,11 @@ class AttentionStem(nn.Module):
             x = F.pad(x, (before, after, before, after))
         return self.value(x)
 
-    def _embedding(self) -> Tensor:
+    def _embedding(self) -> Tensor | None:
         """Spread the embeddings over a block's pairs of pixels, (heads, b^2, b^2, width)."""
-        block, pixels = self.block_size, self.block_size**2
         if self.rel_rows is None:
-            head_width = self.out_channels // self.num_heads
-            return self.query.weight.new_zeros(self.num_heads, pixels, pixels, head_width)
+            return None
+        block = self.block_size
         place = torch.arange(block, device=self.rel_rows.device)
         offset = place[None, :] - place[:, None] + block - 1
         rows = self.rel_rows[:, :, offset][:, :, :, None, :, None]

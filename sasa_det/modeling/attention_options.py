@@ -3,8 +3,9 @@
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.layers import get_norm
 
-__all__ = ["attention_options", "check_choice"]
+__all__ = ["PRIMITIVES", "attention_options", "check_choice", "check_norm"]
 
 PRIMITIVES = ("attention", "convolution")
 
@@ -30,6 +31,16 @@ def attention_options(cfg: CfgNode) -> dict[str, Any]:
 
 
 def check_choice(name: str, value: Any, allowed) -> None:
-    """Raise ValueError unless ``value`` is one of ``allowed``."""
+    """Raise ValueError, with ``name`` in it, unless ``value`` is one of ``allowed``."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
+
+
+def check_norm(name: str, value: Any) -> None:
+    """Raise ValueError, with ``name`` in it, unless detectron2 knows the norm ``value``."""
+    try:
+        get_norm(value, 32)
+    except KeyError:
+        raise ValueError(
+            f"{name} must be a norm of detectron2 (BN, SyncBN, FrozenBN, GN, ...), got {value!r}."
+        ) from None

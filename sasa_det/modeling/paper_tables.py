@@ -64,6 +64,7 @@ def _retinanet(num_anchors: int = 6, num_classes: int = 90, **sasa: Any) -> Part
     add_sasa_config(cfg)
     cfg.MODEL.META_ARCHITECTURE = "AttentionRetinaNet"
     cfg.MODEL.BACKBONE.NAME = "build_retinanet_sasa_resnet_fpn_backbone"
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
     cfg.MODEL.RESNETS.NORM = "BN"
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res3", "res4", "res5"]
     cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]

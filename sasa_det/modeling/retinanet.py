@@ -11,7 +11,7 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 
 from ..layers import LocalSelfAttention2d
-from .attention_options import PRIMITIVES, attention_options, check_choice
+from .attention_options import PRIMITIVES, attention_options, check_choice, check_norm
 
 __all__ = ["AttentionRetinaNet", "AttentionRetinaNetHead"]
 
@@ -143,6 +143,10 @@ class AttentionRetinaNet(RetinaNet):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         check_choice("MODEL.SASA.HEAD", cfg.MODEL.SASA.HEAD, PRIMITIVES)
+        check_norm("MODEL.RETINANET.NORM", cfg.MODEL.RETINANET.NORM)
+        for name in cfg.MODEL.RETINANET.IN_FEATURES:
+            levels = [f"p{level}" for level in range(2, 8)]
+            check_choice("a feature of MODEL.RETINANET.IN_FEATURES", name, levels)
         # RetinaNet's own from_config has RetinaNetHead built in: give it the least of one.
         bare = cfg.clone()
         bare.defrost()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import accumulation_dtype
+from .precision import accumulation_dtype, without_autocast
 
 __all__ = ["block_attention", "mixed_values"]
 
@@ -18,7 +18,13 @@ _SPAN = 512
 
 
 def block_attention(
-    query: Tensor, key: Tensor, value: Tensor, embedding: Tensor, *, block_size: int, num_heads: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embedding: Tensor | None,
+    *,
+    block_size: int,
+    num_heads: int,
 ) -> Tensor:
     """Let every pixel attend to the pixels of its own block (Section 3.2 and equation 7).
 
@@ -27,7 +33,7 @@ def block_attention(
     Args:
         query, key, value: (N, C, H, W), floating point, any H, W >= 1.
         embedding: (num_heads, B, B, C // num_heads) with B = block_size^2; its entry [h, p, q] is
-            the embedding by which pixel p of a block sees pixel q. Zeros for none.
+            the embedding by which pixel p of a block sees pixel q. None for no term q.r.
         block_size: side of a block in pixels.
         num_heads: number of heads; it divides C.
 
@@ -97,7 +103,8 @@ def _outside(shape: tuple[int, ...], block_size: int, device: torch.device) -> T
 def _weights(query, key, embedding, outside, span) -> Tensor:
     """Softmax weights (num_heads, span, B, B) from the queries and keys of a span of blocks."""
     logits = query @ key.transpose(-1, -2)
-    logits += torch.einsum("hnpd,hpqd->hnpq", query, embedding)
+    if embedding is not None:
+        logits += torch.einsum("hnpd,hpqd->hnpq", query, embedding)
     if outside is not None:
         logits.masked_fill_(outside[span][None, :, None], float("-inf"))
     return logits.softmax(-1)
@@ -110,12 +117,18 @@ def _spans(num_blocks: int) -> Iterator[slice]:
 
 
 @torch.library.custom_op("sasa_det::block_attention", mutates_args=())
+@without_autocast
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, embedding: Tensor, block_size: int, num_heads: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embedding: Tensor | None,
+    block_size: int,
+    num_heads: int,
 ) -> Tensor:
     dtype = accumulation_dtype(query.dtype)
     q, k, v = (_heads_first(x, block_size, num_heads, dtype) for x in (query, key, value))
-    r = embedding.to(dtype)
+    r = None if embedding is None else embedding.to(dtype)
     outside = _outside(query.shape, block_size, query.device)
     output = torch.empty_like(v)
     for span in _spans(q.shape[1]):
@@ -130,21 +143,22 @@ def _(query, key, value, embedding, block_size, num_heads):
 
 
 @torch.library.custom_op("sasa_det::block_attention_backward", mutates_args=())
+@without_autocast
 def _attend_backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    embedding: Tensor,
+    embedding: Tensor | None,
     block_size: int,
     num_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(query.dtype)
     q, k, v, g = (_heads_first(x, block_size, num_heads, dtype) for x in (query, key, value, grad))
-    r = embedding.to(dtype)
+    r = None if embedding is None else embedding.to(dtype)
     outside = _outside(query.shape, block_size, query.device)
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    grad_r = torch.zeros_like(r)
+    grad_r = query.new_empty(0) if r is None else torch.zeros_like(r)
     for span in _spans(q.shape[1]):
         q_span, g_span = q[:, span], g[:, span]
         weights = _weights(q_span, k[:, span], r, outside, span)
@@ -153,16 +167,23 @@ def _attend_backward(
         grad_logits -= (grad_logits * weights).sum(-1, keepdim=True)
         grad_logits *= weights
         grad_q[:, span] = grad_logits @ k[:, span]
-        grad_q[:, span] += torch.einsum("hnpq,hpqd->hnpd", grad_logits, r)
         grad_k[:, span] = grad_logits.transpose(-1, -2) @ q_span
-        grad_r += torch.einsum("hnpq,hnpd->hpqd", grad_logits, q_span)
-    grads = (_heads_last(x, query.shape, block_size) for x in (grad_q, grad_k, grad_v))
-    return (*(x.to(query.dtype) for x in grads), grad_r.to(embedding.dtype))
+        if r is not None:
+            grad_q[:, span] += torch.einsum("hnpq,hpqd->hnpd", grad_logits, r)
+            grad_r += torch.einsum("hnpq,hnpd->hpqd", grad_logits, q_span)
+    grads = (
+        _heads_last(x, query.shape, block_size).to(of.dtype)
+        for x, of in ((grad_q, query), (grad_k, key), (grad_v, value))
+    )
+    return (*grads, grad_r if embedding is None else grad_r.to(embedding.dtype))
 
 
 @_attend_backward.register_fake
 def _(grad, query, key, value, embedding, block_size, num_heads):
-    return tuple(x.new_empty(x.shape) for x in (query, key, value, embedding))
+    return tuple(
+        query.new_empty(0) if x is None else x.new_empty(x.shape)
+        for x in (query, key, value, embedding)
+    )
 
 
 def _attend_context(ctx, inputs, output):
@@ -171,11 +192,10 @@ def _attend_context(ctx, inputs, output):
 
 
 def _attend_autograd(ctx, grad):
-    return (
-        *_attend_backward(grad, *ctx.saved_tensors, ctx.block_size, ctx.num_heads),
-        None,
-        None,
-    )
+    tensors = ctx.saved_tensors
+    grads = _attend_backward(grad, *tensors, ctx.block_size, ctx.num_heads)
+    present = [None if x is None else g for g, x in zip(grads, tensors, strict=True)]
+    return (*present, None, None)
 
 
 _attend.register_autograd(_attend_autograd, setup_context=_attend_context)
@@ -187,6 +207,7 @@ def _place_matrices(weight: Tensor, mixing: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("sasa_det::mixed_values", mutates_args=())
+@without_autocast
 def _mix(x: Tensor, weight: Tensor, mixing: Tensor) -> Tensor:
     dtype = accumulation_dtype(x.dtype)
     block_size = mixing.shape[-1]
@@ -202,6 +223,7 @@ def _(x, weight, mixing):
 
 
 @torch.library.custom_op("sasa_det::mixed_values_backward", mutates_args=())
+@without_autocast
 def _mix_backward(
     grad: Tensor, x: Tensor, weight: Tensor, mixing: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

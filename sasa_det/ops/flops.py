@@ -27,9 +27,9 @@ def _local_attention_macs(
 
 
 def _block_attention_macs(
-    query: Shape, key: Shape, value: Shape, embedding: Shape, block_size: int
+    query: Shape, key: Shape, value: Shape, embedding: Shape | None, block_size: int
 ) -> int:
-    return 3 * block_size**2 * prod(query)
+    return (2 + (embedding is not None)) * block_size**2 * prod(query)
 
 
 def _mixed_values_macs(x: Shape, weight: Shape, mixing: Shape) -> int:

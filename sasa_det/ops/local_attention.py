@@ -3,6 +3,7 @@
 import logging
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from . import loop, reference
@@ -123,11 +124,16 @@ def local_attention(
     )
 
 
-@lru_cache(None)
 def _default_backend() -> str:
     name = next(iter(_BACKENDS))
-    logger.info("local_attention runs on the %s backend (%s).", name, _summary(_BACKENDS[name]))
+    if not torch.compiler.is_compiling():
+        _say_once(name)
     return name
+
+
+@lru_cache(None)
+def _say_once(name: str) -> None:
+    logger.info("local_attention runs on the %s backend (%s).", name, _summary(_BACKENDS[name]))
 
 
 def _check(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, border, content):

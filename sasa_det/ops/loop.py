@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .reference import accumulation_dtype
+from .precision import accumulation_dtype, without_autocast
 
 __all__ = ["local_attention"]
 
@@ -97,6 +97,7 @@ def _logits(
 
 
 @torch.library.custom_op("sasa_det::local_attention", mutates_args=())
+@without_autocast
 def _forward(
     query: Tensor,
     key: Tensor | None,
@@ -133,6 +134,7 @@ def _(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask):
 
 
 @torch.library.custom_op("sasa_det::local_attention_backward", mutates_args=())
+@without_autocast
 def _backward(
     grad: Tensor,
     query: Tensor,

@@ -4,14 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["accumulation_dtype", "local_attention"]
+from .precision import accumulation_dtype, without_autocast
+
+__all__ = ["local_attention"]
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the type of logits and sums: float32, or float64 for float64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
+@without_autocast
 def local_attention(
     query: Tensor,
     key: Tensor | None,

@@ -101,6 +101,7 @@ MISTAKES = {
     "backbone": (["MODEL.BACKBONE.NAME", "build_sasa_backbone"], "build_sasa_backbone"),
     "optimizer": (["SOLVER.OPTIMIZER", "Adam"], "SOLVER.OPTIMIZER must be 'SGD' or 'AdamW'"),
     "jitter": (["INPUT.JITTER.MIN_SCALE", "2.0"], "INPUT.JITTER.MIN_SCALE"),
+    "weights": (["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS nowhere.pth does not exist"),
     "backend": (["MODEL.SASA.BACKEND", "cuda"], "backend"),
 }  # fmt: skip
 

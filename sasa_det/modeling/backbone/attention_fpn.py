@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...layers import LocalSelfAttention2d
 from ...layers.local_attention import RECTIFIED_MEAN
-from ..attention_options import PRIMITIVES, attention_options, check_choice
+from ..attention_options import PRIMITIVES, attention_options, check_choice, check_norm
 from .sasa_resnet import build_sasa_resnet_backbone
 
 __all__ = [
@@ -121,6 +121,9 @@ def build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:
         "fuse_type": cfg.MODEL.FPN.FUSE_TYPE,
     }
     check_choice("MODEL.SASA.FPN", cfg.MODEL.SASA.FPN, PRIMITIVES)
+    check_norm("MODEL.FPN.NORM", cfg.MODEL.FPN.NORM)
+    for name in cfg.MODEL.FPN.IN_FEATURES:
+        check_choice("a feature of MODEL.FPN.IN_FEATURES", name, bottom_up.output_shape())
     if cfg.MODEL.SASA.FPN == "attention":
         return AttentionFPN(**options, attention=attention_options(cfg))
     return FPN(**options)

@@ -12,7 +12,7 @@ from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock, ResN
 from torch import Tensor, nn
 
 from ...layers import AttentionStem, LocalSelfAttention2d
-from ..attention_options import PRIMITIVES, attention_options, check_choice
+from ..attention_options import PRIMITIVES, attention_options, check_choice, check_norm
 
 __all__ = ["AttentionBottleneckBlock", "SASAResNet", "build_sasa_resnet_backbone"]
 
@@ -153,6 +153,7 @@ class SASAResNet(ResNet):
         """
         check_choice("depth (MODEL.RESNETS.DEPTH)", depth, NUM_BLOCKS)
         check_choice("stem (MODEL.SASA.STEM)", stem, PRIMITIVES)
+        check_norm("norm (MODEL.RESNETS.NORM)", norm)
         for name in attention_stages:
             check_choice("a stage of attention_stages (MODEL.SASA.ATTENTION_STAGES)", name, STAGES)
         features = ("stem", *STAGES) + (() if num_classes is None else ("linear",))
@@ -191,6 +192,14 @@ class SASAResNet(ResNet):
                 )
             )
             in_channels, out_channels, width = out_channels, 2 * out_channels, 2 * width
+        if out_features is not None and "linear" in out_features and "res5" not in out_features:
+            # detectron2 builds the stages that are asked for and no more.
+            if len(out_features) > 1:
+                raise ValueError(
+                    "out_features (MODEL.RESNETS.OUT_FEATURES) must hold res5 if it holds linear "
+                    f"and others, got {out_features}."
+                )
+            out_features = None
         super().__init__(
             stem_module,
             stages,

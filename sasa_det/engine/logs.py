@@ -1,0 +1,31 @@
+"""Where the log goes."""
+
+import logging
+from collections.abc import Callable
+
+from detectron2.utils.logger import setup_logger
+
+__all__ = ["log_to"]
+
+_LOGGERS = ("detectron2", "fvcore", "sasa_det")
+
+
+def log_to(
+    folder: str | None, rank: int = 0, shown: Callable[[logging.LogRecord], bool] | None = None
+) -> None:
+    """Send the log to the terminal and to a folder's log.txt, in place of where it went before.
+
+    Args:
+        folder: folder of log.txt; None for the terminal alone.
+        rank: rank of the process; the terminal shows rank 0.
+        shown: tells which records the terminal shows; all if None.
+    """
+    setup_logger.cache_clear()
+    for name in _LOGGERS:
+        logger = logging.getLogger(name)
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+            handler.close()
+        for handler in setup_logger(folder, distributed_rank=rank, name=name).handlers:
+            if shown is not None and not isinstance(handler, logging.FileHandler):
+                handler.addFilter(shown)
