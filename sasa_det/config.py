@@ -54,16 +54,20 @@ def add_sasa_config(cfg: CfgNode) -> None:
     jitter = cfg.INPUT.JITTER = CfgNode()
     # Whether to train on jittered crops; evaluation resizes as usual.
     jitter.ENABLED = False
-    # Range of the scale, as a factor on the largest size that fits into the crop.
+    # Smallest scale, as a factor on the largest size that fits into the crop.
     jitter.MIN_SCALE = 0.8
+    # Largest scale.
     jitter.MAX_SCALE = 1.2
     # Side of the square crop in pixels.
     jitter.CROP_SIZE = 640
 
-    # COCO-format files to train and to test on, in place of DATASETS.TRAIN and DATASETS.TEST.
+    # COCO-format json to train on, in place of DATASETS.TRAIN.
     cfg.DATASETS.TRAIN_JSON = ""
+    # The folder of its images.
     cfg.DATASETS.TRAIN_IMAGES = ""
+    # COCO-format json to test on, in place of DATASETS.TEST.
     cfg.DATASETS.TEST_JSON = ""
+    # The folder of its images.
     cfg.DATASETS.TEST_IMAGES = ""
 
     # "SGD" with SOLVER.MOMENTUM, or "AdamW".

@@ -10,6 +10,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
+from .errors import DatasetError
+
 __all__ = [
     "CocoSummary",
     "DatasetError",
@@ -18,10 +20,6 @@ __all__ = [
     "num_classes_of",
     "register_coco",
 ]
-
-
-class DatasetError(ValueError):
-    """A data set that cannot be used as it is."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ import numpy as np
 from iopath.common.file_io import PathHandler
 from PIL import Image
 
+from .errors import DatasetError
+
 __all__ = ["DIGIT_NAMES", "register_digits", "split_digits", "write_digits"]
 
 logger = logging.getLogger(__name__)
@@ -139,7 +141,7 @@ def register_digits(root=None, *, name="digits", **parameters):
             continue
         known = MetadataCatalog.get(dataset)
         if known.get("json_file") != json_file or known.get("digits_parameters") != parameters:
-            raise ValueError(
+            raise DatasetError(
                 f"dataset {dataset!r} is already registered with json_file "
                 f"{known.get('json_file')!r} and parameters {known.get('digits_parameters')}: "
                 "give other data another name"
@@ -337,12 +339,12 @@ def _check_parameters(root, parameters):
     try:
         found = json.loads((root / "val.json").read_text())["info"]["parameters"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise DatasetError(
             f"{root} is not a digits detection set ({error.__class__.__name__} reading val.json): "
             "name a folder that does not exist"
         ) from error
     if found != parameters:
-        raise ValueError(
+        raise DatasetError(
             f"{root} was written with {found}, not with the requested {parameters}: "
             "name another folder or remove this one"
         )

@@ -1,6 +1,7 @@
 """Where the log goes."""
 
 import logging
+import sys
 from collections.abc import Callable
 
 from detectron2.utils.logger import setup_logger
@@ -26,6 +27,8 @@ def log_to(
         for handler in list(logger.handlers):
             logger.removeHandler(handler)
             handler.close()
-        for handler in setup_logger(folder, distributed_rank=rank, name=name).handlers:
-            if shown is not None and not isinstance(handler, logging.FileHandler):
+        # As default_setup calls it, so that its own call adds nothing.
+        named = {} if name == "detectron2" else {"name": name}
+        for handler in setup_logger(folder, distributed_rank=rank, **named).handlers:
+            if shown is not None and getattr(handler, "stream", None) is sys.stdout:
                 handler.addFilter(shown)

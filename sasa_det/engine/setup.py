@@ -95,6 +95,10 @@ def load_config(
     opts = [opt for opt in opts if opt != "--"]
     if len(opts) % 2:
         raise UsageError(f"config overrides must be KEY VALUE pairs, got {' '.join(opts)!r}.")
+    known = _keys(cfg)
+    for key in opts[::2]:
+        if key not in known:
+            raise UsageError(_unknown_key(key, known))
     try:
         cfg.merge_from_list(opts)
     except _CONFIG_ERRORS as error:
@@ -266,11 +270,14 @@ def _explain(error: Exception, cfg: CfgNode) -> str:
     message = str(error.args[0] if error.args else error).strip()
     prefix = "Non-existent config key: "
     if message.startswith(prefix) or message.startswith("Non-existent key: "):
-        key = message.split(": ", 1)[1]
-        nearest = difflib.get_close_matches(key, _keys(cfg), n=1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else "."
-        return f"config key {key} does not exist{hint}"
+        return _unknown_key(message.split(": ", 1)[1], _keys(cfg))
     return message.splitlines()[0] if message else repr(error)
+
+
+def _unknown_key(key: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(key, known, n=1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else "."
+    return f"config key {key} does not exist{hint}"
 
 
 def _keys(cfg: CfgNode, prefix: str = "") -> list[str]:

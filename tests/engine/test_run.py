@@ -50,22 +50,36 @@ def test_trains_evaluates_and_resumes(command, tmp_path, capsys):
     # The same command again would write over the run.
     assert command() == 2
     assert "OUTPUT_DIR" in capsys.readouterr().err
-    before = torch.load(folder / "model_final.pth", weights_only=False)
-    assert before["iteration"] == 3
-    assert before["trainer"]["_trainer"]["optimizer"]["state"]
 
-    # Two more iterations from the checkpoint.
+    # Two more iterations: weights, optimizer and schedule go on where they were.
     assert command("--resume", "SOLVER.MAX_ITER", "6") == 0
     after = torch.load(folder / "model_final.pth", weights_only=False)
     assert after["iteration"] == 5
+    states = after["trainer"]["_trainer"]["optimizer"]["state"].values()
+    assert {int(state["step"]) for state in states} == {6}
 
-    # Evaluation of the result elsewhere gives what training printed.
-    assert command(
-        "--eval-only", "MODEL.WEIGHTS", folder / "model_final.pth", "OUTPUT_DIR", tmp_path / "eval"
-    ) == 0  # fmt: skip
-    assert (tmp_path / "eval" / "inference").is_dir()
+    # Evaluation elsewhere finds what training found.
+    words = ["--eval-only", "MODEL.WEIGHTS", folder / "model_final.pth"]
+    assert command(*words, "OUTPUT_DIR", tmp_path / "eval") == 0
+    found = [
+        json.loads(path.read_text())
+        for base in (folder, tmp_path / "eval")
+        for path in (base / "inference").rglob("coco_instances_results.json")
+    ]
+    assert len(found) == 2 and found[0] == found[1]
+
+    # --overwrite never removes what it is asked to evaluate or start from.
+    assert command("--overwrite", *words) == 0
+    assert (folder / "model_final.pth").is_file()
+    assert command("--overwrite", *words[1:]) == 2
+    assert "would be removed by --overwrite" in capsys.readouterr().err
     assert command("--overwrite") == 0
     assert torch.load(folder / "model_final.pth", weights_only=False)["iteration"] == 3
+
+
+def test_evaluation_without_weights_is_refused(command, capsys):
+    assert command("--eval-only") == 2
+    assert "--eval-only needs weights" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -90,20 +104,33 @@ def test_learns_to_detect(digits, tmp_path):
 
 
 MISTAKES = {
-    "unknown key": (["MODEL.SASA.KERNEL_SISE", "7"], "KERNEL_SISE does not exist; did you mean "
-                    "MODEL.SASA.KERNEL_SIZE"),
+    "unknown key": (
+        ["MODEL.SASA.KERNEL_SISE", "7"],
+        "config key MODEL.SASA.KERNEL_SISE does not exist; did you mean MODEL.SASA.KERNEL_SIZE?",
+    ),
+    "key of a key": (["SEED.X", "3"], "config key SEED.X does not exist"),
+    "wrong type": (["MODEL.SASA.KERNEL_SIZE", "seven"], "config key: MODEL.SASA.KERNEL_SIZE"),
+    "not a pair": (["MODEL.SASA.KERNEL_SIZE"], "KEY VALUE pairs"),
     "even k": (["MODEL.SASA.KERNEL_SIZE", "4"], "kernel_size must be odd and at least 1, got 4"),
     "heads": (["MODEL.SASA.NUM_HEADS", "5"], "must be a multiple of num_heads 5"),
-    "stage": (["MODEL.SASA.ATTENTION_STAGES", "['res7']"], "ATTENTION_STAGES"),
-    "wrong type": (["MODEL.SASA.KERNEL_SIZE", "seven"], "KERNEL_SIZE"),
-    "not a pair": (["MODEL.SASA.KERNEL_SIZE"], "KEY VALUE pairs"),
+    "stage": (["MODEL.SASA.ATTENTION_STAGES", "['res7']"], "got 'res7'"),
+    "feature": (
+        ["MODEL.FPN.IN_FEATURES", "['res9']"],
+        "a feature of MODEL.FPN.IN_FEATURES must be one of ['res3', 'res4', 'res5'], got 'res9'",
+    ),
+    "norm": (["MODEL.RESNETS.NORM", "BNN"], "MODEL.RESNETS.NORM"),
+    "anchors": (["MODEL.ANCHOR_GENERATOR.SIZES", "[[8], [16]]"], "in anchor generator"),
     "classes": (["MODEL.RETINANET.NUM_CLASSES", "3"], "MODEL.RETINANET.NUM_CLASSES is 3"),
-    "backbone": (["MODEL.BACKBONE.NAME", "build_sasa_backbone"], "build_sasa_backbone"),
+    "backbone": (
+        ["MODEL.BACKBONE.NAME", "build_sasa_resnet"],
+        "MODEL.BACKBONE.NAME build_sasa_resnet is not registered; did you mean "
+        "build_sasa_resnet_backbone?",
+    ),
     "optimizer": (["SOLVER.OPTIMIZER", "Adam"], "SOLVER.OPTIMIZER must be 'SGD' or 'AdamW'"),
     "jitter": (["INPUT.JITTER.MIN_SCALE", "2.0"], "INPUT.JITTER.MIN_SCALE"),
     "weights": (["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS nowhere.pth does not exist"),
-    "backend": (["MODEL.SASA.BACKEND", "cuda"], "backend"),
-}  # fmt: skip
+    "backend": (["MODEL.SASA.BACKEND", "cuda"], "backend must be None or one of"),
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -63,20 +63,25 @@ def test_sinusoidal_encoding_has_its_closed_form():
             )
 
 
-def test_only_positions_tell_a_constant_image_apart():
-    x = torch.ones(1, 8, 6, 6)
+def test_absolute_positions_enter_queries_and_keys():
     torch.manual_seed(0)
-    interior = (0, slice(None), slice(2, 4), slice(2, 4))
-    for position in ("none", "relative"):
-        y = LocalSelfAttention2d(8, 8, 3, 2, position=position)(x)[interior]
-        torch.testing.assert_close(y, y[:, :1, :1].expand_as(y))
-    # Absolute positions choose the weights, and equal values average to themselves.
     layer = LocalSelfAttention2d(8, 8, 3, 2, position="absolute")
-    torch.testing.assert_close(layer(x)[interior], layer.value(x)[interior])
-    ramp = torch.arange(6.0).expand(1, 8, 6, 6)
-    moved = torch.arange(1.0, 7.0).expand(1, 8, 6, 6)
-    shift = layer.value(moved - ramp)[interior]
-    assert not torch.allclose(layer(moved)[interior] - layer(ramp)[interior], shift, atol=1e-3)
+    x = torch.randn(1, 8, 5, 6)
+    placed = x + sinusoidal_encoding(8, 5, 6, dtype=x.dtype, device=x.device)
+    expected = local_attention(
+        layer.query(placed), layer.key(placed), layer.value(x), None, None,
+        kernel_size=3, num_heads=2,
+    )  # fmt: skip
+    torch.testing.assert_close(layer(x), expected)
+    layer.position = "none"
+    assert not torch.allclose(layer(x), expected, atol=1e-3)
+
+
+def test_compiles_without_a_graph_break():
+    layer = LocalSelfAttention2d(8, 8, 3, 2)
+    x = torch.randn(1, 8, 5, 6)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
 
 
 def test_heads_start_by_looking_at_their_own_neighbour():

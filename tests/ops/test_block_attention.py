@@ -82,3 +82,34 @@ def test_operators_pass_opcheck():
     inputs = [randn(1, 2, 5, 6), randn(3, 4, 2), randn(3, 2, 2)]
     inputs = [x.float().requires_grad_() for x in inputs]
     torch.library.opcheck(torch.ops.sasa_det.mixed_values.default, inputs)
+
+
+def test_autocast_does_not_reach_inside():
+    inputs = [randn(1, 8, 5, 6, seed=s).float().requires_grad_() for s in range(3)]
+    inputs.append(randn(2, 4, 4, 4).float().requires_grad_())
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            output = block_attention(*inputs, block_size=2, num_heads=2)
+        results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_have_the_type_of_their_tensor():
+    query, key, value = (randn(1, 4, 4, 4, seed=s) for s in range(3))
+    inputs = [query.bfloat16(), key.bfloat16(), value.float(), randn(1, 4, 4, 4).float()]
+    inputs = [x.requires_grad_() for x in inputs]
+    output = block_attention(*inputs, block_size=2, num_heads=1)
+    grads = torch.autograd.grad(output.sum(), inputs)
+    assert [x.dtype for x in grads] == [x.dtype for x in inputs]
+
+
+def test_without_embedding():
+    query, key, value = (randn(1, 4, 5, 4, seed=s).requires_grad_() for s in range(3))
+    options = {"block_size": 2, "num_heads": 2}
+    zero = torch.zeros(2, 4, 4, 2, dtype=torch.float64)
+    expected = block_attention(query, key, value, zero, **options)
+    actual = block_attention(query, key, value, None, **options)
+    torch.testing.assert_close(actual, expected)
+    inputs = (query, key, value)
+    assert torch.autograd.gradcheck(lambda *x: block_attention(*x, None, **options), inputs)

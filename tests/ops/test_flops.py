@@ -60,3 +60,9 @@ def test_fvcore_counts_the_same(module, size):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert 2 * analysis.total() == count(module, torch.randn(size))
+
+
+def test_a_stem_without_embeddings_counts_two_terms():
+    stem = AttentionStem(values="pointwise", relative=False).to("meta")
+    expected = 16 * 16 * 2 * (3 * 192 + 2 * 16 * 64)
+    assert count(stem, torch.empty(1, 3, 16, 16, device="meta")) == expected

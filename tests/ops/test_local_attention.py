@@ -225,6 +225,19 @@ def test_half_precision_accumulates_in_float32(dtype, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_does_not_reach_inside(backend):
+    inputs = make_inputs(1, 16, 6, 7, 5, 2, torch.float32)
+    options = {"kernel_size": 5, "num_heads": 2, "backend": backend}
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            output = local_attention(*inputs, **options)
+        grads = torch.autograd.grad(output.square().sum(), inputs)
+        results.append([output, *grads])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_large_logits_do_not_overflow(backend):
     inputs = [(1e4 * x).detach().requires_grad_() for x in make_inputs(1, 8, 5, 6, 3, 2)]
     inputs = [x.float().detach().requires_grad_() for x in inputs]
