@@ -91,7 +91,7 @@ def _train(label: str, cfg: CfgNode) -> dict[str, Any]:
         "parameters": parts.parameters,
         "flops": parts.flops,
         "seconds": seconds,
-        "seconds_per_iteration": trainer.storage.history("time").median(10**9),
+        "seconds_per_iteration": float(trainer.storage.history("time").median(10**9)),
     }
 
 

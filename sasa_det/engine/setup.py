@@ -139,7 +139,9 @@ def register_datasets(cfg: CfgNode) -> None:
                 cfg.DATASETS[split] = (json_file,)
 
 
-def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool, overwrite: bool) -> None:
+def check_run(
+    cfg: CfgNode, *, eval_only: bool, resume: bool, overwrite: bool, machine_rank: int = 0
+) -> None:
     """Check data, classes, device, model and output folder of a run before it starts.
 
     Args:
@@ -147,6 +149,7 @@ def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool, overwrite: bool) -
         eval_only: whether the run evaluates without training.
         resume: whether it continues in its output folder.
         overwrite: whether files of an earlier run may be removed.
+        machine_rank: machines but the first leave the output folder, which they may share, alone.
 
     Raises:
         UsageError: in one sentence that names the key, the file or the folder.
@@ -181,7 +184,7 @@ def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool, overwrite: bool) -
         raise UsageError("--resume and --overwrite exclude each other.")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"OUTPUT_DIR {folder} is a file; it must be a folder.")
-    if not resume:
+    if not resume and machine_rank == 0:
         _clear_output(folder, weights, eval_only, overwrite)
 
 

@@ -65,7 +65,13 @@ def run(args: argparse.Namespace) -> int:
     log_to(None)
     try:
         cfg = load_config(args.config_file, args.opts, args.train, args.test)
-        check_run(cfg, eval_only=args.eval_only, resume=args.resume, overwrite=args.overwrite)
+        check_run(
+            cfg,
+            eval_only=args.eval_only,
+            resume=args.resume,
+            overwrite=args.overwrite,
+            machine_rank=args.machine_rank,
+        )
     except (UsageError, DatasetError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
