@@ -125,7 +125,9 @@ class LocalSelfAttention2d(nn.Module):
             direction = F.normalize(torch.randn(self.num_heads, head_width // 2), dim=1)
             distance = offset - center[: self.num_heads, None]
             nn.init.normal_(embedding, std=0.3)
-            embedding -= _FOCUS * direction[:, :, None] * distance[:, None] ** 2
+            # Capped, so that pixels further away keep a weight to learn from.
+            fall = _FOCUS * distance.square().clamp(max=4)
+            embedding -= direction[:, :, None] * fall[:, None]
             directions.append(direction)
         constant = torch.cat(directions, 1).reshape(-1, 1, 1, 1)
         self.query.weight += constant / (self.in_channels * RECTIFIED_MEAN)
