@@ -17,6 +17,7 @@ from tabulate import tabulate
 
 from ..evaluation.drawing import draw_curves, draw_detections
 from ..modeling.complexity import count_config, total
+from .denormals import flush_denormals
 from .logs import log_to
 from .setup import UsageError, check_run, load_config
 from .trainer import Trainer
@@ -48,6 +49,7 @@ def run_demo(configs: Path, output: Path, opts: Sequence[str] = ()) -> list[dict
         raise UsageError(
             f"output {output} exists already; name another one, as in make demo OUTPUT=folder."
         )
+    flush_denormals()
     log_to(None)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     runs = {}

@@ -11,6 +11,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from ..data.coco import DatasetError
+from .denormals import flush_denormals
 from .logs import log_to
 from .setup import UsageError, check_run, load_config, register_datasets
 from .trainer import Trainer
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         int: exit status, 0 or, after a mistake told in one sentence, 2.
     """
+    flush_denormals()
     log_to(None)
     try:
         cfg = load_config(args.config_file, args.opts, args.train, args.test)
