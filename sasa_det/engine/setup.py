@@ -243,9 +243,8 @@ def _check_registered(cfg: CfgNode) -> None:
     ):
         name = _get(cfg, key)
         if name not in registry:
-            nearest = difflib.get_close_matches(name, [known for known, _ in registry], n=1)
-            hint = f"; did you mean {nearest[0]}?" if nearest else "."
-            raise ValueError(f"{key} {name} is not registered{hint}")
+            known = [known for known, _ in registry]
+            raise ValueError(f"{key} {name} is not registered{_nearest(name, known)}")
 
 
 def _clear_output(folder: Path, weights: str, eval_only: bool, overwrite: bool) -> None:
@@ -271,16 +270,19 @@ def _clear_output(folder: Path, weights: str, eval_only: bool, overwrite: bool) 
 def _explain(error: Exception, cfg: CfgNode) -> str:
     """Turn an error of yacs or of a registry into one sentence with the nearest name."""
     message = str(error.args[0] if error.args else error).strip()
-    prefix = "Non-existent config key: "
-    if message.startswith(prefix) or message.startswith("Non-existent key: "):
+    if message.startswith(("Non-existent config key: ", "Non-existent key: ")):
         return _unknown_key(message.split(": ", 1)[1], _keys(cfg))
     return message.splitlines()[0] if message else repr(error)
 
 
 def _unknown_key(key: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(key, known, n=1)
-    hint = f"; did you mean {nearest[0]}?" if nearest else "."
-    return f"config key {key} does not exist{hint}"
+    return f"config key {key} does not exist{_nearest(key, known)}"
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    """End a sentence about an unknown name with the nearest known one, if there is any."""
+    matches = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {matches[0]}?" if matches else "."
 
 
 def _keys(cfg: CfgNode, prefix: str = "") -> list[str]:
