@@ -36,7 +36,7 @@ lint: install
 install: $(INSTALLED)
 	@$(VENV_PYTHON) tools/install_detectron2.py
 
-$(INSTALLED): requirements.txt setup.py pyproject.toml
+$(INSTALLED): requirements.txt setup.py pyproject.toml $(wildcard sasa_det/csrc/*)
 	@rm -f $@
 	@if ! $(VENV_PYTHON) -m pip --version >/dev/null 2>&1; then \
 	    python="$(PYTHON)"; \
@@ -52,7 +52,7 @@ $(INSTALLED): requirements.txt setup.py pyproject.toml
 	done
 	@echo "Installing torch and the rest (about 5 GB where nothing is there, several minutes) ..."
 	@$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	@echo "Installing sasa_det from this folder ..."
+	@echo "Installing sasa_det from this folder, with its C++ kernels ..."
 	@$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check \
 	    --no-deps --no-build-isolation --editable .
 	@touch $@

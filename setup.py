@@ -3,6 +3,12 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+try:
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ImportError:
+    # An isolated build has no torch: what it installs runs on PyTorch alone, and says so.
+    BuildExtension = CppExtension = None
+
 ROOT = Path(__file__).parent
 
 
@@ -10,6 +16,26 @@ def version():
     # Read, not imported: importing sasa_det takes torch.
     text = (ROOT / "sasa_det" / "__init__.py").read_text(encoding="utf-8")
     return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE).group(1)
+
+
+def kernels():
+    if CppExtension is None:
+        return {}
+    sources = Path("sasa_det", "csrc")
+    extension = CppExtension(
+        "sasa_det._C",
+        sorted(str(path) for path in sources.glob("*.cpp")),
+        depends=sorted(str(path) for path in sources.glob("*.h")),
+        extra_compile_args=["-O3", "-g0", "-fopenmp", "-Wall", "-Wno-psabi"],
+        extra_link_args=["-fopenmp"],
+        # Without a compiler the installation goes on without the kernels.
+        optional=True,
+    )
+    # ninja's failures would not count as optional.
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=False)},
+    }
 
 
 setup(
@@ -34,5 +60,6 @@ setup(
         "torch>=2.10",  # older ones have holes in reading checkpoints
         "torchvision",
     ],
+    **kernels(),
     extras_require={"dev": ["hypothesis", "pytest", "ruff"]},
 )

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import block_attention, mixed_values
+from ..ops import block_attention, relative_embedding, stem_attention
 from ..ops.local_attention import check_heads
 
 __all__ = ["STEM_VALUES", "AttentionStem"]
@@ -122,35 +122,21 @@ class AttentionStem(nn.Module):
         Returns:
             (N, out_channels, ceil(H / block_size), ceil(W / block_size)).
         """
-        x = block_attention(
-            self.query(x),
-            self.key(x),
-            self._values(x),
-            self._embedding(),
-            block_size=self.block_size,
-            num_heads=self.num_heads,
-        )
+        x = self._attend(x)
         x = F.relu(self.norm(x))
         return F.max_pool2d(x, self.block_size, ceil_mode=True)
 
-    def _values(self, x: Tensor) -> Tensor:
-        if self.values == "mixture":
-            return mixed_values(x, self.value_weight, self.mixing())
+    def _attend(self, x: Tensor) -> Tensor:
+        options = {"block_size": self.block_size, "num_heads": self.num_heads}
         if self.values == "convolution":
             # As "same" padding, so that a block's pixels see their surroundings alike.
             before, after = (self.block_size - 1) // 2, self.block_size // 2
-            x = F.pad(x, (before, after, before, after))
-        return self.value(x)
-
-    def _embedding(self) -> Tensor | None:
-        """Spread the embeddings over a block's pairs of pixels, (heads, b^2, b^2, width)."""
-        if self.rel_rows is None:
-            return None
-        block = self.block_size
-        place = torch.arange(block, device=self.rel_rows.device)
-        offset = place[None, :] - place[:, None] + block - 1
-        rows = self.rel_rows[:, :, offset][:, :, :, None, :, None]
-        cols = self.rel_cols[:, :, offset][:, :, None, :, None, :]
-        shape = (*self.rel_rows.shape[:2], block, block, block, block)
-        embedding = torch.cat([rows.expand(shape), cols.expand(shape)], 1)
-        return embedding.flatten(4).flatten(2, 3).permute(0, 2, 3, 1)
+            value = self.value(F.pad(x, (before, after, before, after)))
+            embedding = relative_embedding(self.rel_rows, self.rel_cols, self.block_size)
+            return block_attention(self.query(x), self.key(x), value, embedding, **options)
+        if self.values == "mixture":
+            value, mixing = self.value_weight, self.mixing()
+        else:
+            value, mixing = self.value.weight[None, :, :, 0, 0], None
+        weights = (self.query.weight, self.key.weight, value, mixing)
+        return stem_attention(x, *weights, self.rel_rows, self.rel_cols, **options)

@@ -3,5 +3,14 @@
 from . import flops
 from .block_attention import block_attention, mixed_values
 from .local_attention import available_backends, local_attention
+from .stem_attention import relative_embedding, stem_attention
 
-__all__ = ["available_backends", "block_attention", "flops", "local_attention", "mixed_values"]
+__all__ = [
+    "available_backends",
+    "block_attention",
+    "flops",
+    "local_attention",
+    "mixed_values",
+    "relative_embedding",
+    "stem_attention",
+]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import block_attention, loop  # noqa: F401  (they define the operators)
+from . import block_attention, operator, stem_attention  # noqa: F401  (they define the operators)
 
 __all__ = ["fvcore_handles"]
 
@@ -35,6 +35,27 @@ def _block_attention_macs(
 def _mixed_values_macs(x: Shape, weight: Shape, mixing: Shape) -> int:
     mixtures, channels, in_channels = weight
     return prod(x) // in_channels * mixtures * channels * (in_channels + 1)
+
+
+def _stem_attention_macs(
+    x: Shape,
+    query: Shape,
+    key: Shape,
+    value: Shape,
+    mixing: Shape | None,
+    rel_rows: Shape | None,
+    rel_cols: Shape | None,
+) -> int:
+    n, in_channels, height, width = x
+    projected = (n, query[0], height, width)
+    projection = prod(x) * query[0]
+    if mixing is None:
+        values = projection
+    else:
+        values = _mixed_values_macs(x, value, mixing)
+    block_size = 4
+    attention = _block_attention_macs(projected, projected, projected, rel_rows, block_size)
+    return 2 * projection + values + attention
 
 
 _ops = torch.ops.sasa_det
@@ -84,6 +105,18 @@ def _(grad, x, weight, mixing, *args, out_shape=None, **kwargs) -> int:
     return 4 * _mixed_values_macs(x, weight, mixing)
 
 
+@register_flop_formula(_ops.stem_attention)
+def _(x, query, key, value, mixing, rel_rows, rel_cols, *args, out_shape=None, **kwargs) -> int:
+    return 2 * _stem_attention_macs(x, query, key, value, mixing, rel_rows, rel_cols)
+
+
+@register_flop_formula(_ops.stem_attention_backward)
+def _(
+    grad, x, query, key, value, mixing, rel_rows, rel_cols, *args, out_shape=None, **kwargs
+) -> int:
+    return 4 * _stem_attention_macs(x, query, key, value, mixing, rel_rows, rel_cols)
+
+
 def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
     """Return handles that let ``fvcore.nn.FlopCountAnalysis`` count the attention operators.
 
@@ -103,6 +136,7 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
         "sasa_det::local_attention": handle(_local_attention_macs, 6),
         "sasa_det::block_attention": handle(_block_attention_macs, 5),
         "sasa_det::mixed_values": handle(_mixed_values_macs, 3),
+        "sasa_det::stem_attention": handle(_stem_attention_macs, 7),
     }
 
 

@@ -6,7 +6,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import loop, reference
+from . import reference
+from .operator import BACKENDS, attend
 
 __all__ = [
     "BORDERS",
@@ -20,23 +21,17 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 BORDERS = ("mask", "zero")
-_BACKENDS = {"loop": loop.local_attention, "reference": reference.local_attention}
+_NAMES = (*BACKENDS, "reference")
 
 
 def available_backends() -> dict[str, str]:
-    """Name the backends of :func:`local_attention`, fastest first.
+    """Name the backends of :func:`local_attention` that this installation has, fastest first.
 
     Returns:
-        dict[str, str]: backend name to one sentence on what it is.
+        dict[str, str]: backend name to what it is.
     """
-    return {
-        name: function.__module__ + ": " + _summary(function)
-        for name, function in _BACKENDS.items()
-    }
-
-
-def _summary(function) -> str:
-    return (function.__doc__ or "").strip().splitlines()[0]
+    summaries = {name: backend.SUMMARY for name, backend in BACKENDS.items() if not backend.MISSING}
+    return {**summaries, "reference": reference.SUMMARY}
 
 
 def check_kernel_size(kernel_size: int) -> None:
@@ -49,8 +44,8 @@ def check_kernel_size(kernel_size: int) -> None:
 
 def check_backend(backend: str | None) -> None:
     """Raise ValueError unless ``backend`` is None or the name of a backend."""
-    if backend is not None and backend not in _BACKENDS:
-        raise ValueError(f"backend must be None or one of {list(_BACKENDS)}, got {backend!r}.")
+    if backend is not None and backend not in _NAMES:
+        raise ValueError(f"backend must be None or one of {list(_NAMES)}, got {backend!r}.")
 
 
 def check_heads(channels: int, num_heads: int, name: str = "channels") -> None:
@@ -102,38 +97,57 @@ def local_attention(
         border: "mask" leaves neighbours outside the image out of the softmax; "zero" treats them
             as zero keys and values, which keep their logit q . r.
         content: False drops the term q . k (Table 6 of the paper).
-        backend: a name of :func:`available_backends`; None takes the fastest that can run here.
+        backend: "cpu", "triton", "loop" or "reference"; None takes the first of them that can run
+            here.
 
     Returns:
         (N, C, H, W) in the type of ``value``.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
+        RuntimeError: if a backend that was asked for cannot run here, with the reason.
     """
     _check(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, border, content)
     check_backend(backend)
-    return _BACKENDS[backend or _default_backend()](
-        query,
-        key if content else None,
-        value,
-        rel_rows,
-        rel_cols,
-        kernel_size=kernel_size,
-        num_heads=num_heads,
-        border=border,
-    )
+    key = key if content else None
+    if backend == "reference":
+        return reference.local_attention(
+            query,
+            key,
+            value,
+            rel_rows,
+            rel_cols,
+            kernel_size=kernel_size,
+            num_heads=num_heads,
+            border=border,
+        )
+    backend = _choose(backend, query)
+    mask = border == "mask"
+    return attend(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask, backend)[0]
 
 
-def _default_backend() -> str:
-    name = next(iter(_BACKENDS))
+def _choose(backend: str | None, query: Tensor) -> str:
+    """Return the backend to run, the one asked for or the fastest for tensors like ``query``."""
+    if backend is not None:
+        reason = BACKENDS[backend].why_not(query, forced=True)
+        if reason:
+            raise RuntimeError(f"backend {backend!r} cannot run here: {reason}.")
+        return backend
+    reasons = []
+    for name, module in BACKENDS.items():
+        reason = module.why_not(query)
+        if reason is None:
+            break
+        reasons.append(f"; {name} does not: {reason}")
     if not torch.compiler.is_compiling():
-        _say_once(name)
+        _say_once(name, "".join(reasons))
     return name
 
 
 @lru_cache(None)
-def _say_once(name: str) -> None:
-    logger.info("local_attention runs on the %s backend (%s).", name, _summary(_BACKENDS[name]))
+def _say_once(name: str, reasons: str) -> None:
+    summary = BACKENDS[name].SUMMARY
+    logger.info("local_attention runs on the %s backend (%s)%s.", name, summary, reasons)
 
 
 def _check(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, border, content):

@@ -1,40 +1,16 @@
-"""PyTorch backend that walks the window offset by offset and never unfolds it.
-
-It is one operator of ``torch.library``, ``sasa_det::local_attention``, with its backward written
-out: autograd on the plain loop would keep a C x H x W product for each of the k^2 offsets.
-"""
+"""PyTorch backend that walks the window offset by offset and never unfolds it."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .precision import accumulation_dtype, without_autocast
+from .precision import accumulation_dtype
 
-__all__ = ["local_attention"]
+__all__ = ["MISSING", "SUMMARY", "backward", "forward", "why_not"]
 
-
-def local_attention(
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor,
-    rel_rows: Tensor | None,
-    rel_cols: Tensor | None,
-    *,
-    kernel_size: int,
-    num_heads: int,
-    border: str,
-) -> Tensor:
-    """PyTorch, loops over the window: its largest tensor holds num_heads k^2 values a pixel.
-
-    Arguments and result are those of :func:`sasa_det.ops.local_attention`, without checks; a key
-    of None stands for ``content=False``. Differentiable once.
-    """
-    output, _ = _forward(
-        query, key, value, rel_rows, rel_cols, kernel_size, num_heads, border == "mask"
-    )
-    return output
-
+SUMMARY = "PyTorch, loops over the window; its largest tensor holds num_heads k^2 values a pixel"
+MISSING = None
 
 Region = tuple[slice, slice]
 
@@ -96,9 +72,12 @@ def _logits(
     return logits
 
 
-@torch.library.custom_op("sasa_det::local_attention", mutates_args=())
-@without_autocast
-def _forward(
+def why_not(query: Tensor, forced: bool = False) -> str | None:
+    """Return why inputs like ``query`` cannot run here, or None: all can."""
+    return None
+
+
+def forward(
     query: Tensor,
     key: Tensor | None,
     value: Tensor,
@@ -108,7 +87,7 @@ def _forward(
     num_heads: int,
     mask: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output (N, C, H, W) and each window's log-sum-exp (N, heads, H, W)."""
+    """See :func:`sasa_det.ops.operator.attend`."""
     dtype = accumulation_dtype(query.dtype)
     queries = _by_head(query, num_heads, dtype)
     keys = None if key is None else _by_head(key, num_heads, dtype)
@@ -126,16 +105,7 @@ def _forward(
     return output.reshape(value.shape).to(value.dtype), log_sum
 
 
-@_forward.register_fake
-def _(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask):
-    n, _, height, width = query.shape
-    log_sum = query.new_empty((n, num_heads, height, width), dtype=accumulation_dtype(query.dtype))
-    return value.new_empty(value.shape), log_sum
-
-
-@torch.library.custom_op("sasa_det::local_attention_backward", mutates_args=())
-@without_autocast
-def _backward(
+def backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor | None,
@@ -148,7 +118,7 @@ def _backward(
     num_heads: int,
     mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key, value and both embeddings; empty for an absent one."""
+    """See :func:`sasa_det.ops.operator.attend_backward`."""
     dtype = accumulation_dtype(query.dtype)
     queries, values, grads, outputs = (
         _by_head(x, num_heads, dtype) for x in (query, value, grad, output)
@@ -194,30 +164,3 @@ def _backward(
         like(grad_rows, rel_rows),
         like(grad_cols, rel_cols),
     )
-
-
-@_backward.register_fake
-def _(grad, query, key, value, rel_rows, rel_cols, output, log_sum, kernel_size, num_heads, mask):
-    return tuple(
-        query.new_empty(0) if x is None else x.new_empty(x.shape)
-        for x in (query, key, value, rel_rows, rel_cols)
-    )
-
-
-def _setup_context(ctx, inputs, output):
-    query, key, value, rel_rows, rel_cols, ctx.kernel_size, ctx.num_heads, ctx.mask = inputs
-    ctx.save_for_backward(query, key, value, rel_rows, rel_cols, *output)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(ctx, grad, _):
-    if grad is None:
-        return (None,) * 8
-    tensors = ctx.saved_tensors
-    grads = _backward(grad, *tensors, ctx.kernel_size, ctx.num_heads, ctx.mask)
-    present = [None if x is None else g for g, x in zip(grads, tensors[:5], strict=True)]
-    return (*present, None, None, None)
-
-
-_forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -6,7 +6,9 @@ from torch import Tensor
 
 from .precision import accumulation_dtype, without_autocast
 
-__all__ = ["local_attention"]
+__all__ = ["SUMMARY", "local_attention"]
+
+SUMMARY = "PyTorch, unfolds the window: the definition of correct, with k^2 times the memory"
 
 
 @without_autocast
@@ -21,7 +23,7 @@ def local_attention(
     num_heads: int,
     border: str,
 ) -> Tensor:
-    """PyTorch, unfolds the window: the reference, needs k^2 times the memory of its input.
+    """Compute equation 3 as it stands.
 
     Arguments and result are those of :func:`sasa_det.ops.local_attention`, without checks; a key
     of None stands for ``content=False``. Differentiable to any order.

@@ -1,0 +1,49 @@
+// The choice of an instruction set at run time, and the extension module.
+#include "kernels.h"
+
+#include <ATen/ATen.h>
+#include <Python.h>
+#include <torch/library.h>
+
+namespace sasa_det {
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
+    names.push_back("avx512");
+  if (avx2) names.push_back("avx2");
+#endif
+  names.push_back("plain");
+  return names;
+}
+
+const Kernels& choose_kernels(const std::string& name, int64_t width) {
+  static const std::vector<std::string> runnable = instruction_sets();
+  std::string chosen = name.empty() ? runnable.front() : name;
+  // Rows of 8 pixels leave half of a vector of 16 empty.
+  if (name.empty() && chosen == "avx512" && width <= 8) chosen = "avx2";
+  bool can_run = false;
+  for (const std::string& other : runnable) can_run |= other == chosen;
+  TORCH_CHECK_VALUE(can_run, "instructions must be one of ", runnable, ", got ", name, ".");
+#if defined(__x86_64__)
+  if (chosen == "avx512") return avx512_kernels;
+  if (chosen == "avx2") return avx2_kernels;
+#endif
+  return plain_kernels;
+}
+
+TORCH_LIBRARY(sasa_det_cpu, library) {
+  library.def("instruction_sets", [] { return instruction_sets(); });
+}
+
+}  // namespace sasa_det
+
+// Importing the module loads the library, and with it the operators of torch.ops.sasa_det_cpu.
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  return PyModule_Create(&module);
+}

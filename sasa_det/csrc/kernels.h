@@ -1,0 +1,30 @@
+// The kernels as compiled for each instruction set, and the choice among them.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "local_attention.h"
+#include "stem_attention.h"
+
+namespace sasa_det {
+
+struct Kernels {
+  LocalAttentionKernels local_attention;
+  StemAttentionKernels stem_attention;
+};
+
+extern const Kernels plain_kernels;
+#if defined(__x86_64__)
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+#endif
+
+// Names of the instruction sets that this processor can run, widest first.
+std::vector<std::string> instruction_sets();
+
+// The kernels of a name, or of the instruction set that suits rows of `width` pixels best.
+const Kernels& choose_kernels(const std::string& name, int64_t width);
+
+}  // namespace sasa_det

@@ -1,0 +1,119 @@
+// Local attention for CPU tensors: tensors to pointers, and tasks to threads.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+
+namespace sasa_det {
+namespace {
+
+using Optional = std::optional<at::Tensor>;
+
+// Contiguous tensors that outlive the call, and the call's arguments that point into them.
+struct Arguments {
+  Arguments(const at::Tensor& query_, const Optional& key_, const at::Tensor& value_,
+            const Optional& rel_rows_, const Optional& rel_cols_, int64_t kernel_size,
+            int64_t num_heads, bool mask)
+      : query(query_.contiguous()),
+        key(key_ ? key_->contiguous() : at::Tensor()),
+        value(value_.contiguous()),
+        rel_rows(rel_rows_ ? rel_rows_->to(at::kFloat).contiguous() : at::Tensor()),
+        rel_cols(rel_cols_ ? rel_cols_->to(at::kFloat).contiguous() : at::Tensor()) {
+    const auto type = query.scalar_type();
+    TORCH_CHECK_VALUE(type == at::kFloat || type == at::kBFloat16,
+                      "query must be float32 or bfloat16, got ", type, ".");
+    call = {};
+    call.batch = query.size(0);
+    call.heads = num_heads;
+    call.depth = query.size(1) / num_heads;
+    call.height = query.size(2);
+    call.width = query.size(3);
+    call.kernel = kernel_size;
+    call.bfloat16 = type == at::kBFloat16;
+    call.mask = mask;
+    call.query = query.const_data_ptr();
+    call.key = key.defined() ? key.const_data_ptr() : nullptr;
+    call.value = value.const_data_ptr();
+    if (rel_rows.defined()) {
+      call.rel_rows = rel_rows.const_data_ptr<float>();
+      call.rel_cols = rel_cols.const_data_ptr<float>();
+    }
+  }
+  at::Tensor query, key, value, rel_rows, rel_cols;
+  LocalAttention call;
+};
+
+void run(int64_t tasks, const LocalAttention& call,
+         void (*work)(const LocalAttention&, int64_t, int64_t)) {
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { work(call, begin, end); });
+}
+
+at::Tensor forward(const at::Tensor& query, const Optional& key, const at::Tensor& value,
+                   const Optional& rel_rows, const Optional& rel_cols, int64_t kernel_size,
+                   int64_t num_heads, bool mask, const std::string& instructions) {
+  const LocalAttentionKernels& chosen =
+      choose_kernels(instructions, query.size(3)).local_attention;
+  Arguments a(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask);
+  at::Tensor output = at::empty_like(a.query);
+  if (output.numel() == 0) return output;
+  a.call.output = output.mutable_data_ptr();
+  run(chosen.forward_tasks(a.call), a.call, chosen.forward);
+  return output;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
+    const at::Tensor& grad, const at::Tensor& query, const Optional& key, const at::Tensor& value,
+    const Optional& rel_rows, const Optional& rel_cols, int64_t kernel_size, int64_t num_heads,
+    bool mask, const std::string& instructions) {
+  const LocalAttentionKernels& chosen =
+      choose_kernels(instructions, query.size(3)).local_attention;
+  Arguments a(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask);
+  const at::Tensor contiguous_grad = grad.to(query.scalar_type()).contiguous();
+  at::Tensor grad_query = at::empty_like(a.query), grad_value = at::empty_like(a.value);
+  at::Tensor grad_key = a.key.defined() ? at::empty_like(a.key) : at::empty({0}, query.options());
+  const auto floats = query.options().dtype(at::kFloat);
+  at::Tensor grad_rows = at::empty({0}, floats), grad_cols = grad_rows;
+  if (a.rel_rows.defined()) {
+    const std::vector<int64_t> shape = {a.call.batch, num_heads, a.call.depth / 2, kernel_size};
+    grad_rows = at::zeros(shape, floats);
+    grad_cols = at::zeros(shape, floats);
+    a.call.grad_rows = grad_rows.mutable_data_ptr<float>();
+    a.call.grad_cols = grad_cols.mutable_data_ptr<float>();
+  }
+  if (grad_query.numel() > 0) {
+    a.call.grad = contiguous_grad.const_data_ptr();
+    a.call.grad_query = grad_query.mutable_data_ptr();
+    a.call.grad_key = a.key.defined() ? grad_key.mutable_data_ptr() : nullptr;
+    a.call.grad_value = grad_value.mutable_data_ptr();
+    run(chosen.backward_tasks(a.call), a.call, chosen.backward);
+  }
+  if (a.rel_rows.defined()) {
+    grad_rows = grad_rows.sum(0).to(rel_rows->scalar_type());
+    grad_cols = grad_cols.sum(0).to(rel_cols->scalar_type());
+  }
+  return {grad_query, grad_key, grad_value, grad_rows, grad_cols};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(sasa_det_cpu, library) {
+  library.def(
+      "local_attention(Tensor query, Tensor? key, Tensor value, Tensor? rel_rows, Tensor? rel_cols, "
+      "int kernel_size, int num_heads, bool mask, str instructions) -> Tensor");
+  library.def(
+      "local_attention_backward(Tensor grad, Tensor query, Tensor? key, Tensor value, Tensor? rel_rows, "
+      "Tensor? rel_cols, int kernel_size, int num_heads, bool mask, str instructions) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(sasa_det_cpu, CPU, library) {
+  library.impl("local_attention", forward);
+  library.impl("local_attention_backward", backward);
+}
+
+}  // namespace sasa_det

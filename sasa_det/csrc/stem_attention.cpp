@@ -1,0 +1,132 @@
+// The attention stem for CPU tensors: tensors to pointers, and tasks to threads.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <string>
+#include <tuple>
+
+#include "kernels.h"
+
+namespace sasa_det {
+namespace {
+
+using Optional = std::optional<at::Tensor>;
+
+at::Tensor floats(const at::Tensor& x) { return x.to(at::kFloat).contiguous(); }
+
+// Contiguous tensors that outlive the call, and the call's arguments that point into them.
+struct Arguments {
+  Arguments(const at::Tensor& x_, const at::Tensor& query_, const at::Tensor& key_,
+            const at::Tensor& value_, const Optional& rel_rows_, const Optional& rel_cols_,
+            int64_t num_heads)
+      : x(x_.contiguous()),
+        query(floats(query_)),
+        key(floats(key_)),
+        value(floats(value_.permute({1, 2, 0}))),
+        rel_rows(rel_rows_ ? floats(*rel_rows_) : at::Tensor()),
+        rel_cols(rel_cols_ ? floats(*rel_cols_) : at::Tensor()) {
+    const auto type = x.scalar_type();
+    TORCH_CHECK_VALUE(type == at::kFloat || type == at::kBFloat16,
+                      "x must be float32 or bfloat16, got ", type, ".");
+    TORCH_CHECK_VALUE(value_.size(0) == STEM_PLACES, "value must hold one matrix for each of the ",
+                      STEM_PLACES, " places of a block, got ", value_.size(0), ".");
+    call = {};
+    call.batch = x.size(0);
+    call.in_channels = x.size(1);
+    call.channels = query.size(0);
+    call.heads = num_heads;
+    call.height = x.size(2);
+    call.width = x.size(3);
+    call.bfloat16 = type == at::kBFloat16;
+    call.x = x.const_data_ptr();
+    call.query = query.const_data_ptr<float>();
+    call.key = key.const_data_ptr<float>();
+    call.value = value.const_data_ptr<float>();
+    if (rel_rows.defined()) {
+      call.rel_rows = rel_rows.const_data_ptr<float>();
+      call.rel_cols = rel_cols.const_data_ptr<float>();
+    }
+  }
+  at::Tensor x, query, key, value, rel_rows, rel_cols;
+  StemAttention call;
+};
+
+void run(int64_t tasks, const StemAttention& call,
+         void (*work)(const StemAttention&, int64_t, int64_t)) {
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { work(call, begin, end); });
+}
+
+at::Tensor forward(const at::Tensor& x, const at::Tensor& query, const at::Tensor& key,
+                   const at::Tensor& value, const Optional& rel_rows, const Optional& rel_cols,
+                   int64_t num_heads, const std::string& instructions) {
+  const StemAttentionKernels& chosen =
+      choose_kernels(instructions, STEM_PLACES).stem_attention;
+  Arguments a(x, query, key, value, rel_rows, rel_cols, num_heads);
+  at::Tensor output =
+      at::empty({a.call.batch, a.call.channels, a.call.height, a.call.width}, x.options());
+  if (output.numel() == 0) return output;
+  a.call.output = output.mutable_data_ptr();
+  run(chosen.tasks(a.call), a.call, chosen.forward);
+  return output;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& query, const at::Tensor& key,
+    const at::Tensor& value, const Optional& rel_rows, const Optional& rel_cols, int64_t num_heads,
+    bool image_gradient, const std::string& instructions) {
+  const StemAttentionKernels& chosen =
+      choose_kernels(instructions, STEM_PLACES).stem_attention;
+  Arguments a(x, query, key, value, rel_rows, rel_cols, num_heads);
+  const at::Tensor contiguous_grad = grad.to(x.scalar_type()).contiguous();
+  const int64_t tasks = a.x.numel() == 0 ? 0 : chosen.tasks(a.call);
+  const auto options = x.options().dtype(at::kFloat);
+  at::Tensor grad_x = image_gradient ? at::empty_like(a.x) : at::empty({0}, x.options());
+  at::Tensor grad_query = at::empty({tasks, a.call.channels, a.call.in_channels}, options);
+  at::Tensor grad_key = at::empty_like(grad_query);
+  at::Tensor grad_value =
+      at::empty({tasks, a.call.channels, a.call.in_channels, STEM_PLACES}, options);
+  at::Tensor grad_rows = at::empty({0}, options), grad_cols = at::empty({0}, options);
+  if (a.rel_rows.defined()) {
+    const auto sizes = a.rel_rows.sizes();
+    grad_rows = at::empty({tasks, sizes[0], sizes[1], sizes[2]}, options);
+    grad_cols = at::empty_like(grad_rows);
+    a.call.grad_rows = grad_rows.mutable_data_ptr<float>();
+    a.call.grad_cols = grad_cols.mutable_data_ptr<float>();
+  }
+  a.call.grad = contiguous_grad.const_data_ptr();
+  a.call.grad_x = image_gradient ? grad_x.mutable_data_ptr() : nullptr;
+  a.call.grad_query = grad_query.mutable_data_ptr<float>();
+  a.call.grad_key = grad_key.mutable_data_ptr<float>();
+  a.call.grad_value = grad_value.mutable_data_ptr<float>();
+  if (tasks > 0) run(tasks, a.call, chosen.backward);
+  if (a.rel_rows.defined()) {
+    grad_rows = grad_rows.sum(0).to(rel_rows->scalar_type());
+    grad_cols = grad_cols.sum(0).to(rel_cols->scalar_type());
+  }
+  return {grad_x,
+          grad_query.sum(0).to(query.scalar_type()),
+          grad_key.sum(0).to(key.scalar_type()),
+          grad_value.sum(0).permute({2, 0, 1}).contiguous().to(value.scalar_type()),
+          grad_rows,
+          grad_cols};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(sasa_det_cpu, library) {
+  library.def(
+      "stem_attention(Tensor x, Tensor query, Tensor key, Tensor value, Tensor? rel_rows, "
+      "Tensor? rel_cols, int num_heads, str instructions) -> Tensor");
+  library.def(
+      "stem_attention_backward(Tensor grad, Tensor x, Tensor query, Tensor key, Tensor value, "
+      "Tensor? rel_rows, Tensor? rel_cols, int num_heads, bool image_gradient, str instructions) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(sasa_det_cpu, CPU, library) {
+  library.impl("stem_attention", forward);
+  library.impl("stem_attention_backward", backward);
+}
+
+}  // namespace sasa_det

@@ -1,0 +1,74 @@
+"""CPU backend: the C++ kernels of csrc/, built where there was a compiler at installation."""
+
+import torch
+from torch import Tensor
+
+# Why the kernels are not there, or None.
+try:
+    from .. import _C  # noqa: F401  (it registers torch.ops.sasa_det_cpu)
+except ModuleNotFoundError:
+    MISSING = "sasa_det was installed without its C++ kernels"
+except ImportError as error:
+    MISSING = f"the C++ kernels do not fit this PyTorch, reinstall sasa_det ({error})"
+else:
+    MISSING = None
+
+__all__ = ["MISSING", "SUMMARY", "backward", "forward", "instruction_sets", "why_not"]
+
+SUMMARY = "C++, vectorised over pixels, for CPU tensors of float32 or bfloat16"
+
+
+def instruction_sets() -> list[str]:
+    """Name the instruction sets with kernels that this processor can run, widest first.
+
+    Returns:
+        list[str]: of "avx512", "avx2" and "plain"; none where the kernels were not built.
+    """
+    return [] if MISSING else torch.ops.sasa_det_cpu.instruction_sets()
+
+
+def why_not(query: Tensor, forced: bool = False) -> str | None:
+    """Return why inputs like ``query`` cannot run here, or None if they can."""
+    if MISSING:
+        return MISSING
+    if query.device.type != "cpu":
+        return f"it takes CPU tensors, not {query.device.type}"
+    if query.dtype not in (torch.float32, torch.bfloat16):
+        return f"it takes float32 or bfloat16, not {query.dtype}"
+    return None
+
+
+def forward(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_rows: Tensor | None,
+    rel_cols: Tensor | None,
+    kernel_size: int,
+    num_heads: int,
+    mask: bool,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`sasa_det.ops.operator.attend`; the backward pass needs no log-sum-exp."""
+    output = torch.ops.sasa_det_cpu.local_attention(
+        query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask, ""
+    )
+    return output, query.new_empty(0, dtype=torch.float32)
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_rows: Tensor | None,
+    rel_cols: Tensor | None,
+    output: Tensor,
+    log_sum: Tensor,
+    kernel_size: int,
+    num_heads: int,
+    mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`sasa_det.ops.operator.attend_backward`."""
+    return torch.ops.sasa_det_cpu.local_attention_backward(
+        grad, query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask, ""
+    )

@@ -1,0 +1,126 @@
+"""Local attention as one operator of ``torch.library``, whichever kernel runs it.
+
+The backward pass is an operator too: autograd on a plain loop would keep a C x H x W product for
+each of the k^2 offsets of the window.
+"""
+
+import torch
+from torch import Tensor
+
+from . import cpu, loop, triton
+from .precision import accumulation_dtype, without_autocast
+
+__all__ = ["BACKENDS", "attend", "attend_backward"]
+
+# Fastest first. Each has SUMMARY, why_not, forward and backward.
+BACKENDS = {"cpu": cpu, "triton": triton, "loop": loop}
+
+
+@torch.library.custom_op("sasa_det::local_attention", mutates_args=())
+@without_autocast
+def attend(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_rows: Tensor | None,
+    rel_cols: Tensor | None,
+    kernel_size: int,
+    num_heads: int,
+    mask: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Run equation 3 on a backend; arguments as of :func:`sasa_det.ops.local_attention`.
+
+    Args:
+        key: None stands for ``content=False``.
+        mask: True for border "mask", False for "zero".
+        backend: a name of :data:`BACKENDS`.
+
+    Returns:
+        (output, log_sum): the output (N, C, H, W) and what the backend wants back for its
+        backward pass, each window's log-sum-exp (N, num_heads, H, W) or an empty tensor.
+    """
+    return BACKENDS[backend].forward(
+        query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask
+    )
+
+
+@attend.register_fake
+def _(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask, backend):
+    n, _, height, width = query.shape
+    shape = (0,) if backend == "cpu" else (n, num_heads, height, width)
+    log_sum = query.new_empty(shape, dtype=accumulation_dtype(query.dtype))
+    return torch.empty_like(value, memory_format=torch.contiguous_format), log_sum
+
+
+@torch.library.custom_op("sasa_det::local_attention_backward", mutates_args=())
+@without_autocast
+def attend_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_rows: Tensor | None,
+    rel_cols: Tensor | None,
+    output: Tensor,
+    log_sum: Tensor,
+    kernel_size: int,
+    num_heads: int,
+    mask: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key, value and both embeddings; empty for an absent one."""
+    return BACKENDS[backend].backward(
+        grad,
+        query,
+        key,
+        value,
+        rel_rows,
+        rel_cols,
+        output,
+        log_sum,
+        kernel_size,
+        num_heads,
+        mask,
+    )
+
+
+@attend_backward.register_fake
+def _(
+    grad,
+    query,
+    key,
+    value,
+    rel_rows,
+    rel_cols,
+    output,
+    log_sum,
+    kernel_size,
+    num_heads,
+    mask,
+    backend,
+):
+    return tuple(
+        query.new_empty(0) if x is None else x.new_empty(x.shape)
+        for x in (query, key, value, rel_rows, rel_cols)
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    tensors, ctx.options = inputs[:5], inputs[5:]
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, grad, _):
+    unused = (None,) * len(ctx.options)
+    if grad is None:
+        return (*(None,) * 5, *unused)
+    tensors = ctx.saved_tensors
+    grads = attend_backward(grad, *tensors, *ctx.options)
+    present = [None if x is None else g for g, x in zip(grads, tensors[:5], strict=True)]
+    return (*present, *unused)
+
+
+attend.register_autograd(_autograd, setup_context=_setup_context)

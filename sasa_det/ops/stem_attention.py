@@ -1,0 +1,196 @@
+"""The stem's attention as a whole, from the image to the attended values.
+
+Where the C++ kernels run, queries, keys and values are made block by block and never stored. That
+is one operator of ``torch.library``, ``sasa_det::stem_attention``; elsewhere the projections and
+the operators of :mod:`sasa_det.ops.block_attention` do the same one after another.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import cpu
+from .block_attention import block_attention, mixed_values
+from .precision import without_autocast
+
+__all__ = ["relative_embedding", "stem_attention"]
+
+# Side of the blocks that the C++ kernels take.
+_BLOCK = 4
+
+
+def stem_attention(
+    x: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mixing: Tensor | None,
+    rel_rows: Tensor | None,
+    rel_cols: Tensor | None,
+    *,
+    block_size: int,
+    num_heads: int,
+) -> Tensor:
+    """Project an image to queries, keys and values, and let every pixel attend to its block.
+
+    Section 3.2 of "Stand-Alone Self-Attention in Vision Models" with the values of equation 8.
+
+    Args:
+        x: (N, C_in, H, W), floating point, any H, W >= 1.
+        query: (C, C_in, 1, 1), the projection to queries.
+        key: the same for keys.
+        value: (M, C, C_in), the value matrices W_V^m.
+        mixing: (M, b, b), the weights p(a, b, m) of equation 9 for b = block_size; None for one
+            matrix everywhere, M = 1.
+        rel_rows: (num_heads, C // num_heads // 2, 2 b - 1); entry o is the embedding of the row
+            offset o - b + 1. None, together with rel_cols, for no term q.r.
+        rel_cols: the same for column offsets.
+        block_size: side of a block in pixels.
+        num_heads: number of heads; it divides C.
+
+    Returns:
+        (N, C, H, W) in the type of ``x``.
+    """
+    if block_size == _BLOCK and cpu.why_not(x) is None:
+        return _attend(x, query, key, value, mixing, rel_rows, rel_cols, num_heads)
+    values = (
+        F.conv2d(x, value[0, :, :, None, None])
+        if mixing is None
+        else mixed_values(x, value, mixing)
+    )
+    return block_attention(
+        F.conv2d(x, query),
+        F.conv2d(x, key),
+        values,
+        relative_embedding(rel_rows, rel_cols, block_size),
+        block_size=block_size,
+        num_heads=num_heads,
+    )
+
+
+def relative_embedding(
+    rel_rows: Tensor | None, rel_cols: Tensor | None, block_size: int
+) -> Tensor | None:
+    """Spread embeddings over the pairs of a block's pixels.
+
+    Args:
+        rel_rows, rel_cols: (num_heads, width / 2, 2 block_size - 1), or None.
+        block_size: side of a block in pixels.
+
+    Returns:
+        (num_heads, B, B, width) with B = block_size^2 as :func:`block_attention` takes it, or None.
+    """
+    if rel_rows is None:
+        return None
+    place = torch.arange(block_size, device=rel_rows.device)
+    offset = place[None, :] - place[:, None] + block_size - 1
+    rows = rel_rows[:, :, offset][:, :, :, None, :, None]
+    cols = rel_cols[:, :, offset][:, :, None, :, None, :]
+    shape = (*rel_rows.shape[:2], *(block_size,) * 4)
+    embedding = torch.cat([rows.expand(shape), cols.expand(shape)], 1)
+    return embedding.flatten(4).flatten(2, 3).permute(0, 2, 3, 1)
+
+
+def _place_matrices(value: Tensor, mixing: Tensor | None) -> Tensor:
+    """One value matrix for each place of a block, (B, C, C_in)."""
+    if mixing is None:
+        return value.expand(_BLOCK * _BLOCK, -1, -1)
+    return torch.einsum("mp,mci->pci", mixing.flatten(1), value)
+
+
+@torch.library.custom_op("sasa_det::stem_attention", mutates_args=())
+@without_autocast
+def _attend(
+    x: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mixing: Tensor | None,
+    rel_rows: Tensor | None,
+    rel_cols: Tensor | None,
+    num_heads: int,
+) -> Tensor:
+    return torch.ops.sasa_det_cpu.stem_attention(
+        x,
+        query.flatten(1),
+        key.flatten(1),
+        _place_matrices(value, mixing),
+        rel_rows,
+        rel_cols,
+        num_heads,
+        "",
+    )
+
+
+@_attend.register_fake
+def _(x, query, key, value, mixing, rel_rows, rel_cols, num_heads):
+    return x.new_empty((x.shape[0], query.shape[0], x.shape[2], x.shape[3]))
+
+
+@torch.library.custom_op("sasa_det::stem_attention_backward", mutates_args=())
+@without_autocast
+def _attend_backward(
+    grad: Tensor,
+    x: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mixing: Tensor | None,
+    rel_rows: Tensor | None,
+    rel_cols: Tensor | None,
+    num_heads: int,
+    image_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of all tensors; empty for an absent one and an unwanted image's."""
+    grad_x, grad_query, grad_key, grad_matrices, grad_rows, grad_cols = (
+        torch.ops.sasa_det_cpu.stem_attention_backward(
+            grad,
+            x,
+            query.flatten(1),
+            key.flatten(1),
+            _place_matrices(value, mixing),
+            rel_rows,
+            rel_cols,
+            num_heads,
+            image_gradient,
+            "",
+        )
+    )
+    if mixing is None:
+        grad_value, grad_mixing = grad_matrices.sum(0, keepdim=True), x.new_empty(0)
+    else:
+        grad_value = torch.einsum("mp,pci->mci", mixing.flatten(1), grad_matrices)
+        grad_mixing = torch.einsum("pci,mci->mp", grad_matrices, value).reshape(mixing.shape)
+    return (
+        grad_x,
+        grad_query.reshape(query.shape),
+        grad_key.reshape(key.shape),
+        grad_value,
+        grad_mixing,
+        grad_rows,
+        grad_cols,
+    )
+
+
+@_attend_backward.register_fake
+def _(grad, x, query, key, value, mixing, rel_rows, rel_cols, num_heads, image_gradient):
+    tensors = (x if image_gradient else None, query, key, value, mixing, rel_rows, rel_cols)
+    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.num_heads = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd(ctx, grad):
+    tensors = ctx.saved_tensors
+    image_gradient = ctx.needs_input_grad[0]
+    grads = _attend_backward(grad, *tensors, ctx.num_heads, image_gradient)
+    grads = [None if x is None else g for g, x in zip(grads, tensors, strict=True)]
+    if not image_gradient:
+        grads[0] = None
+    return (*grads, None)
+
+
+_attend.register_autograd(_autograd, setup_context=_setup_context)

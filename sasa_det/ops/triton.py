@@ -1,0 +1,68 @@
+"""CUDA backend: the Triton kernels of triton_kernels.py, which is imported when first used."""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+__all__ = ["MISSING", "SUMMARY", "backward", "forward", "why_not"]
+
+SUMMARY = "Triton, tiles of windows on tensor cores, for CUDA tensors"
+# Why the kernels are not there, or None.
+MISSING = None if importlib.util.find_spec("triton") else "Triton is not installed"
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def why_not(query: Tensor, forced: bool = False) -> str | None:
+    """Return why inputs like ``query`` cannot run here, or None if they can.
+
+    Triton's interpreter, which is for tests, takes CPU tensors when the backend is asked for by
+    name (``forced``).
+    """
+    if MISSING:
+        return MISSING
+    interpreted = forced and os.environ.get("TRITON_INTERPRET") == "1"
+    if query.device.type != "cuda" and not interpreted:
+        return f"it takes CUDA tensors, not {query.device.type}"
+    if query.dtype not in _DTYPES:
+        return f"it takes float32, float16 or bfloat16, not {query.dtype}"
+    return None
+
+
+def forward(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_rows: Tensor | None,
+    rel_cols: Tensor | None,
+    kernel_size: int,
+    num_heads: int,
+    mask: bool,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`sasa_det.ops.operator.attend`."""
+    from . import triton_kernels
+
+    tensors = (query, key, value, rel_rows, rel_cols)
+    return triton_kernels.forward(*tensors, kernel_size, num_heads, mask)
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_rows: Tensor | None,
+    rel_cols: Tensor | None,
+    output: Tensor,
+    log_sum: Tensor,
+    kernel_size: int,
+    num_heads: int,
+    mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`sasa_det.ops.operator.attend_backward`; the same bits in every run."""
+    from . import triton_kernels
+
+    tensors = (grad, query, key, value, rel_rows, rel_cols, log_sum)
+    return triton_kernels.backward(*tensors, kernel_size, num_heads, mask)

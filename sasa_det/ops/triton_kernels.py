@@ -1,0 +1,437 @@
+"""Local attention in Triton: tiles of queries against the rows of pixels around them.
+
+A program takes a tile of ``TILE_ROWS x TILE_COLS`` pixels of one head. What its windows cover is
+a halo of ``kernel_size // 2`` pixels around the tile, which it walks row by row: a row's keys and
+values are read once and meet all queries of the tile in a matrix product, and pairs outside the
+window are masked. Most of those products are thrown away, at the speed of tensor cores.
+
+q.r is two small products, of the tile's queries with all row and with all column embeddings; an
+offset's column is then picked by comparing offsets. Softmax runs online as in FlashAttention. The
+backward pass has one kernel for queries and embeddings and one for keys and values: both gather,
+so that nothing is added atomically and every run gives the same bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["backward", "forward"]
+
+_TILE = 8
+# Tiles of one head and image that the embeddings' gradients are summed over before storing.
+_PROGRAMS_OF_PLANE = 16
+# Finite, so that a window without a pixel so far has no NaN for its weights.
+_LOWEST = tl.constexpr(-1e30)
+
+
+@triton.jit
+def _dot(a, b, PRECISION: tl.constexpr):
+    """Matrix product with sums in float32; the interpreter takes no bfloat16."""
+    if PRECISION == "interpreted":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32))
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def _load_pixels(pointer, y, x, channels, inside, depth, height, width):
+    """Load (pixels, channels) of a plane, 0 outside of it and above its depth."""
+    offsets = channels[None, :] * (height * width) + (y * width + x)[:, None]
+    return tl.load(pointer + offsets, mask=inside[:, None] & (channels < depth)[None, :], other=0.0)
+
+
+@triton.jit
+def _load_embeddings(rows, cols, head, channels, offsets, depth, KERNEL: tl.constexpr):
+    """Load (channels, offsets) of a head's embeddings, each 0 in the other's half of channels."""
+    half = depth // 2
+    start = head * half * KERNEL
+    known = (offsets < KERNEL)[None, :]
+    upper = known & (channels < half)[:, None]
+    by_row = tl.load(rows + start + channels[:, None] * KERNEL + offsets[None, :], upper, other=0.0)
+    lower = known & (channels >= half)[:, None] & (channels < depth)[:, None]
+    by_col = tl.load(
+        cols + start + (channels - half)[:, None] * KERNEL + offsets[None, :], lower, other=0.0
+    )
+    return by_row.to(tl.float32), by_col.to(tl.float32)
+
+
+@triton.jit
+def _pick(table, offset, offsets):
+    """Return table[p, offset[p]] for every p, 0 where the table has no such column."""
+    return tl.sum(tl.where(offset[:, None] == offsets[None, :], table, 0.0), 1)
+
+
+@triton.jit
+def _pick_columns(table, x, keys_x, offsets, KERNEL: tl.constexpr):
+    """Return table[p, keys_x[m] - x[p] + reach] for every pair."""
+    offset = keys_x[None, :] - x[:, None] + KERNEL // 2
+    terms = tl.zeros(offset.shape, tl.float32)
+    for o in range(KERNEL):
+        column = tl.sum(tl.where(offsets[None, :] == o, table, 0.0), 1)
+        terms += tl.where(offset == o, column[:, None], 0.0)
+    return terms
+
+
+@triton.jit
+def _forward_kernel(
+    query, key, value, rel_rows, rel_cols, output, log_sum,
+    height, width, heads,
+    DEPTH: tl.constexpr, D: tl.constexpr, KERNEL: tl.constexpr, K: tl.constexpr,
+    COLS: tl.constexpr, TILE: tl.constexpr,
+    CONTENT: tl.constexpr, RELATIVE: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(width, TILE)
+    plane = tl.program_id(1).to(tl.int64)
+    top = tl.program_id(0) // tiles * TILE
+    left = tl.program_id(0) % tiles * TILE
+    REACH: tl.constexpr = KERNEL // 2
+    start = plane * DEPTH * height * width
+    channels, offsets = tl.arange(0, D), tl.arange(0, K)
+    pixel = tl.arange(0, TILE * TILE)
+    y, x = top + pixel // TILE, left + pixel % TILE
+    inside = (y < height) & (x < width)
+    q = _load_pixels(query + start, y, x, channels, inside, DEPTH, height, width)
+    keys_x = left - REACH + tl.arange(0, COLS)
+    col_offset = keys_x[None, :] - x[:, None] + REACH
+    in_window = (col_offset >= 0) & (col_offset < KERNEL)
+    in_image = (keys_x >= 0) & (keys_x < width)
+    if RELATIVE:
+        by_row, by_col = _load_embeddings(
+            rel_rows, rel_cols, plane % heads, channels, offsets, DEPTH, KERNEL
+        )
+        row_table = _dot(q.to(tl.float32), by_row, EXACT)
+        col_table = _dot(q.to(tl.float32), by_col, EXACT)
+        col_terms = _pick_columns(col_table, x, keys_x, offsets, KERNEL)
+    highest = tl.full([TILE * TILE], _LOWEST, tl.float32)
+    total = tl.zeros([TILE * TILE], tl.float32)
+    sums = tl.zeros([TILE * TILE, D], tl.float32)
+    for row in range(TILE + 2 * REACH):
+        key_y = top - REACH + row
+        row_offset = key_y - y + REACH
+        rows_y = tl.zeros([COLS], tl.int32) + key_y
+        present = in_image & (rows_y >= 0) & (rows_y < height)
+        logits = tl.zeros([TILE * TILE, COLS], tl.float32)
+        if CONTENT:
+            k = _load_pixels(key + start, rows_y, keys_x, channels, present, DEPTH, height, width)
+            logits = _dot(q, tl.trans(k), PRECISION)
+        if RELATIVE:
+            logits += _pick(row_table, row_offset, offsets)[:, None] + col_terms
+        seen = in_window & ((row_offset >= 0) & (row_offset < KERNEL))[:, None]
+        if MASK:
+            seen = seen & present[None, :]
+        logits = tl.where(seen, logits, _LOWEST)
+        v = _load_pixels(value + start, rows_y, keys_x, channels, present, DEPTH, height, width)
+        new_highest = tl.maximum(highest, tl.max(logits, 1))
+        # A NaN among the logits is not seen by max and comes through exp.
+        weights = tl.where(seen, tl.exp(logits - new_highest[:, None]), 0.0)
+        shrink = tl.exp(highest - new_highest)
+        total = total * shrink + tl.sum(weights, 1)
+        finite = tl.abs(v.to(tl.float32)) < float("inf")
+        sums = sums * shrink[:, None]
+        sums += _dot(weights.to(v.dtype), tl.where(finite, v, 0.0).to(v.dtype), PRECISION)
+        # Products with the weights 0 of other windows would spread a NaN.
+        if tl.sum(tl.where(finite, 0, 1)) > 0:
+            spoiled = _dot(tl.where(seen, 1.0, 0.0), tl.where(finite, 0.0, 1.0), EXACT)
+            sums = tl.where(spoiled > 0, float("nan"), sums)
+        highest = new_highest
+    place = y * width + x
+    to = output + start + channels[None, :] * (height * width) + place[:, None]
+    sums = sums / total[:, None]
+    tl.store(to, sums.to(output.dtype.element_ty), inside[:, None] & (channels < DEPTH)[None, :])
+    tl.store(log_sum + plane * height * width + place, highest + tl.log(total), inside)
+
+
+@triton.jit
+def _query_kernel(
+    grad, query, key, value, rel_rows, rel_cols, expected, log_sum,
+    grad_query, row_terms, col_terms, grad_rows, grad_cols,
+    height, width, heads, programs,
+    DEPTH: tl.constexpr, D: tl.constexpr, KERNEL: tl.constexpr, K: tl.constexpr,
+    COLS: tl.constexpr, TILE: tl.constexpr,
+    CONTENT: tl.constexpr, RELATIVE: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """Gradients of queries and embeddings; for the keys' kernel it leaves q.r and each window's
+    expected gradient, which only its last row settles: what depends on it is subtracted then.
+    """
+    tiles_x = tl.cdiv(width, TILE)
+    tiles = tiles_x * tl.cdiv(height, TILE)
+    plane = tl.program_id(1).to(tl.int64)
+    REACH: tl.constexpr = KERNEL // 2
+    area = height * width
+    start = plane * DEPTH * area
+    channels, offsets = tl.arange(0, D), tl.arange(0, K)
+    pixel = tl.arange(0, TILE * TILE)
+    if RELATIVE:
+        by_row, by_col = _load_embeddings(
+            rel_rows, rel_cols, plane % heads, channels, offsets, DEPTH, KERNEL
+        )
+        row_sums = tl.zeros([D, K], tl.float32)
+        col_sums = tl.zeros([D, K], tl.float32)
+    for tile in range(tl.program_id(0), tiles, programs):
+        top = tile // tiles_x * TILE
+        left = tile % tiles_x * TILE
+        y, x = top + pixel // TILE, left + pixel % TILE
+        inside = (y < height) & (x < width)
+        q = _load_pixels(query + start, y, x, channels, inside, DEPTH, height, width)
+        g = _load_pixels(grad + start, y, x, channels, inside, DEPTH, height, width)
+        place = plane * area + y * width + x
+        norm = tl.load(log_sum + place, inside, other=0.0)
+        keys_x = left - REACH + tl.arange(0, COLS)
+        col_offset = keys_x[None, :] - x[:, None] + REACH
+        in_window = (col_offset >= 0) & (col_offset < KERNEL) & inside[:, None]
+        in_image = (keys_x >= 0) & (keys_x < width)
+        if RELATIVE:
+            row_table = _dot(q.to(tl.float32), by_row, EXACT)
+            col_table = _dot(q.to(tl.float32), by_col, EXACT)
+            col_terms_here = _pick_columns(col_table, x, keys_x, offsets, KERNEL)
+            table = (plane * KERNEL + offsets)[None, :] * area + (y * width + x)[:, None]
+            wanted = inside[:, None] & (offsets < KERNEL)[None, :]
+            tl.store(row_terms + table, row_table, wanted)
+            tl.store(col_terms + table, col_table, wanted)
+            row_weights = tl.zeros([TILE * TILE, K], tl.float32)
+            row_grads = tl.zeros([TILE * TILE, K], tl.float32)
+            col_weights = tl.zeros([TILE * TILE, COLS], tl.float32)
+            col_grads = tl.zeros([TILE * TILE, COLS], tl.float32)
+        mean = tl.zeros([TILE * TILE], tl.float32)
+        pulled = tl.zeros([TILE * TILE, D], tl.float32)
+        sums = tl.zeros([TILE * TILE, D], tl.float32)
+        for row in range(TILE + 2 * REACH):
+            key_y = top - REACH + row
+            row_offset = key_y - y + REACH
+            rows_y = tl.zeros([COLS], tl.int32) + key_y
+            present = in_image & (rows_y >= 0) & (rows_y < height)
+            logits = tl.zeros([TILE * TILE, COLS], tl.float32)
+            if CONTENT:
+                k = _load_pixels(
+                    key + start, rows_y, keys_x, channels, present, DEPTH, height, width
+                )
+                logits = _dot(q, tl.trans(k), PRECISION)
+            if RELATIVE:
+                logits += _pick(row_table, row_offset, offsets)[:, None] + col_terms_here
+            seen = in_window & ((row_offset >= 0) & (row_offset < KERNEL))[:, None]
+            if MASK:
+                seen = seen & present[None, :]
+            weights = tl.where(seen, tl.exp(logits - norm[:, None]), 0.0)
+            v = _load_pixels(value + start, rows_y, keys_x, channels, present, DEPTH, height, width)
+            weight_grads = _dot(g, tl.trans(v), PRECISION)
+            grads = tl.where(seen, weights * weight_grads, 0.0)
+            mean += tl.sum(grads, 1)
+            if CONTENT:
+                sums += _dot(grads.to(k.dtype), k, PRECISION)
+                pulled += _dot(weights.to(k.dtype), k, PRECISION)
+            if RELATIVE:
+                here = row_offset[:, None] == offsets[None, :]
+                row_grads += tl.where(here, tl.sum(grads, 1)[:, None], 0.0)
+                row_weights += tl.where(here, tl.sum(weights, 1)[:, None], 0.0)
+                col_grads += grads
+                col_weights += weights
+        tl.store(expected + place, mean, inside)
+        sums -= mean[:, None] * pulled
+        if RELATIVE:
+            row_grads -= mean[:, None] * row_weights
+            col_grads -= mean[:, None] * col_weights
+            by_offset = tl.zeros([TILE * TILE, K], tl.float32)
+            for o in range(KERNEL):
+                column = tl.sum(tl.where(col_offset == o, col_grads, 0.0), 1)
+                by_offset += tl.where(offsets[None, :] == o, column[:, None], 0.0)
+            sums += _dot(row_grads, tl.trans(by_row), EXACT)
+            sums += _dot(by_offset, tl.trans(by_col), EXACT)
+            transposed = tl.trans(q.to(tl.float32))
+            row_sums += _dot(transposed, row_grads, EXACT)
+            col_sums += _dot(transposed, by_offset, EXACT)
+        to = grad_query + start + channels[None, :] * area + (y * width + x)[:, None]
+        wanted = inside[:, None] & (channels < DEPTH)[None, :]
+        tl.store(to, sums.to(grad_query.dtype.element_ty), wanted)
+    if RELATIVE:
+        to = (plane * programs + tl.program_id(0)) * D * K
+        to = to + channels[:, None] * K + offsets[None, :]
+        tl.store(grad_rows + to, row_sums)
+        tl.store(grad_cols + to, col_sums)
+
+
+@triton.jit
+def _key_kernel(
+    grad, query, key, value, expected, log_sum, row_terms, col_terms, grad_key, grad_value,
+    height, width,
+    DEPTH: tl.constexpr, D: tl.constexpr, KERNEL: tl.constexpr,
+    COLS: tl.constexpr, TILE: tl.constexpr,
+    CONTENT: tl.constexpr, RELATIVE: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile of keys and values, from all queries that see them."""
+    tiles = tl.cdiv(width, TILE)
+    plane = tl.program_id(1).to(tl.int64)
+    top = tl.program_id(0) // tiles * TILE
+    left = tl.program_id(0) % tiles * TILE
+    REACH: tl.constexpr = KERNEL // 2
+    area = height * width
+    start = plane * DEPTH * area
+    channels = tl.arange(0, D)
+    pixel = tl.arange(0, TILE * TILE)
+    y, x = top + pixel // TILE, left + pixel % TILE
+    inside = (y < height) & (x < width)
+    v = _load_pixels(value + start, y, x, channels, inside, DEPTH, height, width)
+    if CONTENT:
+        k = _load_pixels(key + start, y, x, channels, inside, DEPTH, height, width)
+    queries_x = left - REACH + tl.arange(0, COLS)
+    col_offset = x[:, None] - queries_x[None, :] + REACH
+    in_image = (queries_x >= 0) & (queries_x < width)
+    in_window = (col_offset >= 0) & (col_offset < KERNEL) & inside[:, None]
+    key_sums = tl.zeros([TILE * TILE, D], tl.float32)
+    value_sums = tl.zeros([TILE * TILE, D], tl.float32)
+    for row in range(TILE + 2 * REACH):
+        query_y = top - REACH + row
+        row_offset = y - query_y + REACH
+        rows_y = tl.zeros([COLS], tl.int32) + query_y
+        present = in_image & (rows_y >= 0) & (rows_y < height)
+        q = _load_pixels(query + start, rows_y, queries_x, channels, present, DEPTH, height, width)
+        g = _load_pixels(grad + start, rows_y, queries_x, channels, present, DEPTH, height, width)
+        place = query_y * width + queries_x
+        mean = tl.load(expected + plane * area + place, present, other=0.0)
+        norm = tl.load(log_sum + plane * area + place, present, other=0.0)
+        seen = in_window & ((row_offset >= 0) & (row_offset < KERNEL))[:, None] & present[None, :]
+        logits = tl.zeros([TILE * TILE, COLS], tl.float32)
+        if CONTENT:
+            logits = _dot(k, tl.trans(q), PRECISION)
+        if RELATIVE:
+            planes = plane * KERNEL
+            rows_at = (planes + row_offset)[:, None] * area + place[None, :]
+            cols_at = (planes + col_offset) * area + place[None, :]
+            logits += tl.load(row_terms + rows_at, seen, other=0.0)
+            logits += tl.load(col_terms + cols_at, seen, other=0.0)
+        weights = tl.where(seen, tl.exp(logits - norm[None, :]), 0.0)
+        value_sums += _dot(weights.to(g.dtype), g, PRECISION)
+        if CONTENT:
+            weight_grads = _dot(v, tl.trans(g), PRECISION)
+            grads = tl.where(seen, weights * (weight_grads - mean[None, :]), 0.0)
+            key_sums += _dot(grads.to(q.dtype), q, PRECISION)
+    to = start + channels[None, :] * area + (y * width + x)[:, None]
+    wanted = inside[:, None] & (channels < DEPTH)[None, :]
+    tl.store(grad_value + to, value_sums.to(grad_value.dtype.element_ty), wanted)
+    if CONTENT:
+        tl.store(grad_key + to, key_sums.to(grad_key.dtype.element_ty), wanted)
+
+
+def _options(query: Tensor, num_heads: int, kernel_size: int) -> dict[str, int | str]:
+    """Return the constants that the kernels are compiled for."""
+    depth = query.shape[1] // num_heads
+    exact = "interpreted" if triton.knobs.runtime.interpret else "ieee"
+    tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return {
+        "DEPTH": depth,
+        # Matrix products take at least 16 of everything.
+        "D": max(16, triton.next_power_of_2(depth)),
+        "KERNEL": kernel_size,
+        "COLS": max(16, triton.next_power_of_2(_TILE + kernel_size - 1)),
+        "TILE": _TILE,
+        "PRECISION": "tf32" if tf32 else exact,
+        "EXACT": exact,
+    }
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def forward(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask):
+    """See :func:`sasa_det.ops.operator.attend`."""
+    query, key, value, rel_rows, rel_cols = map(
+        _contiguous, (query, key, value, rel_rows, rel_cols)
+    )
+    n, _, height, width = query.shape
+    output = torch.empty_like(value)
+    log_sum = query.new_empty((n, num_heads, height, width), dtype=torch.float32)
+    if n == 0:
+        return output, log_sum
+    grid = (triton.cdiv(height, _TILE) * triton.cdiv(width, _TILE), n * num_heads)
+    _forward_kernel[grid](
+        query,
+        key,
+        value,
+        rel_rows,
+        rel_cols,
+        output,
+        log_sum,
+        height,
+        width,
+        num_heads,
+        K=max(16, triton.next_power_of_2(kernel_size)),
+        CONTENT=key is not None,
+        RELATIVE=rel_rows is not None,
+        MASK=mask,
+        **_options(query, num_heads, kernel_size),
+    )
+    return output, log_sum
+
+
+def backward(grad, query, key, value, rel_rows, rel_cols, log_sum, kernel_size, num_heads, mask):
+    """See :func:`sasa_det.ops.operator.attend_backward`."""
+    tensors = (grad.to(query.dtype), query, key, value, rel_rows, rel_cols)
+    grad, query, key, value, rel_rows, rel_cols = map(_contiguous, tensors)
+    n, channels, height, width = query.shape
+    depth = channels // num_heads
+    grad_query, grad_value = torch.empty_like(query), torch.empty_like(value)
+    grad_key = query.new_empty(0) if key is None else torch.empty_like(key)
+    expected = torch.empty_like(log_sum)
+    options = _options(query, num_heads, kernel_size)
+    offsets = max(16, triton.next_power_of_2(kernel_size))
+    tiles = triton.cdiv(height, _TILE) * triton.cdiv(width, _TILE)
+    programs = min(tiles, _PROGRAMS_OF_PLANE)
+    row_terms = col_terms = grad_rows = grad_cols = None
+    floats = {"dtype": torch.float32, "device": query.device}
+    if rel_rows is not None:
+        row_terms = torch.empty((n, num_heads, kernel_size, height, width), **floats)
+        col_terms = torch.empty_like(row_terms)
+        grad_rows = torch.empty((n, num_heads, programs, options["D"], offsets), **floats)
+        grad_cols = torch.empty_like(grad_rows)
+    if n > 0:
+        flags = {"CONTENT": key is not None, "RELATIVE": rel_rows is not None}
+        _query_kernel[(programs, n * num_heads)](
+            grad,
+            query,
+            key,
+            value,
+            rel_rows,
+            rel_cols,
+            expected,
+            log_sum,
+            grad_query,
+            row_terms,
+            col_terms,
+            grad_rows,
+            grad_cols,
+            height,
+            width,
+            num_heads,
+            programs,
+            K=offsets,
+            MASK=mask,
+            **flags,
+            **options,
+        )
+        _key_kernel[(tiles, n * num_heads)](
+            grad,
+            query,
+            key,
+            value,
+            expected,
+            log_sum,
+            row_terms,
+            col_terms,
+            grad_key,
+            grad_value,
+            height,
+            width,
+            **flags,
+            **options,
+        )
+    if rel_rows is None:
+        grad_rows, grad_cols = query.new_empty(0), query.new_empty(0)
+    else:
+        half = depth // 2
+        grad_rows = grad_rows[..., :half, :kernel_size].sum((0, 2)).to(rel_rows.dtype)
+        grad_cols = grad_cols[..., half:depth, :kernel_size].sum((0, 2)).to(rel_cols.dtype)
+    return grad_query, grad_key, grad_value, grad_rows, grad_cols

@@ -1,0 +1,170 @@
+"""The C++ kernels, for every instruction set that this processor has, against the reference."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sasa_det.ops import cpu, local_attention
+
+pytestmark = pytest.mark.skipif(bool(cpu.MISSING), reason=str(cpu.MISSING))
+
+INSTRUCTION_SETS = cpu.instruction_sets()
+
+
+def run(inputs, grad, kernel_size, num_heads, border="mask", instructions=""):
+    """Return the output and the five gradients that the kernels find, without autograd."""
+    options = (kernel_size, num_heads, border == "mask", instructions)
+    ops = torch.ops.sasa_det_cpu
+    return [
+        ops.local_attention(*inputs, *options),
+        *ops.local_attention_backward(grad, *inputs, *options),
+    ]
+
+
+def expected(inputs, grad, kernel_size, num_heads, border="mask"):
+    inputs = [None if x is None else x.double().requires_grad_() for x in inputs]
+    output = local_attention(
+        *inputs,
+        kernel_size=kernel_size,
+        num_heads=num_heads,
+        border=border,
+        content=inputs[1] is not None,
+        backend="reference",
+    )
+    present = [x for x in inputs if x is not None]
+    grads = iter(torch.autograd.grad(output, present, grad.double()))
+    return [output, *(None if x is None else next(grads) for x in inputs)]
+
+
+def make(n, heads, head_width, height, width, kernel_size, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(n, heads * head_width, height, width)] * 4
+    shapes += [(heads, head_width // 2, kernel_size)] * 2
+    query, key, value, grad, rows, cols = (torch.randn(s, generator=generator) for s in shapes)
+    query, key, value, grad = (x.to(dtype) for x in (query, key, value, grad))
+    return [query, key, value, rows, cols], grad
+
+
+def assert_equals_reference(actual, expected, tolerance):
+    names = ("output", "query", "key", "value", "rel_rows", "rel_cols")
+    for name, ours, exact in zip(names, actual, expected, strict=True):
+        if exact is None:
+            assert ours.numel() == 0, name
+            continue
+        assert ours.shape == exact.shape, name
+        if exact.numel():
+            error = (ours.double() - exact).abs().max()
+            assert error <= tolerance * max(1.0, float(exact.abs().max())), name
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
+@pytest.mark.parametrize("border", ["mask", "zero"])
+@pytest.mark.parametrize("content,relative", [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize(
+    "n,heads,head_width,height,width,kernel_size",
+    [
+        (2, 2, 8, 5, 7, 3),
+        (1, 2, 6, 1, 1, 7),
+        (1, 1, 2, 3, 50, 7),
+        (2, 1, 64, 9, 4, 5),
+        (1, 2, 4, 60, 33, 7),  # several bands of rows, several vectors of columns
+        (1, 1, 4, 30, 17, 11),
+        (1, 1, 4, 25, 18, 1),
+        (1, 1, 2, 7, 9, 35),  # a window wider than a vector
+    ],
+)
+def test_equals_the_reference(
+    n, heads, head_width, height, width, kernel_size, content, relative, border, instructions
+):
+    inputs, grad = make(n, heads, head_width, height, width, kernel_size)
+    if not content:
+        inputs[1] = None
+    if not relative:
+        inputs[3:] = None, None
+    options = (inputs, grad, kernel_size, heads, border)
+    assert_equals_reference(run(*options, instructions), expected(*options), 1e-5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(0, 2),
+    st.integers(1, 4),
+    st.sampled_from([2, 4, 6, 10, 16, 32]),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.sampled_from([1, 3, 5, 7, 9, 11]),
+    st.sampled_from(["mask", "zero"]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from(INSTRUCTION_SETS or [""]),
+    st.integers(0, 2**31),
+)
+def test_equals_the_reference_at_random(
+    n, heads, head_width, height, width, kernel_size, border, dtype, instructions, seed
+):
+    inputs, grad = make(n, heads, head_width, height, width, kernel_size, seed, dtype)
+    options = (inputs, grad, kernel_size, heads, border)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert_equals_reference(run(*options, instructions), expected(*options), tolerance)
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_every_run_gives_the_same_bits(instructions, threads):
+    inputs, grad = make(2, 4, 8, 61, 37, 7)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        first = run(inputs, grad, 7, 4, instructions=instructions)
+        torch.set_num_threads(threads)
+        again = run(inputs, grad, 7, 4, instructions=instructions)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_nan_stays_in_its_window(index, instructions):
+    inputs, grad = make(1, 1, 4, 20, 21, 5)
+    clean = run(inputs, grad, 5, 1, instructions=instructions)
+    inputs[index][0, 1, 9, 15] = float("nan")
+    results = run(inputs, grad, 5, 1, instructions=instructions)
+    spoiled = torch.zeros(20, 21, dtype=torch.bool)
+    if index == 0:
+        spoiled[9, 15] = True
+    else:
+        spoiled[7:12, 13:18] = True
+    # A NaN among the values spoils its own channel.
+    channels = slice(1, 2) if index == 2 else slice(0, 4)
+    assert torch.equal(results[0].isnan()[0, channels].all(0), spoiled)
+    assert torch.equal(results[0].isnan().any(1)[0], spoiled)
+    # Gradients of keys and values reach from a query's window to its neighbours' windows.
+    far = torch.ones(20, 21, dtype=torch.bool)
+    far[5:14, 11:20] = False
+    for ours, exact in zip(results[1:4], clean[1:4], strict=True):
+        assert torch.equal(ours[..., far], exact[..., far])
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
+def test_weights_follow_the_exponential(instructions):
+    # Two pixels, so that the weights are a logistic function of the logit's difference.
+    difference = torch.linspace(-100, 100, 4001)
+    key = torch.zeros(4001, 2, 1, 2)
+    key[:, 0, 0, 1] = difference
+    query = torch.zeros_like(key)
+    query[:, 0] = 1
+    value = torch.zeros_like(key)
+    value[:, :, 0, 1] = 1
+    output = torch.ops.sasa_det_cpu.local_attention(
+        query, key, value, None, None, 3, 1, True, instructions
+    )
+    exact = difference.double().sigmoid()
+    actual = output[:, 0, 0, 0].double()
+    torch.testing.assert_close(actual, exact, rtol=5e-7, atol=2e-38)
+
+
+def test_unknown_instructions_are_named():
+    inputs, _ = make(1, 1, 2, 3, 3, 3)
+    with pytest.raises(ValueError, match="instructions must be one of .*plain.*, got sse9"):
+        torch.ops.sasa_det_cpu.local_attention(*inputs, 3, 1, True, "sse9")

@@ -1,0 +1,150 @@
+"""The Triton kernels against the reference: compiled where there is a GPU, else interpreted."""
+
+import pytest
+import torch
+
+from sasa_det.ops import available_backends, local_attention
+
+pytestmark = pytest.mark.skipif(
+    "triton" not in available_backends(), reason="Triton is not installed"
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter cuts a float32 to bfloat16 where a GPU rounds it.
+TOLERANCE = {
+    torch.float32: 1e-5,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1e-2 if DEVICE == "cuda" else 2e-2,
+}
+
+
+def make(n, heads, head_width, height, width, kernel_size, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(n, heads * head_width, height, width)] * 4
+    shapes += [(heads, head_width // 2, kernel_size)] * 2
+    tensors = [torch.randn(s, generator=generator) for s in shapes]
+    query, key, value, grad = (x.to(DEVICE, dtype) for x in tensors[:4])
+    rows, cols = (x.to(DEVICE) for x in tensors[4:])
+    return [query, key, value, rows, cols], grad
+
+
+def run(inputs, grad, backend, dtype=None, **options):
+    leaves = [None if x is None else x.detach().to(dtype or x.dtype) for x in inputs]
+    present = [x.requires_grad_() for x in leaves if x is not None]
+    content = leaves[1] is not None
+    output = local_attention(*leaves, content=content, backend=backend, **options)
+    return [output, *torch.autograd.grad(output, present, grad.to(output.dtype))]
+
+
+def assert_equals_reference(inputs, grad, **options):
+    expected = run(inputs, grad, "reference", torch.float64, **options)
+    actual = run(inputs, grad, "triton", **options)
+    tolerance = TOLERANCE[inputs[0].dtype]
+    for i, (ours, exact) in enumerate(zip(actual, expected, strict=True)):
+        assert ours.shape == exact.shape
+        if exact.numel():
+            error = (ours.double() - exact).abs().max()
+            assert error <= tolerance * max(1.0, float(exact.abs().max())), i
+
+
+@pytest.mark.parametrize("border", ["mask", "zero"])
+@pytest.mark.parametrize("content,relative", [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize(
+    "n,heads,head_width,height,width,kernel_size",
+    [(1, 2, 4, 1, 1, 3), (2, 1, 8, 9, 10, 7), (1, 2, 2, 3, 17, 5)],
+)
+def test_equals_the_reference(
+    n, heads, head_width, height, width, kernel_size, content, relative, border
+):
+    inputs, grad = make(n, heads, head_width, height, width, kernel_size)
+    if not content:
+        inputs[1] = None
+    if not relative:
+        inputs[3:] = None, None
+    options = {"kernel_size": kernel_size, "num_heads": heads, "border": border}
+    assert_equals_reference(inputs, grad, **options)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 9, 11])
+def test_windows_of_other_sizes(kernel_size):
+    inputs, grad = make(1, 1, 6, 10, 12, kernel_size)
+    assert_equals_reference(inputs, grad, kernel_size=kernel_size, num_heads=1)
+
+
+@pytest.mark.parametrize("head_width", [16, 32, 64])
+def test_wide_heads(head_width):
+    inputs, grad = make(1, 1, head_width, 6, 9, 7)
+    assert_equals_reference(inputs, grad, kernel_size=7, num_heads=1)
+
+
+def test_many_tiles_share_a_program():
+    inputs, grad = make(1, 1, 4, 38, 33, 3)
+    assert_equals_reference(inputs, grad, kernel_size=3, num_heads=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    if DEVICE == "cpu" and dtype == torch.bfloat16:
+        inputs, grad = make(1, 1, 8, 5, 6, 5, dtype)
+    else:
+        inputs, grad = make(1, 2, 16, 9, 10, 7, dtype)
+    size = inputs[3].shape[2]
+    assert_equals_reference(inputs, grad, kernel_size=size, num_heads=inputs[3].shape[0])
+
+
+def test_an_empty_batch_goes_through():
+    inputs, grad = make(0, 2, 4, 5, 6, 3)
+    output, *grads = run(inputs, grad, "triton", kernel_size=3, num_heads=2)
+    assert output.shape == (0, 8, 5, 6)
+    assert not grads[3].any() and not grads[4].any()
+
+
+def test_memory_layout_does_not_matter():
+    inputs, grad = make(1, 2, 4, 9, 6, 3)
+    options = {"kernel_size": 3, "num_heads": 2}
+    expected = run(inputs, grad, "triton", **options)
+    strided = [x.to(memory_format=torch.channels_last) for x in inputs[:3]] + inputs[3:]
+    actual = run(strided, grad.to(memory_format=torch.channels_last), "triton", **options)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_large_logits_do_not_overflow():
+    inputs, grad = make(1, 1, 4, 6, 9, 5)
+    inputs = [1e4 * x for x in inputs]
+    results = run(inputs, grad, "triton", kernel_size=5, num_heads=1)
+    assert all(torch.isfinite(x).all() for x in results)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_nan_stays_in_its_window(index):
+    inputs, _ = make(1, 1, 4, 12, 13, 5)
+    inputs[index][0, 1, 6, 7] = float("nan")
+    output = local_attention(*inputs, kernel_size=5, num_heads=1, backend="triton")
+    spoiled = torch.zeros(12, 13, dtype=torch.bool)
+    if index == 0:
+        spoiled[6, 7] = True
+    else:
+        spoiled[4:9, 5:10] = True
+    assert torch.equal(output.isnan().any(1)[0].cpu(), spoiled)
+
+
+def test_every_run_gives_the_same_bits():
+    inputs, grad = make(1, 1, 8, 9, 10, 7)
+    options = {"kernel_size": 7, "num_heads": 1}
+    first, second = (run(inputs, grad, "triton", **options) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_operator_passes_opcheck():
+    inputs, _ = make(1, 2, 4, 5, 6, 3)
+    operator = torch.ops.sasa_det.local_attention.default
+    inputs = [x.requires_grad_() for x in inputs]
+    torch.library.opcheck(operator, (*inputs, 3, 2, True, "triton"))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+def test_without_a_gpu_it_says_so(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    inputs, _ = make(1, 1, 4, 5, 6, 3)
+    with pytest.raises(RuntimeError, match="'triton' cannot run here: it takes CUDA tensors"):
+        local_attention(*inputs, kernel_size=3, num_heads=1, backend="triton")
