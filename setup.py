@@ -44,22 +44,24 @@ setup(
     description="Stand-alone self-attention for object detection, a detectron2 plugin",
     license="Apache-2.0",
     packages=find_packages(include=["sasa_det", "sasa_det.*"]),
-    python_requires=">=3.10",
+    python_requires=">=3.10,<3.13",
     # detectron2 is needed too, but is not on PyPI, where nobody may require anything that is not:
     # tools/install_detectron2.py installs it.
     install_requires=[
         "fvcore>=0.1.5",
         "iopath>=0.1.7",
-        "matplotlib",
-        "numpy",
-        "opencv-python",
+        "matplotlib>=3.7",
+        "numpy>=1.26",
+        "opencv-python>=4.8",
         "Pillow>=12.3",
         "pycocotools>=2.0.6",
-        "scikit-learn",
-        "tensorboard",
+        "PyYAML>=6",
+        "scikit-learn>=1.3",
+        "tabulate>=0.9",
+        "tensorboard>=2.10",
         "torch>=2.10",  # older ones have holes in reading checkpoints
-        "torchvision",
+        "torchvision>=0.25",
     ],
     **kernels(),
-    extras_require={"dev": ["hypothesis", "pytest", "ruff"]},
+    extras_require={"dev": ["hypothesis", "pytest", "ruff"], "benchmark": ["timm"]},
 )

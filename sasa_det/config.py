@@ -72,3 +72,6 @@ def add_sasa_config(cfg: CfgNode) -> None:
 
     # "SGD" with SOLVER.MOMENTUM, or "AdamW".
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # Factor on the learning rate of attention's query and key projections. Under Adam, whose steps
+    # have the size of the rate, their product soon saturates the softmax without one.
+    cfg.SOLVER.LOGIT_LR_FACTOR = 1.0

@@ -71,6 +71,25 @@ at::Tensor forward(const at::Tensor& x, const at::Tensor& query, const at::Tenso
   return output;
 }
 
+at::Tensor forward_pooled(const at::Tensor& x, const at::Tensor& query, const at::Tensor& key,
+                          const at::Tensor& value, const Optional& rel_rows,
+                          const Optional& rel_cols, int64_t num_heads, const at::Tensor& scale_,
+                          const at::Tensor& shift_, const std::string& instructions) {
+  const StemAttentionKernels& chosen =
+      choose_kernels(instructions, STEM_PLACES).stem_attention;
+  Arguments a(x, query, key, value, rel_rows, rel_cols, num_heads);
+  const at::Tensor scale = floats(scale_), shift = floats(shift_);
+  const int64_t rows = (a.call.height + STEM_BLOCK - 1) / STEM_BLOCK;
+  const int64_t cols = (a.call.width + STEM_BLOCK - 1) / STEM_BLOCK;
+  at::Tensor output = at::empty({a.call.batch, a.call.channels, rows, cols}, x.options());
+  if (output.numel() == 0) return output;
+  a.call.scale = scale.const_data_ptr<float>();
+  a.call.shift = shift.const_data_ptr<float>();
+  a.call.output = output.mutable_data_ptr();
+  run(chosen.tasks(a.call), a.call, chosen.forward);
+  return output;
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& query, const at::Tensor& key,
     const at::Tensor& value, const Optional& rel_rows, const Optional& rel_cols, int64_t num_heads,
@@ -119,6 +138,9 @@ TORCH_LIBRARY_FRAGMENT(sasa_det_cpu, library) {
       "stem_attention(Tensor x, Tensor query, Tensor key, Tensor value, Tensor? rel_rows, "
       "Tensor? rel_cols, int num_heads, str instructions) -> Tensor");
   library.def(
+      "stem_attention_pooled(Tensor x, Tensor query, Tensor key, Tensor value, Tensor? rel_rows, "
+      "Tensor? rel_cols, int num_heads, Tensor scale, Tensor shift, str instructions) -> Tensor");
+  library.def(
       "stem_attention_backward(Tensor grad, Tensor x, Tensor query, Tensor key, Tensor value, "
       "Tensor? rel_rows, Tensor? rel_cols, int num_heads, bool image_gradient, str instructions) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
@@ -126,6 +148,7 @@ TORCH_LIBRARY_FRAGMENT(sasa_det_cpu, library) {
 
 TORCH_LIBRARY_IMPL(sasa_det_cpu, CPU, library) {
   library.impl("stem_attention", forward);
+  library.impl("stem_attention_pooled", forward_pooled);
   library.impl("stem_attention_backward", backward);
 }
 

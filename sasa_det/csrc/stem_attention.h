@@ -19,6 +19,9 @@ struct StemAttention {
   const float* value;                // (C, C_in, places)
   const float *rel_rows, *rel_cols;  // (heads, C / heads / 2, 7), null for no q.r
   void* output;
+  // Forward only: with a scale and a shift for each channel, the output is what remains of a norm,
+  // ReLU and max pool over the blocks, (N, C, block rows, block columns). Null for plain outputs.
+  const float *scale, *shift;
   // Backward only; gradients of parameters are those of each task, of which they are the first
   // dimension. A null grad_x is not wanted.
   const void* grad;

@@ -105,6 +105,10 @@ class StemWork {
       for (int head = 0; head < a_.heads; ++head) {
         softmax(head, y, x);
         block_mix(weights_, value_, depth_, output_);
+        if (a_.scale) {
+          write_pooled(image, head, y, x);
+          continue;
+        }
         write(a_.output, image * channels_ + head * depth_, depth_, y, x, output_);
       }
     });
@@ -188,6 +192,33 @@ class StemWork {
             for (int j = 0; j < cols; ++j) to[j] = row[j];
           }
         }
+      }
+    }
+  }
+
+  // Write a block's maximum of every channel after scale, shift and ReLU.
+  INLINE void write_pooled(int64_t image, int head, int y, int x) const {
+    const int rows = std::min(BLOCK, height_ - y), cols = std::min(BLOCK, width_ - x);
+    const int64_t block_rows = (height_ + BLOCK - 1) / BLOCK;
+    const int64_t block_cols = (width_ + BLOCK - 1) / BLOCK;
+    for (int c = 0; c < depth_; ++c) {
+      const int64_t channel = int64_t(head) * depth_ + c;
+      const float scale = a_.scale[channel], shift = a_.shift[channel];
+      float highest = -INFINITY, sum = 0.0f;
+      for (int i = 0; i < rows; ++i)
+        for (int j = 0; j < cols; ++j) {
+          const float scaled = output_[c * PLACES + i * BLOCK + j] * scale + shift;
+          highest = scaled > highest ? scaled : highest;
+          sum += scaled;
+        }
+      // A comparison lets NaN pass by; the sum does not.
+      float result = sum != sum ? sum : highest > 0 ? highest : 0.0f;
+      const int64_t at = ((image * channels_ + channel) * block_rows + y / BLOCK) * block_cols +
+                         x / BLOCK;
+      if (a_.bfloat16) {
+        static_cast<uint16_t*>(a_.output)[at] = narrow(result);
+      } else {
+        static_cast<float*>(a_.output)[at] = result;
       }
     }
   }

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,8 @@ from detectron2.utils.env import seed_all_rng
 from tabulate import tabulate
 
 from ..evaluation.drawing import draw_curves, draw_detections
+from ..files import write_text
+from ..machine import describe_machine
 from ..modeling.complexity import count_config, total
 from .denormals import flush_denormals
 from .logs import log_to
@@ -63,8 +64,8 @@ def run_demo(configs: Path, output: Path, opts: Sequence[str] = ()) -> list[dict
     draw_curves({label: output / label / "metrics.json" for label in runs}, curves)
     table = _table(results)
     summary = f"{table}\n\n{_conditions(runs['attention'])}\n"
-    (output / "results.md").write_text(summary)
-    (output / "results.json").write_text(json.dumps(results, indent=2))
+    write_text(output / "results.md", summary)
+    write_text(output / "results.json", json.dumps(results, indent=2))
     print(f"\n{summary}")
     print(f"Detections: {', '.join(str(output / label / 'detections.png') for label in runs)}")
     print(f"Curves: {curves}")
@@ -74,7 +75,7 @@ def run_demo(configs: Path, output: Path, opts: Sequence[str] = ()) -> list[dict
 def _train(label: str, cfg: CfgNode) -> dict[str, Any]:
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     log_to(cfg.OUTPUT_DIR, shown=_is_short)
-    Path(cfg.OUTPUT_DIR, "config.yaml").write_text(cfg.dump())
+    write_text(Path(cfg.OUTPUT_DIR, "config.yaml"), cfg.dump())
     logger.info("Training the %s model into %s.", label, cfg.OUTPUT_DIR)
     seed_all_rng(max(cfg.SEED, 0))
     start = time.perf_counter()
@@ -149,23 +150,9 @@ def _table(results: list[dict[str, Any]]) -> str:
 
 
 def _conditions(cfg: CfgNode) -> str:
-    if cfg.MODEL.DEVICE == "cuda":
-        machine = torch.cuda.get_device_name()
-    else:
-        machine = f"{_processor()}, {torch.get_num_threads()} threads"
     return (
         f"{cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} images; COCO AP on "
         f"{', '.join(cfg.DATASETS.TEST)}; FLOPs of one {cfg.INPUT.MIN_SIZE_TEST} x "
         f"{cfg.INPUT.MIN_SIZE_TEST} image, a multiply-add being 2; seconds of training and "
-        f"evaluation on {machine}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}."
+        f"evaluation on {describe_machine(cfg.MODEL.DEVICE)}."
     )
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -14,6 +14,7 @@ from detectron2.solver.build import get_default_optimizer_params, maybe_add_grad
 from torch import nn
 
 from ..data.mapper import build_jitter_crop_mapper
+from ..layers import AttentionStem, LocalSelfAttention2d
 
 __all__ = ["Trainer", "build_optimizer"]
 
@@ -32,7 +33,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
     Returns:
         torch.optim.Optimizer: SGD or AdamW, with detectron2's settings for norms and biases and
-        without weight decay on learned embeddings.
+        without weight decay on learned embeddings, and with ``SOLVER.LOGIT_LR_FACTOR`` on the
+        learning rate of attention's query and key projections.
 
     Raises:
         ValueError: if the name is neither SGD nor AdamW.
@@ -47,6 +49,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
         overrides={name: {"weight_decay": 0.0} for name in _EMBEDDINGS},
     )
+    if solver.LOGIT_LR_FACTOR != 1.0:
+        params = _with_lr_factor(params, _logit_weights(model), solver.LOGIT_LR_FACTOR)
     if solver.OPTIMIZER == "SGD":
         options = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
         return maybe_add_gradient_clipping(cfg, torch.optim.SGD)(
@@ -55,6 +59,28 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if solver.OPTIMIZER == "AdamW":
         return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(params, lr=solver.BASE_LR)
     raise ValueError(f"SOLVER.OPTIMIZER must be 'SGD' or 'AdamW', got {solver.OPTIMIZER!r}.")
+
+
+def _logit_weights(model: nn.Module) -> set[nn.Parameter]:
+    """Collect the weights of all query and key projections."""
+    layers = [m for m in model.modules() if isinstance(m, (LocalSelfAttention2d, AttentionStem))]
+    projections = [p for layer in layers for p in (layer.query, layer.key) if p is not None]
+    return {projection.weight for projection in projections}
+
+
+def _with_lr_factor(
+    groups: list[dict[str, Any]], chosen: set[nn.Parameter], factor: float
+) -> list[dict[str, Any]]:
+    """Split parameter groups so that the chosen parameters learn at ``factor`` times the rate."""
+    split = []
+    for group in groups:
+        inside = [p for p in group["params"] if p in chosen]
+        outside = [p for p in group["params"] if p not in chosen]
+        if outside:
+            split.append({**group, "params": outside})
+        if inside:
+            split.append({**group, "params": inside, "lr": group["lr"] * factor})
+    return split
 
 
 def _has_compiled_evaluation() -> bool:

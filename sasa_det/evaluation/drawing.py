@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import tempfile
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -12,6 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullFormatter
+
+from ..files import whole_file
 
 __all__ = ["draw_curves", "draw_detections"]
 
@@ -214,10 +214,5 @@ def _running_median(values):
 
 
 def _save(figure, path):
-    """Write a figure as PNG, whole or not at all."""
-    path = os.path.abspath(path)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(path), prefix=".drawing-") as folder:
-        part = os.path.join(folder, "figure.png")
+    with whole_file(path) as part:
         FigureCanvasAgg(figure).print_png(part)
-        os.replace(part, path)

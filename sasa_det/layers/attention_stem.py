@@ -6,7 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import block_attention, relative_embedding, stem_attention
+from ..ops import (
+    block_attention,
+    pooled_stem_attention,
+    relative_embedding,
+    stem_attention,
+)
 from ..ops.local_attention import check_heads
 
 __all__ = ["STEM_VALUES", "AttentionStem"]
@@ -122,21 +127,41 @@ class AttentionStem(nn.Module):
         Returns:
             (N, out_channels, ceil(H / block_size), ceil(W / block_size)).
         """
-        x = self._attend(x)
-        x = F.relu(self.norm(x))
+        affine = None if torch.is_grad_enabled() else self._affine_norm()
+        if affine is not None and self.values != "convolution":
+            return pooled_stem_attention(x, *self._tensors(), *affine, **self._options())
+        x = F.relu(self.norm(self._attend(x)))
         return F.max_pool2d(x, self.block_size, ceil_mode=True)
 
     def _attend(self, x: Tensor) -> Tensor:
-        options = {"block_size": self.block_size, "num_heads": self.num_heads}
-        if self.values == "convolution":
-            # As "same" padding, so that a block's pixels see their surroundings alike.
-            before, after = (self.block_size - 1) // 2, self.block_size // 2
-            value = self.value(F.pad(x, (before, after, before, after)))
-            embedding = relative_embedding(self.rel_rows, self.rel_cols, self.block_size)
-            return block_attention(self.query(x), self.key(x), value, embedding, **options)
+        if self.values != "convolution":
+            return stem_attention(x, *self._tensors(), **self._options())
+        # As "same" padding, so that a block's pixels see their surroundings alike.
+        before, after = (self.block_size - 1) // 2, self.block_size // 2
+        value = self.value(F.pad(x, (before, after, before, after)))
+        embedding = relative_embedding(self.rel_rows, self.rel_cols, self.block_size)
+        return block_attention(self.query(x), self.key(x), value, embedding, **self._options())
+
+    def _options(self) -> dict[str, int]:
+        return {"block_size": self.block_size, "num_heads": self.num_heads}
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
         if self.values == "mixture":
             value, mixing = self.value_weight, self.mixing()
         else:
-            value, mixing = self.value.weight[None, :, :, 0, 0], None
-        weights = (self.query.weight, self.key.weight, value, mixing)
-        return stem_attention(x, *weights, self.rel_rows, self.rel_cols, **options)
+            value, mixing = self.value.weight[:, :, 0, 0][None], None
+        projections = (self.query.weight, self.key.weight, value, mixing)
+        return (*projections, self.rel_rows, self.rel_cols)
+
+    def _affine_norm(self) -> tuple[Tensor, Tensor] | None:
+        """Return scale and shift of a norm that is no more than that; None if it is more."""
+        norm = self.norm
+        if isinstance(norm, nn.Identity):
+            like = self.query.weight
+            return like.new_ones(self.out_channels), like.new_zeros(self.out_channels)
+        frozen = type(norm).__name__ == "FrozenBatchNorm2d"  # detectron2's or torchvision's
+        batch_norm = isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)) and not norm.training
+        if not (frozen or batch_norm and norm.affine and norm.track_running_stats):
+            return None
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        return scale, norm.bias - norm.running_mean * scale

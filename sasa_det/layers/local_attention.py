@@ -17,6 +17,8 @@ POSITIONS = ("relative", "absolute", "none")
 # Where the heads of a new layer look first: (row, column) offsets, and the strength of it.
 _FIRST_LOOKS = ((0, 0), (-1, -1), (-1, 1), (1, -1), (1, 1), (0, 1), (1, 0), (0, -1), (-1, 0))
 _FOCUS = 2.0
+# Initial size of q.k beside what unit logits would have.
+_CONTENT_STD = 0.2
 # The mean of max(z, 0) for a standard normal z.
 RECTIFIED_MEAN = (2 * math.pi) ** -0.5
 
@@ -108,13 +110,15 @@ class LocalSelfAttention2d(nn.Module):
         constant that picks them up: attention starts as a soft 3 x 3 convolution (after Cordonnier
         et al., "On the Relationship between Self-Attention and Convolutional Layers", ICLR 2020).
         The constant is the mean over channels of a rectified input, such as layers here have.
-        The rest of the queries carries the 1/sqrt(d) that the paper's logits do without.
+        The rest of the queries carries the 1/sqrt(d) that the paper's logits do without, and q.k
+        starts small beside the embeddings: at random it would only blur where heads look.
         """
         head_width = self.out_channels // self.num_heads
         std = self.in_channels**-0.5
         nn.init.normal_(self.query.weight, std=std * head_width**-0.5)
         if self.key is not None:
-            nn.init.normal_(self.key.weight, std=std)
+            content_std = _CONTENT_STD if self.position == "relative" else 1.0
+            nn.init.normal_(self.key.weight, std=content_std * std)
         nn.init.normal_(self.value.weight, std=std)
         if self.rel_rows is None:
             return

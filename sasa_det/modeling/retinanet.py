@@ -118,7 +118,8 @@ def _prediction(
         layers.append(nn.Conv2d(channels, channels, 1))
     layers.append(nn.Conv2d(channels, outputs, 1))
     for layer in layers[1:]:
-        nn.init.normal_(layer.weight, std=0.01)
+        # After W_V of 0.01, RetinaNet's 0.01 once more would leave no gradient to speak of.
+        nn.init.normal_(layer.weight, std=channels**-0.5)
         nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers)
 

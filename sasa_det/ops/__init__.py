@@ -3,7 +3,7 @@
 from . import flops
 from .block_attention import block_attention, mixed_values
 from .local_attention import available_backends, local_attention
-from .stem_attention import relative_embedding, stem_attention
+from .stem_attention import pooled_stem_attention, relative_embedding, stem_attention
 
 __all__ = [
     "available_backends",
@@ -11,6 +11,7 @@ __all__ = [
     "flops",
     "local_attention",
     "mixed_values",
+    "pooled_stem_attention",
     "relative_embedding",
     "stem_attention",
 ]

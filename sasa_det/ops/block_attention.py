@@ -67,7 +67,8 @@ def _to_blocks(x: Tensor, block_size: int) -> Tensor:
     x = x.reshape(
         n, channels, x.shape[2] // block_size, block_size, x.shape[3] // block_size, block_size
     )
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(-1, block_size * block_size, channels)
+    blocks = n * x.shape[2] * x.shape[4]
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(blocks, block_size * block_size, channels)
 
 
 def _from_blocks(blocks: Tensor, shape: tuple[int, ...], block_size: int) -> Tensor:
@@ -82,7 +83,7 @@ def _from_blocks(blocks: Tensor, shape: tuple[int, ...], block_size: int) -> Ten
 def _heads_first(x: Tensor, block_size: int, num_heads: int, dtype: torch.dtype) -> Tensor:
     """(N, C, H, W) to (num_heads, N * blocks, block_size^2, C // num_heads), contiguous."""
     blocks = _to_blocks(x.to(dtype), block_size)
-    blocks = blocks.reshape(*blocks.shape[:2], num_heads, -1)
+    blocks = blocks.unflatten(2, (num_heads, x.shape[1] // num_heads))
     return blocks.permute(2, 0, 1, 3).contiguous()
 
 

@@ -110,6 +110,11 @@ def _(x, query, key, value, mixing, rel_rows, rel_cols, *args, out_shape=None, *
     return 2 * _stem_attention_macs(x, query, key, value, mixing, rel_rows, rel_cols)
 
 
+@register_flop_formula(_ops.stem_attention_pooled)
+def _(x, query, key, value, mixing, rel_rows, rel_cols, *args, out_shape=None, **kwargs) -> int:
+    return 2 * _stem_attention_macs(x, query, key, value, mixing, rel_rows, rel_cols)
+
+
 @register_flop_formula(_ops.stem_attention_backward)
 def _(
     grad, x, query, key, value, mixing, rel_rows, rel_cols, *args, out_shape=None, **kwargs
@@ -137,6 +142,7 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
         "sasa_det::block_attention": handle(_block_attention_macs, 5),
         "sasa_det::mixed_values": handle(_mixed_values_macs, 3),
         "sasa_det::stem_attention": handle(_stem_attention_macs, 7),
+        "sasa_det::stem_attention_pooled": handle(_stem_attention_macs, 7),
     }
 
 

@@ -13,7 +13,7 @@ from . import cpu
 from .block_attention import block_attention, mixed_values
 from .precision import without_autocast
 
-__all__ = ["relative_embedding", "stem_attention"]
+__all__ = ["pooled_stem_attention", "relative_embedding", "stem_attention"]
 
 # Side of the blocks that the C++ kernels take.
 _BLOCK = 4
@@ -51,7 +51,7 @@ def stem_attention(
     Returns:
         (N, C, H, W) in the type of ``x``.
     """
-    if block_size == _BLOCK and cpu.why_not(x) is None:
+    if _has_kernels(x, block_size):
         return _attend(x, query, key, value, mixing, rel_rows, rel_cols, num_heads)
     values = (
         F.conv2d(x, value[0, :, :, None, None])
@@ -66,6 +66,46 @@ def stem_attention(
         block_size=block_size,
         num_heads=num_heads,
     )
+
+
+def pooled_stem_attention(
+    x: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mixing: Tensor | None,
+    rel_rows: Tensor | None,
+    rel_cols: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    block_size: int,
+    num_heads: int,
+) -> Tensor:
+    """Run :func:`stem_attention` with the scale and shift, ReLU and max pool that follow it.
+
+    Without gradients. Where the C++ kernels run, the full-size output is never stored.
+
+    Args:
+        x, query, key, value, mixing, rel_rows, rel_cols, block_size, num_heads: as of
+            :func:`stem_attention`.
+        scale: (C,), factor on each channel.
+        shift: (C,), added to each channel.
+
+    Returns:
+        (N, C, ceil(H / block_size), ceil(W / block_size)): the maximum over each block.
+    """
+    tensors = (x, query, key, value, mixing, rel_rows, rel_cols)
+    with torch.no_grad():
+        if _has_kernels(x, block_size):
+            return _attend_pooled(*tensors, scale, shift, num_heads)
+        output = stem_attention(*tensors, block_size=block_size, num_heads=num_heads)
+        output = F.relu(output * scale[:, None, None] + shift[:, None, None])
+        return F.max_pool2d(output, block_size, ceil_mode=True)
+
+
+def _has_kernels(x: Tensor, block_size: int) -> bool:
+    return block_size == _BLOCK and cpu.why_not(x) is None
 
 
 def relative_embedding(
@@ -125,6 +165,40 @@ def _attend(
 @_attend.register_fake
 def _(x, query, key, value, mixing, rel_rows, rel_cols, num_heads):
     return x.new_empty((x.shape[0], query.shape[0], x.shape[2], x.shape[3]))
+
+
+@torch.library.custom_op("sasa_det::stem_attention_pooled", mutates_args=())
+@without_autocast
+def _attend_pooled(
+    x: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mixing: Tensor | None,
+    rel_rows: Tensor | None,
+    rel_cols: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    num_heads: int,
+) -> Tensor:
+    return torch.ops.sasa_det_cpu.stem_attention_pooled(
+        x,
+        query.flatten(1),
+        key.flatten(1),
+        _place_matrices(value, mixing),
+        rel_rows,
+        rel_cols,
+        num_heads,
+        scale,
+        shift,
+        "",
+    )
+
+
+@_attend_pooled.register_fake
+def _(x, query, key, value, mixing, rel_rows, rel_cols, scale, shift, num_heads):
+    rows, cols = ((size + _BLOCK - 1) // _BLOCK for size in x.shape[2:])
+    return x.new_empty((x.shape[0], query.shape[0], rows, cols))
 
 
 @torch.library.custom_op("sasa_det::stem_attention_backward", mutates_args=())

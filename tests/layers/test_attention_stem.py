@@ -78,6 +78,34 @@ def test_blocks_are_independent():
     torch.testing.assert_close(whole[..., 2:, 2:], stem(x[..., 8:, 8:]))
 
 
+class FrozenBatchNorm2d(torch.nn.BatchNorm2d):
+    """A batch norm that never trains, by the name that detectron2 and torchvision give theirs."""
+
+    def train(self, mode=True):
+        return super().train(False)
+
+
+@pytest.mark.parametrize(
+    "norm", [torch.nn.BatchNorm2d, FrozenBatchNorm2d, None, lambda c: torch.nn.GroupNorm(2, c)]
+)
+@pytest.mark.parametrize("values", ["mixture", "pointwise", "convolution"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_output_is_the_same_without_gradients(training, dtype, values, norm):
+    torch.manual_seed(0)
+    stem = AttentionStem(3, 8, 2, values=values, norm=norm).to(dtype)
+    for name, buffer in stem.norm.named_buffers():
+        if name != "num_batches_tracked":
+            buffer.uniform_(0.5, 2.0)
+    for parameter in stem.norm.parameters():
+        torch.nn.init.normal_(parameter)
+    stem.train(training)
+    x = torch.randn(2, 3, 10, 13, dtype=dtype)
+    expected = stem(x)
+    with torch.no_grad():
+        torch.testing.assert_close(stem(x), expected.detach(), rtol=1e-5, atol=1e-5)
+
+
 def test_every_parameter_learns():
     torch.manual_seed(0)
     stem = AttentionStem(3, 8, 2)

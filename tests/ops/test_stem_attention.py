@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from sasa_det.ops import block_attention, cpu, mixed_values, relative_embedding, stem_attention
+from sasa_det.ops import (
+    block_attention,
+    cpu,
+    mixed_values,
+    pooled_stem_attention,
+    relative_embedding,
+    stem_attention,
+)
 
 BUILT = not cpu.MISSING
 needs_kernels = pytest.mark.skipif(not BUILT, reason=str(cpu.MISSING))
@@ -123,6 +130,46 @@ def test_threads_give_the_same_bits(instructions):
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 
 
+@pytest.mark.parametrize("instructions", cpu.instruction_sets())
+@pytest.mark.parametrize("height,width", [(1, 1), (9, 14), (40, 7)])
+def test_pooling_equals_what_it_fuses(height, width, instructions):
+    inputs, _ = make(2, 2, 6, height, width, 0)
+    tensors = [None if x is None else x.detach() for x in inputs]
+    scale, shift = torch.linspace(-2, 2, 12), torch.linspace(1, -1, 12)
+    output = composed(*(None if x is None else x.double() for x in tensors), 2)
+    output = F.relu(output * scale[:, None, None] + shift[:, None, None])
+    expected = F.max_pool2d(output, 4, ceil_mode=True)
+    x, query, key, value, _, rel_rows, rel_cols = tensors
+    matrices = value.expand(16, -1, -1)
+    actual = torch.ops.sasa_det_cpu.stem_attention_pooled(
+        x,
+        query.flatten(1),
+        key.flatten(1),
+        matrices,
+        rel_rows,
+        rel_cols,
+        2,
+        scale,
+        shift,
+        instructions,
+    )
+    assert_close([actual], [expected], 1e-5)
+
+
+@needs_kernels
+def test_pooling_lets_a_nan_through():
+    inputs, _ = make(1, 1, 4, 8, 12)
+    inputs[0].data[0, 1, 5, 6] = float("nan")
+    tensors = [x.detach() for x in inputs]
+    output = pooled_stem_attention(
+        *tensors, torch.ones(4), torch.zeros(4), block_size=4, num_heads=1
+    )
+    spoiled = torch.zeros(2, 3, dtype=torch.bool)
+    spoiled[1, 1] = True
+    assert torch.equal(output.isnan().all(1)[0], spoiled)
+    assert torch.equal(output.isnan().any(1)[0], spoiled)
+
+
 @needs_kernels
 def test_bfloat16_accumulates_in_float32():
     inputs, grad = make(1, 2, 8, 9, 14)
@@ -140,6 +187,9 @@ def test_bfloat16_accumulates_in_float32():
 def test_operator_passes_opcheck(mixtures, relative):
     inputs, _ = make(2, 2, 4, 5, 6, mixtures, relative)
     torch.library.opcheck(torch.ops.sasa_det.stem_attention.default, (*inputs, 2))
+    inputs = [None if x is None else x.detach() for x in inputs]
+    affine = (torch.ones(8), torch.zeros(8))
+    torch.library.opcheck(torch.ops.sasa_det.stem_attention_pooled.default, (*inputs, *affine, 2))
 
 
 @needs_kernels

@@ -1,0 +1,5 @@
+"""Time and memory of attention beside convolution and other formulations, in one run."""
+
+from .command import main
+
+__all__ = ["main"]

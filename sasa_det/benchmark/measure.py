@@ -1,0 +1,90 @@
+"""How long calls take and how much memory they need."""
+
+import ctypes
+import gc
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+__all__ = ["extra_peak_memory", "median_seconds", "use_exact_memory"]
+
+Run = Callable[[], object]
+
+
+def median_seconds(runs: dict[str, Run], rounds: int, device: str) -> dict[str, float]:
+    """Time calls side by side.
+
+    Every round makes each call once, so that what else the machine does falls on all alike.
+
+    Args:
+        runs: name to call; each is made once before the rounds.
+        rounds: number of rounds.
+        device: "cpu" or "cuda", which is waited for.
+
+    Returns:
+        dict[str, float]: name to the median of its seconds.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    for _ in range(rounds):
+        for name, run in runs.items():
+            _wait(device)
+            start = time.perf_counter()
+            run()
+            _wait(device)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def use_exact_memory() -> None:
+    """Make this process give large freed blocks back at once, so that its size tells its needs.
+
+    Only where the C library is glibc; elsewhere sizes may keep freed memory.
+    """
+    mmap_threshold = -3
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(mmap_threshold, 1 << 16)
+
+
+def extra_peak_memory(run: Run, device: str) -> int:
+    """Measure how much memory a call takes at its peak beyond what was there before.
+
+    On a CPU it is the process's resident size as Linux tells it, which sees every allocator;
+    measure one call a process, after :func:`use_exact_memory`.
+
+    Args:
+        run: the call; it is made once before, so that only what every call needs counts.
+        device: "cpu" or "cuda".
+
+    Returns:
+        int: bytes.
+    """
+    run()
+    gc.collect()
+    if device == "cuda":
+        _wait(device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        _wait(device)
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present size
+    before = _status("VmRSS")
+    run()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    return int(re.search(rf"^{field}:\s+(\d+) kB$", text, re.MULTILINE).group(1)) * 1024
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

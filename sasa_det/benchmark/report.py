@@ -1,0 +1,105 @@
+"""The benchmark's table and picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from ..files import whole_file
+from .cases import Case
+
+if TYPE_CHECKING:
+    from .command import Result
+
+__all__ = ["draw_results", "tabulate_results"]
+
+_GROWTH = {"kernel_size": "kernel size k", "image_size": "image size (pixels)"}
+
+
+def _ratio(result: "Result", results: Sequence["Result"], field: str) -> float | None:
+    """Return a result's time or memory over that of its case's baseline, if both are known."""
+    (baseline,) = [r for r in results if r.case == result.case and r.contender == result.baseline]
+    ours, theirs = getattr(result, field), getattr(baseline, field)
+    return None if ours is None or not theirs else ours / theirs
+
+
+def tabulate_results(cases: Sequence[Case], results: Sequence["Result"]) -> str:
+    """Return a Markdown table of times, memory and their ratios to each case's baseline."""
+    titles = {case.name: case.title for case in cases}
+    rows, seen = [], set()
+    for result in results:
+        title = "" if result.case in seen else titles[result.case]
+        seen.add(result.case)
+        if result.seconds is None:
+            rows.append([title, result.contender, f"did not run ({result.why_not})"])
+            continue
+        row = [title, result.contender, f"{1e3 * result.seconds:.1f}"]
+        row.append(f"{_ratio(result, results, 'seconds'):.2f}")
+        if result.memory is not None:
+            row.append(f"{result.memory / 2**20:.0f}")
+            ratio = _ratio(result, results, "memory")
+            row.append("" if ratio is None else f"{ratio:.2f}")
+        rows.append(row)
+    headers = ["what", "how", "ms", "ratio", "extra MiB", "ratio"]
+    width = len(headers)
+    rows = [row + [""] * (width - len(row)) for row in rows]
+    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def draw_results(cases: Sequence[Case], results: Sequence["Result"], path: Path) -> None:
+    """Draw the time ratios as bars and the growth cases as lines.
+
+    Args:
+        cases: the cases measured.
+        results: their results.
+        path: PNG file to write.
+    """
+    groups = [group for group in _GROWTH if any(case.group == group for case in cases)]
+    plain = [case for case in cases if case.group not in _GROWTH]
+    panels = bool(plain) + len(groups)
+    figure = Figure(figsize=(6.5 * panels, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    if plain:
+        _draw_bars(axes.pop(0), plain, results)
+    for group in groups:
+        _draw_growth(axes.pop(0), group, cases, results)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=120)
+
+
+def _draw_bars(axes, cases: Sequence[Case], results: Sequence["Result"]) -> None:
+    names = {case.name for case in cases}
+    shown = [r for r in results if r.case in names and r.seconds and r.contender != r.baseline]
+    ratios = [_ratio(result, results, "seconds") for result in shown]
+    labels = [f"{result.case}: {result.contender}" for result in shown]
+    colours = ["C0" if r.contender.startswith("attention") else "0.6" for r in shown]
+    places = range(len(shown))
+    axes.barh(places, ratios, color=colours)
+    for place, ratio in zip(places, ratios, strict=True):
+        axes.annotate(f" {ratio:.2f}", (ratio, place), va="center", fontsize=8)
+    axes.set_yticks(places, labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.margins(x=0.15)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_xlabel("time over that of convolution")
+
+
+def _draw_growth(axes, group: str, cases: Sequence[Case], results: Sequence["Result"]) -> None:
+    places = {case.name: case.at for case in cases if case.group == group}
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for result in results:
+        if result.case in places and result.seconds is not None:
+            point = (places[result.case], 1e3 * result.seconds)
+            lines.setdefault(result.contender, []).append(point)
+    for name, points in lines.items():
+        axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    axes.set_xticks(sorted(places.values()))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(_GROWTH[group])
+    axes.set_ylabel("ms, forward")
+    axes.legend(frameon=False)
