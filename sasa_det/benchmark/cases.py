@@ -11,6 +11,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 from detectron2.modeling.backbone.resnet import BasicStem
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from ..config import add_sasa_config
@@ -294,7 +295,8 @@ def _retinanet_cases(settings: Settings) -> list[Case]:
 
         def step():
             optimizer.zero_grad(set_to_none=True)
-            with autocast():
+            # RetinaNet's losses report to a storage.
+            with EventStorage(), autocast():
                 losses = model(inputs)
             sum(losses.values()).backward()
             optimizer.step()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..ops import local_attention
 from ..ops.local_attention import BORDERS, check_backend, check_heads, check_kernel_size
 from .position import sinusoidal_encoding
+from .projection import project
 
 __all__ = ["POSITIONS", "RECTIFIED_MEAN", "LocalSelfAttention2d"]
 
@@ -150,9 +151,9 @@ class LocalSelfAttention2d(nn.Module):
                 self.in_channels, *x.shape[2:], dtype=x.dtype, device=x.device
             )
         x = local_attention(
-            self.query(placed),
-            None if self.key is None else self.key(placed),
-            self.value(x),
+            project(self.query, placed),
+            None if self.key is None else project(self.key, placed),
+            project(self.value, x),
             self.rel_rows,
             self.rel_cols,
             kernel_size=self.kernel_size,
