@@ -145,15 +145,11 @@ class LocalSelfAttention2d(nn.Module):
         Returns:
             (N, out_channels, ceil(H / stride), ceil(W / stride)).
         """
-        placed = x
-        if self.position == "absolute":
-            placed = x + sinusoidal_encoding(
-                self.in_channels, *x.shape[2:], dtype=x.dtype, device=x.device
-            )
+        query, key, value = self._project(x)
         x = local_attention(
-            project(self.query, placed),
-            None if self.key is None else project(self.key, placed),
-            project(self.value, x),
+            query,
+            key,
+            value,
             self.rel_rows,
             self.rel_cols,
             kernel_size=self.kernel_size,
@@ -165,6 +161,17 @@ class LocalSelfAttention2d(nn.Module):
         if self.stride == 2:
             x = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
         return x
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        if self.key is None:
+            query, value = project(x, (self.query, self.value))
+            return query, None, value
+        if self.position != "absolute":
+            return project(x, (self.query, self.key, self.value))
+        placed = x + sinusoidal_encoding(
+            self.in_channels, *x.shape[2:], dtype=x.dtype, device=x.device
+        )
+        return (*project(placed, (self.query, self.key)), *project(x, (self.value,)))
 
     def extra_repr(self) -> str:
         return (

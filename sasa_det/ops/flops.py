@@ -74,7 +74,6 @@ def _(
     value,
     rel_rows,
     rel_cols,
-    output,
     log_sum,
     kernel_size,
     *args,

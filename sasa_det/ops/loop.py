@@ -112,7 +112,6 @@ def backward(
     value: Tensor,
     rel_rows: Tensor | None,
     rel_cols: Tensor | None,
-    output: Tensor,
     log_sum: Tensor,
     kernel_size: int,
     num_heads: int,
@@ -120,29 +119,30 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`sasa_det.ops.operator.attend_backward`."""
     dtype = accumulation_dtype(query.dtype)
-    queries, values, grads, outputs = (
-        _by_head(x, num_heads, dtype) for x in (query, value, grad, output)
-    )
+    queries, values, grads = (_by_head(x, num_heads, dtype) for x in (query, value, grad))
     keys = None if key is None else _by_head(key, num_heads, dtype)
     rows = None if rel_rows is None else rel_rows.to(dtype)
     cols = None if rel_cols is None else rel_cols.to(dtype)
     logits = _logits(queries, keys, rows, cols, kernel_size, mask)
     weights = logits.sub_(log_sum[:, :, None, None]).exp_()
-    # d softmax: every logit's gradient is weight * (g.v - g.y).
-    expected = (grads * outputs).sum(2)
     grad_query, grad_value = torch.zeros_like(queries), torch.zeros_like(values)
     grad_key = None if keys is None else torch.zeros_like(keys)
-    # Neighbours outside the image have zero values, hence g.v = 0, and no key to send back to.
-    grad_logits = -weights * expected[:, :, None, None]
+    # d softmax: every logit's gradient is weight * (g.v - the window's mean of g.v). Neighbours
+    # outside the image have zero values, hence g.v = 0, and no key to send back to.
+    grad_logits = torch.zeros_like(weights)
     for row, column, pixels, neighbours in _offsets(kernel_size, *query.shape[2:]):
-        weight = weights[(..., row, column, *pixels)]
-        grad_logit = grad_logits[(..., row, column, *pixels)]
         pixel_grads = grads[(..., *pixels)]
+        products = pixel_grads * values[(..., *neighbours)]
+        torch.sum(products, 2, out=grad_logits[(..., row, column, *pixels)])
+        weight = weights[(..., row, column, *pixels)]
         grad_value[(..., *neighbours)].addcmul_(weight.unsqueeze(2), pixel_grads)
-        grad_logit.addcmul_(weight, (pixel_grads * values[(..., *neighbours)]).sum(2))
-        if keys is not None:
-            grad_query[(..., *pixels)].addcmul_(grad_logit.unsqueeze(2), keys[(..., *neighbours)])
-            grad_key[(..., *neighbours)].addcmul_(grad_logit.unsqueeze(2), queries[(..., *pixels)])
+    grad_logits -= (weights * grad_logits).sum((2, 3), keepdim=True)
+    grad_logits *= weights
+    if keys is not None:
+        for row, column, pixels, neighbours in _offsets(kernel_size, *query.shape[2:]):
+            grad_logit = grad_logits[(..., row, column, *pixels)].unsqueeze(2)
+            grad_query[(..., *pixels)].addcmul_(grad_logit, keys[(..., *neighbours)])
+            grad_key[(..., *neighbours)].addcmul_(grad_logit, queries[(..., *pixels)])
     grad_rows = grad_cols = None
     if rows is not None:
         half = queries.shape[2] // 2

@@ -62,7 +62,6 @@ def attend_backward(
     value: Tensor,
     rel_rows: Tensor | None,
     rel_cols: Tensor | None,
-    output: Tensor,
     log_sum: Tensor,
     kernel_size: int,
     num_heads: int,
@@ -77,7 +76,6 @@ def attend_backward(
         value,
         rel_rows,
         rel_cols,
-        output,
         log_sum,
         kernel_size,
         num_heads,
@@ -93,7 +91,6 @@ def _(
     value,
     rel_rows,
     rel_cols,
-    output,
     log_sum,
     kernel_size,
     num_heads,
@@ -108,7 +105,8 @@ def _(
 
 def _setup_context(ctx, inputs, output):
     tensors, ctx.options = inputs[:5], inputs[5:]
-    ctx.save_for_backward(*tensors, *output)
+    # The output itself is not needed again.
+    ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 

@@ -55,7 +55,6 @@ def backward(
     value: Tensor,
     rel_rows: Tensor | None,
     rel_cols: Tensor | None,
-    output: Tensor,
     log_sum: Tensor,
     kernel_size: int,
     num_heads: int,

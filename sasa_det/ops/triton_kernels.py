@@ -73,7 +73,7 @@ def _pick_columns(table, x, keys_x, offsets, KERNEL: tl.constexpr):
     return terms
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width"])
 def _forward_kernel(
     query, key, value, rel_rows, rel_cols, output, log_sum,
     height, width, heads,
@@ -143,7 +143,7 @@ def _forward_kernel(
     tl.store(log_sum + plane * height * width + place, highest + tl.log(total), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "programs"])
 def _query_kernel(
     grad, query, key, value, rel_rows, rel_cols, expected, log_sum,
     grad_query, row_terms, col_terms, grad_rows, grad_cols,
@@ -252,7 +252,7 @@ def _query_kernel(
         tl.store(grad_cols + to, col_sums)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width"])
 def _key_kernel(
     grad, query, key, value, expected, log_sum, row_terms, col_terms, grad_key, grad_value,
     height, width,
