@@ -58,6 +58,6 @@ def flex_attention(
 
 def halo_attention(channels: int) -> nn.Module:
     """Return timm's HaloAttn: blocks of 8 x 8 queries that see a halo of 3 pixels around them."""
-    from timm.layers import HaloAttn
+    from timm.layers.halo_attn import HaloAttn
 
     return HaloAttn(channels, channels, num_heads=8, block_size=8, halo_size=3)
