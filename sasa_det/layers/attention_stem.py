@@ -130,8 +130,9 @@ class AttentionStem(nn.Module):
         affine = None if torch.is_grad_enabled() else self._affine_norm()
         if affine is not None and self.values != "convolution":
             return pooled_stem_attention(x, *self._tensors(), *affine, **self._options())
-        x = F.relu(self.norm(self._attend(x)))
-        return F.max_pool2d(x, self.block_size, ceil_mode=True)
+        x = self.norm(self._attend(x))
+        # ReLU and the maximum commute, and after it there is a sixteenth of the pixels.
+        return F.relu(F.max_pool2d(x, self.block_size, ceil_mode=True))
 
     def _attend(self, x: Tensor) -> Tensor:
         if self.values != "convolution":

@@ -111,10 +111,12 @@ def _weights(query, key, embedding, outside, span) -> Tensor:
     return logits.softmax(-1)
 
 
-def _spans(num_blocks: int) -> Iterator[slice]:
-    """Cut the blocks into spans whose logits stay in a processor's cache."""
-    for start in range(0, num_blocks, _SPAN):
-        yield slice(start, start + _SPAN)
+def _spans(query: Tensor) -> Iterator[slice]:
+    """Cut the blocks, second dimension, into spans whose logits stay in a processor's cache."""
+    blocks = query.shape[1]
+    span = _SPAN if query.device.type == "cpu" else max(blocks, 1)
+    for start in range(0, blocks, span):
+        yield slice(start, start + span)
 
 
 @torch.library.custom_op("sasa_det::block_attention", mutates_args=())
@@ -132,7 +134,7 @@ def _attend(
     r = None if embedding is None else embedding.to(dtype)
     outside = _outside(query.shape, block_size, query.device)
     output = torch.empty_like(v)
-    for span in _spans(q.shape[1]):
+    for span in _spans(q):
         weights = _weights(q[:, span], k[:, span], r, outside, span)
         output[:, span] = weights @ v[:, span]
     return _heads_last(output, value.shape, block_size).to(value.dtype)
@@ -160,7 +162,7 @@ def _attend_backward(
     outside = _outside(query.shape, block_size, query.device)
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     grad_r = query.new_empty(0) if r is None else torch.zeros_like(r)
-    for span in _spans(q.shape[1]):
+    for span in _spans(q):
         q_span, g_span = q[:, span], g[:, span]
         weights = _weights(q_span, k[:, span], r, outside, span)
         grad_v[:, span] = weights.transpose(-1, -2) @ g_span

@@ -1,11 +1,13 @@
 """CPU backend: the C++ kernels of csrc/, built where there was a compiler at installation."""
 
+import importlib
+
 import torch
 from torch import Tensor
 
 # Why the kernels are not there, or None.
 try:
-    from .. import _C  # noqa: F401  (it registers torch.ops.sasa_det_cpu)
+    importlib.import_module("sasa_det._C")  # it registers torch.ops.sasa_det_cpu
 except ModuleNotFoundError:
     MISSING = "sasa_det was installed without its C++ kernels"
 except ImportError as error:
