@@ -27,6 +27,22 @@ struct Arguments {
     const auto type = query.scalar_type();
     TORCH_CHECK_VALUE(type == at::kFloat || type == at::kBFloat16,
                       "query must be float32 or bfloat16, got ", type, ".");
+    TORCH_CHECK_VALUE(query.dim() == 4, "query must be (N, C, H, W), got ", query.sizes(), ".");
+    TORCH_CHECK_VALUE(num_heads > 0 && query.size(1) % num_heads == 0, "channels ", query.size(1),
+                      " must be a multiple of num_heads ", num_heads, ".");
+    TORCH_CHECK_VALUE(kernel_size > 0 && kernel_size % 2 == 1, "kernel_size must be odd, got ",
+                      kernel_size, ".");
+    for (const at::Tensor* other : {&key, &value})
+      TORCH_CHECK_VALUE(!other->defined() || (other->sizes() == query.sizes() &&
+                                              other->scalar_type() == type),
+                        "key and value must have query's shape and type.");
+    TORCH_CHECK_VALUE(rel_rows.defined() == rel_cols.defined(),
+                      "rel_rows and rel_cols must be given together.");
+    const std::vector<int64_t> shape = {num_heads, query.size(1) / num_heads / 2, kernel_size};
+    for (const at::Tensor* embedding : {&rel_rows, &rel_cols})
+      TORCH_CHECK_VALUE(!embedding->defined() || (embedding->sizes() == at::IntArrayRef(shape) &&
+                                                  query.size(1) / num_heads % 2 == 0),
+                        "rel_rows and rel_cols must be ", shape, ", got ", embedding->sizes(), ".");
     call = {};
     call.batch = query.size(0);
     call.heads = num_heads;
@@ -73,11 +89,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
   const LocalAttentionKernels& chosen =
       choose_kernels(instructions, query.size(3)).local_attention;
   Arguments a(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask);
+  TORCH_CHECK_VALUE(grad.sizes() == query.sizes(), "grad must have query's shape.");
   const at::Tensor contiguous_grad = grad.to(query.scalar_type()).contiguous();
   at::Tensor grad_query = at::empty_like(a.query), grad_value = at::empty_like(a.value);
   at::Tensor grad_key = a.key.defined() ? at::empty_like(a.key) : at::empty({0}, query.options());
   const auto floats = query.options().dtype(at::kFloat);
-  at::Tensor grad_rows = at::empty({0}, floats), grad_cols = grad_rows;
+  at::Tensor grad_rows = at::empty({0}, query.options());
+  at::Tensor grad_cols = at::empty({0}, query.options());
   if (a.rel_rows.defined()) {
     const std::vector<int64_t> shape = {a.call.batch, num_heads, a.call.depth / 2, kernel_size};
     grad_rows = at::zeros(shape, floats);

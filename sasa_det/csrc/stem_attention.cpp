@@ -5,6 +5,7 @@
 
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "kernels.h"
 
@@ -23,14 +24,29 @@ struct Arguments {
       : x(x_.contiguous()),
         query(floats(query_)),
         key(floats(key_)),
-        value(floats(value_.permute({1, 2, 0}))),
+        value(floats(value_.movedim(0, -1))),
         rel_rows(rel_rows_ ? floats(*rel_rows_) : at::Tensor()),
         rel_cols(rel_cols_ ? floats(*rel_cols_) : at::Tensor()) {
     const auto type = x.scalar_type();
     TORCH_CHECK_VALUE(type == at::kFloat || type == at::kBFloat16,
                       "x must be float32 or bfloat16, got ", type, ".");
-    TORCH_CHECK_VALUE(value_.size(0) == STEM_PLACES, "value must hold one matrix for each of the ",
-                      STEM_PLACES, " places of a block, got ", value_.size(0), ".");
+    TORCH_CHECK_VALUE(x.dim() == 4 && query.dim() == 2 && query.size(1) == x.size(1),
+                      "x must be (N, C_in, H, W) and query (C, C_in), got ", x.sizes(), " and ",
+                      query.sizes(), ".");
+    TORCH_CHECK_VALUE(key.sizes() == query.sizes(), "key must have query's shape.");
+    const int64_t channels = query.size(0);
+    TORCH_CHECK_VALUE(value.sizes() == at::IntArrayRef({channels, x.size(1), STEM_PLACES}),
+                      "value must be (", STEM_PLACES, ", ", channels, ", ", x.size(1), "), got ",
+                      value_.sizes(), ".");
+    TORCH_CHECK_VALUE(num_heads > 0 && channels % num_heads == 0, "channels ", channels,
+                      " must be a multiple of num_heads ", num_heads, ".");
+    TORCH_CHECK_VALUE(rel_rows.defined() == rel_cols.defined(),
+                      "rel_rows and rel_cols must be given together.");
+    const std::vector<int64_t> shape = {num_heads, channels / num_heads / 2, 2 * STEM_BLOCK - 1};
+    for (const at::Tensor* embedding : {&rel_rows, &rel_cols})
+      TORCH_CHECK_VALUE(!embedding->defined() || (embedding->sizes() == at::IntArrayRef(shape) &&
+                                                  channels / num_heads % 2 == 0),
+                        "rel_rows and rel_cols must be ", shape, ", got ", embedding->sizes(), ".");
     call = {};
     call.batch = x.size(0);
     call.in_channels = x.size(1);
@@ -79,6 +95,8 @@ at::Tensor forward_pooled(const at::Tensor& x, const at::Tensor& query, const at
       choose_kernels(instructions, STEM_PLACES).stem_attention;
   Arguments a(x, query, key, value, rel_rows, rel_cols, num_heads);
   const at::Tensor scale = floats(scale_), shift = floats(shift_);
+  TORCH_CHECK_VALUE(scale.numel() == a.call.channels && shift.numel() == a.call.channels,
+                    "scale and shift must hold ", a.call.channels, " numbers.");
   const int64_t rows = (a.call.height + STEM_BLOCK - 1) / STEM_BLOCK;
   const int64_t cols = (a.call.width + STEM_BLOCK - 1) / STEM_BLOCK;
   at::Tensor output = at::empty({a.call.batch, a.call.channels, rows, cols}, x.options());
@@ -97,6 +115,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const StemAttentionKernels& chosen =
       choose_kernels(instructions, STEM_PLACES).stem_attention;
   Arguments a(x, query, key, value, rel_rows, rel_cols, num_heads);
+  const std::vector<int64_t> shape = {a.call.batch, a.call.channels, a.call.height, a.call.width};
+  TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(shape), "grad must be ", shape, ".");
   const at::Tensor contiguous_grad = grad.to(x.scalar_type()).contiguous();
   const int64_t tasks = a.x.numel() == 0 ? 0 : chosen.tasks(a.call);
   const auto options = x.options().dtype(at::kFloat);
@@ -105,7 +125,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   at::Tensor grad_key = at::empty_like(grad_query);
   at::Tensor grad_value =
       at::empty({tasks, a.call.channels, a.call.in_channels, STEM_PLACES}, options);
-  at::Tensor grad_rows = at::empty({0}, options), grad_cols = at::empty({0}, options);
+  at::Tensor grad_rows = at::empty({0}, x.options()), grad_cols = at::empty({0}, x.options());
   if (a.rel_rows.defined()) {
     const auto sizes = a.rel_rows.sizes();
     grad_rows = at::empty({tasks, sizes[0], sizes[1], sizes[2]}, options);

@@ -12,8 +12,8 @@ def project(x: Tensor, layers: Sequence[nn.Conv2d]) -> tuple[Tensor, ...]:
     """Apply pointwise convolutions without bias to one input, in the faster of two ways.
 
     On CPUs matrix products are up to four times as fast as PyTorch's 1x1 convolution, and the
-    gradients of the input are summed as they are made; elsewhere, under autocast and in traces the
-    layers are called.
+    gradients of the input are summed as they are made; elsewhere, under autocast, in traces and
+    where they have hooks the layers are called.
 
     Args:
         x: (N, C_in, H, W).
@@ -24,6 +24,7 @@ def project(x: Tensor, layers: Sequence[nn.Conv2d]) -> tuple[Tensor, ...]:
     """
     # A trace, such as fvcore counts from, cannot see into the function below.
     plain = torch.is_autocast_enabled("cpu") or torch.jit.is_tracing()
+    plain = plain or any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
     if x.device.type != "cpu" or plain:
         return tuple(layer(x) for layer in layers)
     weights = [layer.weight.flatten(1) for layer in layers]

@@ -161,7 +161,7 @@ def _attend_backward(
     r = None if embedding is None else embedding.to(dtype)
     outside = _outside(query.shape, block_size, query.device)
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    grad_r = query.new_empty(0) if r is None else torch.zeros_like(r)
+    grad_r = query.new_empty(0) if r is None else r.new_zeros(r.shape)
     for span in _spans(q):
         q_span, g_span = q[:, span], g[:, span]
         weights = _weights(q_span, k[:, span], r, outside, span)

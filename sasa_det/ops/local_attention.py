@@ -121,21 +121,21 @@ def local_attention(
             num_heads=num_heads,
             border=border,
         )
-    backend = _choose(backend, query)
+    backend = _choose(backend, query, num_heads)
     mask = border == "mask"
     return attend(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask, backend)[0]
 
 
-def _choose(backend: str | None, query: Tensor) -> str:
+def _choose(backend: str | None, query: Tensor, num_heads: int) -> str:
     """Return the backend to run, the one asked for or the fastest for tensors like ``query``."""
     if backend is not None:
-        reason = BACKENDS[backend].why_not(query, forced=True)
+        reason = BACKENDS[backend].why_not(query, num_heads, forced=True)
         if reason:
             raise RuntimeError(f"backend {backend!r} cannot run here: {reason}.")
         return backend
     reasons = []
     for name, module in BACKENDS.items():
-        reason = module.why_not(query)
+        reason = module.why_not(query, num_heads)
         if reason is None:
             break
         reasons.append(f"; {name} does not: {reason}")

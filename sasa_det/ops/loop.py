@@ -72,7 +72,7 @@ def _logits(
     return logits
 
 
-def why_not(query: Tensor, forced: bool = False) -> str | None:
+def why_not(query: Tensor, num_heads: int, forced: bool = False) -> str | None:
     """Return why inputs like ``query`` cannot run here, or None: all can."""
     return None
 
@@ -102,7 +102,8 @@ def forward(
         output[(..., *pixels)].addcmul_(
             weights[(..., row, column, *pixels)].unsqueeze(2), values[(..., *neighbours)]
         )
-    return output.reshape(value.shape).to(value.dtype), log_sum
+    output = output.reshape(value.shape).to(value.dtype)
+    return output.contiguous(), log_sum.contiguous()
 
 
 def backward(
@@ -155,7 +156,7 @@ def backward(
     def like(x: Tensor | None, reference: Tensor | None) -> Tensor:
         if reference is None:
             return query.new_empty(0)
-        return x.reshape(reference.shape).to(reference.dtype)
+        return x.reshape(reference.shape).to(reference.dtype).contiguous()
 
     return (
         like(grad_query, query),

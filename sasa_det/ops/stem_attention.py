@@ -105,7 +105,7 @@ def pooled_stem_attention(
 
 
 def _has_kernels(x: Tensor, block_size: int) -> bool:
-    return block_size == _BLOCK and cpu.why_not(x) is None
+    return block_size == _BLOCK and cpu.why_not(x, num_heads=1) is None
 
 
 def relative_embedding(
@@ -132,10 +132,10 @@ def relative_embedding(
 
 
 def _place_matrices(value: Tensor, mixing: Tensor | None) -> Tensor:
-    """One value matrix for each place of a block, (B, C, C_in)."""
+    """One value matrix for each place of a block, (B, C, C_in), in float32."""
     if mixing is None:
-        return value.expand(_BLOCK * _BLOCK, -1, -1)
-    return torch.einsum("mp,mci->pci", mixing.flatten(1), value)
+        return value.float().expand(_BLOCK * _BLOCK, -1, -1)
+    return torch.einsum("mp,mci->pci", mixing.float().flatten(1), value.float())
 
 
 @torch.library.custom_op("sasa_det::stem_attention", mutates_args=())
@@ -233,13 +233,14 @@ def _attend_backward(
     if mixing is None:
         grad_value, grad_mixing = grad_matrices.sum(0, keepdim=True), x.new_empty(0)
     else:
-        grad_value = torch.einsum("mp,pci->mci", mixing.flatten(1), grad_matrices)
-        grad_mixing = torch.einsum("pci,mci->mp", grad_matrices, value).reshape(mixing.shape)
+        grad_value = torch.einsum("mp,pci->mci", mixing.float().flatten(1), grad_matrices)
+        grad_mixing = torch.einsum("pci,mci->mp", grad_matrices, value.float())
+        grad_mixing = grad_mixing.reshape(mixing.shape).to(mixing.dtype)
     return (
         grad_x,
         grad_query.reshape(query.shape),
         grad_key.reshape(key.shape),
-        grad_value,
+        grad_value.to(value.dtype),
         grad_mixing,
         grad_rows,
         grad_cols,

@@ -13,9 +13,11 @@ SUMMARY = "Triton, tiles of windows on tensor cores, for CUDA tensors"
 MISSING = None if importlib.util.find_spec("triton") else "Triton is not installed"
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Wider ones need more shared memory than some GPUs have.
+_WIDEST_HEAD = 64
 
 
-def why_not(query: Tensor, forced: bool = False) -> str | None:
+def why_not(query: Tensor, num_heads: int, forced: bool = False) -> str | None:
     """Return why inputs like ``query`` cannot run here, or None if they can.
 
     Triton's interpreter, which is for tests, takes CPU tensors when the backend is asked for by
@@ -28,6 +30,9 @@ def why_not(query: Tensor, forced: bool = False) -> str | None:
         return f"it takes CUDA tensors, not {query.device.type}"
     if query.dtype not in _DTYPES:
         return f"it takes float32, float16 or bfloat16, not {query.dtype}"
+    if query.shape[1] // num_heads > _WIDEST_HEAD:
+        width = query.shape[1] // num_heads
+        return f"it takes heads of width {_WIDEST_HEAD} at most, not {width}"
     return None
 
 
@@ -45,7 +50,9 @@ def forward(
     from . import triton_kernels
 
     tensors = (query, key, value, rel_rows, rel_cols)
-    return triton_kernels.forward(*tensors, kernel_size, num_heads, mask)
+    # Triton launches on the current device; no-op for CPU tensors.
+    with torch.cuda.device_of(query):
+        return triton_kernels.forward(*tensors, kernel_size, num_heads, mask)
 
 
 def backward(
@@ -64,4 +71,5 @@ def backward(
     from . import triton_kernels
 
     tensors = (grad, query, key, value, rel_rows, rel_cols, log_sum)
-    return triton_kernels.backward(*tensors, kernel_size, num_heads, mask)
+    with torch.cuda.device_of(query):
+        return triton_kernels.backward(*tensors, kernel_size, num_heads, mask)

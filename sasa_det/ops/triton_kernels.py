@@ -37,7 +37,7 @@ def _dot(a, b, PRECISION: tl.constexpr):
 @triton.jit
 def _load_pixels(pointer, y, x, channels, inside, depth, height, width):
     """Load (pixels, channels) of a plane, 0 outside of it and above its depth."""
-    offsets = channels[None, :] * (height * width) + (y * width + x)[:, None]
+    offsets = channels[None, :].to(tl.int64) * (height * width) + (y * width + x)[:, None]
     return tl.load(pointer + offsets, mask=inside[:, None] & (channels < depth)[None, :], other=0.0)
 
 
@@ -82,10 +82,11 @@ def _forward_kernel(
     CONTENT: tl.constexpr, RELATIVE: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(width, TILE)
-    plane = tl.program_id(1).to(tl.int64)
-    top = tl.program_id(0) // tiles * TILE
-    left = tl.program_id(0) % tiles * TILE
+    tiles_x = tl.cdiv(width, TILE)
+    tiles = tiles_x * tl.cdiv(height, TILE)
+    plane = (tl.program_id(0) // tiles).to(tl.int64)
+    top = tl.program_id(0) % tiles // tiles_x * TILE
+    left = tl.program_id(0) % tiles_x * TILE
     REACH: tl.constexpr = KERNEL // 2
     start = plane * DEPTH * height * width
     channels, offsets = tl.arange(0, D), tl.arange(0, K)
@@ -131,16 +132,50 @@ def _forward_kernel(
         finite = tl.abs(v.to(tl.float32)) < float("inf")
         sums = sums * shrink[:, None]
         sums += _dot(weights.to(v.dtype), tl.where(finite, v, 0.0).to(v.dtype), PRECISION)
-        # Products with the weights 0 of other windows would spread a NaN.
+        # What is not finite, times the weights 0 of other windows, would spread as NaN.
         if tl.sum(tl.where(finite, 0, 1)) > 0:
-            spoiled = _dot(tl.where(seen, 1.0, 0.0), tl.where(finite, 0.0, 1.0), EXACT)
-            sums = tl.where(spoiled > 0, float("nan"), sums)
+            window = tl.where(seen, 1.0, 0.0)
+            wide = v.to(tl.float32)
+            above = _dot(window, tl.where(wide == float("inf"), 1.0, 0.0), EXACT)
+            below = _dot(window, tl.where(wide == float("-inf"), 1.0, 0.0), EXACT)
+            unknown = _dot(window, tl.where(wide != wide, 1.0, 0.0), EXACT)
+            sums = tl.where(above > 0, sums + float("inf"), sums)
+            sums = tl.where(below > 0, sums - float("inf"), sums)
+            sums = tl.where(unknown > 0, float("nan"), sums)
         highest = new_highest
     place = y * width + x
-    to = output + start + channels[None, :] * (height * width) + place[:, None]
+    to = output + start + channels[None, :].to(tl.int64) * (height * width) + place[:, None]
     sums = sums / total[:, None]
     tl.store(to, sums.to(output.dtype.element_ty), inside[:, None] & (channels < DEPTH)[None, :])
     tl.store(log_sum + plane * height * width + place, highest + tl.log(total), inside)
+
+
+@triton.jit
+def _query_row(
+    key, value, start, q, g, norm, row_table, col_terms,
+    key_y, y, keys_x, in_window, in_image, channels, offsets,
+    height, width,
+    DEPTH: tl.constexpr, KERNEL: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr,
+    CONTENT: tl.constexpr, RELATIVE: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Weights of a tile's queries for one row of keys, g.v, and the keys (or values)."""
+    row_offset = key_y - y + KERNEL // 2
+    rows_y = tl.zeros([COLS], tl.int32) + key_y
+    present = in_image & (rows_y >= 0) & (rows_y < height)
+    logits = tl.zeros([TILE * TILE, COLS], tl.float32)
+    v = _load_pixels(value + start, rows_y, keys_x, channels, present, DEPTH, height, width)
+    k = v
+    if CONTENT:
+        k = _load_pixels(key + start, rows_y, keys_x, channels, present, DEPTH, height, width)
+        logits = _dot(q, tl.trans(k), PRECISION)
+    if RELATIVE:
+        logits += _pick(row_table, row_offset, offsets)[:, None] + col_terms
+    seen = in_window & ((row_offset >= 0) & (row_offset < KERNEL))[:, None]
+    if MASK:
+        seen = seen & present[None, :]
+    weights = tl.where(seen, tl.exp(logits - norm[:, None]), 0.0)
+    products = tl.where(seen, _dot(g, tl.trans(v), PRECISION), 0.0)
+    return weights, products, k
 
 
 @triton.jit(do_not_specialize=["height", "width", "programs"])
@@ -154,11 +189,12 @@ def _query_kernel(
     EXACT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries and embeddings; for the keys' kernel it leaves q.r and each window's
-    expected gradient, which only its last row settles: what depends on it is subtracted then.
+    mean of g.v, which a first pass over the rows finds: what is subtracted later is rounded first.
     """
     tiles_x = tl.cdiv(width, TILE)
     tiles = tiles_x * tl.cdiv(height, TILE)
-    plane = tl.program_id(1).to(tl.int64)
+    plane = (tl.program_id(0) // programs).to(tl.int64)
+    program = tl.program_id(0) % programs
     REACH: tl.constexpr = KERNEL // 2
     area = height * width
     start = plane * DEPTH * area
@@ -170,7 +206,7 @@ def _query_kernel(
         )
         row_sums = tl.zeros([D, K], tl.float32)
         col_sums = tl.zeros([D, K], tl.float32)
-    for tile in range(tl.program_id(0), tiles, programs):
+    for tile in range(program, tiles, programs):
         top = tile // tiles_x * TILE
         left = tile % tiles_x * TILE
         y, x = top + pixel // TILE, left + pixel % TILE
@@ -183,6 +219,8 @@ def _query_kernel(
         col_offset = keys_x[None, :] - x[:, None] + REACH
         in_window = (col_offset >= 0) & (col_offset < KERNEL) & inside[:, None]
         in_image = (keys_x >= 0) & (keys_x < width)
+        col_terms_here = tl.zeros([TILE * TILE, COLS], tl.float32)
+        row_table = tl.zeros([TILE * TILE, K], tl.float32)
         if RELATIVE:
             row_table = _dot(q.to(tl.float32), by_row, EXACT)
             col_table = _dot(q.to(tl.float32), by_col, EXACT)
@@ -191,48 +229,33 @@ def _query_kernel(
             wanted = inside[:, None] & (offsets < KERNEL)[None, :]
             tl.store(row_terms + table, row_table, wanted)
             tl.store(col_terms + table, col_table, wanted)
-            row_weights = tl.zeros([TILE * TILE, K], tl.float32)
             row_grads = tl.zeros([TILE * TILE, K], tl.float32)
-            col_weights = tl.zeros([TILE * TILE, COLS], tl.float32)
             col_grads = tl.zeros([TILE * TILE, COLS], tl.float32)
         mean = tl.zeros([TILE * TILE], tl.float32)
-        pulled = tl.zeros([TILE * TILE, D], tl.float32)
         sums = tl.zeros([TILE * TILE, D], tl.float32)
         for row in range(TILE + 2 * REACH):
-            key_y = top - REACH + row
-            row_offset = key_y - y + REACH
-            rows_y = tl.zeros([COLS], tl.int32) + key_y
-            present = in_image & (rows_y >= 0) & (rows_y < height)
-            logits = tl.zeros([TILE * TILE, COLS], tl.float32)
-            if CONTENT:
-                k = _load_pixels(
-                    key + start, rows_y, keys_x, channels, present, DEPTH, height, width
-                )
-                logits = _dot(q, tl.trans(k), PRECISION)
-            if RELATIVE:
-                logits += _pick(row_table, row_offset, offsets)[:, None] + col_terms_here
-            seen = in_window & ((row_offset >= 0) & (row_offset < KERNEL))[:, None]
-            if MASK:
-                seen = seen & present[None, :]
-            weights = tl.where(seen, tl.exp(logits - norm[:, None]), 0.0)
-            v = _load_pixels(value + start, rows_y, keys_x, channels, present, DEPTH, height, width)
-            weight_grads = _dot(g, tl.trans(v), PRECISION)
-            grads = tl.where(seen, weights * weight_grads, 0.0)
-            mean += tl.sum(grads, 1)
+            weights, products, _ = _query_row(
+                key, value, start, q, g, norm, row_table, col_terms_here,
+                top - REACH + row, y, keys_x, in_window, in_image, channels, offsets,
+                height, width, DEPTH, KERNEL, COLS, TILE, CONTENT, RELATIVE, MASK, PRECISION,
+            )  # fmt: skip
+            mean += tl.sum(weights * products, 1)
+        for row in range(TILE + 2 * REACH):
+            weights, products, k = _query_row(
+                key, value, start, q, g, norm, row_table, col_terms_here,
+                top - REACH + row, y, keys_x, in_window, in_image, channels, offsets,
+                height, width, DEPTH, KERNEL, COLS, TILE, CONTENT, RELATIVE, MASK, PRECISION,
+            )  # fmt: skip
+            grads = weights * (products - mean[:, None])
             if CONTENT:
                 sums += _dot(grads.to(k.dtype), k, PRECISION)
-                pulled += _dot(weights.to(k.dtype), k, PRECISION)
             if RELATIVE:
+                row_offset = top - REACH + row - y + REACH
                 here = row_offset[:, None] == offsets[None, :]
                 row_grads += tl.where(here, tl.sum(grads, 1)[:, None], 0.0)
-                row_weights += tl.where(here, tl.sum(weights, 1)[:, None], 0.0)
                 col_grads += grads
-                col_weights += weights
         tl.store(expected + place, mean, inside)
-        sums -= mean[:, None] * pulled
         if RELATIVE:
-            row_grads -= mean[:, None] * row_weights
-            col_grads -= mean[:, None] * col_weights
             by_offset = tl.zeros([TILE * TILE, K], tl.float32)
             for o in range(KERNEL):
                 column = tl.sum(tl.where(col_offset == o, col_grads, 0.0), 1)
@@ -242,11 +265,11 @@ def _query_kernel(
             transposed = tl.trans(q.to(tl.float32))
             row_sums += _dot(transposed, row_grads, EXACT)
             col_sums += _dot(transposed, by_offset, EXACT)
-        to = grad_query + start + channels[None, :] * area + (y * width + x)[:, None]
+        to = grad_query + start + channels[None, :].to(tl.int64) * area + (y * width + x)[:, None]
         wanted = inside[:, None] & (channels < DEPTH)[None, :]
         tl.store(to, sums.to(grad_query.dtype.element_ty), wanted)
     if RELATIVE:
-        to = (plane * programs + tl.program_id(0)) * D * K
+        to = (plane * programs + program) * D * K
         to = to + channels[:, None] * K + offsets[None, :]
         tl.store(grad_rows + to, row_sums)
         tl.store(grad_cols + to, col_sums)
@@ -262,10 +285,11 @@ def _key_kernel(
     EXACT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values, from all queries that see them."""
-    tiles = tl.cdiv(width, TILE)
-    plane = tl.program_id(1).to(tl.int64)
-    top = tl.program_id(0) // tiles * TILE
-    left = tl.program_id(0) % tiles * TILE
+    tiles_x = tl.cdiv(width, TILE)
+    tiles = tiles_x * tl.cdiv(height, TILE)
+    plane = (tl.program_id(0) // tiles).to(tl.int64)
+    top = tl.program_id(0) % tiles // tiles_x * TILE
+    left = tl.program_id(0) % tiles_x * TILE
     REACH: tl.constexpr = KERNEL // 2
     area = height * width
     start = plane * DEPTH * area
@@ -308,7 +332,7 @@ def _key_kernel(
             weight_grads = _dot(v, tl.trans(g), PRECISION)
             grads = tl.where(seen, weights * (weight_grads - mean[None, :]), 0.0)
             key_sums += _dot(grads.to(q.dtype), q, PRECISION)
-    to = start + channels[None, :] * area + (y * width + x)[:, None]
+    to = start + channels[None, :].to(tl.int64) * area + (y * width + x)[:, None]
     wanted = inside[:, None] & (channels < DEPTH)[None, :]
     tl.store(grad_value + to, value_sums.to(grad_value.dtype.element_ty), wanted)
     if CONTENT:
@@ -319,7 +343,7 @@ def _options(query: Tensor, num_heads: int, kernel_size: int) -> dict[str, int |
     """Return the constants that the kernels are compiled for."""
     depth = query.shape[1] // num_heads
     exact = "interpreted" if triton.knobs.runtime.interpret else "ieee"
-    tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = query.dtype == torch.float32 and _tf32_is_wanted()
     return {
         "DEPTH": depth,
         # Matrix products take at least 16 of everything.
@@ -330,6 +354,14 @@ def _options(query: Tensor, num_heads: int, kernel_size: int) -> dict[str, int |
         "PRECISION": "tf32" if tf32 else exact,
         "EXACT": exact,
     }
+
+
+def _tf32_is_wanted() -> bool:
+    matmul = torch.backends.cuda.matmul
+    # Reading the older setting raises where the newer one was used.
+    if hasattr(matmul, "fp32_precision"):
+        return matmul.fp32_precision == "tf32"
+    return matmul.allow_tf32
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
@@ -346,7 +378,7 @@ def forward(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask)
     log_sum = query.new_empty((n, num_heads, height, width), dtype=torch.float32)
     if n == 0:
         return output, log_sum
-    grid = (triton.cdiv(height, _TILE) * triton.cdiv(width, _TILE), n * num_heads)
+    grid = (triton.cdiv(height, _TILE) * triton.cdiv(width, _TILE) * n * num_heads,)
     _forward_kernel[grid](
         query,
         key,
@@ -389,7 +421,7 @@ def backward(grad, query, key, value, rel_rows, rel_cols, log_sum, kernel_size, 
         grad_cols = torch.empty_like(grad_rows)
     if n > 0:
         flags = {"CONTENT": key is not None, "RELATIVE": rel_rows is not None}
-        _query_kernel[(programs, n * num_heads)](
+        _query_kernel[(programs * n * num_heads,)](
             grad,
             query,
             key,
@@ -412,7 +444,7 @@ def backward(grad, query, key, value, rel_rows, rel_cols, log_sum, kernel_size, 
             **flags,
             **options,
         )
-        _key_kernel[(tiles, n * num_heads)](
+        _key_kernel[(tiles * n * num_heads,)](
             grad,
             query,
             key,

@@ -106,6 +106,33 @@ def test_the_output_is_the_same_without_gradients(training, dtype, values, norm)
         torch.testing.assert_close(stem(x), expected.detach(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("values", ["mixture", "pointwise", "convolution"])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_autocast(gradients, values):
+    torch.manual_seed(0)
+    stem = AttentionStem(3, 8, 2, values=values).eval()
+    x = torch.randn(1, 3, 9, 14)
+    expected = stem(x)
+    with torch.set_grad_enabled(gradients), torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = stem(x)
+    torch.testing.assert_close(actual.float(), expected, rtol=5e-2, atol=5e-2)
+    if gradients:
+        actual.float().sum().backward()
+        assert all(p.grad.dtype == torch.float32 for p in stem.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("values", ["mixture", "convolution"])
+def test_compiles(values):
+    torch.manual_seed(0)
+    stem = AttentionStem(3, 8, 2, values=values, norm=None)
+    x = torch.randn(1, 3, 8, 12)
+    results = []
+    for run in (stem, torch.compile(stem, fullgraph=True)):
+        grads = torch.autograd.grad(run(x).square().sum(), stem.parameters())
+        results.append(grads)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 def test_every_parameter_learns():
     torch.manual_seed(0)
     stem = AttentionStem(3, 8, 2)

@@ -49,6 +49,13 @@ def test_gradients_of_gradients():
     assert torch.autograd.gradgradcheck(function, [x[:1, :, :2, :2], *weights])
 
 
+def test_hooks_of_the_layers_run():
+    x, layers = make()
+    layers[1].register_forward_hook(lambda layer, inputs, output: 2 * output)
+    doubled = project(x, layers)[1]
+    torch.testing.assert_close(doubled, 2 * torch.nn.functional.conv2d(x, layers[1].weight))
+
+
 def test_autocast_decides_the_type():
     x, layers = make(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -359,6 +359,41 @@ def test_compiles_without_a_graph_break(backend):
     torch.testing.assert_close(compiled(*inputs), function(*inputs))
 
 
+@pytest.mark.parametrize("backend", ["loop", "cpu"])
+def test_compiled_gradients_of_any_memory_layout(backend):
+    if backend not in BACKENDS:
+        pytest.skip("the C++ kernels are not there")
+    inputs = make_inputs(1, 8, 4, 5, 3, 2, torch.float32)
+    inputs = [x.detach().to(memory_format=torch.channels_last) for x in inputs[:3]] + inputs[3:]
+    inputs = [x.detach().requires_grad_() for x in inputs]
+
+    def function(*inputs):
+        return local_attention(*inputs, kernel_size=3, num_heads=2, backend=backend)
+
+    compiled = torch.compile(function, fullgraph=True)
+    results = []
+    for run in (function, compiled):
+        output = run(*inputs)
+        results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("content,relative", [(False, True), (True, False)])
+def test_gradients_without_a_term(content, relative, backend):
+    dtype, tolerance = exact(backend)
+    query, key, value, rows, cols = make_inputs(1, 8, 4, 6, 5, 2, dtype)
+    terms = (key if content else None, value) + ((rows, cols) if relative else (None, None))
+    options = {"kernel_size": 5, "num_heads": 2, "content": content}
+    present = [x for x in (query, *terms) if x is not None]
+    results = []
+    for run in (backend, "reference"):
+        output = local_attention(query, *terms, **options, backend=run)
+        results.append(torch.autograd.grad(output.square().sum(), present))
+    tolerance = {"rtol": tolerance["rtol"], "atol": 10 * tolerance["atol"]}
+    torch.testing.assert_close(*results, **tolerance)
+
+
 def test_exports_with_any_image_size():
     class Attention(torch.nn.Module):
         def forward(self, *inputs):

@@ -171,6 +171,28 @@ def test_pooling_lets_a_nan_through():
 
 
 @needs_kernels
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"x": torch.zeros(1, 4, 8, 8)}, r"x must be \(N, C_in, H, W\) and query"),
+        ({"key": torch.zeros(8, 2, 1, 1)}, "key must have query's shape"),
+        ({"value": torch.zeros(1, 6, 3)}, r"value must be \(16, 8, 3\)"),
+        ({"num_heads": 3}, "channels 8 must be a multiple of num_heads 3"),
+        ({"num_heads": 0}, "channels 8 must be a multiple of num_heads 0"),
+        ({"rel_rows": None}, "rel_rows and rel_cols must be given together"),
+        ({"rel_rows": torch.zeros(2, 2, 5)}, "rel_rows and rel_cols must be"),
+    ],
+)
+def test_bad_shapes_are_refused(change, message):
+    inputs, _ = make(1, 2, 4, 8, 8, 0)
+    names = ("x", "query", "key", "value", "mixing", "rel_rows", "rel_cols")
+    arguments = dict(zip(names, inputs, strict=True), num_heads=2, block_size=4)
+    arguments.update(change)
+    with pytest.raises(ValueError, match=message):
+        stem_attention(**arguments)
+
+
+@needs_kernels
 def test_bfloat16_accumulates_in_float32():
     inputs, grad = make(1, 2, 8, 9, 14)
     inputs = [x.bfloat16() for x in inputs]

@@ -130,6 +130,29 @@ def test_a_nan_stays_in_its_window(index):
     assert torch.equal(output.isnan().any(1)[0].cpu(), spoiled)
 
 
+def test_an_infinite_value_stays_in_its_window():
+    inputs, _ = make(1, 1, 4, 12, 13, 5)
+    inputs[2][0, 1, 6, 7], inputs[2][0, 2, 6, 7] = float("inf"), float("-inf")
+    options = {"kernel_size": 5, "num_heads": 1}
+    expected = local_attention(*inputs, **options, backend="reference")
+    actual = local_attention(*inputs, **options, backend="triton")
+    assert expected.isposinf().sum() == expected.isneginf().sum() == 25
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_values_far_from_zero_do_not_spoil_gradients():
+    # g.v is large then, and all but the same over a window.
+    inputs, grad = make(1, 1, 8, 9, 10, 7, torch.bfloat16)
+    inputs[2] = (inputs[2] + 100).bfloat16()
+    assert_equals_reference(inputs, grad, kernel_size=7, num_heads=1)
+
+
+def test_wider_heads_are_refused():
+    inputs, _ = make(1, 1, 66, 3, 3, 3)
+    with pytest.raises(RuntimeError, match="heads of width 64 at most, not 66"):
+        local_attention(*inputs, kernel_size=3, num_heads=1, backend="triton")
+
+
 def test_every_run_gives_the_same_bits():
     inputs, grad = make(1, 1, 8, 9, 10, 7)
     options = {"kernel_size": 7, "num_heads": 1}
