@@ -132,14 +132,26 @@ def _training(module: nn.Module, x: Tensor) -> Run:
     return run
 
 
-def _op(settings: Settings, channels: int, size: int, kernel_size: int, backend: str | None) -> Run:
+def _op(
+    settings: Settings,
+    channels: int,
+    size: int,
+    kernel_size: int,
+    backend: str | None,
+    training: bool = False,
+) -> Run:
     heads = 8
     tensors = [settings.features(channels, size) for _ in range(3)]
     shape = (heads, channels // heads // 2, kernel_size)
     tensors += [torch.randn(shape, device=settings.device) for _ in range(2)]
+    options = {"kernel_size": kernel_size, "num_heads": heads, "backend": backend}
+    if not training:
+        return lambda: local_attention(*tensors, **options)
+    tensors = [x.requires_grad_() for x in tensors]
+    grad = settings.features(channels, size)
 
     def run():
-        return local_attention(*tensors, kernel_size=kernel_size, num_heads=heads, backend=backend)
+        return torch.autograd.grad(local_attention(*tensors, **options), tensors, grad)
 
     return run
 
@@ -162,16 +174,23 @@ def _layer(settings: Settings, build: Callable[[], nn.Module], size: int, traini
 
 def _op_cases(settings: Settings) -> list[Case]:
     size = settings.image_size // 8
-    convolution = partial(_layer, settings, partial(_convolution, 256), size, False)
-    contenders = (
-        Contender(CONVOLUTION, convolution),
-        Contender(ATTENTION, partial(_op, settings, 256, size, 7, None)),
-        Contender("attention, loop in PyTorch", partial(_op, settings, 256, size, 7, "loop")),
-        Contender("unfold", partial(_op, settings, 256, size, 7, "reference"), slow=True),
-        Contender("FlexAttention", partial(_flex, settings, 256, size, 7), foreign=True, slow=True),
-    )
-    title = f"attention alone, forward, {settings.batch}x256x{size}x{size}, k 7, 8 heads"
-    return [Case("op", "op forward", title, CONVOLUTION, contenders, memory=True)]
+    cases = []
+    for training in (False, True):
+        what = "forward + backward" if training else "forward"
+        op = partial(_op, settings, 256, size, 7, training=training)
+        convolution = partial(_layer, settings, partial(_convolution, 256), size, training)
+        contenders = [
+            Contender(CONVOLUTION, convolution),
+            Contender(ATTENTION, partial(op, None)),
+            Contender("attention, loop in PyTorch", partial(op, "loop")),
+            Contender("unfold", partial(op, "reference"), slow=True),
+        ]
+        if not training:
+            flex = partial(_flex, settings, 256, size, 7)
+            contenders.append(Contender("FlexAttention", flex, foreign=True, slow=True))
+        title = f"attention alone, {what}, {settings.batch}x256x{size}x{size}, k 7, 8 heads"
+        cases.append(Case("op", f"op {what}", title, CONVOLUTION, tuple(contenders), memory=True))
+    return cases
 
 
 def _layer_cases(settings: Settings) -> list[Case]:
@@ -253,9 +272,8 @@ def _backbone_cases(settings: Settings) -> list[Case]:
             f"backbone {what}",
             f"ResNet-50, {what}, {settings.batch}x3x{settings.image_size}x{settings.image_size}",
             "convolutional",
-            tuple(
-                Contender(label, partial(run, name, training)) for label, name in _MODELS.items()
-            ),
+            _models(run, training),
+            memory=True,
         )
         for what, training in (("forward", False), ("forward + backward", True))
     ]
@@ -310,9 +328,7 @@ def _retinanet_cases(settings: Settings) -> list[Case]:
             f"RetinaNet-50 {what}",
             f"RetinaNet-50, {what}, {settings.batch}x3x{size}x{size}",
             "convolutional",
-            tuple(
-                Contender(label, partial(run, name, training)) for label, name in _MODELS.items()
-            ),
+            _models(run, training),
             memory=True,
         )
         for what, training in (("inference", False), ("training step", True))
