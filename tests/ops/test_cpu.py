@@ -54,7 +54,8 @@ def assert_equals_reference(actual, expected, tolerance):
             continue
         assert ours.shape == exact.shape, name
         if exact.numel():
-            error = (ours.double() - exact).abs().max()
+            exact = exact.detach()
+            error = (ours.detach().double() - exact).abs().max()
             assert error <= tolerance * max(1.0, float(exact.abs().max())), name
 
 
@@ -86,7 +87,7 @@ def test_equals_the_reference(
     assert_equals_reference(run(*options, instructions), expected(*options), 1e-5)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     st.integers(0, 2),
     st.integers(1, 4),

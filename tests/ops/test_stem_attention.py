@@ -27,7 +27,8 @@ def make(n, heads, head_width, height, width, mixtures=3, relative=True, seed=0)
     def randn(*shape):
         return torch.randn(shape, generator=generator)
 
-    inputs = [randn(n, 3, height, width), randn(channels, 3, 1, 1), randn(channels, 3, 1, 1)]
+    # Logits of a few units: far larger ones have rounding errors of their own.
+    inputs = [randn(n, 3, height, width), randn(channels, 3, 1, 1) / 3, randn(channels, 3, 1, 1)]
     inputs += [randn(max(mixtures, 1), channels, 3)]
     inputs += [randn(mixtures, 4, 4).softmax(0) if mixtures else None]
     inputs += [randn(heads, head_width // 2, 7) if relative else None for _ in range(2)]
@@ -57,11 +58,12 @@ def assert_close(actual, expected, tolerance):
     for i, (ours, exact) in enumerate(zip(actual, expected, strict=True)):
         assert ours.shape == exact.shape
         if exact.numel():
-            error = (ours.double() - exact).abs().max()
+            exact = exact.detach()
+            error = (ours.detach().double() - exact).abs().max()
             assert error <= tolerance * max(1.0, float(exact.abs().max())), i
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     st.integers(0, 2),
     st.integers(1, 3),
