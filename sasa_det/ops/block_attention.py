@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .absent import fake_gradients, present_gradients
+from .mixture import mixture_gradients, place_matrices
 from .precision import accumulation_dtype, without_autocast
 
 __all__ = ["block_attention", "mixed_values"]
@@ -183,10 +185,7 @@ def _attend_backward(
 
 @_attend_backward.register_fake
 def _(grad, query, key, value, embedding, block_size, num_heads):
-    return tuple(
-        query.new_empty(0) if x is None else x.new_empty(x.shape)
-        for x in (query, key, value, embedding)
-    )
+    return fake_gradients((query, key, value, embedding), query)
 
 
 def _attend_context(ctx, inputs, output):
@@ -197,16 +196,10 @@ def _attend_context(ctx, inputs, output):
 def _attend_autograd(ctx, grad):
     tensors = ctx.saved_tensors
     grads = _attend_backward(grad, *tensors, ctx.block_size, ctx.num_heads)
-    present = [None if x is None else g for g, x in zip(grads, tensors, strict=True)]
-    return (*present, None, None)
+    return (*present_gradients(grads, tensors), None, None)
 
 
 _attend.register_autograd(_attend_autograd, setup_context=_attend_context)
-
-
-def _place_matrices(weight: Tensor, mixing: Tensor) -> Tensor:
-    """One matrix (C, C_in) for each place of a block, (b * b, C, C_in)."""
-    return torch.einsum("mp,mci->pci", mixing.flatten(1), weight)
 
 
 @torch.library.custom_op("sasa_det::mixed_values", mutates_args=())
@@ -214,7 +207,7 @@ def _place_matrices(weight: Tensor, mixing: Tensor) -> Tensor:
 def _mix(x: Tensor, weight: Tensor, mixing: Tensor) -> Tensor:
     dtype = accumulation_dtype(x.dtype)
     block_size = mixing.shape[-1]
-    matrices = _place_matrices(weight.to(dtype), mixing.to(dtype))
+    matrices = place_matrices(weight.to(dtype), mixing.to(dtype))
     blocks = torch.einsum("npi,pci->npc", _to_blocks(x.to(dtype), block_size), matrices)
     shape = (x.shape[0], weight.shape[1], *x.shape[2:])
     return _from_blocks(blocks, shape, block_size).to(x.dtype)
@@ -234,10 +227,9 @@ def _mix_backward(
     block_size = mixing.shape[-1]
     w, p = weight.to(dtype), mixing.to(dtype)
     g = _to_blocks(grad.to(dtype), block_size)
-    grad_x = torch.einsum("npc,pci->npi", g, _place_matrices(w, p))
+    grad_x = torch.einsum("npc,pci->npi", g, place_matrices(w, p))
     grad_matrices = torch.einsum("npc,npi->pci", g, _to_blocks(x.to(dtype), block_size))
-    grad_weight = torch.einsum("mp,pci->mci", p.flatten(1), grad_matrices)
-    grad_mixing = torch.einsum("pci,mci->mp", grad_matrices, w).reshape(mixing.shape)
+    grad_weight, grad_mixing = mixture_gradients(grad_matrices, w, p)
     return (
         _from_blocks(grad_x, x.shape, block_size).to(x.dtype),
         grad_weight.to(weight.dtype),
@@ -247,7 +239,7 @@ def _mix_backward(
 
 @_mix_backward.register_fake
 def _(grad, x, weight, mixing):
-    return tuple(t.new_empty(t.shape) for t in (x, weight, mixing))
+    return fake_gradients((x, weight, mixing), x)
 
 
 def _mix_context(ctx, inputs, output):

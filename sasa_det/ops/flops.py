@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import block_attention, operator, stem_attention  # noqa: F401  (they define the operators)
+from . import block_attention, operator  # noqa: F401  (they define the operators)
+from .stem_attention import STEM_BLOCK
 
 __all__ = ["fvcore_handles"]
 
@@ -49,12 +50,8 @@ def _stem_attention_macs(
     n, in_channels, height, width = x
     projected = (n, query[0], height, width)
     projection = prod(x) * query[0]
-    if mixing is None:
-        values = projection
-    else:
-        values = _mixed_values_macs(x, value, mixing)
-    block_size = 4
-    attention = _block_attention_macs(projected, projected, projected, rel_rows, block_size)
+    values = projection if mixing is None else _mixed_values_macs(x, value, mixing)
+    attention = _block_attention_macs(projected, projected, projected, rel_rows, STEM_BLOCK)
     return 2 * projection + values + attention
 
 
@@ -104,12 +101,7 @@ def _(grad, x, weight, mixing, *args, out_shape=None, **kwargs) -> int:
     return 4 * _mixed_values_macs(x, weight, mixing)
 
 
-@register_flop_formula(_ops.stem_attention)
-def _(x, query, key, value, mixing, rel_rows, rel_cols, *args, out_shape=None, **kwargs) -> int:
-    return 2 * _stem_attention_macs(x, query, key, value, mixing, rel_rows, rel_cols)
-
-
-@register_flop_formula(_ops.stem_attention_pooled)
+@register_flop_formula([_ops.stem_attention, _ops.stem_attention_pooled])
 def _(x, query, key, value, mixing, rel_rows, rel_cols, *args, out_shape=None, **kwargs) -> int:
     return 2 * _stem_attention_macs(x, query, key, value, mixing, rel_rows, rel_cols)
 

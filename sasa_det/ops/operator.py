@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from . import cpu, loop, triton
+from .absent import fake_gradients, present_gradients
 from .precision import accumulation_dtype, without_autocast
 
 __all__ = ["BACKENDS", "attend", "attend_backward"]
 
-# Fastest first. Each has SUMMARY, why_not, forward and backward.
+# Fastest first. Each has SUMMARY, MISSING, why_not, and forward and backward with the arguments of
+# `attend` and `attend_backward` but the last.
 BACKENDS = {"cpu": cpu, "triton": triton, "loop": loop}
 
 
@@ -69,38 +71,13 @@ def attend_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of query, key, value and both embeddings; empty for an absent one."""
-    return BACKENDS[backend].backward(
-        grad,
-        query,
-        key,
-        value,
-        rel_rows,
-        rel_cols,
-        log_sum,
-        kernel_size,
-        num_heads,
-        mask,
-    )
+    tensors = (grad, query, key, value, rel_rows, rel_cols, log_sum)
+    return BACKENDS[backend].backward(*tensors, kernel_size, num_heads, mask)
 
 
 @attend_backward.register_fake
-def _(
-    grad,
-    query,
-    key,
-    value,
-    rel_rows,
-    rel_cols,
-    log_sum,
-    kernel_size,
-    num_heads,
-    mask,
-    backend,
-):
-    return tuple(
-        query.new_empty(0) if x is None else x.new_empty(x.shape)
-        for x in (query, key, value, rel_rows, rel_cols)
-    )
+def _(grad, query, key, value, rel_rows, rel_cols, *args):
+    return fake_gradients((query, key, value, rel_rows, rel_cols), query)
 
 
 def _setup_context(ctx, inputs, output):
@@ -117,8 +94,7 @@ def _autograd(ctx, grad, _):
         return (*(None,) * 5, *unused)
     tensors = ctx.saved_tensors
     grads = attend_backward(grad, *tensors, *ctx.options)
-    present = [None if x is None else g for g, x in zip(grads, tensors[:5], strict=True)]
-    return (*present, *unused)
+    return (*present_gradients(grads, tensors[:5]), *unused)
 
 
 attend.register_autograd(_autograd, setup_context=_setup_context)

@@ -10,13 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu
+from .absent import fake_gradients, present_gradients
 from .block_attention import block_attention, mixed_values
+from .mixture import mixture_gradients, place_matrices
 from .precision import without_autocast
 
 __all__ = ["pooled_stem_attention", "relative_embedding", "stem_attention"]
 
-# Side of the blocks that the C++ kernels take.
-_BLOCK = 4
+# Side of the blocks that the C++ kernels, and with them the operators here, take.
+STEM_BLOCK = 4
 
 
 def stem_attention(
@@ -53,11 +55,10 @@ def stem_attention(
     """
     if _has_kernels(x, block_size):
         return _attend(x, query, key, value, mixing, rel_rows, rel_cols, num_heads)
-    values = (
-        F.conv2d(x, value[0, :, :, None, None])
-        if mixing is None
-        else mixed_values(x, value, mixing)
-    )
+    if mixing is None:
+        values = F.conv2d(x, value[0, :, :, None, None])
+    else:
+        values = mixed_values(x, value, mixing)
     return block_attention(
         F.conv2d(x, query),
         F.conv2d(x, key),
@@ -105,7 +106,7 @@ def pooled_stem_attention(
 
 
 def _has_kernels(x: Tensor, block_size: int) -> bool:
-    return block_size == _BLOCK and cpu.why_not(x, num_heads=1) is None
+    return block_size == STEM_BLOCK and cpu.why_not(x, num_heads=1) is None
 
 
 def relative_embedding(
@@ -131,11 +132,18 @@ def relative_embedding(
     return embedding.flatten(4).flatten(2, 3).permute(0, 2, 3, 1)
 
 
-def _place_matrices(value: Tensor, mixing: Tensor | None) -> Tensor:
-    """One value matrix for each place of a block, (B, C, C_in), in float32."""
-    if mixing is None:
-        return value.float().expand(_BLOCK * _BLOCK, -1, -1)
-    return torch.einsum("mp,mci->pci", mixing.float().flatten(1), value.float())
+def _mixture(value: Tensor, mixing: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return value matrices and mixing weights in float32; a single matrix has weight 1."""
+    value = value.float()
+    ones = (1, STEM_BLOCK, STEM_BLOCK)
+    return value, value.new_ones(ones) if mixing is None else mixing.float()
+
+
+def _projections(
+    query: Tensor, key: Tensor, value: Tensor, mixing: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the matrices of queries, keys and every place's values, as the kernels take them."""
+    return query.flatten(1), key.flatten(1), place_matrices(*_mixture(value, mixing))
 
 
 @torch.library.custom_op("sasa_det::stem_attention", mutates_args=())
@@ -150,16 +158,8 @@ def _attend(
     rel_cols: Tensor | None,
     num_heads: int,
 ) -> Tensor:
-    return torch.ops.sasa_det_cpu.stem_attention(
-        x,
-        query.flatten(1),
-        key.flatten(1),
-        _place_matrices(value, mixing),
-        rel_rows,
-        rel_cols,
-        num_heads,
-        "",
-    )
+    matrices = _projections(query, key, value, mixing)
+    return torch.ops.sasa_det_cpu.stem_attention(x, *matrices, rel_rows, rel_cols, num_heads, "")
 
 
 @_attend.register_fake
@@ -181,23 +181,15 @@ def _attend_pooled(
     shift: Tensor,
     num_heads: int,
 ) -> Tensor:
+    matrices = _projections(query, key, value, mixing)
     return torch.ops.sasa_det_cpu.stem_attention_pooled(
-        x,
-        query.flatten(1),
-        key.flatten(1),
-        _place_matrices(value, mixing),
-        rel_rows,
-        rel_cols,
-        num_heads,
-        scale,
-        shift,
-        "",
+        x, *matrices, rel_rows, rel_cols, num_heads, scale, shift, ""
     )
 
 
 @_attend_pooled.register_fake
 def _(x, query, key, value, mixing, rel_rows, rel_cols, scale, shift, num_heads):
-    rows, cols = ((size + _BLOCK - 1) // _BLOCK for size in x.shape[2:])
+    rows, cols = ((size + STEM_BLOCK - 1) // STEM_BLOCK for size in x.shape[2:])
     return x.new_empty((x.shape[0], query.shape[0], rows, cols))
 
 
@@ -216,32 +208,19 @@ def _attend_backward(
     image_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of all tensors; empty for an absent one and an unwanted image's."""
+    matrices = _projections(query, key, value, mixing)
     grad_x, grad_query, grad_key, grad_matrices, grad_rows, grad_cols = (
         torch.ops.sasa_det_cpu.stem_attention_backward(
-            grad,
-            x,
-            query.flatten(1),
-            key.flatten(1),
-            _place_matrices(value, mixing),
-            rel_rows,
-            rel_cols,
-            num_heads,
-            image_gradient,
-            "",
+            grad, x, *matrices, rel_rows, rel_cols, num_heads, image_gradient, ""
         )
     )
-    if mixing is None:
-        grad_value, grad_mixing = grad_matrices.sum(0, keepdim=True), x.new_empty(0)
-    else:
-        grad_value = torch.einsum("mp,pci->mci", mixing.float().flatten(1), grad_matrices)
-        grad_mixing = torch.einsum("pci,mci->mp", grad_matrices, value.float())
-        grad_mixing = grad_mixing.reshape(mixing.shape).to(mixing.dtype)
+    grad_value, grad_mixing = mixture_gradients(grad_matrices, *_mixture(value, mixing))
     return (
         grad_x,
         grad_query.reshape(query.shape),
         grad_key.reshape(key.shape),
         grad_value.to(value.dtype),
-        grad_mixing,
+        x.new_empty(0) if mixing is None else grad_mixing.to(mixing.dtype),
         grad_rows,
         grad_cols,
     )
@@ -250,7 +229,7 @@ def _attend_backward(
 @_attend_backward.register_fake
 def _(grad, x, query, key, value, mixing, rel_rows, rel_cols, num_heads, image_gradient):
     tensors = (x if image_gradient else None, query, key, value, mixing, rel_rows, rel_cols)
-    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
+    return fake_gradients(tensors, x)
 
 
 def _setup_context(ctx, inputs, output):
@@ -262,10 +241,8 @@ def _autograd(ctx, grad):
     tensors = ctx.saved_tensors
     image_gradient = ctx.needs_input_grad[0]
     grads = _attend_backward(grad, *tensors, ctx.num_heads, image_gradient)
-    grads = [None if x is None else g for g, x in zip(grads, tensors, strict=True)]
-    if not image_gradient:
-        grads[0] = None
-    return (*grads, None)
+    wanted = (tensors[0] if image_gradient else None, *tensors[1:])
+    return (*present_gradients(grads, wanted), None)
 
 
 _attend.register_autograd(_autograd, setup_context=_setup_context)

@@ -36,40 +36,18 @@ def why_not(query: Tensor, num_heads: int, forced: bool = False) -> str | None:
     return None
 
 
-def forward(
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor,
-    rel_rows: Tensor | None,
-    rel_cols: Tensor | None,
-    kernel_size: int,
-    num_heads: int,
-    mask: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
     """See :func:`sasa_det.ops.operator.attend`."""
     from . import triton_kernels
 
-    tensors = (query, key, value, rel_rows, rel_cols)
     # Triton launches on the current device; no-op for CPU tensors.
     with torch.cuda.device_of(query):
-        return triton_kernels.forward(*tensors, kernel_size, num_heads, mask)
+        return triton_kernels.forward(query, *arguments)
 
 
-def backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor,
-    rel_rows: Tensor | None,
-    rel_cols: Tensor | None,
-    log_sum: Tensor,
-    kernel_size: int,
-    num_heads: int,
-    mask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`sasa_det.ops.operator.attend_backward`; the same bits in every run."""
     from . import triton_kernels
 
-    tensors = (grad, query, key, value, rel_rows, rel_cols, log_sum)
-    with torch.cuda.device_of(query):
-        return triton_kernels.backward(*tensors, kernel_size, num_heads, mask)
+    with torch.cuda.device_of(grad):
+        return triton_kernels.backward(grad, *arguments)
