@@ -61,6 +61,7 @@ setup(
         "tensorboard>=2.10",
         "torch>=2.10",  # older ones have holes in reading checkpoints
         "torchvision>=0.25",
+        "tqdm>=4.60",
     ],
     **kernels(),
     extras_require={"dev": ["hypothesis", "pytest", "ruff"], "benchmark": ["timm"]},

@@ -2,7 +2,10 @@
 
 from detectron2.config import CfgNode
 
-__all__ = ["add_sasa_config"]
+__all__ = ["MAX_PIXELS", "add_sasa_config"]
+
+# Default of INPUT.MAX_PIXELS.
+MAX_PIXELS = 100_000_000
 
 
 def add_sasa_config(cfg: CfgNode) -> None:
@@ -50,6 +53,10 @@ def add_sasa_config(cfg: CfgNode) -> None:
     # Backend of local attention, see sasa_det.ops.available_backends(); "" takes the fastest.
     sasa.BACKEND = ""
 
+    # Shell patterns of the model's weights that MODEL.WEIGHTS may lack or have in another shape,
+    # as in ["head.cls_score.*"]. A backbone's file may lack all outside the backbone anyway.
+    cfg.MODEL.WEIGHTS_ALLOW = []
+
     # Multiscale jitter and a crop of fixed size, in place of resizing (appendix A.3).
     jitter = cfg.INPUT.JITTER = CfgNode()
     # Whether to train on jittered crops; evaluation resizes as usual.
@@ -60,6 +67,12 @@ def add_sasa_config(cfg: CfgNode) -> None:
     jitter.MAX_SCALE = 1.2
     # Side of the square crop in pixels.
     jitter.CROP_SIZE = 640
+
+    # Largest product of height and width of an image; one of more is refused before it is decoded.
+    cfg.INPUT.MAX_PIXELS = MAX_PIXELS
+    # Different images that training may skip because they cannot be read, each of them logged; the
+    # next one ends the run. 0 skips none. Evaluation never skips an image.
+    cfg.DATALOADER.SKIP_UNREADABLE = 0
 
     # COCO-format json to train on, in place of DATASETS.TRAIN.
     cfg.DATASETS.TRAIN_JSON = ""
@@ -75,3 +88,46 @@ def add_sasa_config(cfg: CfgNode) -> None:
     # Factor on the learning rate of attention's query and key projections. Under Adam, whose steps
     # have the size of the rate, their product soon saturates the softmax without one.
     cfg.SOLVER.LOGIT_LR_FACTOR = 1.0
+    # Parts of a batch that go through the model one after the other before the optimizer steps:
+    # memory is that of one part. IMS_PER_BATCH must be a multiple of it times the processes.
+    cfg.SOLVER.ACCUMULATION_STEPS = 1
+    # What SOLVER.AMP computes in: "float16", with a scaled loss, or "bfloat16".
+    cfg.SOLVER.AMP.DTYPE = "float16"
+    # Batch that BASE_LR is meant for: with another IMS_PER_BATCH it is scaled linearly. 0 turns
+    # that off.
+    cfg.SOLVER.REFERENCE_BATCH = 0
+    # Length of training in epochs, in place of MAX_ITER in iterations; 0 leaves it to that.
+    cfg.SOLVER.MAX_EPOCHS = 0.0
+    # The same in place of WARMUP_ITERS.
+    cfg.SOLVER.WARMUP_EPOCHS = 0.0
+    # The same in place of CHECKPOINT_PERIOD.
+    cfg.SOLVER.CHECKPOINT_EPOCHS = 0.0
+    # The same in place of STEPS.
+    cfg.SOLVER.STEP_EPOCHS = ()
+    # The same in place of EVAL_PERIOD.
+    cfg.TEST.EVAL_EPOCHS = 0.0
+    # Periodic checkpoints to keep, the newest ones; 0 keeps all.
+    cfg.SOLVER.MAX_CHECKPOINTS = 0
+
+    cfg.MODEL.EMA = CfgNode()
+    # Decay of the moving average of the weights, which is evaluated beside them; 0 for none.
+    cfg.MODEL.EMA.DECAY = 0.0
+    # Stages of the backbone that are computed again in the backward pass to save memory.
+    cfg.MODEL.ACTIVATION_CHECKPOINTING = []
+    # Whether weights are stored channels last, which suits convolutions on GPUs.
+    cfg.MODEL.CHANNELS_LAST = False
+    # Whether backbone and head go through torch.compile.
+    cfg.MODEL.COMPILE = False
+
+    # Whether evaluation computes the losses on DATASETS.TEST as well.
+    cfg.TEST.VALIDATION_LOSS = False
+    # Metric whose best value is kept as model_best.pth, as in "bbox/AP" or "ema/bbox/AP"; "" keeps
+    # none.
+    cfg.TEST.BEST_METRIC = ""
+    # Whether the best value is the largest, "max", or the smallest, "min".
+    cfg.TEST.BEST_MODE = "max"
+    # Evaluations without a better value after which training stops; 0 never stops it.
+    cfg.TEST.EARLY_STOPPING = 0
+
+    # Project of Weights & Biases to log to, if wandb is installed; "" for none.
+    cfg.WANDB_PROJECT = ""

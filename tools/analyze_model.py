@@ -4,7 +4,10 @@
 import argparse
 import sys
 
-from sasa_det.engine import UsageError, load_config
+from sasa_det.engine import load_config
+from sasa_det.engine.arguments import positive_int
+from sasa_det.engine.errors import USAGE_ERRORS, tell
+from sasa_det.engine.model_check import check_model
 from sasa_det.modeling.complexity import count_config
 from sasa_det.modeling.report import paper_report, parts_report
 
@@ -15,7 +18,7 @@ if __name__ == "__main__":
     what.add_argument("--paper", action="store_true", help="count the models of the paper's tables")
     parser.add_argument(
         "--size",
-        type=int,
+        type=positive_int,
         nargs=2,
         default=(640, 640),
         metavar=("HEIGHT", "WIDTH"),
@@ -28,7 +31,7 @@ if __name__ == "__main__":
             print(paper_report())
         else:
             cfg = load_config(args.config_file, args.opts)
+            check_model(cfg, eval_only=True)
             print(parts_report(count_config(cfg, *args.size), *args.size))
-    except (UsageError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (*USAGE_ERRORS, ValueError) as error:
+        sys.exit(tell(error))

@@ -5,9 +5,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from sasa_det.data.coco import DatasetError
-from sasa_det.engine import UsageError
 from sasa_det.engine.demo import run_demo
+from sasa_det.engine.errors import USAGE_ERRORS, tell
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
@@ -18,6 +17,5 @@ if __name__ == "__main__":
     args = parser.parse_args()
     try:
         run_demo(Path(__file__).parents[1] / "configs" / "Digits", Path(args.output), args.opts)
-    except (UsageError, DatasetError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except USAGE_ERRORS as error:
+        sys.exit(tell(error))

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import torch
 
+from ..engine.arguments import positive_int
+from ..engine.errors import UsageError, tell
 from ..engine.logs import log_to
+from ..engine.output_folder import refuse_existing
 from ..files import write_text
 from ..machine import describe_machine
 from .cases import GROUPS, Case, Contender, Settings, make_cases
@@ -64,17 +67,16 @@ def main(configs: Path, argv: Sequence[str] | None = None) -> int:
     groups = args.cases.split(",")
     unknown = sorted(set(groups) - set(GROUPS))
     if unknown:
-        print(
-            f"error: --cases takes {', '.join(GROUPS)}, got {', '.join(unknown)}.", file=sys.stderr
-        )
-        return 2
+        return tell(UsageError(f"--cases takes {', '.join(GROUPS)}, got {', '.join(unknown)}."))
     cases = make_cases(settings, groups)
     if args.memory_of:
         _print_memory(cases, *args.memory_of, device)
         return 0
     output = Path(args.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        return _refuse(f"output {output} exists already; name another one.")
+    try:
+        refuse_existing(output)
+    except UsageError as error:
+        return tell(error)
     log_to(None)
     command = [sys.argv[0], "--device", device, "--dtype", args.dtype]
     command += ["--batch", str(args.batch), "--image-size", str(args.image_size)]
@@ -102,11 +104,6 @@ def _rounds(rounds: int) -> str:
     return text
 
 
-def _refuse(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Time attention side by side with convolution and with other formulations."
@@ -117,9 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", default="output/benchmark", help="a folder that does not exist")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda by default where it is")
     parser.add_argument("--dtype", choices=tuple(_DTYPES), default="float32")
-    parser.add_argument("--batch", type=int, default=1, help="images in a batch")
-    parser.add_argument("--image-size", type=int, default=640, help="side of the images")
-    parser.add_argument("--rounds", type=int, default=11, help="calls of each contender")
+    parser.add_argument("--batch", type=positive_int, default=1, help="images in a batch")
+    parser.add_argument("--image-size", type=positive_int, default=640, help="side of the images")
+    parser.add_argument("--rounds", type=positive_int, default=11, help="calls of each contender")
     # One contender in a process of its own, for the memory it takes there.
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     return parser

@@ -1,22 +1,26 @@
 """Data sets and the mapping of their images to the model's input."""
 
-from .coco import (
-    CocoSummary,
-    DatasetError,
-    check_coco,
-    check_registered,
-    num_classes_of,
-    register_coco,
-)
+from .coco import check_coco, check_registered, num_classes_of, register_coco
 from .digits import DIGIT_NAMES, register_digits, split_digits, write_digits
-from .mapper import JitterCropMapper, build_jitter_crop_mapper, jitter_and_crop_augmentations
+from .errors import DatasetError, ImageError
+from .mapper import (
+    DetectionMapper,
+    build_test_mapper,
+    build_train_mapper,
+    jitter_and_crop_augmentations,
+)
+from .reading import UnreadableImages
+from .validation import CocoReport, validate_coco
 
 __all__ = [
     "DIGIT_NAMES",
-    "CocoSummary",
+    "CocoReport",
     "DatasetError",
-    "JitterCropMapper",
-    "build_jitter_crop_mapper",
+    "DetectionMapper",
+    "ImageError",
+    "UnreadableImages",
+    "build_test_mapper",
+    "build_train_mapper",
     "check_coco",
     "check_registered",
     "jitter_and_crop_augmentations",
@@ -24,5 +28,6 @@ __all__ = [
     "register_coco",
     "register_digits",
     "split_digits",
+    "validate_coco",
     "write_digits",
 ]

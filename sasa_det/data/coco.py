@@ -1,44 +1,29 @@
 """Data sets in COCO's json format: checked before training, and registered with detectron2."""
 
 import difflib
-import json
+import logging
 import os
-from collections import defaultdict
-from dataclasses import dataclass
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
 from .errors import DatasetError
+from .problems import MISSING_FILE
+from .report import printable, summarize_warnings
+from .validation import check_exists, validate_coco
 
-__all__ = [
-    "CocoSummary",
-    "DatasetError",
-    "check_coco",
-    "check_registered",
-    "num_classes_of",
-    "register_coco",
-]
+__all__ = ["DatasetError", "check_coco", "check_registered", "num_classes_of", "register_coco"]
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class CocoSummary:
-    """What a checked COCO json file holds.
-
-    Attributes:
-        num_images (int): images listed.
-        num_annotations (int): annotations listed, crowds included.
-        class_names (tuple[str]): names of the categories in the order of their ids, which is the
-            order of detectron2's contiguous class indices.
-    """
-
-    num_images: int
-    num_annotations: int
-    class_names: tuple
+# Problems of a kind that are kept, as examples.
+_KEPT = 10
+# Reports on files without errors, so that a process reads each only once.
+_known_reports = {}
 
 
-def check_coco(json_file, image_root, *, training=None):
+def check_coco(json_file, image_root, *, training=None, **options):
     """Check that a COCO json file and its images can be trained or evaluated on.
 
     Args:
@@ -47,33 +32,31 @@ def check_coco(json_file, image_root, *, training=None):
         training (bool or None): True for a training set, which must hold annotations; False for an
             evaluation set, whose annotations must have the `area` and `iscrowd` that the COCO
             metrics need; None where the use is not known yet.
+        **options: `max_pixels` and `mask_format` of `validate_coco`.
 
     Returns:
-        CocoSummary: what the file holds.
+        CocoReport: what the file holds, and warnings.
 
     Raises:
         FileNotFoundError: the json file, the folder or an image is missing.
-        DatasetError: the json file cannot be used; the message names it and its first problem.
+        DatasetError: the json file cannot be used; the message names it, its first problem and how
+            many more there are.
     """
-    _check_exists(json_file, image_root)
-    content = _read_json(json_file)
-    # Each check may rely on those before it, so only the first problem is sure to be real.
-    for check in (_missing_keys, _emptiness, _unknown_references):
-        for problem in check(content, training):
-            raise DatasetError(f"{json_file}: {problem}")
-    _check_images_exist(json_file, image_root, content["images"])
-    return CocoSummary(
-        len(content["images"]), len(content["annotations"]), _class_names(content["categories"])
-    )
+    report = validate_coco(json_file, image_root, training=training, limit=_KEPT, **options)
+    _refuse_errors(report)
+    return report
 
 
-def register_coco(name, json_file, image_root):
+def register_coco(name, json_file, image_root, *, check=True, **options):
     """Check a COCO json data set and register it with detectron2, its classes included.
 
     Args:
         name (str): the name for `cfg.DATASETS`.
         json_file (str or path): COCO instances json.
         image_root (str or path): the folder of the images.
+        check (bool): False in the other processes of a job, after one has checked the files: they
+            are not read then, and the classes are known as soon as detectron2 loads them.
+        **options: as for `check_coco`.
 
     Raises:
         FileNotFoundError: as `check_coco`.
@@ -90,10 +73,11 @@ def register_coco(name, json_file, image_root):
                 f"not {(json_file, image_root)}: give the new data another name"
             )
         return
-    summary = check_coco(json_file, image_root)
+    report = _check_once(json_file, image_root, **options) if check else None
     register_coco_instances(name, {}, json_file, image_root)
-    # detectron2 sets this when it loads the data; here it is known before.
-    MetadataCatalog.get(name).thing_classes = list(summary.class_names)
+    if report is not None:
+        # detectron2 sets this when it loads the data; here it is known before.
+        MetadataCatalog.get(name).thing_classes = list(report.class_names)
 
 
 def num_classes_of(dataset_names):
@@ -129,16 +113,18 @@ def num_classes_of(dataset_names):
     return len(classes[first])
 
 
-def check_registered(names, training):
-    """Check registered data sets before they are used.
+def check_registered(names, training, **options):
+    """Check registered data sets before they are used, and log the warnings about them.
 
     Files are looked for where the metadata has `json_file` and `image_root`; those that are
     evaluated with COCO's metrics go through `check_coco` as well. This reads the whole json file,
-    which takes seconds for COCO: one process of a job is enough.
+    which takes seconds for COCO, unless this process has done so before: one process of a job is
+    enough.
 
     Args:
         names (sequence[str]): names as in `cfg.DATASETS`.
         training (bool): whether they are for training, see `check_coco`.
+        **options: as for `check_coco`.
 
     Raises:
         DatasetError: a name is not registered, or as `check_coco`, or the classes in the file are
@@ -152,9 +138,9 @@ def check_registered(names, training):
             continue
         try:
             if metadata.get("evaluator_type") != "coco":
-                _check_exists(json_file, image_root)
+                check_exists(json_file, image_root)
                 continue
-            summary = check_coco(json_file, image_root, training=training)
+            report = _check_once(json_file, image_root, training, **options)
         except FileNotFoundError as error:
             root = os.getenv("DETECTRON2_DATASETS", "datasets")
             raise FileNotFoundError(
@@ -163,11 +149,43 @@ def check_registered(names, training):
                 "root of the builtin datasets)"
             ) from error
         classes = metadata.get("thing_classes")
-        if classes is not None and tuple(classes) != summary.class_names:
+        if classes is not None and tuple(classes) != report.class_names:
             raise DatasetError(
-                f"{json_file}: its categories ({_shortened(summary.class_names)}) are not the "
+                f"{json_file}: its categories ({_shortened(report.class_names)}) are not the "
                 f"classes that dataset {name!r} is registered with ({_shortened(classes)})"
             )
+        for sentence in summarize_warnings(report):
+            logger.warning(sentence)
+
+
+def _check_once(json_file, image_root, training=None, **options):
+    """As `check_coco`, but without reading again what this process found free of errors."""
+    check_exists(json_file, image_root)
+    stat = os.stat(PathManager.get_local_path(json_file))
+    key = (
+        *(os.path.abspath(json_file), os.path.abspath(image_root)),
+        *(stat.st_ino, stat.st_size, stat.st_mtime_ns),
+        *sorted(options.items()),
+    )
+    if key not in _known_reports:
+        _known_reports[key] = check_coco(json_file, image_root, **options)
+    report = _known_reports[key].for_use(training)
+    _refuse_errors(report)
+    return report
+
+
+def _refuse_errors(report):
+    kinds = report.kinds("error")
+    if kinds == [MISSING_FILE]:
+        raise FileNotFoundError(
+            f"{report.json_file}: {report.counts[MISSING_FILE]} of {report.num_images} image files "
+            f"are missing, the first is that of {report.examples(MISSING_FILE)[0].message}"
+        )
+    if kinds:
+        first = next(problem for problem in report.problems if problem.kind in kinds)
+        more = report.count("error") - 1
+        rest = f" (and {more:,} more errors, which tools/validate_data.py lists)" if more else ""
+        raise DatasetError(f"{report.json_file}: {first.message}{rest}")
 
 
 def _metadata(name):
@@ -178,94 +196,6 @@ def _metadata(name):
     return MetadataCatalog.get(name)
 
 
-def _read_json(json_file):
-    try:
-        with open(PathManager.get_local_path(os.fspath(json_file)), encoding="utf-8") as file:
-            return json.load(file)
-    except OSError as error:
-        raise DatasetError(f"{json_file}: cannot be read: {error.strerror}") from error
-    # A UnicodeDecodeError is a ValueError, as json's own error is.
-    except ValueError as error:
-        raise DatasetError(f"{json_file}: is not JSON: {error}") from error
-
-
-# Checks: generators of the problems of the json file's content, each one a clause.
-
-
-def _missing_keys(content, training):
-    if not isinstance(content, dict):
-        yield f"must hold a JSON object (COCO instances), not a {type(content).__name__}"
-        return
-    needed = {
-        "images": ("id", "file_name", "height", "width"),
-        "annotations": ("id", "image_id", "category_id", "bbox"),
-        "categories": ("id", "name"),
-    }
-    if training is False:
-        needed["annotations"] += ("area", "iscrowd")
-    for section, keys in needed.items():
-        if section not in content:
-            yield f"lacks {section!r}; COCO instances have 'images', 'annotations', 'categories'"
-        elif not isinstance(content[section], list):
-            yield f"{section!r} must be a list, not a {type(content[section]).__name__}"
-        else:
-            for index, entry in enumerate(content[section]):
-                if not isinstance(entry, dict):
-                    yield f"{section}[{index}] must be an object, not a {type(entry).__name__}"
-                    continue
-                for key in keys:
-                    if key not in entry:
-                        yield f"{section}[{index}] lacks {key!r}; needed are {', '.join(keys)}"
-
-
-def _emptiness(content, training):
-    if not content["images"]:
-        yield "'images' is empty; at least one image is needed"
-    if not content["categories"]:
-        yield "'categories' is empty; at least one category is needed"
-    if training and not content["annotations"]:
-        yield "'annotations' is empty; a training set needs at least one annotation"
-
-
-def _unknown_references(content, training):
-    for key, section in (("image_id", "images"), ("category_id", "categories")):
-        known = {entry["id"] for entry in content[section]}
-        for index, annotation in enumerate(content["annotations"]):
-            if annotation[key] not in known:
-                yield (
-                    f"annotations[{index}] (id {annotation['id']}) has {key} {annotation[key]}, "
-                    f"which is not the id of any of the {len(known)} {section}"
-                )
-
-
-def _check_images_exist(json_file, image_root, images):
-    # Listing a folder once is much cheaper than asking for every image.
-    folders = defaultdict(list)
-    for image in images:
-        folder, base = os.path.split(os.path.join(image_root, image["file_name"]))
-        folders[folder].append(base)
-    missing = []
-    for folder, bases in folders.items():
-        present = {entry.name for entry in os.scandir(folder)} if os.path.isdir(folder) else ()
-        missing += [os.path.join(folder, base) for base in bases if base not in present]
-    if missing:
-        raise FileNotFoundError(
-            f"{json_file}: {len(missing)} of {len(images)} image files do not exist, the first "
-            f"is {missing[0]}"
-        )
-
-
-def _check_exists(json_file, image_root):
-    if not os.path.isfile(PathManager.get_local_path(os.fspath(json_file))):
-        raise FileNotFoundError(f"json file {json_file} does not exist")
-    if not os.path.isdir(image_root):
-        raise FileNotFoundError(f"image folder {image_root} of {json_file} does not exist")
-
-
-def _class_names(categories):
-    return tuple(category["name"] for category in sorted(categories, key=lambda c: c["id"]))
-
-
 def _shortened(names):
-    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    shown = ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")
     return f"{len(names)}: {shown}"

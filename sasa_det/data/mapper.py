@@ -1,10 +1,19 @@
-"""Multiscale jitter and crop: the training input of the paper's detectors (appendix A.3)."""
+"""From a record to the model's input; in training multiscale jitter and crop (appendix A.3)."""
 
+from detectron2.config import configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import build_augmentation
+from detectron2.structures import BoxMode
 
-__all__ = ["JitterCropMapper", "build_jitter_crop_mapper", "jitter_and_crop_augmentations"]
+from .reading import check_image, check_pixels, pixel_limit, unreadable
+
+__all__ = [
+    "DetectionMapper",
+    "build_test_mapper",
+    "build_train_mapper",
+    "jitter_and_crop_augmentations",
+]
 
 
 def jitter_and_crop_augmentations(cfg, is_train):
@@ -56,42 +65,99 @@ def jitter_and_crop_augmentations(cfg, is_train):
     return augmentations
 
 
-class JitterCropMapper(DatasetMapper):
-    """detectron2's mapper for annotations whose boxes may be integers.
+class DetectionMapper(DatasetMapper):
+    """detectron2's mapper, which looks at an image before it decodes it and names it in errors.
 
-    detectron2's transforms keep the type of a box, so that they would cut the scaled coordinates
-    of boxes that a json file holds as integers down to integers.
+    detectron2's transforms keep the type of a box, so that they would cut the scaled coordinates of
+    integer boxes down to integers: here boxes are floats. And they are cut off at the border of
+    the image, as detectron2 does after the transforms, when there may be padding beyond the border.
     """
 
+    @configurable
+    def __init__(self, *args, max_pixels, **kwargs):
+        """
+        Args:
+            *args, **kwargs: as for detectron2's mapper.
+            max_pixels (int): `INPUT.MAX_PIXELS`; images of more are refused.
+        """
+        super().__init__(*args, **kwargs)
+        self.max_pixels = max_pixels
+
+    @classmethod
+    def from_config(cls, cfg, is_train=True):
+        return {**super().from_config(cfg, is_train), "max_pixels": cfg.INPUT.MAX_PIXELS}
+
     def __call__(self, dataset_dict):
-        if "annotations" in dataset_dict:
-            annotations = [
-                {**annotation, "bbox": [float(value) for value in annotation["bbox"]]}
-                for annotation in dataset_dict["annotations"]
-            ]
+        """Map a record, which is left as it is.
+
+        Raises:
+            ImageError: the image is missing, truncated, broken, too large, of more than 8 bits, or
+                of another size than the record says.
+        """
+        path = dataset_dict["file_name"]
+        check_image(path, self.max_pixels)
+        if self.is_train and "annotations" in dataset_dict:
+            annotations = [_box_in_image(a, dataset_dict) for a in dataset_dict["annotations"]]
             dataset_dict = {**dataset_dict, "annotations": annotations}
-        return super().__call__(dataset_dict)
+        try:
+            with pixel_limit(self.max_pixels):
+                return super().__call__(dataset_dict)
+        except OSError as error:
+            raise unreadable(path, error) from error
+        except Exception:
+            # Whether the image or its annotations are at fault, the image alone tells.
+            size = dataset_dict.get("height"), dataset_dict.get("width")
+            check_pixels(
+                path,
+                self.max_pixels,
+                size=None if None in size else size,
+                image_format=self.image_format,
+            )
+            raise
 
 
-def build_jitter_crop_mapper(cfg):
-    """Build the training mapper that jitters and crops.
+def _box_in_image(annotation, record):
+    """Return an annotation with a box of floats in X0, Y0, X1, Y1, none of it outside the image."""
+    box = [float(value) for value in annotation["bbox"]]
+    box = BoxMode.convert(box, annotation["bbox_mode"], BoxMode.XYXY_ABS)
+    limits = [float(record.get(side, "inf")) for side in ("width", "height")] * 2
+    box = [min(max(value, 0.0), limit) for value, limit in zip(box, limits, strict=True)]
+    return {**annotation, "bbox": box, "bbox_mode": BoxMode.XYXY_ABS}
+
+
+def build_train_mapper(cfg):
+    """Build the training mapper: with jitter and crop if `INPUT.JITTER.ENABLED`, else detectron2's.
 
     Boxes are clipped to the crop, and instances that lie outside of it are dropped.
 
     Args:
-        cfg (CfgNode): as for `jitter_and_crop_augmentations`.
+        cfg (CfgNode): a config with sasa_det's keys, see `jitter_and_crop_augmentations`.
 
     Returns:
-        JitterCropMapper: maps a dataset dict to one with "image", a (3, CROP_SIZE, CROP_SIZE) uint8
-            tensor in `INPUT.FORMAT` order, and "instances".
+        DetectionMapper: maps a dataset dict to one with "image", a (3, H, W) uint8 tensor in
+            `INPUT.FORMAT` order, H and W being `CROP_SIZE` with jitter, and "instances".
 
     Raises:
         ValueError: as `jitter_and_crop_augmentations`.
     """
-    return JitterCropMapper(
+    if not cfg.INPUT.JITTER.ENABLED:
+        return DetectionMapper(cfg, is_train=True)
+    return DetectionMapper(
         cfg,
         is_train=True,
         augmentations=jitter_and_crop_augmentations(cfg, is_train=True),
         # A mask that was cut has a tighter box than the clipped one.
         recompute_boxes=cfg.MODEL.MASK_ON,
     )
+
+
+def build_test_mapper(cfg):
+    """Build the mapper for evaluation, which resizes as detectron2's does.
+
+    Args:
+        cfg (CfgNode): a config with sasa_det's keys.
+
+    Returns:
+        DetectionMapper: maps a dataset dict to one with "image", without annotations.
+    """
+    return DetectionMapper(cfg, is_train=False)

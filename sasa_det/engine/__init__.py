@@ -1,6 +1,8 @@
 """Training and evaluation on top of detectron2's engine."""
 
-from .setup import UsageError, argument_parser, load_config
+from .arguments import argument_parser
+from .errors import UsageError
+from .setup import load_config
 from .train import run, train
 from .trainer import Trainer
 

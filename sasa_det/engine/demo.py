@@ -10,17 +10,19 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.env import seed_all_rng
 from tabulate import tabulate
 
+from ..data.mapper import build_test_mapper
 from ..evaluation.drawing import draw_curves, draw_detections
 from ..files import write_text
 from ..machine import describe_machine
 from ..modeling.complexity import count_config, total
 from .denormals import flush_denormals
 from .logs import log_to
-from .setup import UsageError, check_run, load_config
+from .output_folder import claim_output, refuse_existing
+from .setup import check_run, load_config
 from .trainer import Trainer
 
 __all__ = ["run_demo"]
@@ -46,10 +48,7 @@ def run_demo(configs: Path, output: Path, opts: Sequence[str] = ()) -> list[dict
     Raises:
         UsageError: if ``output`` exists and is not an empty folder, or a config is wrong.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(
-            f"output {output} exists already; name another one, as in make demo OUTPUT=folder."
-        )
+    refuse_existing(output, hint=", as in make demo OUTPUT=folder")
     flush_denormals()
     log_to(None)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,9 +56,12 @@ def run_demo(configs: Path, output: Path, opts: Sequence[str] = ()) -> list[dict
     for label, name in _MODELS.items():
         overrides = ["MODEL.DEVICE", device, *opts, "OUTPUT_DIR", str(output / label)]
         cfg = load_config(str(configs / name), overrides)
-        check_run(cfg, eval_only=False, resume=False, overwrite=False)
+        check_run(cfg)
         runs[label] = cfg
-    results = [_train(label, cfg) for label, cfg in runs.items()]
+    results = []
+    for label, cfg in runs.items():
+        with claim_output(cfg):
+            results.append(_train(label, cfg))
     curves = output / "curves.png"
     draw_curves({label: output / label / "metrics.json" for label in runs}, curves)
     table = _table(results)
@@ -105,7 +107,7 @@ def _is_short(record: logging.LogRecord) -> bool:
 
 def _draw(cfg: CfgNode, model: torch.nn.Module, path: Path, num_images: int = 8) -> None:
     dataset = cfg.DATASETS.TEST[0]
-    mapper = DatasetMapper(cfg, is_train=False)
+    mapper = build_test_mapper(cfg)
     samples = []
     model.eval()
     for record in DatasetCatalog.get(dataset)[:num_images]:

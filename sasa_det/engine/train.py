@@ -1,22 +1,37 @@
 """One run: training with evaluation, or evaluation alone."""
 
 import argparse
-import sys
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
-from detectron2.checkpoint import DetectionCheckpointer
+import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
+from torch import nn
 
-from ..data.coco import DatasetError
+from ..checkpoint import Checkpointer
+from ..files import write_text
+from .config_changes import log_changes
 from .denormals import flush_denormals
+from .errors import USAGE_ERRORS, tell
+from .launch import is_elastic_restart, launch, started_by_torchrun
 from .logs import log_to
-from .setup import UsageError, check_run, load_config, register_datasets
+from .metrics_file import rewind_metrics
+from .output_folder import claim_output
+from .setup import check_run, load_config, register_datasets
+from .signals import StopTraining
+from .step import NonFiniteError
 from .trainer import Trainer
 
 __all__ = ["evaluate", "run", "train"]
+
+logger = logging.getLogger(__name__)
 
 
 def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
@@ -25,15 +40,25 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     Args:
         cfg: the config of the run; its output folder receives config.yaml, log.txt, metrics.json,
             TensorBoard events and checkpoints.
-        resume: continue from the last checkpoint in the output folder, if there is one.
+        resume: continue from the newest valid checkpoint in the output folder, if there is one.
 
     Returns:
         dict: results of the last evaluation; empty if there was none.
+
+    Raises:
+        CheckpointError: if there is no valid checkpoint, or ``MODEL.WEIGHTS`` does not fit.
+        StopTraining, NonFiniteError: as :meth:`Trainer.train`.
     """
+    return _ready(cfg, resume).train()
+
+
+def _ready(cfg: CfgNode, resume: bool) -> Trainer:
+    """Build a trainer and load what it starts from."""
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=resume)
-    trainer.train()
-    return getattr(trainer, "_last_eval_results", {})
+    if comm.is_main_process():
+        rewind_metrics(Path(cfg.OUTPUT_DIR, "metrics.json"), trainer.start_iter - 1)
+    return trainer
 
 
 def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
@@ -41,14 +66,26 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
 
     Args:
         cfg: the config of the run.
-        resume: evaluate the last checkpoint of the output folder, if there is one.
+        resume: evaluate the newest valid checkpoint of the output folder instead.
 
     Returns:
         dict: results by task and metric.
+
+    Raises:
+        CheckpointError: if the weights cannot be used or do not fill the whole model.
     """
+    return _evaluate(cfg, _filled(cfg, resume))
+
+
+def _filled(cfg: CfgNode, resume: bool) -> nn.Module:
+    """Build a model and fill it with the weights to evaluate."""
     model = Trainer.build_model(cfg)
-    checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR, strict=True)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    return model
+
+
+def _evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
     results = Trainer.test(cfg, model)
     verify_results(cfg, results)
     return results
@@ -61,37 +98,93 @@ def run(args: argparse.Namespace) -> int:
         args: the parsed command line.
 
     Returns:
-        int: exit status, 0 or, after a mistake told in one sentence, 2.
+        int: exit status: 0; 1 if the run failed; 2 after a mistake told in one sentence; 143 or
+        130 if SIGTERM, SIGUSR1 or Ctrl-C ended it with everything saved.
     """
     flush_denormals()
     log_to(None)
+    if is_elastic_restart():
+        # torchrun repeats the command that it was given.
+        args.resume, args.overwrite = "auto", False
     try:
         cfg = load_config(args.config_file, args.opts, args.train, args.test)
-        check_run(
-            cfg,
-            eval_only=args.eval_only,
-            resume=args.resume,
-            overwrite=args.overwrite,
-            machine_rank=args.machine_rank,
-        )
-    except (UsageError, DatasetError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    launch(
-        _worker,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(cfg, args),
-    )
+        if started_by_torchrun():
+            return launch(_torchrun_worker, 1, device=cfg.MODEL.DEVICE, args=(cfg, args))
+        processes = args.num_gpus * args.num_machines
+        with _prepared(cfg, args, args.machine_rank == 0, processes) as resume:
+            return launch(
+                _worker,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                device=cfg.MODEL.DEVICE,
+                args=(cfg, args.eval_only, resume),
+            )
+    except USAGE_ERRORS as error:
+        return tell(error)
+
+
+@contextmanager
+def _prepared(
+    cfg: CfgNode, args: argparse.Namespace, leader: bool, num_processes: int
+) -> Iterator[bool]:
+    """Check a run and have its output folder in a block; yields whether it is resumed."""
+    options = {"eval_only": args.eval_only, "resume": args.resume, "overwrite": args.overwrite}
+    check_run(cfg, **options, leader=leader, num_processes=num_processes)
+    with claim_output(cfg, **options, leader=leader) as resume:
+        yield resume
+
+
+def _torchrun_worker(cfg: CfgNode, args: argparse.Namespace) -> int:
+    """Check the run in the first process, whose word the others take."""
+    with ExitStack() as stack:
+        status, resume = 0, False
+        if comm.is_main_process():
+            try:
+                resume = stack.enter_context(_prepared(cfg, args, True, comm.get_world_size()))
+            except USAGE_ERRORS as error:
+                status = tell(error)
+        status, resume = comm.all_gather((status, resume))[0]
+        return status or _worker(cfg, args.eval_only, resume)
+
+
+def _worker(cfg: CfgNode, eval_only: bool, resume: bool) -> int:
+    """Do the work of one process and return its exit status."""
+    flush_denormals()
+    register_datasets(cfg, check=False)
+    log_to(cfg.OUTPUT_DIR, comm.get_rank())
+    _begin(cfg, eval_only, resume)
+    try:
+        loaded = _filled(cfg, resume) if eval_only else _ready(cfg, resume)
+    except USAGE_ERRORS as error:
+        return tell(error)
+    try:
+        if eval_only:
+            _evaluate(cfg, loaded)
+        else:
+            loaded.train()
+    except StopTraining as stop:
+        logger.info("Training ends before its last iteration: %s; everything is saved.", stop)
+        return stop.status
+    except (NonFiniteError, *USAGE_ERRORS) as error:
+        tell(error)
+        return 1
     return 0
 
 
-def _worker(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
-    register_datasets(cfg)
-    log_to(cfg.OUTPUT_DIR, comm.get_rank())
-    default_setup(cfg, args)
-    if args.eval_only:
-        return evaluate(cfg, resume=args.resume)
-    return train(cfg, resume=args.resume)
+def _begin(cfg: CfgNode, eval_only: bool, resume: bool) -> None:
+    """Log what runs where, and seed what is random before the first step."""
+    logger.info("Environment:\n%s", collect_env_info())
+    logger.info("Config:\n%s", cfg.dump())
+    stored = Path(cfg.OUTPUT_DIR, "config.yaml")
+    # The config of a run that is evaluated stays: it is what the run is resumed with.
+    if comm.is_main_process() and not (eval_only and stored.exists()):
+        if resume:
+            log_changes(cfg)
+        write_text(stored, cfg.dump())
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+    if precision := cfg.get("FLOAT32_PRECISION"):  # later detectron2
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = precision != "highest"

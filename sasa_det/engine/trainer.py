@@ -1,86 +1,266 @@
-"""The trainer: detectron2's with this project's data, optimizer and evaluation."""
+"""The trainer of a yaml config: detectron2's default trainer, for runs that are left alone."""
 
 import logging
 import os
 import re
+import weakref
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_train_loader
-from detectron2.engine import DefaultTrainer
-from detectron2.evaluation import COCOEvaluator
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.data import (
+    build_detection_test_loader,
+    detection_utils,
+    get_detection_dataset_dicts,
+)
+from detectron2.engine import DefaultTrainer, TrainerBase, hooks
+from detectron2.evaluation import COCOEvaluator, verify_results
+from detectron2.utils import comm
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from ..data.mapper import build_jitter_crop_mapper
-from ..layers import AttentionStem, LocalSelfAttention2d
+from ..checkpoint import Checkpointer
+from ..data.loader import TrainLoader, build_train_loader
+from ..data.mapper import DetectionMapper, build_test_mapper
+from .checkpointing import Checkpoints, StopOnSignal
+from .config_values import check_schedule
+from .ema import EmaUpdate, ModelEma
+from .evaluating import BestMetric, Evaluation
+from .model_options import checkpoint_stages, compile_parts
+from .optimizer import build_optimizer, max_gradient_norm
+from .schedule import LearningRate, in_iterations, scale_learning_rate
+from .signals import StopSignals
+from .step import StepTrainer
+from .validation_loss import validation_losses
 
-__all__ = ["Trainer", "build_optimizer"]
+__all__ = ["Trainer"]
 
 logger = logging.getLogger(__name__)
 
-# Learned embeddings are no weights of a linear map: like norms they do not decay.
-_EMBEDDINGS = ("rel_rows", "rel_cols", "row_embedding", "col_embedding", "mixture_embedding")
+_PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimizer that ``SOLVER.OPTIMIZER`` names.
+class Trainer(DefaultTrainer):
+    """detectron2's default trainer with runs that resume bit for bit and fail loudly.
 
-    Args:
-        cfg: a config with sasa_det's keys.
-        model: its parameters that require gradients are optimized.
-
-    Returns:
-        torch.optim.Optimizer: SGD or AdamW, with detectron2's settings for norms and biases and
-        without weight decay on learned embeddings, and with ``SOLVER.LOGIT_LR_FACTOR`` on the
-        learning rate of attention's query and key projections.
-
-    Raises:
-        ValueError: if the name is neither SGD nor AdamW.
+    Attributes:
+        cfg (CfgNode): the config with all that depends on data and processes worked out: the seed,
+            schedules in iterations, the learning rate of the batch.
+        signals (StopSignals): asks the run to stop.
+        ema (ModelEma or None): moving average of the weights.
     """
-    solver = cfg.SOLVER
-    params = get_default_optimizer_params(
-        model,
-        base_lr=solver.BASE_LR,
-        weight_decay=solver.WEIGHT_DECAY,
-        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
-        bias_lr_factor=solver.BIAS_LR_FACTOR,
-        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-        overrides={name: {"weight_decay": 0.0} for name in _EMBEDDINGS},
-    )
-    if solver.LOGIT_LR_FACTOR != 1.0:
-        params = _with_lr_factor(params, _logit_weights(model), solver.LOGIT_LR_FACTOR)
-    if solver.OPTIMIZER == "SGD":
-        options = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
-        return maybe_add_gradient_clipping(cfg, torch.optim.SGD)(
-            params, lr=solver.BASE_LR, **options
+
+    def __init__(self, cfg: CfgNode):
+        """
+        Args:
+            cfg: a config with sasa_det's keys.
+
+        Raises:
+            ValueError: if a value of the config does not fit the model or the processes.
+            UsageError: if warmup or steps of the learning rate lie beyond the end.
+        """
+        # Not DefaultTrainer's, which builds everything its own way.
+        TrainerBase.__init__(self)
+        cfg = _with_seed(self.auto_scale_workers(scale_learning_rate(cfg), comm.get_world_size()))
+        loader = self.build_train_loader(cfg)
+        self.cfg = cfg = in_iterations(cfg, loader.num_images)
+        check_schedule(cfg)
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        amp = cfg.SOLVER.AMP
+        self.signals = StopSignals()
+        self._trainer = StepTrainer(
+            _wrap(model),
+            loader,
+            optimizer,
+            seed=cfg.SEED,
+            accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
+            precision=_PRECISIONS[amp.DTYPE] if amp.ENABLED else None,
+            max_norm=max_gradient_norm(cfg),
+            signals=self.signals,
         )
-    if solver.OPTIMIZER == "AdamW":
-        return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(params, lr=solver.BASE_LR)
-    raise ValueError(f"SOLVER.OPTIMIZER must be 'SGD' or 'AdamW', got {solver.OPTIMIZER!r}.")
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.ema = ModelEma(model, cfg.MODEL.EMA.DECAY) if cfg.MODEL.EMA.DECAY else None
+        parts = {"trainer": weakref.proxy(self)}
+        if self.ema is not None:
+            parts["ema"] = self.ema
+        self.checkpointer = Checkpointer(
+            model, cfg.OUTPUT_DIR, allow=cfg.MODEL.WEIGHTS_ALLOW, **parts
+        )
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.register_hooks(self.build_hooks())
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Go on from the newest valid checkpoint of OUTPUT_DIR, or load ``MODEL.WEIGHTS``."""
+        self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if resume and self.checkpointer.has_checkpoint():
+            # The checkpoint holds the iteration that was done last.
+            self.start_iter = self.iter + 1
+            self._lr.start_at(self.start_iter)
+
+    def build_hooks(self) -> list[hooks.HookBase]:
+        """Build the hooks in the order in which they run after a step."""
+        cfg = self.cfg
+        self._lr = LearningRate(self.scheduler)
+        checkpoints = Checkpoints(
+            self.checkpointer,
+            cfg.SOLVER.CHECKPOINT_PERIOD,
+            cfg.SOLVER.MAX_CHECKPOINTS,
+            config=cfg.dump(),
+        )
+        best = None
+        if cfg.TEST.BEST_METRIC:
+            test = cfg.TEST
+            best = BestMetric(test.BEST_METRIC, test.BEST_MODE, test.EARLY_STOPPING)
+        evaluation = Evaluation(
+            cfg.TEST.EVAL_PERIOD, self._evaluate, checkpoints, self.signals, best
+        )
+        chain = [hooks.IterationTimer(), self._lr]
+        if cfg.TEST.PRECISE_BN.ENABLED and hooks.get_bn_modules(self.model):
+            chain.append(self._precise_bn())
+        if self.ema is not None:
+            chain.append(EmaUpdate(self.ema))
+        # Saved before it is evaluated: what evaluation fails on can then be looked at.
+        chain += [checkpoints, evaluation]
+        if comm.is_main_process():
+            # After evaluation, whose metrics they write.
+            chain.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+        return [*chain, StopOnSignal(self.signals, checkpoints)]
+
+    def build_writers(self) -> list:
+        """Build detectron2's writers and, where ``WANDB_PROJECT`` is set, Weights & Biases'."""
+        writers = super().build_writers()
+        if self.cfg.WANDB_PROJECT:
+            from .wandb_writer import WandbWriter
+
+            writers.append(WandbWriter(self.cfg))
+        return writers
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end.
+
+        Returns:
+            dict: results of the last evaluation; empty if there was none.
+
+        Raises:
+            StopTraining: if a signal or early stopping ended it, with everything saved.
+            NonFiniteError: if a loss, a gradient or a weight is not finite.
+        """
+        if self.start_iter >= self.max_iter:
+            logger.info("The run in %s is complete.", self.cfg.OUTPUT_DIR)
+        with self.signals.handled():
+            TrainerBase.train(self, self.start_iter, self.max_iter)
+        results = getattr(self, "_last_eval_results", {})
+        if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
+            verify_results(self.cfg, results)
+        return results
+
+    def _evaluate(self) -> dict[str, Any]:
+        cfg = self.cfg
+        # Training's own module: evaluation needs no gradients to be exchanged.
+        model = self.checkpointer.model
+        results = dict(self.test(cfg, model))
+        if self.ema is not None:
+            evaluators = [
+                self.build_evaluator(cfg, name, _results_folder(cfg, name, "ema"))
+                for name in cfg.DATASETS.TEST
+            ]
+            with self.ema.applied():
+                results["ema"] = dict(self.test(cfg, model, evaluators))
+        if cfg.TEST.VALIDATION_LOSS:
+            results["validation"] = validation_losses(model, self._validation_batches())
+        if not comm.is_main_process():
+            return {}
+        self._last_eval_results = results
+        return results
+
+    def _validation_batches(self):
+        # Test-time resizing with the annotations that detectron2's test mapper drops.
+        augmentations = detection_utils.build_augmentation(self.cfg, is_train=False)
+        mapper = DetectionMapper(self.cfg, is_train=True, augmentations=augmentations)
+        for name in self.cfg.DATASETS.TEST:
+            records = get_detection_dataset_dicts([name], filter_empty=False)
+            yield from build_detection_test_loader(
+                records, mapper=mapper, num_workers=self.cfg.DATALOADER.NUM_WORKERS
+            )
+
+    def _precise_bn(self) -> hooks.PreciseBN:
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.DATALOADER.NUM_WORKERS = 0
+        loader = self.build_train_loader(cfg)
+        num_iter = cfg.TEST.PRECISE_BN.NUM_ITER
+        return hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, num_iter)
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        model = super().build_model(cfg)
+        checkpoint_stages(model.backbone, cfg.MODEL.ACTIVATION_CHECKPOINTING)
+        if cfg.MODEL.CHANNELS_LAST:
+            model.to(memory_format=torch.channels_last)
+        if cfg.MODEL.COMPILE:
+            compile_parts(model)
+        return model
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
+        return build_train_loader(cfg, max(cfg.SEED, 0))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        return build_detection_test_loader(cfg, dataset_name, mapper=build_test_mapper(cfg))
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> COCOEvaluator:
+        return COCOEvaluator(
+            dataset_name,
+            output_dir=output_folder or _results_folder(cfg, dataset_name),
+            use_fast_impl=_has_compiled_evaluation(),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        # detectron2 0.6 leaves it out.
+        state["_trainer"] = self._trainer.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        TrainerBase.load_state_dict(self, state_dict)
+        if "_trainer" in state_dict:
+            self._trainer.load_state_dict(state_dict["_trainer"])
+        else:
+            logger.warning("The checkpoint holds no optimizer state: the optimizer starts anew.")
 
 
-def _logit_weights(model: nn.Module) -> set[nn.Parameter]:
-    """Collect the weights of all query and key projections."""
-    layers = [m for m in model.modules() if isinstance(m, (LocalSelfAttention2d, AttentionStem))]
-    projections = [p for layer in layers for p in (layer.query, layer.key) if p is not None]
-    return {projection.weight for projection in projections}
+def _with_seed(cfg: CfgNode) -> CfgNode:
+    """Give a run without a seed one, the same in all processes."""
+    if cfg.SEED >= 0:
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SEED = comm.shared_random_seed()
+    cfg.freeze()
+    return cfg
 
 
-def _with_lr_factor(
-    groups: list[dict[str, Any]], chosen: set[nn.Parameter], factor: float
-) -> list[dict[str, Any]]:
-    """Split parameter groups so that the chosen parameters learn at ``factor`` times the rate."""
-    split = []
-    for group in groups:
-        inside = [p for p in group["params"] if p in chosen]
-        outside = [p for p in group["params"] if p not in chosen]
-        if outside:
-            split.append({**group, "params": outside})
-        if inside:
-            split.append({**group, "params": inside, "lr": group["lr"] * factor})
-    return split
+def _wrap(model: nn.Module) -> nn.Module:
+    if comm.get_world_size() == 1:
+        return model
+    on_gpu = next(model.parameters()).is_cuda
+    devices = [comm.get_local_rank()] if on_gpu else None
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+
+def _results_folder(cfg: CfgNode, dataset_name: str, *parts: str) -> str:
+    # Data named on the command line is registered under its path.
+    folder = re.sub(r"[^\w.-]+", "_", dataset_name.strip("/"))
+    return os.path.join(cfg.OUTPUT_DIR, "inference", *parts, folder)
 
 
 def _has_compiled_evaluation() -> bool:
@@ -89,45 +269,3 @@ def _has_compiled_evaluation() -> bool:
     except ImportError:
         return False
     return hasattr(_C, "COCOevalEvaluateImages")
-
-
-class Trainer(DefaultTrainer):
-    """detectron2's default trainer with jittered crops, a choice of optimizer and COCO AP."""
-
-    @classmethod
-    def build_train_loader(cls, cfg: CfgNode):
-        if cfg.INPUT.JITTER.ENABLED:
-            return build_detection_train_loader(cfg, mapper=build_jitter_crop_mapper(cfg))
-        return build_detection_train_loader(cfg)
-
-    @classmethod
-    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        return build_optimizer(cfg, model)
-
-    @classmethod
-    def build_evaluator(
-        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
-    ) -> COCOEvaluator:
-        if output_folder is None:
-            # Data named on the command line is registered under its path.
-            folder = re.sub(r"[^\w.-]+", "_", dataset_name.strip("/"))
-            output_folder = os.path.join(cfg.OUTPUT_DIR, "inference", folder)
-        return COCOEvaluator(
-            dataset_name,
-            output_dir=output_folder,
-            use_fast_impl=_has_compiled_evaluation(),
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
-        # detectron2 0.6 leaves the optimizer out.
-        state.setdefault("_trainer", self._trainer.state_dict())
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if "_trainer" not in state_dict:
-            logger.warning("The checkpoint holds no optimizer state: the optimizer starts anew.")
-            state_dict = {**state_dict, "_trainer": self._trainer.state_dict()}
-        super().load_state_dict(state_dict)
-        if "load_state_dict" not in vars(DefaultTrainer):
-            self._trainer.load_state_dict(state_dict["_trainer"])

@@ -8,6 +8,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..layers import LocalSelfAttention2d
@@ -161,3 +162,24 @@ class AttentionRetinaNet(RetinaNet):
         else:
             options["head"] = _convolutional_head(cfg, input_shape)
         return options
+
+    def losses(self, anchors, pred_logits, gt_labels, *args) -> dict[str, Tensor]:
+        labels = torch.stack(gt_labels)
+        self._num_positive = ((labels >= 0) & (labels != self.num_classes)).sum()
+        return super().losses(anchors, pred_logits, gt_labels, *args)
+
+    def _ema_update(
+        self, name: str, value: float, initial_value: float, momentum: float = 0.9
+    ) -> float:
+        """Average the number of positive anchors of all processes together.
+
+        detectron2 averages each process' own, so that the gradient of a batch depends on how it is
+        split among processes.
+        """
+        world_size = comm.get_world_size()
+        if world_size > 1:
+            total = self._num_positive.clone()
+            torch.distributed.all_reduce(total)
+            value = max(int(total), 1)
+        # Gradients are averaged over the processes; the loss is a sum over the batch.
+        return super()._ema_update(name, value, initial_value, momentum) / world_size

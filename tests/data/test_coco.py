@@ -1,11 +1,8 @@
-import copy
-import json
+import logging
 import os
 
-import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from PIL import Image
 
 from sasa_det.data import (
     DatasetError,
@@ -14,57 +11,6 @@ from sasa_det.data import (
     num_classes_of,
     register_coco,
 )
-
-# Ids are neither dense nor sorted, so that an order by position would show.
-VALID = {
-    "images": [
-        {"id": 7, "file_name": "a.png", "height": 4, "width": 6},
-        {"id": 3, "file_name": "sub/b.png", "height": 4, "width": 6},
-    ],
-    "annotations": [
-        {
-            "id": 11,
-            "image_id": 7,
-            "category_id": 5,
-            "bbox": [1, 1, 2, 2],
-            "area": 4,
-            "iscrowd": 0,
-        }
-    ],
-    "categories": [{"id": 9, "name": "cup"}, {"id": 5, "name": "ant"}],
-}
-
-
-@pytest.fixture
-def content():
-    return copy.deepcopy(VALID)
-
-
-@pytest.fixture
-def write(tmp_path):
-    """Writes json content beside two real images and returns the file and the image folder."""
-    root = tmp_path / "images"
-    (root / "sub").mkdir(parents=True)
-    for name in ("a.png", "sub/b.png"):
-        Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(root / name)
-
-    def writer(content, name="set.json"):
-        path = tmp_path / name
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
-        return path, root
-
-    return writer
-
-
-@pytest.fixture
-def unregister():
-    names = []
-    yield names
-    for name in names:
-        if name in DatasetCatalog:
-            DatasetCatalog.remove(name)
-        if name in MetadataCatalog:
-            MetadataCatalog.remove(name)
 
 
 @pytest.mark.parametrize("training", [True, False, None])
@@ -112,16 +58,32 @@ def set_key(section, key, value):
         (break_section("categories", []), None, "'categories' is empty; at least one category"),
         (break_section("annotations", []), True, "'annotations' is empty; a training set needs"),
         (drop_key("images", "id"), None, r"images\[1\] lacks 'id'"),
-        (drop_key("images", "file_name"), None, r"images\[1\] lacks 'file_name'"),
-        (drop_key("images", "height"), None, r"images\[1\] lacks 'height'"),
-        (drop_key("images", "width"), None, r"images\[1\] lacks 'width'"),
-        (drop_key("annotations", "id"), None, r"annotations\[0\] lacks 'id'"),
-        (drop_key("annotations", "image_id"), None, r"annotations\[0\] lacks 'image_id'"),
-        (drop_key("annotations", "category_id"), None, r"annotations\[0\] lacks 'category_id'"),
-        (drop_key("annotations", "bbox"), None, r"annotations\[0\] lacks 'bbox'"),
-        (drop_key("annotations", "area"), False, r"annotations\[0\] lacks 'area'"),
-        (drop_key("annotations", "iscrowd"), False, r"annotations\[0\] lacks 'iscrowd'"),
-        (drop_key("categories", "name"), None, r"categories\[1\] lacks 'name'"),
+        (drop_key("images", "file_name"), None, r"images\[1\] \(id 3\) lacks 'file_name'"),
+        (drop_key("images", "height"), None, r"images\[1\] \(id 3\) lacks 'height'"),
+        (drop_key("images", "width"), None, r"images\[1\] \(id 3\) lacks 'width'"),
+        (drop_key("annotations", "id"), None, r"annotations\[0\] \(of image 7\) lacks 'id'"),
+        (drop_key("annotations", "image_id"), None, r"annotations\[0\] \(id 11\) lacks 'image_id'"),
+        (
+            drop_key("annotations", "category_id"),
+            None,
+            r"annotations\[0\] \(id 11 of image 7\) lacks 'category_id'",
+        ),
+        (
+            drop_key("annotations", "bbox"),
+            None,
+            r"annotations\[0\] \(id 11 of image 7\) lacks 'bbox'",
+        ),
+        (
+            drop_key("annotations", "area"),
+            False,
+            r"annotations\[0\] \(id 11 of image 7\) lacks 'area'",
+        ),
+        (
+            drop_key("annotations", "iscrowd"),
+            False,
+            r"annotations\[0\] \(id 11 of image 7\) lacks 'iscrowd'",
+        ),
+        (drop_key("categories", "name"), None, r"categories\[1\] \(id 5\) lacks 'name'"),
         (
             set_key("annotations", "image_id", 8),
             None,
@@ -130,7 +92,7 @@ def set_key(section, key, value):
         (
             set_key("annotations", "category_id", 1),
             None,
-            r"annotations\[0\] \(id 11\) has category_id 1, which is not the id of any of the 2 c",
+            r"annotations\[0\] \(id 11 of image 7\) has category_id 1, which is not .* of the 2 c",
         ),
     ],
 )
@@ -250,6 +212,81 @@ def test_registered_files_are_checked(write, content, unregister):
     write(content)
     with pytest.raises(DatasetError, match=r"\(3: ant, cup, dog\) are not the .*\(2: ant, cup\)"):
         check_registered(["pair"], training=False)
+
+
+def test_first_error_says_how_many_more_there_are(write, content):
+    content["annotations"][0] |= {"bbox": None, "iscrowd": "0", "category_id": 1}
+    with pytest.raises(DatasetError) as error:
+        check_coco(*write(content))
+    message = str(error.value)
+    assert "set.json: annotations[0] (id 11 of image 7) has iscrowd '0'" in message
+    assert message.endswith("(and 2 more errors, which tools/validate_data.py lists)")
+
+
+def test_missing_image_is_no_excuse_for_other_errors(write, content):
+    content["images"][1]["file_name"] = "gone.png"
+    content["images"][0]["file_name"] = "../set.json"
+    with pytest.raises(
+        DatasetError, match=r"images\[0\] \(id 7\): file_name '../set.json' leads out"
+    ):
+        check_coco(*write(content))
+
+
+def test_warnings_are_logged_with_count_and_ids(write, content, unregister, caplog):
+    unregister.append("pair")
+    content["annotations"] += [
+        {**content["annotations"][0], "id": 20 + i, "bbox": [1, 1, 0, 2]} for i in range(7)
+    ]
+    register_coco("pair", *write(content))
+    with caplog.at_level(logging.WARNING, "sasa_det"):
+        check_registered(["pair"], training=True)
+    ids = ", ".join(f"annotation {20 + i}" for i in range(5))
+    (empty,) = [m for m in caplog.messages if "boxes of no width" in m]
+    assert empty.endswith(
+        f"set.json: boxes of no width or height: 7 ({ids}, ...); training drops them"
+    )
+
+
+def test_file_is_read_once_until_it_changes(write, content, unregister):
+    unregister.append("pair")
+    json_file, root = write(content)
+    register_coco("pair", json_file, root)
+    # Nobody reads it again: otherwise this would be no JSON.
+    stat, text = json_file.stat(), json_file.read_text()
+    json_file.write_text("x" * len(text))
+    os.utime(json_file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    check_registered(["pair"], training=True)
+    check_registered(["pair"], training=False)
+    os.utime(json_file)
+    with pytest.raises(DatasetError, match="is not JSON"):
+        check_registered(["pair"], training=True)
+
+
+def test_use_is_judged_anew_when_the_file_is_not_read_again(write, content, unregister):
+    unregister.append("pair")
+    del content["annotations"][0]["area"]
+    register_coco("pair", *write(content))
+    check_registered(["pair"], training=True)
+    with pytest.raises(DatasetError, match=r"\(id 11 of image 7\) lacks 'area', which the COCO"):
+        check_registered(["pair"], training=False)
+
+
+def test_options_reach_the_check(write, content, unregister):
+    unregister.append("pair")
+    register_coco("pair", *write(content))
+    check_registered(["pair"], training=True, max_pixels=24)
+    with pytest.raises(
+        DatasetError, match=r"images\[0\] \(id 7\) has 6 x 4 pixels, more than the 23"
+    ):
+        check_registered(["pair"], training=True, max_pixels=23)
+
+
+def test_other_processes_register_without_reading(tmp_path, unregister):
+    unregister.append("pair")
+    register_coco("pair", tmp_path / "none.json", tmp_path, check=False)
+    assert MetadataCatalog.get("pair").json_file == str(tmp_path / "none.json")
+    with pytest.raises(FileNotFoundError, match=r"none\.json does not exist"):
+        check_registered(["pair"], training=True)
 
 
 @pytest.mark.parametrize("name", ["coco_2017_train", "lvis_v1_val"])

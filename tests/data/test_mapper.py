@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from sasa_det.config import add_sasa_config
-from sasa_det.data import build_jitter_crop_mapper, jitter_and_crop_augmentations
+from sasa_det.data import DatasetError, build_train_mapper, jitter_and_crop_augmentations
 
 
 def config(scale=(1.0, 1.0), crop=40, flip="none"):
@@ -44,7 +46,7 @@ def noise(height, width, seed=0):
 def test_image_that_fits_is_padded_and_its_boxes_scaled(tmp_path):
     # 20 x 10 fits into 40 x 40 twice: it becomes 40 wide and 20 high, and 20 rows are padded.
     sample = dataset_dict(tmp_path / "a.png", noise(10, 20), [(1, 2, 5, 4), (15, 5, 5, 5)])
-    mapped = build_jitter_crop_mapper(config())(sample)
+    mapped = build_train_mapper(config())(sample)
     assert mapped["image"].shape == (3, 40, 40) and mapped["image"].dtype == torch.uint8
     assert (mapped["image"][:, 20:] == 128).all()
     assert not (mapped["image"][:, :20] == 128).all(dim=0).any(dim=1).all()
@@ -56,7 +58,7 @@ def test_image_that_fits_is_padded_and_its_boxes_scaled(tmp_path):
 
 def test_integer_boxes_keep_their_fractions(tmp_path):
     sample = dataset_dict(tmp_path / "a.png", noise(100, 100), [(10, 10, 5, 5)])
-    instances = build_jitter_crop_mapper(config(crop=133))(sample)["instances"]
+    instances = build_train_mapper(config(crop=133))(sample)["instances"]
     expected = torch.tensor([[13.3, 13.3, 19.95, 19.95]])
     assert torch.allclose(instances.gt_boxes.tensor, expected)
     assert sample["annotations"][0]["bbox"] == [10, 10, 5, 5]
@@ -68,11 +70,35 @@ def test_crop_clips_boxes_and_drops_those_outside(tmp_path, monkeypatch):
     monkeypatch.setattr(np.random, "uniform", lambda low=0.0, high=1.0, size=None: (low + high) / 2)
     boxes = [(6, 1, 3, 2), (3, 2, 4, 3), (13, 0, 7, 10), (0, 0, 5, 10), (15, 0, 5, 5)]
     sample = dataset_dict(tmp_path / "a.png", noise(10, 20), boxes)
-    instances = build_jitter_crop_mapper(config(scale=(2.0, 2.0)))(sample)["instances"]
+    instances = build_train_mapper(config(scale=(2.0, 2.0)))(sample)["instances"]
     # times 4, minus 20 in x: 4..16; -8..8 is clipped at 0; 32..60 at 40. The fourth ends at 0 and
     # the fifth begins at 40: both are gone.
     assert instances.gt_boxes.tensor.tolist() == [[4, 4, 16, 12], [0, 8, 8, 20], [32, 0, 40, 40]]
     assert instances.gt_classes.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("jitter", [True, False])
+def test_boxes_end_at_the_border_of_the_image(tmp_path, jitter):
+    # 20 x 10 becomes 40 x 20; below it the crop is padding, where no box may reach.
+    boxes = [(-2, -3, 6, 6), (15, 5, 9, 30), (0, 11, 20, 5), (2, 2, 0, 4), (25, 1, 3, 3)]
+    cfg = config()
+    cfg.INPUT.JITTER.ENABLED, cfg.INPUT.MIN_SIZE_TRAIN = jitter, (20,)
+    sample = dataset_dict(tmp_path / "a.png", noise(10, 20), boxes)
+    before = copy.deepcopy(sample)
+    instances = build_train_mapper(cfg)(sample)["instances"]
+    assert instances.gt_boxes.tensor.tolist() == [[0, 0, 8, 6], [30, 10, 40, 20]]
+    assert instances.gt_classes.tolist() == [0, 1]
+    assert sample == before
+
+
+def test_fault_of_an_annotation_is_not_blamed_on_the_image(tmp_path):
+    cfg = config()
+    cfg.MODEL.MASK_ON = True
+    sample = dataset_dict(tmp_path / "a.png", noise(10, 20), [(1, 2, 5, 4)])
+    sample["annotations"][0]["segmentation"] = "no mask"
+    with pytest.raises(ValueError, match="Cannot transform segmentation") as error:
+        build_train_mapper(cfg)(sample)
+    assert not isinstance(error.value, DatasetError)
 
 
 def test_boxes_follow_the_pixels(tmp_path):
@@ -80,7 +106,7 @@ def test_boxes_follow_the_pixels(tmp_path):
     pixels = np.zeros((30, 50, 3), np.uint8)
     pixels[8:20, 14:34] = 255
     sample = dataset_dict(tmp_path / "a.png", pixels, [(14, 8, 20, 12)])
-    mapper = build_jitter_crop_mapper(config(scale=(0.6, 2.0), crop=64, flip="horizontal"))
+    mapper = build_train_mapper(config(scale=(0.6, 2.0), crop=64, flip="horizontal"))
     np.random.seed(0)
     clipped = flipped = 0
     for _ in range(40):
@@ -113,7 +139,7 @@ def test_scale_stays_within_its_bounds(tmp_path):
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 100), (100, 3), (33, 47)])
 def test_output_is_always_the_crop(tmp_path, shape):
-    mapper = build_jitter_crop_mapper(config(scale=(0.8, 1.2), crop=32))
+    mapper = build_train_mapper(config(scale=(0.8, 1.2), crop=32))
     sample = dataset_dict(tmp_path / "a.png", noise(*shape), [(0, 0, shape[1], shape[0])])
     for _ in range(5):
         assert mapper(sample)["image"].shape == (3, 32, 32)
@@ -121,10 +147,10 @@ def test_output_is_always_the_crop(tmp_path, shape):
 
 def test_grey_and_transparent_images_have_three_channels(tmp_path):
     grey = np.full((8, 8), 77, np.uint8)
-    mapped = build_jitter_crop_mapper(config(crop=8))(dataset_dict(tmp_path / "grey.png", grey))
+    mapped = build_train_mapper(config(crop=8))(dataset_dict(tmp_path / "grey.png", grey))
     assert (mapped["image"] == 77).all() and mapped["image"].shape == (3, 8, 8)
     colour = np.full((8, 8, 4), (10, 20, 30, 40), np.uint8)
-    mapped = build_jitter_crop_mapper(config(crop=8))(dataset_dict(tmp_path / "rgba.png", colour))
+    mapped = build_train_mapper(config(crop=8))(dataset_dict(tmp_path / "rgba.png", colour))
     # detectron2's default format is BGR.
     assert mapped["image"][:, 0, 0].tolist() == [30, 20, 10]
 
@@ -134,7 +160,7 @@ def test_flip_follows_the_config(tmp_path, flip, both):
     pixels = np.zeros((8, 8, 3), np.uint8)
     pixels[0, 0] = 255
     corner = {"horizontal": (0, 7), "vertical": (7, 0)}.get(flip, (0, 0))
-    mapper = build_jitter_crop_mapper(config(crop=8, flip=flip))
+    mapper = build_train_mapper(config(crop=8, flip=flip))
     np.random.seed(0)
     sample = dataset_dict(tmp_path / "a.png", pixels)
     seen = {tuple(torch.nonzero(mapper(sample)["image"][0])[0].tolist()) for _ in range(30)}
@@ -164,4 +190,4 @@ def test_bad_config_values_are_named(key, value, message):
     cfg = config(scale=(0.8, 1.2))
     cfg.merge_from_list([key, value])
     with pytest.raises(ValueError, match=message):
-        build_jitter_crop_mapper(cfg)
+        build_train_mapper(cfg)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sasa_det.data import write_digits
+from sasa_det.engine import argument_parser, run
 from sasa_det.engine.demo import run_demo
 
 
@@ -40,7 +41,60 @@ def test_analyze_model():
     assert "One image of 64 x 96" in result.stdout and "| head " in result.stdout
     result = call("tools/analyze_model.py", "--config-file", "nowhere.yaml")
     assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1].startswith("error: --config-file nowhere.yaml")
+    assert result.stderr.strip().splitlines()[-1].startswith("error: config file nowhere.yaml")
+
+
+def test_a_hostile_config_executes_nothing(tmp_path):
+    marker, base = tmp_path / "executed", tmp_path / "base.yaml"
+    base.write_text(f"SEED: !!python/object/apply:os.system ['touch {marker}']")
+    (tmp_path / "config.yaml").write_text("_BASE_: base.yaml")
+    result = call("tools/train_net.py", "--config-file", tmp_path / "config.yaml")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith(
+        f"error: {base}, line 1: a value of type !!python/object/apply:os.system"
+    )
+    assert not marker.exists()
+
+
+@pytest.mark.slow
+def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
+    """The second is refused while the first lives, and goes on where that was killed."""
+    digits = write_digits(tmp_path / "digits", num_train=4, num_val=2, image_size=64)
+    words = ["--config-file", "configs/quick/retinanet_SASA.yaml"]
+    for split, name in (("train", "train"), ("test", "val")):
+        words += [f"--{split}", digits / f"{name}.json", digits / name]
+    folder = tmp_path / "run"
+    output = ["OUTPUT_DIR", folder, "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.MAX_CHECKPOINTS", 2]
+    endless = ["tools/train_net.py", *words, *output, "SOLVER.MAX_ITER", 10**6]
+
+    def in_this_process(*flags, end=4):
+        command = [*words, *flags, *output, "SOLVER.MAX_ITER", end]
+        status = run(argument_parser().parse_args([str(word) for word in command]))
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err.strip().splitlines()[-1:]
+
+    with subprocess.Popen(
+        [sys.executable, *map(str, endless)], stdout=subprocess.PIPE, text=True
+    ) as first:
+        try:
+            assert any("Saving checkpoint" in line for line in first.stdout)
+            refusal = f"error: OUTPUT_DIR {folder} is in use by another run (process {first.pid} on"
+            second = call(*endless[:1], "--overwrite", *endless[1:])
+            assert second.returncode == 2
+            assert second.stderr.strip().splitlines()[-1].startswith(refusal)
+            for flags in ([], ["--resume"], ["--resume", "auto"]):
+                status, _, (error,) = in_this_process(*flags)
+                assert status == 2 and error.startswith(refusal)
+            assert first.poll() is None
+        finally:
+            first.kill()
+    last = int(Path((folder / "last_checkpoint").read_text()).stem.removeprefix("model_"))
+    status, printed, _ = in_this_process("--resume", "auto", end=last + 3)
+    assert status == 0
+    assert f"Starting training from iteration {last + 1}" in printed
+    assert "SOLVER.MAX_ITER, from 1000000 to " in printed
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from detectron2.config import get_cfg
 from torch import nn
 
 from sasa_det import add_sasa_config
-from sasa_det.engine.trainer import build_optimizer
+from sasa_det.engine.optimizer import build_optimizer
 from sasa_det.layers import AttentionStem, LocalSelfAttention2d
 
 

@@ -1,0 +1,293 @@
+"""The checkpoints of a run: saved whole, resumed from the newest that is valid."""
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+from ..files import write_text
+from .errors import CheckpointError
+from .matching import align_names, check_filled
+from .reading import check_file, check_finite, iteration_of, read_checkpoint, read_iteration
+from .sources import locate
+from .writing import write_checkpoint
+
+__all__ = ["Checkpointer"]
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpointer(DetectionCheckpointer):
+    """detectron2's checkpointer for files that may be damaged, hostile or of another model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        strict: bool = False,
+        allow: Sequence[str] = (),
+        save_to_disk: bool | None = None,
+        **checkpointables: Any,
+    ) -> None:
+        """
+        Args:
+            model: the model whose weights are saved and loaded.
+            save_dir: folder of the run's checkpoints; "" to save none.
+            strict: whether weights must be given and fill the whole model, as for evaluation.
+                Otherwise they must fill its backbone, or all of it if they are a detector's.
+            allow: shell patterns of the model's weights that ``load`` may leave as they are, if
+                not ``strict``.
+            save_to_disk: whether this process saves; by default, if it is the main process.
+            checkpointables: what else belongs to a training state, by name.
+        """
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self.strict = strict
+        self.allow = tuple(allow)
+
+    def save(self, name: str, *, tag: bool = True, **kwargs: Any) -> None:
+        """Save model and checkpointables to a file.
+
+        Args:
+            name: name of the file in ``save_dir``, without its suffix.
+            tag: whether a resumed run goes on from it.
+            kwargs: what else to save, by name; ``iteration`` makes it a training state.
+
+        Raises:
+            CheckpointError: if nothing was saved, because a weight is not finite or writing failed.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        path = Path(self.save_dir, f"{name}.pth")
+        if path.name != f"{name}.pth":
+            raise CheckpointError(f"the name of a checkpoint must be a bare one, got {name!r}.")
+        data = {"model": self.model.state_dict()}
+        check_finite(data["model"], f"{path} is not saved")
+        for key, checkpointable in self.checkpointables.items():
+            data[key] = checkpointable.state_dict()
+        data.update(kwargs)
+        logger.info("Saving checkpoint to %s", path)
+        write_checkpoint(data, path)
+        if tag:
+            self.tag_last_checkpoint(path.name)
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Load weights, and checkpointables where the file has them.
+
+        Args:
+            path: what :func:`~sasa_det.checkpoint.sources.locate` accepts; "" to load nothing.
+            checkpointables: names of those to load; all if None.
+
+        Returns:
+            dict: what else the file holds.
+
+        Raises:
+            CheckpointError: if the file cannot be used or does not fill what it has to, or, if
+                ``strict``, there is none. The model is not to be used then.
+        """
+        if not path:
+            if self.strict:
+                raise CheckpointError("no weights are given: name a checkpoint in MODEL.WEIGHTS.")
+            logger.info("No weights are given: the model starts from its initialization.")
+            return {}
+        source = locate(path)
+        checkpoint = read_checkpoint(source.path)
+        check_finite(checkpoint["model"], source.path)
+        if source.matching_heuristics:
+            checkpoint["matching_heuristics"] = True
+        return self._apply(checkpoint, source.path, checkpointables, strict=self.strict)
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Load the newest valid training state of ``save_dir``, or else weights alone.
+
+        Args:
+            path: weights to load if ``resume`` is False or there is no checkpoint.
+            resume: whether to continue the run of ``save_dir``.
+
+        Returns:
+            dict: what else the file holds, such as ``iteration``.
+
+        Raises:
+            CheckpointError: as of :meth:`load` and :meth:`newest_valid`.
+        """
+        if resume and self.has_checkpoint():
+            file, checkpoint = self.newest_valid()
+            return self._apply(checkpoint, file, None, strict=True)
+        return self.load(path, checkpointables=[])
+
+    def newest_valid(self) -> tuple[Path, dict[str, Any]]:
+        """Read the training state to resume from.
+
+        It is the one that ``last_checkpoint`` names, even if there are newer ones. If that cannot
+        be used, a warning says so, and it is the valid one of the highest iteration.
+
+        Returns:
+            tuple: the file and its content.
+
+        Raises:
+            CheckpointError: if none is valid, naming what was tried.
+        """
+        last = None
+        tried = {}
+        try:
+            last = self._last_checkpoint()
+            return last, self._read_training_state(last)
+        except CheckpointError as error:
+            tried["last_checkpoint"] = str(error)
+        iterations = {}
+        for path in self._training_files():
+            if path != last:
+                try:
+                    iterations[path] = read_iteration(path)
+                except CheckpointError as error:
+                    tried[path.name] = str(error)
+        for path in sorted(iterations, key=iterations.get, reverse=True):
+            try:
+                checkpoint = self._read_training_state(path)
+            except CheckpointError as error:
+                tried[path.name] = str(error)
+                continue
+            logger.warning("%s Resuming from %s in its place.", tried["last_checkpoint"], path)
+            return path, checkpoint
+        reasons = "; ".join(f"{name}: {reason.rstrip('.')}" for name, reason in tried.items())
+        raise CheckpointError(f"{self.save_dir} holds no valid training state ({reasons}).")
+
+    def remove_old(self, prefix: str, keep: int) -> None:
+        """Remove the oldest periodic checkpoints, those named by their iteration.
+
+        The one that ``last_checkpoint`` names stays, and all stay unless one of those that would is
+        valid.
+
+        Args:
+            prefix: what comes before the iteration in their names, such as ``model_``.
+            keep: how many to keep, at least 1.
+        """
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}.")
+        if not self.save_dir or not self.save_to_disk:
+            return
+        name = re.compile(rf"{re.escape(prefix)}(\d+)\.pth")
+        numbers = {
+            path: int(match[1])
+            for path in Path(self.save_dir).iterdir()
+            if (match := name.fullmatch(path.name))
+        }
+        files = sorted(numbers, key=numbers.get)
+        try:
+            last = self._last_checkpoint()
+        except CheckpointError:
+            last = None
+        old = [path for path in files[:-keep] if path != last]
+        kept = [path for path in (last, *reversed(files)) if path and path not in old]
+        if not old or not self._has_valid(kept):
+            return
+        for path in old:
+            logger.info("Removing %s, the %d newest stay.", path, keep)
+            path.unlink(missing_ok=True)
+
+    def has_checkpoint(self) -> bool:
+        """Tell whether ``save_dir`` has something to resume, valid or not."""
+        if not self.save_dir:
+            return False
+        return Path(self.save_dir, "last_checkpoint").exists() or bool(self._training_files())
+
+    def get_checkpoint_file(self) -> str:
+        """Return the file that ``last_checkpoint`` names, "" if there is none in the folder."""
+        try:
+            return str(self._last_checkpoint())
+        except CheckpointError as error:
+            logger.warning("There is no last checkpoint: %s", error)
+            return ""
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Name the file to resume from in ``last_checkpoint``."""
+        tag = Path(self.save_dir, "last_checkpoint")
+        try:
+            write_text(tag, last_filename_basename)
+        except OSError as error:
+            raise CheckpointError(f"{tag} could not be written ({error.strerror}).") from error
+
+    def _load_file(self, f: str) -> dict[str, Any]:
+        return read_checkpoint(f)
+
+    def _last_checkpoint(self) -> Path:
+        """Return the file of the folder that ``last_checkpoint`` names, and nothing outside."""
+        tag = Path(self.save_dir, "last_checkpoint")
+        try:
+            name = tag.read_bytes().decode(errors="replace").strip()
+        except OSError as error:
+            raise CheckpointError(f"{tag} cannot be read ({error.strerror}).") from error
+        if not name:
+            raise CheckpointError(f"{tag} is empty.")
+        path = Path(self.save_dir, name)
+        if path.name != name or not self._is_inside(path):
+            raise CheckpointError(f"{tag} names {name[:200]!r}, which is no file of its folder.")
+        return path
+
+    def _training_files(self) -> list[Path]:
+        return sorted(
+            path for path in Path(self.save_dir).glob("model_*.pth") if self._is_inside(path)
+        )
+
+    def _is_inside(self, path: Path) -> bool:
+        """Tell whether a path is a file of ``save_dir`` after following symbolic links."""
+        try:
+            return path.is_file() and path.resolve().parent == Path(self.save_dir).resolve()
+        except (OSError, ValueError):  # no name that a file could have
+            return False
+
+    def _read_training_state(self, path: Path) -> dict[str, Any]:
+        checkpoint = read_checkpoint(path)
+        iteration_of(checkpoint, path)
+        for key in self.checkpointables:
+            if key not in checkpoint:
+                raise CheckpointError(f"{path} holds no state of {key}.")
+        check_finite(checkpoint["model"], path)
+        return checkpoint
+
+    def _has_valid(self, paths: Sequence[Path]) -> bool:
+        for path in paths:
+            try:
+                check_file(path)
+            except CheckpointError as error:
+                logger.warning("No old checkpoint is removed in favour of this one: %s", error)
+            else:
+                return True
+        return False
+
+    def _apply(
+        self,
+        checkpoint: dict[str, Any],
+        path: Path,
+        checkpointables: Sequence[str] | None,
+        *,
+        strict: bool,
+    ) -> dict[str, Any]:
+        """Load the content of a file and return what remains of it."""
+        logger.info("Loading weights of %s", path)
+        model = self.model.state_dict()
+        try:
+            align_names(model, checkpoint)
+            weights = checkpoint["model"]
+            incompatible = self._load_model(checkpoint)  # takes those of another shape out
+            mismatched = [key for key, _, _ in incompatible.incorrect_shapes]
+            check_filled(
+                model,
+                [*weights, *mismatched],
+                incompatible.missing_keys,
+                mismatched,
+                strict=strict,
+                allow=self.allow,
+            )
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} does not fit the model: {error}.") from error
+        self._log_incompatible_keys(incompatible)
+        for key in self.checkpointables if checkpointables is None else checkpointables:
+            if key in checkpoint:
+                logger.info("Loading %s of %s", key, path)
+                self.checkpointables[key].load_state_dict(checkpoint.pop(key))
+        return checkpoint

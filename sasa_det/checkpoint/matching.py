@@ -1,0 +1,148 @@
+"""Which weights of a model a checkpoint fills, and which it may leave as they are."""
+
+import fnmatch
+import logging
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from detectron2.checkpoint.c2_model_loading import (
+    align_and_update_state_dicts,
+    convert_c2_detectron_names,
+)
+
+from .errors import CheckpointError
+
+__all__ = ["align_names", "check_filled"]
+
+logger = logging.getLogger(__name__)
+
+# What old files lack and the model has from its config, or counts for itself.
+_OPTIONAL = ("*num_batches_tracked", "pixel_mean", "pixel_std", "*anchor_generator.cell_anchors*")
+
+# detectron2's C4 models keep the backbone's last stage in their RoI head.
+_STAGE_IN_HEAD = "roi_heads.res5."
+
+# Keys that a sentence names; the log has all.
+_NUM_NAMED = 3
+
+
+def align_names(model: dict[str, torch.Tensor], checkpoint: dict[str, Any]) -> None:
+    """Give a checkpoint's weights the model's names, by detectron2's heuristics if it asks so.
+
+    Args:
+        model: the model's state dict.
+        checkpoint: what :func:`read_checkpoint` returns, changed in place; its weights get the name
+            of the model's that ends with theirs.
+
+    Raises:
+        CheckpointError: if a weight could be several of the model's.
+    """
+    if not checkpoint.pop("matching_heuristics", False):
+        return
+    weights = checkpoint["model"]
+    if checkpoint.get("__author__") == "Caffe2":
+        weights, _ = convert_c2_detectron_names(weights)
+    try:
+        aligned = align_and_update_state_dicts(model, weights, c2_conversion=False)
+    except ValueError as error:
+        raise CheckpointError(f"the names of its weights are ambiguous ({error})") from error
+    # A weight of another shape is left there under its own name, where nobody would miss it.
+    for key in sorted(model.keys() - aligned.keys()):
+        ends = (key.split(".", n)[-1] for n in range(key.count(".") + 1))
+        end = next((end for end in ends if end in aligned and end not in model), None)
+        if end is not None and aligned[end].shape != model[key].shape:
+            aligned[key] = aligned.pop(end)
+    checkpoint["model"] = aligned
+
+
+def check_filled(
+    model: Collection[str],
+    found: Collection[str],
+    missing: Sequence[str],
+    mismatched: Sequence[str],
+    *,
+    strict: bool,
+    allow: Iterable[str] = (),
+) -> None:
+    """Check that a checkpoint fills the weights of a model that it has to.
+
+    Everything has to be filled if ``strict``. Otherwise, where all weights of the model that the
+    checkpoint has are in the backbone (its bottom-up part, where there is an FPN), it has to fill
+    the backbone alone; else, as a detector, everything. ``allow`` adds exceptions.
+
+    Args:
+        model: names of the model's weights.
+        found: names of the checkpoint's weights.
+        missing: names of the model's weights that loading the checkpoint did not set.
+        mismatched: names of the model's weights that have another shape in the checkpoint.
+        strict: whether to take no exceptions.
+        allow: shell patterns of names that may be missing or mismatched.
+
+    Raises:
+        CheckpointError: naming some of those that are not filled, without the name of the file; the
+            log names all.
+    """
+    known = set(model)
+    both = known.intersection(found)
+    if not both - set(mismatched):
+        _refuse_stranger(found, known, mismatched)
+    unfilled = set(missing) | set(mismatched)
+    optional = list(_OPTIONAL)
+    if not strict:
+        allow = list(allow)
+        for pattern in allow:
+            if not fnmatch.filter(known, pattern):
+                raise CheckpointError(
+                    f"the pattern {pattern!r} of MODEL.WEIGHTS_ALLOW matches no weight of the model"
+                )
+        optional += allow
+        backbone = _backbone_prefixes(known)
+        if all(key.startswith(backbone) for key in both):
+            unfilled = {key for key in unfilled if key.startswith(backbone)}
+    refused = sorted(
+        key for key in unfilled if not any(fnmatch.fnmatchcase(key, p) for p in optional)
+    )
+    if not refused:
+        return
+    lacking = [key for key in refused if key not in mismatched]
+    other = [key for key in refused if key in mismatched]
+    for what, keys in (("not in the checkpoint", lacking), ("of another shape there", other)):
+        if keys:
+            logger.error("Weights of the model %s: %s", what, ", ".join(keys))
+    reasons = [f"has no {_shorten(lacking)}"] if lacking else []
+    reasons += [f"has other shapes for {_shorten(other)}"] if other else []
+    modules = sorted({key.rpartition(".")[0] for key in refused})
+    advice = (
+        "every weight must be there"
+        if strict
+        else "weights that may stay as they are initialized must be named in MODEL.WEIGHTS_ALLOW, "
+        f"as in \"['{modules[0]}.*']\""
+    )
+    raise CheckpointError(f"it {' and '.join(reasons)}; {advice}")
+
+
+def _refuse_stranger(
+    found: Collection[str], known: Collection[str], mismatched: Sequence[str]
+) -> NoReturn:
+    if mismatched:
+        raise CheckpointError(
+            f"all weights that it has for the model have other shapes: {_shorten(mismatched)}"
+        )
+    raise CheckpointError(
+        f"none of its {len(found)} weights ({_shorten(sorted(found))}) is one of the model's "
+        f"{len(known)} ({_shorten(sorted(known))}); with ?matching_heuristics=True after its name, "
+        "names are matched by their ends"
+    )
+
+
+def _backbone_prefixes(model: Iterable[str]) -> tuple[str, ...]:
+    for prefix in ("backbone.bottom_up.", "backbone."):
+        if any(key.startswith(prefix) for key in model):
+            return prefix, _STAGE_IN_HEAD
+    return ("",)
+
+
+def _shorten(keys: Sequence[str]) -> str:
+    more = len(keys) - _NUM_NAMED
+    return ", ".join(keys[:_NUM_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,196 @@
+"""Reading checkpoints without executing anything in them."""
+
+import functools
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from .errors import CheckpointError
+from .integrity import check_integrity
+from .pickles import read_pickle
+
+__all__ = ["check_file", "check_finite", "iteration_of", "read_checkpoint", "read_iteration"]
+
+logger = logging.getLogger(__name__)
+
+# Any value but these leaves torch.load as it is.
+_TRUE = ("1", "y", "yes", "true")
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a checkpoint into CPU memory after checking that no byte of it has changed.
+
+    The suffix tells the format as in detectron2: ``.pkl`` is a pickle of numpy arrays (detectron2's
+    and Caffe2's model zoos), ``.pyth`` is of pycls, anything else is of torch.save.
+
+    Args:
+        path: a file of this computer.
+
+    Returns:
+        dict: ``"model"``, a dict of tensors by name, and all else that the file holds beside it.
+        ``"matching_heuristics"`` is True and ``"__author__"`` names the source where names have yet
+        to be matched with the model's, as in detectron2.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, no checkpoint, or holds anything but
+            tensors, arrays of numbers, dicts, lists, text and numbers.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            check_integrity(file)
+            file.seek(0)
+            return _read(file, path.suffix)
+    except Exception as error:  # unpicklers raise anything on arbitrary bytes
+        raise _explained(path, error) from error
+
+
+def iteration_of(content: Any, path: Path) -> int:
+    """Return the iteration of a training state.
+
+    Args:
+        content: what a checkpoint holds.
+        path: the checkpoint, for the sentence.
+
+    Raises:
+        CheckpointError: if it holds none, and so is no training state.
+    """
+    iteration = content.get("iteration") if isinstance(content, dict) else None
+    if type(iteration) is not int or iteration < 0:
+        raise CheckpointError(f"{path} holds no training state, which has an iteration.")
+    return iteration
+
+
+def read_iteration(path: Path) -> int:
+    """Read the iteration of a training state without reading its tensors.
+
+    Args:
+        path: a file of torch.save; it is not checked for changed bytes.
+
+    Raises:
+        CheckpointError: if the file is missing, no checkpoint or no training state.
+    """
+    try:
+        content = _load(path, mmap=True)
+    except Exception as error:  # as above
+        raise _explained(path, error) from error
+    return iteration_of(content, path)
+
+
+def check_file(path: Path) -> None:
+    """Check that no byte of a file has changed, as far as its format tells, without reading it.
+
+    Raises:
+        CheckpointError: if one has, or the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            check_integrity(file)
+    except (CheckpointError, OSError) as error:
+        raise _explained(path, error) from error
+
+
+def check_finite(weights: dict[str, torch.Tensor], source: str | os.PathLike) -> None:
+    """Check that weights are numbers.
+
+    Args:
+        weights: tensors by name.
+        source: what they belong to, for the sentence.
+
+    Raises:
+        CheckpointError: naming the first weight that holds an infinity or NaN.
+    """
+    for key, weight in weights.items():
+        if weight.numel() and weight.is_floating_point():
+            # Both extremes are NaN if any number is; no mask is made. Floats of one byte have none.
+            numbers = weight.detach() if weight.element_size() > 1 else weight.detach().float()
+            if not torch.stack(torch.aminmax(numbers)).isfinite().all():
+                raise CheckpointError(f"{source}: the weight {key} is not finite.")
+
+
+def _read(file: BinaryIO, suffix: str) -> dict[str, Any]:
+    if suffix == ".pkl":
+        content = _from_zoo(_as_dict(read_pickle(file)))
+    elif suffix == ".pyth":
+        content = _from_pycls(_as_dict(_load(file)))
+    else:
+        content = _as_dict(_load(file))
+        if "model" not in content:
+            content = {"model": content}
+    content["model"] = _as_tensors(_as_dict(content["model"]))
+    return content
+
+
+def _load(file: BinaryIO | Path, **options: Any) -> Any:
+    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "").lower() in _TRUE:
+        _say_ignored()
+    # Where it is asked for by name, torch lets no environment variable switch weights_only off.
+    return torch.load(file, map_location="cpu", weights_only=True, **options)
+
+
+@functools.cache
+def _say_ignored() -> None:
+    logger.warning(
+        "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is ignored: no code in checkpoints is executed here."
+    )
+
+
+def _from_zoo(content: dict[str, Any]) -> dict[str, Any]:
+    if "model" in content and "__author__" in content:
+        logger.info("Reading a file of %s.", content["__author__"])
+        return content
+    # Detectors of Caffe2 keep their weights in blobs, its ImageNet models do not.
+    blobs = _as_dict(content.get("blobs", content))
+    weights = {key: blob for key, blob in blobs.items() if not str(key).endswith("_momentum")}
+    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+
+
+def _from_pycls(content: dict[str, Any]) -> dict[str, Any]:
+    if "model_state" not in content:
+        raise CheckpointError("it holds no model_state, as every .pyth file of pycls does")
+    weights = {
+        key: weight
+        for key, weight in _as_dict(content["model_state"]).items()
+        if not str(key).endswith("num_batches_tracked")
+    }
+    return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
+
+
+def _as_dict(value: Any) -> dict:
+    if not isinstance(value, dict):
+        raise CheckpointError(f"it holds a {type(value).__name__} in place of a dict of weights")
+    return value
+
+
+def _as_tensors(weights: dict) -> dict[str, torch.Tensor]:
+    """Check that all are tensors by name, and make those that are arrays so, in place."""
+    for key, weight in weights.items():
+        if isinstance(weight, np.ndarray):
+            weights[key] = weight = torch.from_numpy(weight)
+        if not isinstance(key, str) or not isinstance(weight, torch.Tensor):
+            raise CheckpointError(f"its weight {key!r} is a {type(weight).__name__}, not a tensor")
+        if weight.layout is not torch.strided or weight.is_meta:
+            raise CheckpointError(f"its weight {key!r} is a tensor that is sparse or without data")
+    return weights
+
+
+def _explained(path: Path, error: Exception) -> CheckpointError:
+    if isinstance(error, CheckpointError):
+        return CheckpointError(f"{path} cannot be used: {error}.")
+    if isinstance(error, OSError):
+        return CheckpointError(f"{path} cannot be read ({error.strerror or error}).")
+    if refused := re.search(r"GLOBAL (\S+)", str(error)):
+        return CheckpointError(
+            f"{path} cannot be used: it refers to {refused[1]}, and may hold tensors, dicts, "
+            "lists, text and numbers only."
+        )
+    # What torch found comes after its advice.
+    reason = str(error).split("WeightsUnpickler error: ")[-1].strip().partition("\n")[0]
+    return CheckpointError(
+        f"{path} is no checkpoint ({': '.join(filter(None, [type(error).__name__, reason]))})."
+    )

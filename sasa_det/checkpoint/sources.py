@@ -1,0 +1,119 @@
+"""Where weights come from: this computer, or a server that is not trusted."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
+
+from detectron2.utils.file_io import PathManager
+
+from .errors import CheckpointError
+from .integrity import sha256
+
+__all__ = ["Source", "check_sha256", "locate"]
+
+_DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of weights.
+
+    Attributes:
+        path: the file on this computer.
+        matching_heuristics: whether names are to be matched with the model's by their ends.
+    """
+
+    path: Path
+    matching_heuristics: bool = False
+
+
+def locate(weights: str | os.PathLike) -> Source:
+    """Find the file that a name of weights stands for, and download it if it is remote.
+
+    Args:
+        weights: a path, an ``https://`` address, or ``detectron2://`` and a path in detectron2's
+            model zoo. ``?matching_heuristics=True`` may follow, as in detectron2, and
+            ``#sha256=`` with the 64 hexadecimal digits of the file's SHA-256, without which
+            nothing remote is accepted.
+
+    Returns:
+        Source: the file, whose digest is the given one if there is one.
+
+    Raises:
+        CheckpointError: if the name is none of these, the digest differs, or a download fails.
+    """
+    weights = os.fspath(weights)
+    if os.path.exists(weights):  # whatever characters its name has
+        return Source(Path(weights))
+    try:
+        parts = urlsplit(weights)
+    except ValueError as error:
+        raise CheckpointError(f"weights {weights} are no path or address ({error}).") from error
+    address = parts._replace(query="", fragment="").geturl()
+    heuristics = _matching_heuristics(weights, parts.query)
+    expected = _expected_digest(weights, parts.fragment)
+    if parts.scheme == "":
+        path = Path(address)
+    else:
+        path = _download(weights, parts.scheme, address, expected)
+    if expected is not None:
+        check_sha256(path, expected)
+    return Source(path, heuristics)
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Check the SHA-256 of a file.
+
+    Args:
+        path: the file.
+        expected: 64 hexadecimal digits in lower case.
+
+    Raises:
+        CheckpointError: if it differs or the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            found = sha256(file, os.fstat(file.fileno()).st_size)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
+    if found != expected:
+        raise CheckpointError(
+            f"{path} has the SHA-256 {found}, not {expected} as its name in MODEL.WEIGHTS says."
+        )
+
+
+def _matching_heuristics(weights: str, query: str) -> bool:
+    options = parse_qsl(query, keep_blank_values=True)
+    if options not in ([], [("matching_heuristics", "True")], [("matching_heuristics", "False")]):
+        raise CheckpointError(
+            f"weights {weights}: only matching_heuristics=True may follow the question mark."
+        )
+    return options == [("matching_heuristics", "True")]
+
+
+def _expected_digest(weights: str, fragment: str) -> str | None:
+    if fragment and not re.fullmatch("sha256=[0-9a-fA-F]{64}", fragment):
+        raise CheckpointError(
+            f"weights {weights}: only sha256= and 64 hexadecimal digits may follow the #."
+        )
+    return fragment.removeprefix("sha256=").lower() or None
+
+
+def _download(weights: str, scheme: str, address: str, expected: str | None) -> Path:
+    if scheme not in ("https", "detectron2"):
+        raise CheckpointError(
+            f"weights {weights}: must be a path or begin with https:// or detectron2://."
+        )
+    if expected is None:
+        raise CheckpointError(
+            f"weights {weights} are remote: give the SHA-256 of the file, as in "
+            f"{address}#sha256=<64 hexadecimal digits>."
+        )
+    if scheme == "detectron2":
+        address = _DETECTRON2 + address.removeprefix("detectron2://")
+    try:
+        return Path(PathManager.get_local_path(address))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{address} cannot be downloaded ({error}).") from error

@@ -1,0 +1,261 @@
+"""Training data as a function of seed and position, so that a run can go on where it stopped."""
+
+import atexit
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from multiprocessing.synchronize import Event
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, get_detection_dataset_dicts
+from detectron2.data.build import trivial_batch_collator
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.utils import comm
+from torch import multiprocessing
+from torch.utils.data import DataLoader, Dataset
+
+from ..seeding import seeded
+from .errors import DatasetError, ImageError
+from .mapper import build_train_mapper
+from .reading import UnreadableImages
+
+__all__ = ["TrainLoader", "build_train_loader"]
+
+_ATTEMPTS = 100
+
+
+class _Samples(Dataset):
+    """Mapped records; each sample's random numbers depend on the seed and its position alone."""
+
+    def __init__(
+        self,
+        records: Dataset,
+        mapper: Callable[[dict], dict | None],
+        seed: int,
+    ):
+        self.records, self.mapper, self.seed = records, mapper, seed
+
+    def __getitem__(self, sample: tuple[int, int]) -> tuple[list[ImageError], dict[str, Any]]:
+        """Return a mapped record and the errors of unreadable ones that it stands in for."""
+        position, index = sample
+        errors = []
+        with seeded(self.seed, position):
+            # As in detectron2, another record stands in for one that the mapper drops.
+            for _ in range(_ATTEMPTS):
+                try:
+                    mapped = self.mapper(self.records[index])
+                except ImageError as error:
+                    errors.append(error)
+                    mapped = None
+                if mapped is not None:
+                    return errors, mapped
+                index = random.randrange(len(self.records))
+        if errors:
+            raise errors[0]
+        raise DatasetError(
+            f"the mapper dropped {_ATTEMPTS} records in a row: there is next to no training data"
+        )
+
+
+class _Batches:
+    """Batches of (position, index), endless, from a given one on.
+
+    Every process draws the whole batch's indices and keeps its part, so that the order of the data
+    does not depend on the number of processes.
+    """
+
+    def __init__(
+        self,
+        indices: Callable[[], Iterator[int]],
+        groups: Sequence[int] | None,
+        batch_size: int,
+        parts: int,
+        start: int,
+    ):
+        self.indices, self.groups = indices, groups
+        self.batch_size, self.parts, self.start = batch_size, parts, start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        rank, world_size = comm.get_rank(), comm.get_world_size()
+        share = self.batch_size // world_size
+        size = share // self.parts
+        for number, batch in enumerate(self._batches()):
+            if number < self.start:
+                continue
+            own = batch[rank * share : (rank + 1) * share]
+            for first in range(0, share, size):
+                yield own[first : first + size]
+
+    def _batches(self) -> Iterator[list[tuple[int, int]]]:
+        # Images of one batch have one orientation, which keeps padding small.
+        waiting: dict[int, list[tuple[int, int]]] = {}
+        for sample in enumerate(self.indices()):
+            group = self.groups[sample[1]] if self.groups is not None else 0
+            batch = waiting.setdefault(group, [])
+            batch.append(sample)
+            if len(batch) == self.batch_size:
+                yield waiting.pop(group)
+
+
+class TrainLoader:
+    """Endless training batches that resume where they stopped, bit for bit.
+
+    Order of the records and random augmentation follow from the seed and the position in the
+    sequence, not from the history of a process: they are the same with any number of worker
+    processes, and for a given batch size with any number of training processes.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[dict[str, Any]],
+        mapper: Callable[[dict], dict | None],
+        *,
+        batch_size: int,
+        seed: int,
+        indices: Callable[[int], Iterator[int]],
+        aspect_ratio_grouping: bool = False,
+        parts: int = 1,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        max_unreadable: int = 0,
+    ):
+        """
+        Args:
+            records: dataset dicts in detectron2's format.
+            mapper: makes the model's input of one; None drops it.
+            batch_size: images of all processes together.
+            seed: what order and augmentation follow from, not negative.
+            indices: makes an endless sequence of indices of ``records`` from a seed.
+            aspect_ratio_grouping: whether a batch's images are all upright or all oblong.
+            parts: parts that each process' share of a batch is split into.
+            num_workers: processes that read and augment, for each training process.
+            pin_memory: whether batches are in page-locked memory.
+            max_unreadable: different images that may be skipped as unreadable.
+
+        Raises:
+            ValueError: if the batch cannot be split evenly.
+        """
+        shares = comm.get_world_size() * parts
+        if batch_size % shares:
+            raise ValueError(
+                f"SOLVER.IMS_PER_BATCH must be a multiple of the number of processes times "
+                f"SOLVER.ACCUMULATION_STEPS, which is {shares}, got {batch_size}."
+            )
+        self.num_images = len(records)
+        self.batch_size, self.parts, self.seed = batch_size, parts, seed
+        self._indices = indices
+        self._groups = None
+        if aspect_ratio_grouping:
+            self._groups = [int(record["width"] > record["height"]) for record in records]
+        self._records = DatasetFromList(list(records), copy=False)
+        self._mapper = mapper
+        self._num_workers, self._pin_memory = num_workers, pin_memory
+        self._unreadable = UnreadableImages(max_unreadable)
+        self._yielded = 0
+        self._closing = multiprocessing.Event()
+        atexit.register(self._closing.set)
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        batches = _Batches(
+            lambda: self._indices(self.seed),
+            self._groups,
+            self.batch_size,
+            self.parts,
+            self._yielded // self.parts,
+        )
+        loader = DataLoader(
+            _Samples(self._records, self._mapper, self.seed),
+            batch_sampler=batches,
+            num_workers=self._num_workers,
+            collate_fn=trivial_batch_collator,
+            worker_init_fn=partial(_ignore_signals, self._closing),
+            pin_memory=self._pin_memory,
+            # Its own: the loader would take a number from torch's generator.
+            generator=torch.Generator(),
+        )
+        for batch in loader:
+            for error in (error for errors, _ in batch for error in errors):
+                self._unreadable.skip(error)
+            self._yielded += 1
+            yield [sample for _, sample in batch]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position after the batch that was given last, and what was skipped so far."""
+        return {
+            "seed": self.seed,
+            "images": self._yielded // self.parts * self.batch_size,
+            "unreadable": list(self._unreadable.paths),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position; before the first batch is asked for.
+
+        With another batch size the sequence goes on at the same image, up to a batch.
+        """
+        self.seed = state["seed"]
+        self._yielded = state["images"] // self.batch_size * self.parts
+        self._unreadable.paths = list(state["unreadable"])
+
+
+def _ignore_signals(closing: Event, worker_id: int) -> None:
+    """Leave signals to the training process, which finishes its step with what the workers read."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    # Also sent to end a worker, by the training process at its own end.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.is_set() else None)
+
+
+def build_train_loader(cfg: CfgNode, seed: int) -> TrainLoader:
+    """Build the loader of ``DATASETS.TRAIN``.
+
+    Args:
+        cfg: a config with sasa_det's keys.
+        seed: what order and augmentation follow from, not negative.
+
+    Raises:
+        ValueError: if the sampler is unknown or the batch cannot be split evenly.
+    """
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+    proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN
+    records = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
+        proposal_files=proposals if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+    return TrainLoader(
+        records,
+        build_train_mapper(cfg),
+        batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        seed=seed,
+        indices=_indices(cfg, records),
+        # Crops of one size need no grouping.
+        aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING and not cfg.INPUT.JITTER.ENABLED,
+        parts=cfg.SOLVER.ACCUMULATION_STEPS,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        pin_memory=cfg.MODEL.DEVICE.startswith("cuda"),
+        max_unreadable=cfg.DATALOADER.SKIP_UNREADABLE,
+    )
+
+
+def _indices(cfg: CfgNode, records: Sequence[dict]) -> Callable[[int], Iterator[int]]:
+    """Return what makes the endless sequence of ``DATALOADER.SAMPLER_TRAIN`` from a seed."""
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    if name == "TrainingSampler":
+        make = partial(TrainingSampler, len(records))
+    elif name == "RepeatFactorTrainingSampler":
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            records, cfg.DATALOADER.REPEAT_THRESHOLD
+        )
+        make = partial(RepeatFactorTrainingSampler, factors)
+    else:
+        raise ValueError(
+            "DATALOADER.SAMPLER_TRAIN must be TrainingSampler or RepeatFactorTrainingSampler, got "
+            f"{name}."
+        )
+    # Iterating over a sampler would give the indices of this process alone.
+    return lambda seed: make(seed=seed)._infinite_indices()

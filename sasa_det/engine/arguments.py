@@ -1,0 +1,87 @@
+"""The command line of a run."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from detectron2.engine import default_argument_parser
+
+__all__ = ["argument_parser", "positive_int"]
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Return detectron2's argument parser with this project's flags.
+
+    Returns:
+        argparse.ArgumentParser: beside detectron2's flags, ``--train`` and ``--test`` name a
+        COCO-format json and its image folder, and ``--overwrite`` allows to write over a run.
+        ``--resume`` gives "always" and ``--resume auto`` gives "auto"; without it, ``resume`` is
+        None.
+    """
+    base = default_argument_parser()
+    parser = _Parser(
+        epilog=base.epilog,
+        formatter_class=base.formatter_class,
+        parents=[base],
+        add_help=False,
+        conflict_handler="resolve",
+    )
+    parser.add_argument(
+        "--num-gpus",
+        type=positive_int,
+        default=1,
+        help="processes on this machine, each with a GPU of its own unless MODEL.DEVICE is cpu",
+    )
+    parser.add_argument(
+        "--num-machines", type=positive_int, default=1, help="machines that take part"
+    )
+    parser.add_argument(
+        "--resume",
+        choices=("always", "auto"),
+        metavar="[auto]",
+        help="continue the run in OUTPUT_DIR, which must hold a checkpoint; with auto, as for jobs "
+        "that are preempted and started again, begin the run if it holds none",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="remove what an earlier run left in OUTPUT_DIR; without it, that is an error",
+    )
+    for split in ("train", "test"):
+        parser.add_argument(
+            f"--{split}",
+            nargs=2,
+            metavar=("JSON", "IMAGES"),
+            help=f"COCO-format json and image folder to {split} on, in place of DATASETS."
+            f"{split.upper()}",
+        )
+    return parser
+
+
+def positive_int(text: str) -> int:
+    """Read an argument that must be an integer of at least 1; a type for argparse."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Takes the word after ``--resume`` for its value only if it is ``auto``.
+
+    argparse alone would take the first KEY of the overrides for it.
+    """
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
+        # The words are the command's own if none are given, as argparse has it.
+        words = list(sys.argv[1:] if args is None else args)
+        for i, word in enumerate(words):
+            if word == "--resume":
+                auto = words[i + 1 : i + 2] == ["auto"]
+                words[i : i + 1 + auto] = ["--resume=auto" if auto else "--resume=always"]
+        parsed, rest = super().parse_known_args(words, namespace)
+        if not 0 <= parsed.machine_rank < parsed.num_machines:
+            self.error(
+                f"argument --machine-rank: must be at least 0 and below --num-machines, which is "
+                f"{parsed.num_machines}, got {parsed.machine_rank}"
+            )
+        return parsed, rest

@@ -1,0 +1,178 @@
+"""Processes of a run: one, several on this machine, or those that torchrun started."""
+
+import datetime
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from detectron2.utils import comm
+from torch import multiprocessing
+
+__all__ = ["is_elastic_restart", "launch", "started_by_torchrun"]
+
+logger = logging.getLogger(__name__)
+
+_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+def started_by_torchrun() -> bool:
+    """Tell whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def is_elastic_restart() -> bool:
+    """Tell whether torchrun started this process anew after another one failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def launch(
+    main: Callable[..., int],
+    num_processes: int,
+    *,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str = "auto",
+    device: str = "cuda",
+    args: tuple = (),
+) -> int:
+    """Call a function in all processes of a run.
+
+    detectron2's own needs GPUs in release 0.6; this one serves CPUs as well, by gloo, joins what
+    torchrun started, and hands signals and exit statuses on.
+
+    Args:
+        main: called with ``args``; returns an exit status.
+        num_processes: on this machine; torchrun's number goes before it.
+        num_machines: machines that take part.
+        machine_rank: number of this one.
+        dist_url: where the processes meet; "auto" for a free port of this machine.
+        device: "cuda" or "cpu".
+        args: for ``main``; picklable where there are several processes.
+
+    Returns:
+        int: the exit status of the process that failed first, or 0.
+
+    Raises:
+        ValueError: if there are fewer GPUs than processes, or several machines have no common URL.
+    """
+    if started_by_torchrun():
+        local = int(os.environ["LOCAL_RANK"])
+        _join_group("env://", None, None, local, int(os.environ["LOCAL_WORLD_SIZE"]), device)
+        try:
+            return main(*args)
+        finally:
+            dist.destroy_process_group()
+    world_size = num_processes * num_machines
+    if world_size == 1:
+        return main(*args)
+    if device.startswith("cuda") and num_processes > torch.cuda.device_count():
+        raise ValueError(
+            f"--num-gpus must be at most the {torch.cuda.device_count()} GPUs of this machine, "
+            f"got {num_processes}."
+        )
+    if dist_url == "auto":
+        if num_machines > 1:
+            raise ValueError(
+                "--dist-url must be an address that all machines reach, as in "
+                "tcp://host:port, if --num-machines is above 1."
+            )
+        dist_url = f"tcp://127.0.0.1:{_free_port()}"
+    first = machine_rank * num_processes
+    context = multiprocessing.start_processes(
+        _worker,
+        (main, dist_url, world_size, first, num_processes, device, args),
+        nprocs=num_processes,
+        join=False,
+        start_method="spawn",
+    )
+    return _wait(context)
+
+
+def _wait(context: multiprocessing.ProcessContext) -> int:
+    """Wait for the processes, which get the signals that come to this one."""
+
+    def hand_on(number, frame):
+        for process in context.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+    # Ctrl-C in a terminal goes to all processes of the group without this.
+    handed = (signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, hand_on) for number in handed}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        while not context.join():
+            pass
+    except multiprocessing.ProcessExitedException as error:
+        # A process that a signal ended has the signal's negative number.
+        return error.exit_code if error.exit_code > 0 else 128 - error.exit_code
+    except multiprocessing.ProcessRaisedException as error:
+        print(error, file=sys.stderr)
+        return 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def _worker(
+    local_rank: int,
+    main: Callable[..., int],
+    url: str,
+    world_size: int,
+    first: int,
+    num_processes: int,
+    device: str,
+    args: tuple,
+) -> None:
+    # It has no terminal of its own: the parent says when to stop, but for Ctrl-C.
+    _join_group(url, world_size, first + local_rank, local_rank, num_processes, device)
+    try:
+        status = main(*args)
+    finally:
+        dist.destroy_process_group()
+    sys.exit(status)
+
+
+def _join_group(
+    url: str,
+    world_size: int | None,
+    rank: int | None,
+    local_rank: int,
+    num_local: int,
+    device: str,
+) -> None:
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    options: dict[str, Any] = {}
+    if rank is not None:
+        options = {"world_size": world_size, "rank": rank}
+    backend = "nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, init_method=url, timeout=_TIMEOUT, **options)
+    _make_local_group(num_local)
+    comm.synchronize()
+
+
+def _make_local_group(num_local: int) -> None:
+    """Tell detectron2 which processes are on this machine."""
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(num_local)
+        return
+    # Release 0.6 leaves that to its own launch().
+    for first in range(0, dist.get_world_size(), num_local):
+        group = dist.new_group(list(range(first, first + num_local)))
+        if first <= dist.get_rank() < first + num_local:
+            comm._LOCAL_PROCESS_GROUP = group
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("", 0))
+        return found.getsockname()[1]

@@ -1,0 +1,97 @@
+"""Building what a config describes once, so that its mistakes are told before a run begins."""
+
+import re
+
+from detectron2.config import CfgNode
+from detectron2.modeling import (
+    ANCHOR_GENERATOR_REGISTRY,
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    ROI_KEYPOINT_HEAD_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+    SEM_SEG_HEADS_REGISTRY,
+    build_model,
+)
+from detectron2.modeling.proposal_generator import RPN_HEAD_REGISTRY
+
+from ..checkpoint import Checkpointer
+from ..checkpoint.sources import locate
+from ..data.mapper import build_test_mapper, build_train_mapper
+from .errors import UsageError, nearest
+from .model_options import checkpoint_stages
+from .optimizer import build_optimizer
+
+__all__ = ["check_model"]
+
+# The keys whose names detectron2 looks up in its registries.
+_REGISTRIES = {
+    "MODEL.ANCHOR_GENERATOR.NAME": ANCHOR_GENERATOR_REGISTRY,
+    "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
+    "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
+    "MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
+    "MODEL.ROI_BOX_HEAD.NAME": ROI_BOX_HEAD_REGISTRY,
+    "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
+    "MODEL.ROI_KEYPOINT_HEAD.NAME": ROI_KEYPOINT_HEAD_REGISTRY,
+    "MODEL.ROI_MASK_HEAD.NAME": ROI_MASK_HEAD_REGISTRY,
+    "MODEL.RPN.HEAD_NAME": RPN_HEAD_REGISTRY,
+    "MODEL.SEM_SEG_HEAD.NAME": SEM_SEG_HEADS_REGISTRY,
+}
+
+# What models, optimizers and mappers raise over a config that they cannot be built from.
+_BUILD_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+def check_model(cfg: CfgNode, *, eval_only: bool, weights: str = "") -> None:
+    """Build model, mappers and, for training, the optimizer of a config on the CPU.
+
+    Args:
+        cfg: the config of a run.
+        eval_only: whether the run evaluates without training.
+        weights: what the run starts from, which is loaded into the model; "" for nothing.
+
+    Raises:
+        UsageError: in one sentence, from the error that building raised.
+        CheckpointError: if the weights cannot be used or do not fit the model.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    try:
+        model = build_model(cfg)
+        checkpoint_stages(model.backbone, cfg.MODEL.ACTIVATION_CHECKPOINTING)
+        build_test_mapper(cfg)
+        if not eval_only:
+            build_optimizer(cfg, model)
+            build_train_mapper(cfg)
+    except _BUILD_ERRORS as error:
+        raise UsageError(_explain(error)) from error
+    if weights:
+        if not locate(weights).path.is_file():
+            raise UsageError(f"MODEL.WEIGHTS {weights} does not exist.")
+        Checkpointer(model, strict=eval_only, allow=cfg.MODEL.WEIGHTS_ALLOW).load(weights)
+
+
+def _explain(error: Exception) -> str:
+    message = (str(error.args[0]) if error.args else "").strip().partition("\n")[0]
+    unregistered = re.fullmatch(r"No object named '(.*)' found in '(.*)' registry!", message)
+    for key, registry in _REGISTRIES.items():
+        if unregistered and registry._name == unregistered[2]:
+            known = [name for name, _ in registry]
+            return f"{key} {unregistered[1]} is not registered{nearest(unregistered[1], known)}"
+    if isinstance(error, ValueError) and message:
+        return message
+    return (
+        f"the config does not fit together: {type(error).__name__}: {message} (with "
+        "SASA_DET_TRACEBACK=1 in the environment, the traceback is printed)."
+    )

@@ -1,0 +1,70 @@
+"""Ways to trade time for memory, and the other way round, in a model that is built already."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["checkpoint_stages", "compile_parts"]
+
+
+def checkpoint_stages(backbone: nn.Module, stages: Sequence[str]) -> None:
+    """Compute stages of a backbone again in the backward pass, in place of keeping activations.
+
+    Results and the statistics of batch norms are those of plain training.
+
+    Args:
+        backbone: a backbone or, with ``bottom_up``, a feature pyramid on one; changed in place.
+        stages: names of modules of the backbone, as in "res4".
+
+    Raises:
+        ValueError: if the backbone has no such stage.
+    """
+    backbone = getattr(backbone, "bottom_up", backbone)
+    for name in stages:
+        stage = getattr(backbone, name, None)
+        if not isinstance(stage, nn.Module):
+            known = ", ".join(name for name, _ in backbone.named_children())
+            raise ValueError(
+                f"a stage of MODEL.ACTIVATION_CHECKPOINTING must be one of {known}, got {name}."
+            )
+        stage.forward = partial(_checkpointed, stage, stage.forward)
+
+
+def _checkpointed(stage: nn.Module, forward, *args):
+    if not (stage.training and torch.is_grad_enabled()):
+        return forward(*args)
+    contexts = partial(_contexts, stage)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts)
+
+
+def _contexts(stage: nn.Module):
+    return nullcontext(), _kept_statistics(stage)
+
+
+@contextmanager
+def _kept_statistics(stage: nn.Module) -> Iterator[None]:
+    """Undo what a second forward pass does to the running statistics of batch norms."""
+    norms = [module for module in stage.modules() if isinstance(module, _BatchNorm)]
+    buffers = [buffer for norm in norms for buffer in norm.buffers()]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+
+
+def compile_parts(model: nn.Module) -> None:
+    """Put backbone and heads through torch.compile, in place, which keeps the state dict's names.
+
+    The code between them, which depends on the number of boxes, stays as it is.
+    """
+    for name in ("backbone", "head", "proposal_generator", "roi_heads"):
+        part = getattr(model, name, None)
+        if part is not None:
+            part.compile()

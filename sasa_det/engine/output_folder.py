@@ -1,0 +1,161 @@
+"""Output folders: runs that are resumed, and none written over by accident."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from detectron2.config import CfgNode
+
+from ..checkpoint.sources import locate
+from .config_changes import check_changes
+from .errors import UsageError
+from .output_lock import output_lock
+
+__all__ = [
+    "Resume",
+    "check_output",
+    "claim_output",
+    "is_resumed",
+    "refuse_existing",
+]
+
+# What --resume asks for: to continue a run, to continue it if there is one, or to begin one.
+Resume = Literal["always", "auto"] | None
+
+# What evaluation writes into an output folder, and what training writes as well.
+_RESULTS = ("inference/**/*.*",)
+_RUN_FILES = (
+    "config.yaml",
+    "metrics.json",
+    "last_checkpoint",
+    "log.txt*",
+    "model_*.pth",
+    "events.out.tfevents.*",
+    ".writing-*",
+    *_RESULTS,
+)
+
+
+@contextmanager
+def claim_output(
+    cfg: CfgNode,
+    *,
+    eval_only: bool = False,
+    resume: Resume = None,
+    overwrite: bool = False,
+    leader: bool = True,
+) -> Iterator[bool]:
+    """Have the output folder of a run in a block: locked, and free of an earlier run's files.
+
+    Args:
+        cfg: the config of the run.
+        eval_only: whether the run evaluates without training.
+        resume: what ``--resume`` asks for.
+        overwrite: whether files of an earlier run may be removed.
+        leader: False in the other processes of a run of several commands, as one for each machine,
+            which leave the folder to the first.
+
+    Yields:
+        bool: whether the run goes on from a checkpoint of the folder.
+
+    Raises:
+        UsageError: as :func:`output_lock` and :func:`check_output`.
+    """
+    folder = Path(cfg.OUTPUT_DIR)
+    if not leader:
+        yield is_resumed(folder, resume)
+        return
+    with output_lock(folder):
+        resumed = check_output(cfg, eval_only=eval_only, resume=resume, overwrite=overwrite)
+        if overwrite:
+            for path in _removed(folder, eval_only):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield resumed
+
+
+def check_output(cfg: CfgNode, *, eval_only: bool, resume: Resume, overwrite: bool) -> bool:
+    """Check that a run loses nothing in its output folder, without a change to it.
+
+    Args:
+        cfg, eval_only, resume, overwrite: as of :func:`claim_output`.
+
+    Returns:
+        bool: whether the run goes on from a checkpoint of the folder.
+
+    Raises:
+        UsageError: if the folder holds a run that is neither resumed nor to be written over, none
+            that could be resumed, or one that does not go on with this config.
+    """
+    folder, weights = Path(cfg.OUTPUT_DIR), cfg.MODEL.WEIGHTS
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"OUTPUT_DIR {folder} is a file; it must be a folder.")
+    resumed = is_resumed(folder, resume)
+    if resume and not eval_only:
+        if overwrite:
+            raise UsageError("--resume and --overwrite exclude each other.")
+        if resumed:
+            check_changes(cfg)
+        # Without a checkpoint, what is there is of the same run, stopped before its first one.
+        return resumed
+    # Evaluation that takes the folder's weights adds its results to the run that made them.
+    files = _files(folder, _RESULTS if resumed else _RUN_FILES)
+    if files and not overwrite:
+        another_way = "" if eval_only else "continue the run with --resume, "
+        raise UsageError(
+            f"OUTPUT_DIR {folder} already holds {files[0].relative_to(folder)} of a run; name "
+            f"another OUTPUT_DIR, {another_way}or allow to write over it with --overwrite."
+        )
+    removed = [path.resolve() for path in _removed(folder, eval_only)]
+    if weights and locate(weights).path.resolve() in removed:
+        raise UsageError(
+            f"MODEL.WEIGHTS {weights} would be removed by --overwrite; name another OUTPUT_DIR."
+        )
+    return resumed
+
+
+def is_resumed(folder: Path, resume: Resume) -> bool:
+    """Tell whether a run goes on from a checkpoint of its output folder.
+
+    Args:
+        folder: the output folder, which need not exist.
+        resume: what ``--resume`` asks for.
+
+    Raises:
+        UsageError: if there is no checkpoint and a run must be resumed.
+    """
+    found = any(path.is_file() for path in folder.glob("model_*.pth"))
+    if resume == "always" and not found:
+        raise UsageError(
+            f"OUTPUT_DIR {folder} holds no checkpoint to resume; with --resume auto a run begins "
+            "where there is none."
+        )
+    return resume is not None and found
+
+
+def refuse_existing(folder: Path, hint: str = "") -> None:
+    """Refuse a folder for output that exists already, unless it is empty.
+
+    Args:
+        folder: where a command is about to write.
+        hint: ends the message, after what can be done.
+
+    Raises:
+        UsageError: naming the folder.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"output {folder} exists already; name another one{hint}.")
+
+
+def _files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    found = {path for pattern in patterns for path in folder.glob(pattern)}
+    # Files are written in folders of their own, which a process that was killed leaves there.
+    return sorted(p for p in found if p.is_file() or p.name.startswith(".writing-"))
+
+
+def _removed(folder: Path, eval_only: bool) -> list[Path]:
+    """List what --overwrite removes: evaluation leaves the files of training alone."""
+    files = _files(folder, _RESULTS if eval_only else _RUN_FILES)
+    # It is written anew, and may be what the run is configured with.
+    return [path for path in files if path != folder / "config.yaml"]

@@ -1,0 +1,102 @@
+"""Lengths in epochs, and the learning rate of a batch and of an iteration."""
+
+import logging
+
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from torch.optim.lr_scheduler import LRScheduler
+
+__all__ = ["LearningRate", "in_iterations", "scale_learning_rate"]
+
+logger = logging.getLogger(__name__)
+
+# The key in epochs, and the key in iterations that it stands in for.
+_EPOCHS = {
+    "SOLVER.MAX_EPOCHS": "SOLVER.MAX_ITER",
+    "SOLVER.WARMUP_EPOCHS": "SOLVER.WARMUP_ITERS",
+    "SOLVER.CHECKPOINT_EPOCHS": "SOLVER.CHECKPOINT_PERIOD",
+    "SOLVER.STEP_EPOCHS": "SOLVER.STEPS",
+    "TEST.EVAL_EPOCHS": "TEST.EVAL_PERIOD",
+}
+
+
+def in_iterations(cfg: CfgNode, num_images: int) -> CfgNode:
+    """Turn the lengths that a config gives in epochs into iterations.
+
+    Args:
+        cfg: a config with sasa_det's keys.
+        num_images: images of the training set.
+
+    Returns:
+        CfgNode: a frozen copy, each key in epochs above 0 turned into its key in iterations, of
+            round(epochs * num_images / SOLVER.IMS_PER_BATCH), at least 1, and set to 0.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    for epochs_key, key in _EPOCHS.items():
+        section, in_epochs = epochs_key.split(".")
+        epochs = cfg[section][in_epochs]
+        if not epochs:
+            continue
+        lengths = epochs if isinstance(epochs, (tuple, list)) else (epochs,)
+        batch = cfg.SOLVER.IMS_PER_BATCH
+        iterations = tuple(max(1, round(length * num_images / batch)) for length in lengths)
+        found = iterations if lengths is epochs else iterations[0]
+        # The key in iterations is of the same section.
+        cfg[section][key.split(".")[1]] = found
+        cfg[section][in_epochs] = type(epochs)()
+        logger.info("%s: %s, which is %s epochs of %d images.", key, found, epochs, num_images)
+    cfg.freeze()
+    return cfg
+
+
+def scale_learning_rate(cfg: CfgNode) -> CfgNode:
+    """Scale the learning rate linearly from the batch it is meant for to the batch of the run.
+
+    Args:
+        cfg: a config with sasa_det's keys; ``SOLVER.REFERENCE_BATCH`` 0 turns it off.
+
+    Returns:
+        CfgNode: a frozen copy with ``SOLVER.BASE_LR`` times IMS_PER_BATCH / REFERENCE_BATCH.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    reference, batch = cfg.SOLVER.REFERENCE_BATCH, cfg.SOLVER.IMS_PER_BATCH
+    if reference and batch != reference:
+        rate = cfg.SOLVER.BASE_LR
+        cfg.SOLVER.BASE_LR = rate * batch / reference
+        logger.info(
+            "SOLVER.BASE_LR: %g for a batch of %d, scaled from %g for %d (SOLVER.REFERENCE_BATCH 0 "
+            "turns this off).", cfg.SOLVER.BASE_LR, batch, rate, reference,
+        )  # fmt: skip
+    cfg.freeze()
+    return cfg
+
+
+class LearningRate(HookBase):
+    """Sets the learning rate of the next step.
+
+    It follows from the iteration and the config alone, so that nothing of it is saved, and a run
+    resumed with another rate has the other rate.
+    """
+
+    def __init__(self, scheduler: LRScheduler):
+        """
+        Args:
+            scheduler: detectron2's, whose rates are a function of ``last_epoch``, the iteration.
+        """
+        self._scheduler = scheduler
+        groups = scheduler.optimizer.param_groups
+        self._largest = max(range(len(groups)), key=lambda i: len(groups[i]["params"]))
+
+    def start_at(self, iteration: int) -> None:
+        """Set the rates of an iteration."""
+        self._scheduler.last_epoch = iteration
+        groups = self._scheduler.optimizer.param_groups
+        for group, rate in zip(groups, self._scheduler.get_lr(), strict=True):
+            group["lr"] = rate
+
+    def after_step(self) -> None:
+        rate = self._scheduler.optimizer.param_groups[self._largest]["lr"]
+        self.trainer.storage.put_scalar("lr", rate, smoothing_hint=False)
+        self._scheduler.step()

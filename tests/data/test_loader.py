@@ -1,0 +1,132 @@
+"""Training data is a function of seed and position."""
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from sasa_det.data import loader as loader_module
+from sasa_det.data.errors import ImageError
+from sasa_det.data.loader import TrainLoader
+from sasa_det.seeding import seed_everything, seeded
+
+RECORDS = [
+    {"file_name": f"{i}.png", "width": 10 + i % 3 * 10, "height": 20, "image_id": i}
+    for i in range(10)
+]
+
+
+def mapper(record):
+    """Draw from all three generators, as augmentations do."""
+    drawn = (random.random(), float(np.random.rand()), float(torch.rand(())))
+    return {**record, "drawn": drawn}
+
+
+def shuffled(seed):
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(len(RECORDS), generator=generator).tolist()
+
+
+def make(mapper=mapper, batch_size=4, seed=3, **options):
+    options = {"indices": shuffled, **options}
+    return TrainLoader(RECORDS, mapper, batch_size=batch_size, seed=seed, **options)
+
+
+def take(loader, count):
+    return list(itertools.islice(loader, count))
+
+
+def test_every_image_once_an_epoch_in_an_order_of_the_seed():
+    first = take(make(batch_size=5), 2)
+    assert sorted(x["image_id"] for batch in first for x in batch) == list(range(10))
+    assert take(make(batch_size=5), 2) == first
+    assert take(make(batch_size=5, seed=4), 2) != first
+
+
+def test_workers_and_the_process_own_numbers_change_nothing():
+    alone = take(make(), 8)
+    torch.rand(3), np.random.rand(5), random.random()
+    state = torch.get_rng_state()
+    assert take(make(num_workers=2), 8) == alone
+    assert torch.equal(torch.get_rng_state(), state)
+    # No two samples share their numbers.
+    drawn = [number for batch in alone for x in batch for number in x["drawn"]]
+    assert len(set(drawn)) == len(drawn)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("options", [{}, {"aspect_ratio_grouping": True}, {"parts": 2}])
+def test_resumes_where_it_stopped(num_workers, options):
+    parts = options.get("parts", 1)
+    unbroken = take(make(**options), 12 * parts)
+    first = make(num_workers=num_workers, **options)
+    assert take(first, 5 * parts) == unbroken[: 5 * parts]
+    second = make(seed=99, num_workers=num_workers, **options)
+    second.load_state_dict(first.state_dict())
+    assert take(second, 7 * parts) == unbroken[5 * parts :]
+    assert second.state_dict() == {"seed": 3, "images": 48, "unreadable": []}
+
+
+def test_another_batch_size_goes_on_with_the_next_images():
+    whole = [x for batch in take(make(), 10) for x in batch]
+    first = make()
+    take(first, 3)
+    second = make(batch_size=2)
+    second.load_state_dict(first.state_dict())
+    assert [x for batch in take(second, 4) for x in batch] == whole[12:20]
+
+
+def test_processes_and_parts_share_one_batch(monkeypatch):
+    whole = take(make(batch_size=8), 3)
+    monkeypatch.setattr(loader_module.comm, "get_world_size", lambda: 2)
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(loader_module.comm, "get_rank", lambda rank=rank: rank)
+        shares.append(take(make(batch_size=8, parts=2), 6))
+    for number, batch in enumerate(whole):
+        parts = [share[2 * number + part] for share in shares for part in range(2)]
+        assert [len(part) for part in parts] == [2, 2, 2, 2]
+        assert list(itertools.chain(*parts)) == batch
+
+
+def test_uneven_shares_are_refused():
+    with pytest.raises(ValueError, match="multiple of .* 3, got 4"):
+        make(parts=3)
+
+
+def test_grouped_batches_have_one_orientation():
+    for batch in take(make(aspect_ratio_grouping=True, batch_size=2), 20):
+        assert len({x["width"] > x["height"] for x in batch}) == 1
+
+
+def picky(record):
+    if record["image_id"] == 7:
+        raise ImageError("image 7.png is truncated", "7.png")
+    return mapper(record) if record["image_id"] % 2 else None
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_others_stand_in_for_dropped_records(num_workers):
+    loader = make(picky, num_workers=num_workers, max_unreadable=1)
+    batches = take(loader, 10)
+    assert loader.state_dict()["unreadable"] == ["7.png"]
+    assert [len(batch) for batch in batches] == [4] * 10
+    assert {x["image_id"] for batch in batches for x in batch} == {1, 3, 5, 9}
+    assert batches == take(make(picky, max_unreadable=1), 10)
+    with pytest.raises(ImageError, match="7.png"):
+        take(make(picky, num_workers=num_workers), 10)
+
+
+def test_seeded_blocks():
+    before = random.random, np.random.rand, lambda: float(torch.rand(()))
+    seed_everything(1, 2)
+    first = [draw() for draw in before]
+    seed_everything(1, 2)
+    with seeded(1, 2):
+        inside = [draw() for draw in before]
+    assert inside == first == [draw() for draw in before]
+    with seeded(1, 3):
+        assert all(draw() != number for draw, number in zip(before, first, strict=True))

@@ -1,0 +1,210 @@
+"""Broken image files as they occur, and what is said about them."""
+
+import logging
+import os
+import pickle
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from detectron2.config import get_cfg
+from PIL import EpsImagePlugin, Image
+from torch.utils.data import DataLoader
+
+from sasa_det.config import add_sasa_config
+from sasa_det.data import (
+    DatasetError,
+    ImageError,
+    UnreadableImages,
+    build_test_mapper,
+    build_train_mapper,
+)
+from sasa_det.data.reading import check_image, check_pixels
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+
+
+def truncated(path):
+    Image.fromarray(PIXELS).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def chunk(name, content):
+    body = name + content
+    return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def png(path, width, height, *, bits=8, data=b"", rest=b""):
+    """Write a colour PNG file whose header and data need not fit together."""
+    header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + rest
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts + chunk(b"IEND", b""))
+
+
+FAULTS = {
+    "missing.png": (lambda path: None, "does not exist"),
+    "folder.png": (lambda path: path.mkdir(), "cannot be read: Is a directory"),
+    "empty.png": (lambda path: path.touch(), "is empty"),
+    "text.png": (lambda path: path.write_text("no image"), "is no image"),
+    "truncated.png": (truncated, "cannot be read: image file is truncated"),
+    "truncated.jpg": (truncated, "cannot be read: image file is truncated"),
+    "broken.png": (
+        lambda path: png(path, 60, 40, rest=chunk(b"\1\2\3\4", b"")),
+        "cannot be read: broken PNG file",
+    ),
+    "header.png": (lambda path: png(path, 60, 40), "cannot be read: image file is truncated"),
+    "bomb.png": (lambda path: png(path, 20000, 20000), "has 20000 x 20000 pixels, more than"),
+    "large.png": (lambda path: png(path, 10001, 10000), "more than the 100,000,000 that INPUT.MAX"),
+    "grey16.png": (
+        lambda path: Image.fromarray(PIXELS[..., 0].astype(np.uint16)).save(path),
+        "has pixels of more than 8 bits, which would be cut down to 8",
+    ),
+    "int32.tif": (
+        lambda path: Image.fromarray(PIXELS[..., 0].astype(np.int32)).save(path),
+        "more than 8 bits",
+    ),
+    "float.tif": (
+        lambda path: Image.fromarray(PIXELS[..., 0].astype(np.float32)).save(path),
+        "more than 8 bits",
+    ),
+    "colour16.png": (
+        lambda path: png(path, 60, 40, bits=16, data=b"".join([b"\0" + bytes(360)] * 40)),
+        "more than 8 bits",
+    ),
+    "other.png": (
+        lambda path: Image.fromarray(PIXELS[:, :50]).save(path),
+        "has 50 x 40 pixels, but its annotations are for 60 x 40",
+    ),
+}
+
+
+def config():
+    cfg = get_cfg()
+    add_sasa_config(cfg)
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = (40,), 40
+    return cfg
+
+
+def record(path):
+    return {"file_name": str(path), "height": 40, "width": 60, "annotations": []}
+
+
+@pytest.mark.parametrize("use", ["train", "jitter", "test", "check"])
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_told_with_the_path(tmp_path, name, use):
+    make, message = FAULTS[name]
+    path = tmp_path / name
+    make(path)
+    cfg = config()
+    cfg.INPUT.JITTER.ENABLED = use == "jitter"
+    with pytest.raises(ImageError) as error:
+        if use == "check":
+            check_pixels(str(path), cfg.INPUT.MAX_PIXELS, size=(40, 60))
+        else:
+            (build_test_mapper if use == "test" else build_train_mapper)(cfg)(record(path))
+    text = str(error.value)
+    assert text.startswith(f"image {path} ") and message in text and "\n" not in text
+    assert error.value.path == str(path)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_images_of_8_bits_pass_and_are_mapped(tmp_path, mode):
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    Image.fromarray(PIXELS).convert(mode).save(path)
+    check_image(str(path), 40 * 60)
+    check_pixels(str(path), 40 * 60, size=(40, 60))
+    for mapper in (build_train_mapper(config()), build_test_mapper(config())):
+        assert mapper(record(path))["image"].shape == (3, 40, 60)
+    with pytest.raises(ImageError, match="60 x 40 pixels, more than the 2,399"):
+        check_image(str(path), 40 * 60 - 1)
+
+
+def test_turned_image_has_the_size_it_is_seen_in(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    Image.fromarray(PIXELS).save(tmp_path / "a.jpg", exif=exif)
+    check_pixels(str(tmp_path / "a.jpg"), 10_000, size=(60, 40))
+    with pytest.raises(ImageError, match="has 40 x 60 pixels"):
+        check_pixels(str(tmp_path / "a.jpg"), 10_000, size=(40, 60))
+
+
+def test_higher_limit_than_pillows_has_its_way(tmp_path, monkeypatch):
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(tmp_path / "a.png")
+    for mapper in (build_train_mapper(config()), build_test_mapper(config())):
+        assert mapper(record(tmp_path / "a.png"))["image"].shape == (3, 40, 60)
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_postscript_is_not_run(tmp_path, monkeypatch):
+    marker, ghostscript = tmp_path / "marker", tmp_path / "bin" / "gs"
+    ghostscript.parent.mkdir()
+    ghostscript.write_text(f"#!/bin/sh\ntouch {marker}\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(ghostscript.parent), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    path = tmp_path / "a.jpg"
+    path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 60 40\n%%EndComments\nshowpage\n")
+    for mapper in (build_train_mapper(config()), build_test_mapper(config())):
+        with pytest.raises(ImageError, match="a.jpg is a PostScript program, which is never run"):
+            mapper(record(path))
+    assert not marker.exists()
+    # It would be run.
+    with pytest.raises(OSError):
+        Image.open(path).load()
+    assert marker.exists()
+
+
+def error(name):
+    return ImageError(f"image {name} is empty", name)
+
+
+def test_error_survives_the_way_between_processes():
+    copy = pickle.loads(pickle.dumps(error("a.png")))
+    assert (str(copy), copy.path) == ("image a.png is empty", "a.png")
+
+
+def test_no_image_is_skipped_by_default():
+    met = error("a.png")
+    with pytest.raises(ImageError) as raised:
+        UnreadableImages(0).skip(met)
+    assert raised.value is met
+
+
+def test_images_are_skipped_up_to_the_limit_each_counted_once(caplog):
+    unreadable = UnreadableImages(2)
+    with caplog.at_level(logging.WARNING, "sasa_det"):
+        for name in ("a.png", "a.png", "b.png", "a.png"):
+            unreadable.skip(error(name))
+    assert caplog.messages == [
+        "Skipped: image a.png is empty (1 of at most 2, DATALOADER.SKIP_UNREADABLE)",
+        "Skipped: image b.png is empty (2 of at most 2, DATALOADER.SKIP_UNREADABLE)",
+    ]
+    assert unreadable.paths == ["a.png", "b.png"]
+    with pytest.raises(DatasetError) as raised:
+        unreadable.skip(error("c.png"))
+    assert str(raised.value) == (
+        "image c.png is empty, after the 2 that DATALOADER.SKIP_UNREADABLE allows to skip: "
+        "a.png, b.png"
+    )
+
+
+def test_negative_limit_is_refused():
+    with pytest.raises(ValueError, match=r"DATALOADER\.SKIP_UNREADABLE must be >= 0, got -1"):
+        UnreadableImages(-1)
+
+
+class Skipping:
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        UnreadableImages(5).skip(error("a.png"))
+
+
+def test_worker_process_may_not_count():
+    with pytest.raises(RuntimeError, match="counts in the training process, not a worker"):
+        list(DataLoader(Skipping(), num_workers=1))

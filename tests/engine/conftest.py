@@ -1,0 +1,71 @@
+"""Runs of a tiny detector on a few digits, in this process and in processes of their own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from sasa_det.data import write_digits
+from sasa_det.engine import argument_parser, run
+
+CONFIG = "configs/quick/retinanet_SASA.yaml"
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """The folder of a small data set: 8 images to train on, 3 to test on."""
+    return write_digits(
+        tmp_path_factory.mktemp("data") / "digits", num_train=8, num_val=3, image_size=64
+    )
+
+
+@pytest.fixture
+def words(digits, tmp_path):
+    """Return a function that completes a command's words with config, data and output folder."""
+
+    def complete(*words, train=None, test=None):
+        train = train or (digits / "train.json", digits / "train")
+        test = test or (digits / "val.json", digits / "val")
+        words = ["--config-file", CONFIG, "--train", *train, "--test", *test, *words]
+        if "OUTPUT_DIR" not in words:
+            words += ["OUTPUT_DIR", tmp_path / "run"]
+        return [str(word) for word in words]
+
+    return complete
+
+
+@pytest.fixture
+def command(words):
+    """Return a function that runs a command line in this process and gives its exit status."""
+
+    def call(*args, **kwargs):
+        return run(argument_parser().parse_args(words(*args, **kwargs)))
+
+    return call
+
+
+@pytest.fixture
+def start(words):
+    """Return a function that starts a command in a process of its own, all output in one pipe."""
+    processes = []
+
+    def begin(*args, launcher=(), **kwargs):
+        # Where TorchScript specializes functions after some calls, results change by bits.
+        env = {**os.environ, "PYTORCH_JIT": "0", "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            [sys.executable, *launcher, "tools/train_net.py", *words(*args, **kwargs)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=env,
+        )
+        processes.append(process)
+        return process
+
+    yield begin
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.stdout.close()
+        process.wait()

@@ -1,0 +1,144 @@
+"""A resumed run's config beside the one that its output folder holds."""
+
+import logging
+
+import pytest
+import yaml
+
+from sasa_det.engine import UsageError, load_config
+from sasa_det.engine.config_changes import check_changes, log_changes
+
+CONFIG = "configs/quick/retinanet_SASA.yaml"
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Return a function that makes the config of a run in one folder from overrides."""
+    return lambda *opts: load_config(CONFIG, [*map(str, opts), "OUTPUT_DIR", str(tmp_path)])
+
+
+@pytest.fixture
+def stored(config, tmp_path):
+    (tmp_path / "config.yaml").write_text(config().dump())
+    return tmp_path / "config.yaml"
+
+
+def test_the_same_config_has_no_changes(config, stored, caplog):
+    cfg = config()
+    check_changes(cfg)
+    with caplog.at_level(logging.INFO, "sasa_det"):
+        log_changes(cfg)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("MODEL.SASA.KERNEL_SIZE", 5),
+        ("MODEL.SASA.HEAD", "convolution"),
+        ("MODEL.RESNETS.DEPTH", 38),
+        ("MODEL.RETINANET.NUM_CLASSES", 3),
+        ("MODEL.RETINANET.FOCAL_LOSS_GAMMA", 1.5),
+        ("MODEL.PIXEL_STD", [1.0, 1.0, 1.0]),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", [[32], [64], [128], [256], [512]]),
+        ("INPUT.FORMAT", "BGR"),
+        ("SOLVER.OPTIMIZER", "SGD"),
+        ("SOLVER.WEIGHT_DECAY", 0.0),
+        ("SOLVER.WEIGHT_DECAY_BIAS", 0.0),
+        ("SOLVER.LOGIT_LR_FACTOR", 1.0),
+        ("SEED", 7),
+        ("DATASETS.TRAIN", ("digits_val",)),
+        ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"),
+        ("DATALOADER.FILTER_EMPTY_ANNOTATIONS", False),
+    ],
+)
+def test_what_makes_the_checkpoint_meaningless_is_refused(key, value, config, stored):
+    with pytest.raises(UsageError) as error:
+        check_changes(config(key, value))
+    message = str(error.value)
+    assert f"{key} (from " in message and str(stored.parent) in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("SOLVER.MAX_ITER", 9),
+        ("SOLVER.BASE_LR", 0.001),
+        ("SOLVER.IMS_PER_BATCH", 4),
+        ("SOLVER.WARMUP_FACTOR", 0.5),
+        ("SOLVER.CHECKPOINT_PERIOD", 3),
+        ("TEST.EVAL_PERIOD", 3),
+        ("TEST.DETECTIONS_PER_IMAGE", 50),
+        ("DATASETS.TEST", ("digits_train",)),
+        ("DATALOADER.NUM_WORKERS", 2),
+        ("MODEL.DEVICE", "cuda"),
+        ("MODEL.WEIGHTS", "elsewhere.pth"),
+        ("MODEL.SASA.BACKEND", "reference"),
+        ("MODEL.COMPILE", True),
+        ("MODEL.RETINANET.SCORE_THRESH_TEST", 0.1),
+        ("MODEL.RETINANET.TOPK_CANDIDATES_TEST", 10),
+        ("MODEL.RETINANET.NMS_THRESH_TEST", 0.6),
+        ("MODEL.RPN.POST_NMS_TOPK_TEST", 10),
+    ],
+)
+def test_what_may_change_is_logged(key, value, config, stored, caplog):
+    cfg = config(key, value)
+    check_changes(cfg)
+    with caplog.at_level(logging.INFO, "sasa_det"):
+        log_changes(cfg)
+    (record,) = caplog.records
+    assert (
+        f"{key}, from " in record.getMessage() and str(value).strip("()',") in record.getMessage()
+    )
+
+
+def test_all_refused_keys_are_listed(config, stored):
+    cfg = config("SEED", 3, "SOLVER.MAX_ITER", 9, "MODEL.SASA.KERNEL_SIZE", 5)
+    with pytest.raises(UsageError) as error:
+        check_changes(cfg)
+    message = str(error.value)
+    assert "MODEL.SASA.KERNEL_SIZE (from 3 to 5), SEED (from -1 to 3); " in message
+    assert "MAX_ITER" not in message
+
+
+def test_keys_of_another_version(config, stored, caplog):
+    """What the stored config lacks had its default; what this version lacks has no meaning."""
+    values = yaml.safe_load(stored.read_text())
+    del values["MODEL"]["SASA"]["HEAD_MIXING_LAYER"]
+    values["MODEL"]["OF_THE_PAST"] = 3
+    stored.write_text(yaml.safe_dump(values))
+    check_changes(config())
+    with caplog.at_level(logging.INFO, "sasa_det"):
+        log_changes(config())
+    assert "MODEL.OF_THE_PAST, from 3 to " in caplog.text
+    with pytest.raises(UsageError, match="HEAD_MIXING_LAYER .from False to True."):
+        check_changes(config("MODEL.SASA.HEAD_MIXING_LAYER", True))
+
+
+def test_two_ways_to_write_a_path(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = load_config(opts=["OUTPUT_DIR", str(tmp_path)])
+    cfg.defrost()
+    cfg.DATASETS.TRAIN_JSON, cfg.DATASETS.TRAIN = "train.json", ("train.json",)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    path = str(tmp_path / "train.json")
+    cfg.DATASETS.TRAIN_JSON, cfg.DATASETS.TRAIN = path, (path,)
+    check_changes(cfg)
+    cfg.DATASETS.TRAIN_JSON = str(tmp_path / "other.json")
+    with pytest.raises(UsageError, match=r"DATASETS.TRAIN_JSON \(from 'train.json' to "):
+        check_changes(cfg)
+
+
+def test_a_folder_without_a_config(config, caplog):
+    cfg = config()
+    check_changes(cfg)
+    log_changes(cfg)
+    assert "config.yaml to compare the config with" in caplog.text
+
+
+def test_a_stored_config_executes_nothing(config, stored, tmp_path):
+    marker = tmp_path / "executed"
+    stored.write_text(f"SEED: !!python/object/apply:os.system ['touch {marker}']")
+    with pytest.raises(UsageError, match=f"{stored}, line 1: .* is not allowed"):
+        check_changes(config())
+    assert not marker.exists()

@@ -1,0 +1,258 @@
+"""Values of a config: what is out of range is told with its key, its value and what is allowed."""
+
+from fnmatch import fnmatchcase
+
+import pytest
+from detectron2.config import get_cfg
+
+from sasa_det import add_sasa_config
+from sasa_det.engine import UsageError, load_config
+from sasa_det.engine.config_keys import flatten
+from sasa_det.engine.config_rules import (
+    INCREASING,
+    MAY_BE_INFINITE,
+    MAY_BE_NONE,
+    NOT_EMPTY,
+    RULES,
+)
+from sasa_det.engine.config_values import check_schedule, check_values
+
+# Keys that detectron2's release 0.6 lacks.
+LATER = {
+    "MODEL.ROI_BOX_HEAD.FED_LOSS_FREQ_WEIGHT_POWER",
+    "MODEL.ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES",
+    "SOLVER.BASE_LR_END",
+    "SOLVER.NUM_DECAYS",
+}
+
+WRONG = [
+    ("DATALOADER.NUM_WORKERS", -1, "at least 0"),
+    ("DATALOADER.SAMPLER_TRAIN", "TrainSampler", "one of TrainingSampler, RepeatFactor"),
+    ("DATALOADER.SKIP_UNREADABLE", -1, "at least 0"),
+    ("INPUT.CROP.SIZE", [0.0, 1.0], "above 0"),
+    ("INPUT.CROP.SIZE", [0.5], "hold 2 values"),
+    ("INPUT.FORMAT", "GBR", "one of BGR, RGB, "),
+    ("INPUT.JITTER.CROP_SIZE", 0, "at least 1"),
+    ("INPUT.JITTER.MIN_SCALE", 0.0, "above 0"),
+    ("INPUT.MAX_PIXELS", 0, "at least 1"),
+    ("INPUT.MAX_SIZE_TEST", 0, "at least 1"),
+    ("INPUT.MIN_SIZE_TEST", -1, "at least 0"),
+    ("INPUT.MIN_SIZE_TRAIN", (), "at least one value"),
+    ("INPUT.MIN_SIZE_TRAIN", (640, -1), "at least 0"),
+    ("INPUT.RANDOM_FLIP", "both", "one of horizontal, vertical, none"),
+    ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[0.5, -1.0]], "above 0"),
+    ("MODEL.ANCHOR_GENERATOR.OFFSET", 1.0, "at least 0 and below 1"),
+    ("MODEL.ANCHOR_GENERATOR.SIZES", [], "at least one value"),
+    ("MODEL.ANCHOR_GENERATOR.SIZES", [["large"]], "above 0"),
+    ("MODEL.EMA.DECAY", 1.0, "at least 0 and below 1"),
+    ("MODEL.FPN.OUT_CHANNELS", 0, "at least 1"),
+    ("MODEL.PIXEL_MEAN", [1.0, 2.0], "hold 3 values"),
+    ("MODEL.PIXEL_MEAN", [1.0, 2.0, True], "a number"),
+    ("MODEL.PIXEL_STD", [1.0, 0.0, 1.0], "above 0"),
+    ("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "l1", "one of smooth_l1, giou"),
+    ("MODEL.RETINANET.FOCAL_LOSS_ALPHA", 1.5, "within [0, 1], or -1"),
+    ("MODEL.RETINANET.FOCAL_LOSS_GAMMA", -0.5, "at least 0"),
+    ("MODEL.RETINANET.IOU_LABELS", [0, 1], "hold 3 values"),
+    ("MODEL.RETINANET.IOU_LABELS", [0, 2, 1], "-1, 0 or 1"),
+    ("MODEL.RETINANET.IOU_THRESHOLDS", [0.5, 0.4], "increase"),
+    ("MODEL.RETINANET.NMS_THRESH_TEST", 1.1, "within [0, 1]"),
+    ("MODEL.RETINANET.NUM_CLASSES", 0, "at least 1"),
+    ("MODEL.RETINANET.NUM_CONVS", -1, "at least 0"),
+    ("MODEL.RETINANET.PRIOR_PROB", 0.0, "above 0 and below 1"),
+    ("MODEL.RETINANET.SCORE_THRESH_TEST", -0.1, "within [0, 1]"),
+    ("MODEL.RETINANET.TOPK_CANDIDATES_TEST", 0, "at least 1"),
+    ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "RoIAlign", "one of ROIAlign"),
+    ("MODEL.RPN.CONV_DIMS", [0], "at least 1, or -1"),
+    ("OUTPUT_DIR", "", "a folder on the disk"),
+    ("OUTPUT_DIR", "s3://bucket/run", "a folder on the disk"),
+    ("SEED", -2, "within [-1, 2147483647]"),
+    ("SOLVER.ACCUMULATION_STEPS", 0, "at least 1"),
+    ("SOLVER.AMP.DTYPE", "float8", "one of float16, bfloat16"),
+    ("SOLVER.BASE_LR", 0.0, "above 0"),
+    ("SOLVER.BASE_LR", -0.1, "above 0"),
+    ("SOLVER.CHECKPOINT_PERIOD", 0, "at least 1"),
+    ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norms", "one of value, norm, full_model"),
+    ("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0.0, "above 0"),
+    ("SOLVER.GAMMA", 0.0, "above 0"),
+    ("SOLVER.IMS_PER_BATCH", 0, "at least 1"),
+    ("SOLVER.LOGIT_LR_FACTOR", 0.0, "above 0"),
+    ("SOLVER.LR_SCHEDULER_NAME", "CosineLR", "one of WarmupMultiStepLR, WarmupCosineLR"),
+    ("SOLVER.MAX_CHECKPOINTS", -1, "at least 0"),
+    ("SOLVER.MAX_EPOCHS", -1.0, "at least 0"),
+    ("SOLVER.MAX_ITER", 0, "at least 1"),
+    ("SOLVER.MOMENTUM", 1.0, "at least 0 and below 1"),
+    ("SOLVER.OPTIMIZER", "Adam", "one of SGD, AdamW"),
+    ("SOLVER.STEPS", (200, 100), "increase"),
+    ("SOLVER.STEPS", (0, 100), "at least 1"),
+    ("SOLVER.STEP_EPOCHS", (2.0, 2.0), "increase"),
+    ("SOLVER.WARMUP_FACTOR", 1.5, "within [0, 1]"),
+    ("SOLVER.WARMUP_ITERS", -1, "at least 0"),
+    ("SOLVER.WARMUP_METHOD", "log", "one of linear, constant"),
+    ("SOLVER.WEIGHT_DECAY", -1e-4, "at least 0"),
+    ("SOLVER.WEIGHT_DECAY_BIAS", -1.0, "at least 0"),
+    ("TEST.BEST_MODE", "most", "one of max, min"),
+    ("TEST.DETECTIONS_PER_IMAGE", 0, "at least 1"),
+    ("TEST.EARLY_STOPPING", -1, "at least 0"),
+    ("TEST.EARLY_STOPPING", 3, "0 without TEST.BEST_METRIC"),
+    ("TEST.EVAL_PERIOD", -1, "at least 0"),
+    ("VERSION", 1, "2"),
+    # What no key may be.
+    ("SOLVER.BASE_LR", float("inf"), "finite"),
+    ("SOLVER.BASE_LR", float("nan"), "finite"),
+    ("MODEL.PIXEL_MEAN", [1.0, float("nan"), 1.0], "finite"),
+    ("MODEL.RESNETS.STEM_OUT_CHANNELS", 2**64, "an integer of 64 bits"),
+    ("SOLVER.MAX_ITER", None, "have a value"),
+    ("MODEL.PIXEL_STD", [1.0, None, 1.0], "have a value"),
+    ("MODEL.PIXEL_STD", [1.0, b"1", 1.0], "hold numbers, strings, True and False"),
+]  # fmt: skip
+
+
+def defaults():
+    cfg = get_cfg()
+    add_sasa_config(cfg)
+    return cfg
+
+
+def changed(key, value):
+    cfg = defaults()
+    section, _, name = key.rpartition(".")
+    node = cfg
+    for part in section.split(".") if section else ():
+        node = node[part]
+    node[name] = value
+    return cfg
+
+
+@pytest.mark.parametrize(("key", "value", "allowed"), WRONG)
+def test_values_out_of_range(key, value, allowed):
+    with pytest.raises(UsageError) as error:
+        check_values(changed(key, value))
+    message = str(error.value)
+    assert key in message and allowed in message and "must" in message
+    assert "\n" not in message
+    if value is not None and value != 2**64:
+        assert "got " in message
+
+
+def test_names_are_suggested():
+    with pytest.raises(UsageError, match=r"got 'AdamV'; did you mean AdamW\?$"):
+        check_values(changed("SOLVER.OPTIMIZER", "AdamV"))
+    with pytest.raises(UsageError, match=r"got 'SyncBM'; did you mean SyncBN\?$"):
+        check_values(changed("MODEL.RETINANET.NORM", "SyncBM"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("SOLVER.CLIP_GRADIENTS.NORM_TYPE", float("inf")),
+        ("SOLVER.WEIGHT_DECAY_BIAS", None),
+        ("SOLVER.WEIGHT_DECAY_BIAS", 0.0),
+        ("MODEL.RETINANET.FOCAL_LOSS_ALPHA", -1.0),
+        ("MODEL.RESNETS.NORM", "GN"),
+        ("INPUT.MIN_SIZE_TEST", 0),
+        ("SOLVER.STEPS", ()),
+        ("SEED", -1),
+        ("SEED", 2**31 - 1),
+        # detectron2 takes one list of anchors for all levels.
+        ("MODEL.ANCHOR_GENERATOR.SIZES", [32, 64.5]),
+    ],
+)
+def test_values_at_the_edge_are_fine(key, value):
+    check_values(changed(key, value))
+
+
+def test_images_of_one_channel():
+    cfg = changed("INPUT.FORMAT", "L")
+    with pytest.raises(UsageError, match="MODEL.PIXEL_MEAN must hold 1 values"):
+        check_values(cfg)
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [128.0], [1.0]
+    check_values(cfg)
+
+
+def test_a_range_of_sizes_has_two_ends():
+    cfg = changed("INPUT.MIN_SIZE_TRAIN_SAMPLING", "range")
+    with pytest.raises(UsageError, match="INPUT.MIN_SIZE_TRAIN must hold 2 values"):
+        check_values(cfg)
+    cfg.INPUT.MIN_SIZE_TRAIN = (640, 800)
+    check_values(cfg)
+
+
+def test_every_pattern_of_the_tables_fits_a_key():
+    """A key that is renamed must not lose its rule."""
+    known = defaults()
+    lists = (INCREASING, MAY_BE_INFINITE, MAY_BE_NONE, NOT_EMPTY, *RULES.values())
+    for pattern in {pattern for keys in lists for pattern in keys.split()} - LATER:
+        assert any(fnmatchcase(key, pattern) for key in flatten(known)), pattern
+
+
+def test_every_number_of_the_solver_and_of_testing_has_a_rule():
+    patterns = [pattern for keys in RULES.values() for pattern in keys.split()]
+    for key, value in flatten(defaults()).items():
+        if key.startswith(("SOLVER.", "TEST.", "INPUT.", "DATALOADER.")):
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                assert any(fnmatchcase(key, pattern) for pattern in patterns), key
+
+
+SCHEDULES = [
+    ({"WARMUP_ITERS": 10, "MAX_ITER": 10}, "SOLVER.WARMUP_ITERS must be below SOLVER.MAX_ITER"),
+    ({"STEPS": (5, 10)}, "SOLVER.STEPS must be below SOLVER.MAX_ITER, which is 10, got (5, 10)"),
+    ({"STEPS": (5, 30)}, "SOLVER.STEPS must be below SOLVER.MAX_ITER"),
+    (
+        {"MAX_EPOCHS": 2.0, "WARMUP_EPOCHS": 2.5},
+        "SOLVER.WARMUP_EPOCHS must be below SOLVER.MAX_EPOCHS, which is 2.0, got 2.5",
+    ),
+    (
+        {"MAX_EPOCHS": 2.0, "STEP_EPOCHS": (1.0, 3.0)},
+        "SOLVER.STEP_EPOCHS must be below SOLVER.MAX_EPOCHS",
+    ),
+]
+
+
+def schedule(**lengths):
+    cfg = defaults()
+    cfg.SOLVER.update({"MAX_ITER": 10, "WARMUP_ITERS": 1, "STEPS": (), **lengths})
+    return cfg
+
+
+@pytest.mark.parametrize(("lengths", "message"), SCHEDULES)
+def test_schedules_that_do_not_fit(lengths, message):
+    with pytest.raises(UsageError) as error:
+        check_schedule(schedule(**lengths))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        {"STEPS": (5, 9)},
+        {"WARMUP_ITERS": 9},
+        # Cosine has no steps.
+        {"STEPS": (30000,), "LR_SCHEDULER_NAME": "WarmupCosineLR"},
+        # What is in epochs stands in for what is in iterations.
+        {"WARMUP_ITERS": 100, "WARMUP_EPOCHS": 0.1},
+        {"MAX_EPOCHS": 2.0, "WARMUP_ITERS": 100, "STEPS": (30000,)},
+    ],
+)
+def test_schedules_that_fit(lengths):
+    check_schedule(schedule(**lengths))
+
+
+def test_the_end_of_the_learning_rate_is_not_above_its_beginning():
+    cfg = schedule(LR_SCHEDULER_NAME="WarmupCosineLR")
+    if "BASE_LR_END" not in cfg.SOLVER:
+        pytest.skip("this detectron2 has no SOLVER.BASE_LR_END")
+    cfg.SOLVER.BASE_LR_END = 2 * cfg.SOLVER.BASE_LR
+    with pytest.raises(UsageError, match="SOLVER.BASE_LR_END must be at most SOLVER.BASE_LR"):
+        check_schedule(cfg)
+
+
+def test_values_are_checked_wherever_they_come_from(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("SOLVER: {CHECKPOINT_PERIOD: 0}")
+    with pytest.raises(UsageError, match="SOLVER.CHECKPOINT_PERIOD must be at least 1, got 0"):
+        load_config(str(path))
+    path.write_text("SOLVER: {BASE_LR: .nan}")
+    with pytest.raises(UsageError, match="SOLVER.BASE_LR must be finite, got nan"):
+        load_config(str(path))
+    with pytest.raises(UsageError, match="SOLVER.BASE_LR must be finite, got inf"):
+        load_config(opts=["SOLVER.BASE_LR", "1e999"])

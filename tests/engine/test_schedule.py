@@ -1,0 +1,93 @@
+"""Lengths in epochs and rates of a batch, in closed form."""
+
+import math
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.solver import build_lr_scheduler
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from sasa_det import add_sasa_config
+from sasa_det.engine.schedule import LearningRate, in_iterations, scale_learning_rate
+
+
+def config(**values):
+    cfg = get_cfg()
+    add_sasa_config(cfg)
+    for key, value in values.items():
+        cfg.merge_from_list([key.replace("__", "."), value])
+    return cfg
+
+
+def test_epochs_become_iterations():
+    cfg = config(
+        SOLVER__IMS_PER_BATCH=64,
+        SOLVER__MAX_EPOCHS=150.0,
+        SOLVER__WARMUP_EPOCHS=1.0,
+        SOLVER__CHECKPOINT_EPOCHS=0.0,
+        SOLVER__STEP_EPOCHS=(60.0, 80.5),
+        SOLVER__CHECKPOINT_PERIOD=77,
+        TEST__EVAL_EPOCHS=1e-9,
+    )
+    found = in_iterations(cfg, 117266)
+    assert found.SOLVER.MAX_ITER == round(150 * 117266 / 64) == 274842
+    assert found.SOLVER.WARMUP_ITERS == 1832
+    assert found.SOLVER.STEPS == (109937, 147499)
+    assert found.SOLVER.CHECKPOINT_PERIOD == 77
+    assert found.TEST.EVAL_PERIOD == 1
+    assert (found.SOLVER.MAX_EPOCHS, found.SOLVER.STEP_EPOCHS) == (0.0, ())
+    assert cfg.SOLVER.MAX_ITER == get_cfg().SOLVER.MAX_ITER
+
+
+@pytest.mark.parametrize(
+    "reference, batch, expected", [(64, 16, 0.03), (64, 64, 0.12), (0, 16, 0.12)]
+)
+def test_rate_follows_the_batch(reference, batch, expected):
+    cfg = config(
+        SOLVER__BASE_LR=0.12, SOLVER__IMS_PER_BATCH=batch, SOLVER__REFERENCE_BATCH=reference
+    )
+    assert scale_learning_rate(cfg).SOLVER.BASE_LR == pytest.approx(expected, rel=1e-12)
+
+
+class Clock:
+    def __init__(self):
+        self.storage = EventStorage()
+
+
+def rates(cfg, start, stop):
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(
+        [{"params": [model.weight]}, {"params": [model.bias], "lr": cfg.SOLVER.BASE_LR * 2}],
+        lr=cfg.SOLVER.BASE_LR,
+    )
+    hook = LearningRate(build_lr_scheduler(cfg, optimizer))
+    hook.trainer = Clock()
+    hook.start_at(start)
+    found = []
+    for _ in range(start, stop):
+        found.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        hook.after_step()
+    return found
+
+
+def test_resumed_rates_are_the_closed_form_and_bit_equal():
+    cfg = config(
+        SOLVER__BASE_LR=0.12,
+        SOLVER__MAX_ITER=100,
+        SOLVER__WARMUP_ITERS=10,
+        SOLVER__WARMUP_FACTOR=0.0,
+        SOLVER__LR_SCHEDULER_NAME="WarmupCosineLR",
+    )
+    unbroken = rates(cfg, 0, 100)
+    warm = 0.12 * (1 + math.cos(math.pi * 0.1)) / 2
+    for iteration, (rate, double) in enumerate(unbroken):
+        if iteration < 10:
+            expected = warm * iteration / 10
+        else:
+            expected = 0.12 * (1 + math.cos(math.pi * iteration / 100)) / 2
+        assert rate == pytest.approx(expected, abs=1e-12)
+        assert double == pytest.approx(2 * expected, abs=1e-12)
+    assert rates(cfg, 37, 100) == unbroken[37:]

@@ -1,0 +1,264 @@
+"""The config of a run: read, merged and checked, with every mistake in one sentence."""
+
+import pytest
+import torch
+import yaml
+from detectron2.modeling import build_model
+
+from sasa_det.checkpoint import CheckpointError
+from sasa_det.engine import UsageError, load_config
+from sasa_det.engine.errors import USAGE_ERRORS, tell
+from sasa_det.engine.model_check import check_model
+from sasa_det.engine.output_lock import output_lock
+from sasa_det.engine.setup import check_run
+
+CONFIG = "configs/quick/retinanet_SASA.yaml"
+MASK_RCNN = "configs/COCO-InstanceSegmentation/mask_rcnn_SASA_R_50_FPN.yaml"
+
+
+@pytest.fixture
+def config(digits, tmp_path):
+    """Return a function that makes the config of a run on the digits from overrides."""
+
+    def make(*opts, config_file=CONFIG):
+        sets = {f"{name}.json": digits / name for name in ("train", "val")}
+        train, test = ((str(digits / file), str(images)) for file, images in sets.items())
+        opts = [*map(str, opts), "OUTPUT_DIR", str(tmp_path / "run")]
+        return load_config(str(config_file), opts, train, test)
+
+    return make
+
+
+def told(*calls):
+    """Call a function that must find a mistake and return the sentence that tells it."""
+    with pytest.raises(USAGE_ERRORS) as error:
+        for call in calls:
+            call()
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+# ------------------------------------------------------------------------------- keys and types
+
+OVERRIDES = {
+    "unknown key": (
+        ["MODEL.SASA.KERNEL_SISE", "7"],
+        "config key MODEL.SASA.KERNEL_SISE does not exist; did you mean MODEL.SASA.KERNEL_SIZE?",
+    ),
+    "unknown section": (["SLOVER.MAX_ITER", "7"], "did you mean SOLVER.MAX_ITER?"),
+    "nothing alike": (["XYZZY", "7"], "config key XYZZY does not exist."),
+    "key of a key": (["SEED.X", "3"], "config key SEED.X does not exist"),
+    "base": (["_BASE_", "some.yaml"], "config key _BASE_ does not exist"),
+    "internals": (["__immutable__", "True"], "config key __immutable__ does not exist"),
+    "string for integer": (
+        ["MODEL.SASA.KERNEL_SIZE", "seven"],
+        "MODEL.SASA.KERNEL_SIZE must be an integer, got 'seven'.",
+    ),
+    "integer for float": (
+        ["SOLVER.BASE_LR", "1"],
+        "SOLVER.BASE_LR must be a number with a decimal point, as 1.0, got '1'.",
+    ),
+    "not a number": (["SOLVER.BASE_LR", "nan"], "SOLVER.BASE_LR must be a number with"),
+    "value for section": (["MODEL.SASA", "3"], "MODEL.SASA must be a section of keys, got '3'."),
+    "section for value": (["SEED", "{'A': 1}"], "SEED must be an integer, got \"{'A': 1}\"."),
+    "not a pair": (["MODEL.SASA.KERNEL_SIZE"], "must be KEY VALUE pairs, got 'MODEL.SASA.KERNEL"),
+    "flag": (["SEED", "3", "--resume"], "flags come before the KEY VALUE pairs, got --resume"),
+    "flag with a value": (["--train=a", "b"], "flags come before the KEY VALUE pairs, got --train"),
+    "call": (["SEED", "__import__('os').getpid()"], "SEED must be an integer, got"),
+    "deep": (["SEED", "-" * 100_000 + "1"], ""),
+}
+
+
+@pytest.mark.parametrize("case", OVERRIDES)
+def test_overrides(case):
+    opts, message = OVERRIDES[case]
+    assert message in told(lambda: load_config(CONFIG, opts))
+
+
+FILES = {
+    "unknown key": (
+        "MODEL: {SASA: {KERNEL_SISE: 7}}",
+        "config key MODEL.SASA.KERNEL_SISE does not exist; did you mean MODEL.SASA.KERNEL_SIZE?",
+    ),
+    "unknown section": ("SLOVER: {MAX_ITER: 7}", "config key SLOVER does not exist; did you mean"),
+    "dots": (
+        "MODEL.SASA.KERNEL_SIZE: 7",
+        "config key MODEL.SASA.KERNEL_SIZE must be written as a key in a section, not with dots.",
+    ),
+    "string for integer": ("SEED: seven", "SEED must be an integer, got 'seven'."),
+    "value for section": ("MODEL: 3", "MODEL must be a section of keys, got 3."),
+    "nothing for section": ("MODEL:", "MODEL must be a section of keys, got None."),
+    "section for value": ("SEED: {A: 1}", "SEED must be an integer, got a section of keys."),
+    "inner base": ("MODEL: {_BASE_: a.yaml}", "config key MODEL._BASE_ does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_files(case, tmp_path):
+    """A mistake is told with the file that holds it, be that a base of a base."""
+    content, message = FILES[case]
+    path = tmp_path / "wrong.yaml"
+    path.write_text(content)
+    assert told(lambda: load_config(str(path))).startswith(f"{path}: {message}")
+    (tmp_path / "middle.yaml").write_text("_BASE_: wrong.yaml")
+    (tmp_path / "top.yaml").write_text("_BASE_: middle.yaml\nSEED: 3")
+    text = told(lambda: load_config(str(tmp_path / "top.yaml")))
+    assert text.startswith(f"{path}: {message}")
+
+
+def test_later_files_and_overrides_win(tmp_path):
+    (tmp_path / "base.yaml").write_text(
+        "SEED: 1\nVIS_PERIOD: 1\nSOLVER: {MAX_ITER: 5, STEPS: [1, 2]}"
+    )
+    (tmp_path / "top.yaml").write_text("_BASE_: base.yaml\nVIS_PERIOD: 2\nSOLVER: {MAX_ITER: 6}")
+    cfg = load_config(str(tmp_path / "top.yaml"), ["SOLVER.MAX_ITER", "7"])
+    assert (cfg.SEED, cfg.VIS_PERIOD, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (1, 2, 7, (1, 2))
+    assert cfg.is_frozen()
+
+
+def test_a_config_that_was_written_is_read_as_it_was(tmp_path):
+    cfg = load_config(CONFIG)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    again = load_config(str(tmp_path / "config.yaml"))
+    # Without its aliases, and without the tuples in lists, which yaml makes lists.
+    assert yaml.safe_load(again.dump()) == yaml.safe_load(cfg.dump())
+
+
+# ------------------------------------------------------------------------- what does not fit
+
+MODELS = {
+    "even k": (["MODEL.SASA.KERNEL_SIZE", "4"], "kernel_size must be odd and at least 1, got 4"),
+    "heads": (["MODEL.SASA.NUM_HEADS", "5"], "must be a multiple of num_heads 5"),
+    "stage": (["MODEL.SASA.ATTENTION_STAGES", "['res7']"], "got 'res7'"),
+    "feature": (
+        ["MODEL.FPN.IN_FEATURES", "['res9']"],
+        "a feature of MODEL.FPN.IN_FEATURES must be one of ['res3', 'res4', 'res5'], got 'res9'",
+    ),
+    "anchors": (
+        ["MODEL.ANCHOR_GENERATOR.SIZES", "[[8], [16]]"],
+        "the config does not fit together: AssertionError: ",
+    ),
+    "classes": (["MODEL.RETINANET.NUM_CLASSES", "3"], "MODEL.RETINANET.NUM_CLASSES is 3 but"),
+    "jitter": (["INPUT.JITTER.MIN_SCALE", "2.0"], "INPUT.JITTER.MIN_SCALE and MAX_SCALE must"),
+    "backend": (["MODEL.SASA.BACKEND", "cuda"], "backend must be None or one of"),
+    "checkpointed stage": (["MODEL.ACTIVATION_CHECKPOINTING", "['res9']"], "got res9"),
+    "weights": (["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS nowhere.pth does not exist."),
+    "remote weights": (["MODEL.WEIGHTS", "https://example.invalid/a.pth"], "sha256"),
+    "device": (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE must be cpu, cuda or cuda:N, got 'gpu'."),
+    "warmup": (
+        ["SOLVER.WARMUP_ITERS", "4"],
+        "SOLVER.WARMUP_ITERS must be below SOLVER.MAX_ITER, which is 4, got 4.",
+    ),
+    "parts": (
+        ["SOLVER.ACCUMULATION_STEPS", "3"],
+        "SOLVER.IMS_PER_BATCH must be a multiple of the number of processes times "
+        "SOLVER.ACCUMULATION_STEPS, which is 3, got 2.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_what_does_not_fit_is_told_before_any_work(case, config, tmp_path):
+    opts, message = MODELS[case]
+    assert message in told(lambda: check_run(config(*opts)))
+    assert not (tmp_path / "run").exists()
+
+
+RETINANET_NAMES = [
+    ("MODEL.META_ARCHITECTURE", "AttentionRetinaNets", "AttentionRetinaNet"),
+    ("MODEL.BACKBONE.NAME", "build_sasa_resnet", "build_sasa_resnet_backbone"),
+    ("MODEL.ANCHOR_GENERATOR.NAME", "DefaultAnchors", "DefaultAnchorGenerator"),
+]
+MASK_RCNN_NAMES = [
+    ("MODEL.PROPOSAL_GENERATOR.NAME", "RPNN", "RPN"),
+    ("MODEL.RPN.HEAD_NAME", "StandardRPN", "StandardRPNHead"),
+    ("MODEL.ROI_HEADS.NAME", "StandardROIHead", "StandardROIHeads"),
+    ("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvHead", "FastRCNNConvFCHead"),
+    ("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNHead", "MaskRCNNConvUpsampleHead"),
+]
+
+
+@pytest.mark.parametrize(("key", "name", "meant"), RETINANET_NAMES + MASK_RCNN_NAMES)
+def test_names_that_are_not_registered(key, name, meant, config):
+    options = [key, name]
+    config_file = CONFIG
+    if (key, name, meant) in MASK_RCNN_NAMES:
+        # Boxes alone, as the digits have no masks, but with the mask head, and as small as it goes.
+        config_file = MASK_RCNN
+        options += ["MODEL.RESNETS.DEPTH", "26", "MODEL.SASA.WIDTH_MULTIPLIER", "0.25"]
+        options += ["MODEL.DEVICE", "cpu", "MODEL.ROI_BOX_HEAD.FC_DIM", "16"]
+        options += ["MODEL.MASK_ON", str(key == "MODEL.ROI_MASK_HEAD.NAME")]
+    cfg = config(*options, config_file=config_file)
+    with pytest.raises(UsageError) as error:
+        check_model(cfg, eval_only=False)
+    assert str(error.value) == f"{key} {name} is not registered; did you mean {meant}?"
+
+
+def test_names_that_are_not_used_do_not_matter(config):
+    check_model(config("MODEL.ROI_HEADS.NAME", "NoSuchHeads"), eval_only=False)
+
+
+def test_names_of_data_sets():
+    cfg = load_config(CONFIG, ["DATASETS.TRAIN", "('digits_trian',)"])
+    message = told(lambda: check_run(cfg))
+    assert "digits_trian" in message and "digits_train" in message
+
+
+def test_evaluation_needs_weights_and_no_training_data(config, tmp_path):
+    assert "--eval-only needs weights" in told(lambda: check_run(config(), eval_only=True))
+    weights = tmp_path / "weights.pth"
+    opts = ["MODEL.WEIGHTS", weights, "DATASETS.TRAIN", "()", "SOLVER.WARMUP_ITERS", "9"]
+    cfg = config(*opts)
+    state = build_model(cfg).state_dict()
+    torch.save(state, weights)
+    check_run(cfg, eval_only=True)
+    # What does not fill the model is told before the output folder is touched.
+    state.pop("head.cls_score.1.bias")
+    torch.save(state, weights)
+    with pytest.raises(CheckpointError, match="head.cls_score.1.bias"):
+        check_run(cfg, eval_only=True, overwrite=True)
+    # A run that is resumed takes its own weights, so that those it began with may be gone.
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model_final.pth").write_bytes(b"")
+    check_run(config("MODEL.WEIGHTS", "gone.pth"), resume="always")
+
+
+def test_a_gpu_that_is_not_there(config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = told(lambda: check_run(config("MODEL.DEVICE", "cuda")))
+    assert "MODEL.DEVICE is cuda but no GPU is visible" in message
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    message = told(lambda: check_run(config("MODEL.DEVICE", "cuda:2")))
+    assert "MODEL.DEVICE is cuda:2 but 2 GPUs are visible" in message
+
+
+def test_a_run_that_is_running(config, tmp_path):
+    with output_lock(tmp_path / "run"):
+        assert "is in use by another run" in told(lambda: check_run(config(), resume="auto"))
+    check_run(config(), resume="auto")
+
+
+def test_a_run_that_is_there_is_told_before_the_data_are_read(config, tmp_path):
+    cfg = config("MODEL.SASA.KERNEL_SIZE", "4")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.json").write_text("")
+    assert "already holds metrics.json" in told(lambda: check_run(cfg))
+    assert "kernel_size must be odd" in told(lambda: check_run(cfg, overwrite=True))
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "metrics.json"}
+
+
+def test_errors_of_the_program_show_where_they_come_from(config, monkeypatch, capsys):
+    """An error that is none of the config is not hidden behind a sentence."""
+    cfg = config("MODEL.ANCHOR_GENERATOR.SIZES", "[[8], [16]]")
+    with pytest.raises(UsageError) as error:
+        check_model(cfg, eval_only=True)
+    assert tell(error.value) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ") and "Traceback" not in text and "SASA_DET_TRACEBACK" in text
+    monkeypatch.setenv("SASA_DET_TRACEBACK", "1")
+    assert tell(error.value) == 2
+    text = capsys.readouterr().err
+    assert "Traceback" in text and "anchor_generator.py" in text
+    assert text.splitlines()[-1].startswith("error: ")

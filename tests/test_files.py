@@ -1,0 +1,129 @@
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from sasa_det.files import whole_file, write_text
+
+# Begins to write the file of its argument, says so and waits.
+_WRITER = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("files", {str(Path("sasa_det/files.py").resolve())!r})
+files = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(files)
+with files.whole_file(sys.argv[1]) as part:
+    part.write_text("half of it")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def writer_of(path):
+    command = [sys.executable, "-c", _WRITER, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"writing\n"
+        yield process
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_and_its_folder_are_made(tmp_path):
+    write_text(tmp_path / "a" / "b.txt", "text\n")
+    write_text(tmp_path / "a" / "b.txt", "another ä\n")
+    assert (tmp_path / "a" / "b.txt").read_text(encoding="utf-8") == "another ä\n"
+    assert names(tmp_path / "a") == ["b.txt"]
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path):
+    write_text(tmp_path / "whole", "")
+    (tmp_path / "plain").write_text("")
+    assert (tmp_path / "whole").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_an_error_leaves_the_old_file_alone(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(KeyError), whole_file(path) as part:
+        part.write_text("new")
+        raise KeyError
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_block_that_writes_nothing_leaves_the_old_file_alone(tmp_path):
+    write_text(tmp_path / "a.txt", "old")
+    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "a.txt"):
+        pass
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_failing_disk_leaves_the_old_file_alone(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            write_text(path, "new" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_write(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with writer_of(path) as process:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert path.read_text() == "old"
+    assert len(names(tmp_path)) == 2
+    write_text(tmp_path / "b.txt", "")
+    assert names(tmp_path) == ["a.txt", "b.txt"]
+
+
+def test_what_a_living_process_writes_stays(tmp_path):
+    with writer_of(tmp_path / "a.txt") as process:
+        write_text(tmp_path / "b.txt", "")
+        process.stdin.close()
+        assert process.wait() == 0
+    assert (tmp_path / "a.txt").read_text() == "half of it"
+    assert names(tmp_path) == ["a.txt", "b.txt"]
+
+
+def test_folders_of_other_hosts_and_of_other_kinds_stay(tmp_path):
+    others = [".writing-elsewhere-abcdefgh", f".writing-{socket.gethostname()}-2-abcdefgh", "other"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    write_text(tmp_path / "a.txt", "")
+    assert names(tmp_path) == sorted([*others, "a.txt"])
+
+
+def test_content_reaches_the_disk_before_the_name(tmp_path, monkeypatch):
+    steps = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(descriptor):
+        steps.append(("fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        fsync(descriptor)
+
+    def note_replace(part, path):
+        steps.append(("replace", Path(part)))
+        replace(part, path)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    with whole_file(tmp_path / "a.txt") as part:
+        part.write_text("text")
+    assert steps == [("fsync", part), ("replace", part), ("fsync", tmp_path)]
