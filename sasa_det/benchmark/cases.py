@@ -1,9 +1,7 @@
 """What is measured: each case sets ways to do one thing side by side."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -18,80 +16,14 @@ from ..config import add_sasa_config
 from ..layers import AttentionStem, LocalSelfAttention2d
 from ..ops import local_attention
 from . import others
+from .case import Case, Contender, Run, Settings
+from .trainer import trainer_cases
 
-__all__ = ["GROUPS", "Case", "Contender", "Settings", "make_cases"]
+__all__ = ["GROUPS", "make_cases"]
 
-GROUPS = ("op", "layer", "stem", "backbone", "retinanet", "kernel_size", "image_size")
+GROUPS = ("op", "layer", "stem", "backbone", "retinanet", "kernel_size", "image_size", "trainer")
 ATTENTION = "attention"
 CONVOLUTION = "3x3 convolution"
-
-Run = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all cases of a run share.
-
-    Attributes:
-        device: "cpu" or "cuda".
-        dtype: type of features and weights.
-        batch: images in a batch.
-        image_size: side of the square images in pixels; features are those of stride 8.
-        configs: the project's folder of configs.
-    """
-
-    device: str
-    dtype: torch.dtype
-    batch: int
-    image_size: int
-    configs: Path
-
-    def features(self, channels: int, size: int) -> Tensor:
-        shape = (self.batch, channels, size, size)
-        return torch.randn(shape, device=self.device, dtype=self.dtype)
-
-    def place(self, module: nn.Module) -> nn.Module:
-        return module.to(self.device, self.dtype)
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One way of doing what a case measures.
-
-    Attributes:
-        name: as it stands in the table.
-        make: builds everything and returns the call to measure.
-        foreign: whether it is somebody else's, which may be absent or not run here.
-        slow: whether it is many times slower than the others and measured in fewer rounds.
-    """
-
-    name: str
-    make: Callable[[], Run]
-    foreign: bool = False
-    slow: bool = False
-
-
-@dataclass(frozen=True)
-class Case:
-    """Ways to do one thing; ratios are to the contender named ``baseline``.
-
-    Attributes:
-        group: one of GROUPS.
-        name: unique name.
-        title: what is done, with sizes.
-        baseline: name of the contender that the others are compared with.
-        contenders: the ways.
-        memory: whether peak memory is measured too.
-        at: place on the axis of a growth case, a kernel size or an image size.
-    """
-
-    group: str
-    name: str
-    title: str
-    baseline: str
-    contenders: tuple[Contender, ...]
-    memory: bool = False
-    at: int | None = None
 
 
 def make_cases(settings: Settings, groups: Iterable[str]) -> list[Case]:
@@ -104,6 +36,7 @@ def make_cases(settings: Settings, groups: Iterable[str]) -> list[Case]:
         "retinanet": _retinanet_cases,
         "kernel_size": _kernel_size_cases,
         "image_size": _image_size_cases,
+        "trainer": trainer_cases,
     }
     return [case for group in GROUPS if group in groups for case in makers[group](settings)]
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,37 +18,17 @@ from ..engine.logs import log_to
 from ..engine.output_folder import refuse_existing
 from ..files import write_text
 from ..machine import describe_machine
-from .cases import GROUPS, Case, Contender, Settings, make_cases
+from .case import Case, Contender, Result, Settings
+from .cases import GROUPS, make_cases
 from .measure import extra_peak_memory, median_seconds, use_exact_memory
 from .report import draw_results, tabulate_results
 
-__all__ = ["Result", "main"]
+__all__ = ["main"]
 
 logger = logging.getLogger("sasa_det")
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SLOW_ROUNDS = 3
-
-
-@dataclass
-class Result:
-    """What was measured of one contender.
-
-    Attributes:
-        case: name of the case.
-        contender: name of the contender.
-        baseline: name of the contender it is compared with.
-        seconds: median of a call; None if it did not run.
-        memory: extra bytes of a call at its peak; None if not measured.
-        why_not: why it did not run, or None.
-    """
-
-    case: str
-    contender: str
-    baseline: str
-    seconds: float | None = None
-    memory: int | None = None
-    why_not: str | None = None
 
 
 def main(configs: Path, argv: Sequence[str] | None = None) -> int:

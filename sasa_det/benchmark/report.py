@@ -2,31 +2,27 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from ..files import whole_file
-from .cases import Case
-
-if TYPE_CHECKING:
-    from .command import Result
+from .case import Case, Result
 
 __all__ = ["draw_results", "tabulate_results"]
 
 _GROWTH = {"kernel_size": "kernel size k", "image_size": "image size (pixels)"}
 
 
-def _ratio(result: "Result", results: Sequence["Result"], field: str) -> float | None:
+def _ratio(result: Result, results: Sequence[Result], field: str) -> float | None:
     """Return a result's time or memory over that of its case's baseline, if both are known."""
     (baseline,) = [r for r in results if r.case == result.case and r.contender == result.baseline]
     ours, theirs = getattr(result, field), getattr(baseline, field)
     return None if ours is None or not theirs else ours / theirs
 
 
-def tabulate_results(cases: Sequence[Case], results: Sequence["Result"]) -> str:
+def tabulate_results(cases: Sequence[Case], results: Sequence[Result]) -> str:
     """Return a Markdown table of times, memory and their ratios to each case's baseline."""
     titles = {case.name: case.title for case in cases}
     rows, seen = [], set()
@@ -49,7 +45,7 @@ def tabulate_results(cases: Sequence[Case], results: Sequence["Result"]) -> str:
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
-def draw_results(cases: Sequence[Case], results: Sequence["Result"], path: Path) -> None:
+def draw_results(cases: Sequence[Case], results: Sequence[Result], path: Path) -> None:
     """Draw the time ratios as bars and the growth cases as lines.
 
     Args:
@@ -71,7 +67,7 @@ def draw_results(cases: Sequence[Case], results: Sequence["Result"], path: Path)
         figure.savefig(part, dpi=120)
 
 
-def _draw_bars(axes, cases: Sequence[Case], results: Sequence["Result"]) -> None:
+def _draw_bars(axes, cases: Sequence[Case], results: Sequence[Result]) -> None:
     names = {case.name for case in cases}
     shown = [r for r in results if r.case in names and r.seconds and r.contender != r.baseline]
     ratios = [_ratio(result, results, "seconds") for result in shown]
@@ -89,7 +85,7 @@ def _draw_bars(axes, cases: Sequence[Case], results: Sequence["Result"]) -> None
     axes.set_xlabel("time over that of convolution")
 
 
-def _draw_growth(axes, group: str, cases: Sequence[Case], results: Sequence["Result"]) -> None:
+def _draw_growth(axes, group: str, cases: Sequence[Case], results: Sequence[Result]) -> None:
     places = {case.name: case.at for case in cases if case.group == group}
     lines: dict[str, list[tuple[int, float]]] = {}
     for result in results:

@@ -59,7 +59,7 @@ class BestMetric:
 class Evaluation(HookBase):
     """Evaluates every so often and at the end, keeps the best weights and may stop the run.
 
-    A run that was interrupted in an evaluation begins with that evaluation.
+    A run that was stopped before or in an evaluation begins with it.
     """
 
     def __init__(
@@ -85,17 +85,18 @@ class Evaluation(HookBase):
     def before_train(self) -> None:
         done = self.trainer.start_iter
         if done > self._evaluated and self._is_due(done):
-            logger.info("The run was interrupted in the evaluation after %d iterations.", done)
+            logger.info("No evaluation after %d iterations is on record: it comes first.", done)
             # As it would have been: after the step, not before the next one.
             self.trainer.iter = self.trainer.storage.iter = done - 1
             self._run()
             self.trainer.iter = self.trainer.storage.iter = done
-        self._stop_if_exhausted()
+        # It is saved already.
+        self._stop_if_exhausted(save=False)
 
     def after_step(self) -> None:
         if self._is_due(self.trainer.iter + 1):
             self._run()
-            self._stop_if_exhausted()
+            self._stop_if_exhausted(save=True)
 
     def _is_due(self, done: int) -> bool:
         return done == self.trainer.max_iter or (self._period > 0 and done % self._period == 0)
@@ -122,9 +123,10 @@ class Evaluation(HookBase):
                 logger.info("%s is best: %.5g.", self._best.name, self._best.value)
         comm.synchronize()
 
-    def _stop_if_exhausted(self) -> None:
+    def _stop_if_exhausted(self, save: bool) -> None:
         if self._best is not None and self._best.is_exhausted:
-            self._checkpoints.save_now()
+            if save:
+                self._checkpoints.save_now()
             raise StopTraining(
                 f"{self._best.name} has not become better than {self._best.value:.5g} in "
                 f"{self._best.since} evaluations"

@@ -28,7 +28,11 @@ def started_by_torchrun() -> bool:
 
 def is_elastic_restart() -> bool:
     """Tell whether torchrun started this process anew after another one failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _restarts() > 0
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def launch(
@@ -63,7 +67,11 @@ def launch(
     """
     if started_by_torchrun():
         local = int(os.environ["LOCAL_RANK"])
-        _join_group("env://", None, None, local, int(os.environ["LOCAL_WORLD_SIZE"]), device)
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        # The agent's store outlives a failed attempt, whose addresses nobody answers at any more.
+        store = dist.PrefixStore(f"attempt_{_restarts()}", store)
+        meeting = {"store": store, "rank": rank, "world_size": world_size}
+        _join_group(meeting, local, int(os.environ["LOCAL_WORLD_SIZE"]), device)
         try:
             return main(*args)
         finally:
@@ -131,8 +139,8 @@ def _worker(
     device: str,
     args: tuple,
 ) -> None:
-    # It has no terminal of its own: the parent says when to stop, but for Ctrl-C.
-    _join_group(url, world_size, first + local_rank, local_rank, num_processes, device)
+    meeting = {"init_method": url, "rank": first + local_rank, "world_size": world_size}
+    _join_group(meeting, local_rank, num_processes, device)
     try:
         status = main(*args)
     finally:
@@ -140,22 +148,12 @@ def _worker(
     sys.exit(status)
 
 
-def _join_group(
-    url: str,
-    world_size: int | None,
-    rank: int | None,
-    local_rank: int,
-    num_local: int,
-    device: str,
-) -> None:
+def _join_group(meeting: dict[str, Any], local_rank: int, num_local: int, device: str) -> None:
+    """Meet the other processes where the keywords of ``init_process_group`` say."""
     on_gpu = device.startswith("cuda")
     if on_gpu:
         torch.cuda.set_device(local_rank)
-    options: dict[str, Any] = {}
-    if rank is not None:
-        options = {"world_size": world_size, "rank": rank}
-    backend = "nccl" if on_gpu else "gloo"
-    dist.init_process_group(backend, init_method=url, timeout=_TIMEOUT, **options)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_TIMEOUT, **meeting)
     _make_local_group(num_local)
     comm.synchronize()
 

@@ -1,4 +1,4 @@
-"""The optimizer of a config."""
+"""The optimizer, and which parameter learns at which rate and decays by how much."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from ..layers import AttentionStem, LocalSelfAttention2d
 
-__all__ = ["build_optimizer", "max_gradient_norm"]
+__all__ = ["build_optimizer", "max_gradient_norm", "parameter_groups"]
 
 # Learned embeddings are no weights of a linear map: like norms they do not decay.
 _EMBEDDINGS = ("rel_rows", "rel_cols", "row_embedding", "col_embedding", "mixture_embedding")
@@ -23,25 +23,21 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         model: its parameters that require gradients are optimized.
 
     Returns:
-        torch.optim.Optimizer: SGD or AdamW, with detectron2's settings for norms and biases and
-        without weight decay on learned embeddings, and with ``SOLVER.LOGIT_LR_FACTOR`` on the
-        learning rate of attention's query and key projections.
+        torch.optim.Optimizer: SGD or AdamW on the :func:`parameter_groups` of the model.
 
     Raises:
         ValueError: if the name is neither SGD nor AdamW.
     """
     solver = cfg.SOLVER
-    params = get_default_optimizer_params(
+    params = parameter_groups(
         model,
         base_lr=solver.BASE_LR,
         weight_decay=solver.WEIGHT_DECAY,
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
         bias_lr_factor=solver.BIAS_LR_FACTOR,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-        overrides={name: {"weight_decay": 0.0} for name in _EMBEDDINGS},
+        logit_lr_factor=solver.LOGIT_LR_FACTOR,
     )
-    if solver.LOGIT_LR_FACTOR != 1.0:
-        params = _with_lr_factor(params, _logit_weights(model), solver.LOGIT_LR_FACTOR)
     if solver.OPTIMIZER == "SGD":
         optimizer = torch.optim.SGD
         options = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
@@ -52,6 +48,46 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if max_gradient_norm(cfg) is None:
         optimizer = maybe_add_gradient_clipping(cfg, optimizer)
     return optimizer(params, lr=solver.BASE_LR, **options)
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    base_lr: float,
+    weight_decay: float,
+    weight_decay_norm: float = 0.0,
+    bias_lr_factor: float = 1.0,
+    weight_decay_bias: float | None = None,
+    logit_lr_factor: float = 1.0,
+) -> list[dict[str, Any]]:
+    """Group a model's parameters by learning rate and weight decay, for an optimizer.
+
+    Learned embeddings do not decay.
+
+    Args:
+        model: its parameters that require gradients are grouped.
+        base_lr: learning rate.
+        weight_decay: of all but norms, biases and embeddings.
+        weight_decay_norm: of norms.
+        bias_lr_factor: on the learning rate of biases.
+        weight_decay_bias: of biases; None for ``weight_decay``.
+        logit_lr_factor: on the learning rate of attention's query and key projections.
+
+    Returns:
+        list[dict]: groups with "params", "lr" and "weight_decay".
+    """
+    groups = get_default_optimizer_params(
+        model,
+        base_lr=base_lr,
+        weight_decay=weight_decay,
+        weight_decay_norm=weight_decay_norm,
+        bias_lr_factor=bias_lr_factor,
+        weight_decay_bias=weight_decay_bias,
+        overrides={name: {"weight_decay": 0.0} for name in _EMBEDDINGS},
+    )
+    if logit_lr_factor == 1.0:
+        return groups
+    return _with_lr_factor(groups, _logit_weights(model), logit_lr_factor)
 
 
 def max_gradient_norm(cfg: CfgNode) -> float | None:

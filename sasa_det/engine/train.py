@@ -22,7 +22,6 @@ from .denormals import flush_denormals
 from .errors import USAGE_ERRORS, tell
 from .launch import is_elastic_restart, launch, started_by_torchrun
 from .logs import log_to
-from .metrics_file import rewind_metrics
 from .output_folder import claim_output
 from .setup import check_run, load_config, register_datasets
 from .signals import StopTraining
@@ -56,8 +55,6 @@ def _ready(cfg: CfgNode, resume: bool) -> Trainer:
     """Build a trainer and load what it starts from."""
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=resume)
-    if comm.is_main_process():
-        rewind_metrics(Path(cfg.OUTPUT_DIR, "metrics.json"), trainer.start_iter - 1)
     return trainer
 
 

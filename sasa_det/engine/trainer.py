@@ -26,6 +26,7 @@ from .checkpointing import Checkpoints, StopOnSignal
 from .config_values import check_schedule
 from .ema import EmaUpdate, ModelEma
 from .evaluating import BestMetric, Evaluation
+from .metrics_file import MetricWriters
 from .model_options import checkpoint_stages, compile_parts
 from .optimizer import build_optimizer, max_gradient_norm
 from .schedule import LearningRate, in_iterations, scale_learning_rate
@@ -124,7 +125,7 @@ class Trainer(DefaultTrainer):
         chain += [checkpoints, evaluation]
         if comm.is_main_process():
             # After evaluation, whose metrics they write.
-            chain.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+            chain.append(MetricWriters(self.build_writers, cfg.OUTPUT_DIR))
         return [*chain, StopOnSignal(self.signals, checkpoints)]
 
     def build_writers(self) -> list:

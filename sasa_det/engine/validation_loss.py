@@ -19,8 +19,9 @@ def validation_losses(
 ) -> dict[str, float]:
     """Average a model's training losses over batches without training on them.
 
-    Batch norms use their running statistics and keep them; so do the loss normalizers of dense
-    detectors. The result is that of all processes.
+    Batch norms use their running statistics and keep them. The loss normalizers of dense detectors
+    begin anew with every batch, so that losses of different times compare, and are restored. The
+    result is that of all processes.
 
     Args:
         model: returns a dict of losses in training mode; its modes are restored.
@@ -41,10 +42,10 @@ def validation_losses(
         # The models write what they count into the storage: not into the run's own.
         with torch.no_grad(), EventStorage(), seeded(0):
             for batch in batches:
+                for module, _ in normalizers:
+                    del module.loss_normalizer
                 for name, loss in model(batch).items():
                     totals[name] = totals.get(name, 0.0) + float(loss)
-                for module, value in normalizers:
-                    module.loss_normalizer = value
                 count += 1
     finally:
         for module, training in modes.items():

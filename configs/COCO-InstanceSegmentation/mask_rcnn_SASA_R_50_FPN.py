@@ -1,0 +1,12 @@
+"""detectron2's own Mask R-CNN on an attention backbone; its FPN and heads stay convolutional."""
+
+from ..common.coco_schedule import lr_multiplier_3x as lr_multiplier
+from ..common.data.coco import dataloader
+from ..common.models.mask_rcnn import model
+from ..common.optim import SGD as optimizer
+from ..common.train import train
+
+__all__ = ["dataloader", "lr_multiplier", "model", "optimizer", "train"]
+
+train.max_iter = 270000
+train.output_dir = "./output/mask_rcnn_SASA_R_50_FPN"

@@ -1,0 +1,112 @@
+"""Several processes on CPUs, by gloo: one batch split among them trains as in one process."""
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from sasa_det.checkpoint import read_checkpoint
+from sasa_det.engine import argument_parser, run
+
+pytestmark = pytest.mark.slow
+
+# Norms that need no other image than their own. AdamW's first steps have the signs of gradients,
+# rounding included: plain SGD shows what the gradients are.
+OPTIONS = [
+    "MODEL.DEVICE", "cpu", "SEED", 3, "SOLVER.OPTIMIZER", "SGD", "SOLVER.BASE_LR", 0.01,
+    "SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 12, "SOLVER.CHECKPOINT_PERIOD", 3,
+    "MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", "FrozenBN",
+    "MODEL.RETINANET.NORM", "FrozenBN",
+]  # fmt: skip
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1",
+            "--monitor-interval", "0.5", "--rdzv-backend", "c10d",
+            "--rdzv-endpoint", "localhost:0")  # fmt: skip
+
+
+def weights(folder):
+    return read_checkpoint(folder / "model_final.pth")["model"]
+
+
+def assert_close_runs(one, other):
+    one, other = weights(one), weights(other)
+    moved = 0.0
+    for name, value in one.items():
+        if value.is_floating_point() and value.numel():
+            difference = (value - other[name]).abs().max().item()
+            assert difference <= 1e-6 * max(1.0, value.abs().max().item()), name
+            moved = max(moved, difference)
+    assert moved < 1e-6
+
+
+@pytest.fixture(scope="module")
+def alone(digits, tmp_path_factory):
+    """The folder of a run in one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    words = ["--config-file", "configs/quick/retinanet_SASA.yaml"]
+    for split, name in (("train", "train"), ("test", "val")):
+        words += [f"--{split}", digits / f"{name}.json", digits / name]
+    words = [str(word) for word in [*words, *OPTIONS, "OUTPUT_DIR", folder]]
+    assert run(argument_parser().parse_args(words)) == 0
+    return folder
+
+
+def finished(process):
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    return output
+
+
+def test_two_processes_train_as_one(start, alone, tmp_path):
+    output = finished(start("--num-gpus", 2, *OPTIONS))
+    assert_close_runs(alone, tmp_path / "run")
+    # It did train, and both took part in the evaluation of all 3 images.
+    first = read_checkpoint(alone / "model_0000002.pth")["model"]
+    assert any((value != first[name]).any() for name, value in weights(alone).items())
+    assert "Start inference on 2 batches" in output
+    assert "AP,AP50,AP75" in output
+
+
+def test_a_signal_to_the_parent_stops_all_and_the_run_goes_on(start, alone, tmp_path):
+    process = start("--num-gpus", 2, *OPTIONS)
+    for line in process.stdout:
+        if "Saving checkpoint" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    output = process.communicate()[0]
+    assert process.returncode == 143, output
+    assert "SIGTERM was received; everything is saved" in output
+    # With another number of processes.
+    finished(start("--resume", *OPTIONS))
+    assert_close_runs(alone, tmp_path / "run")
+
+
+def workers(parent):
+    """The processes that a process has started."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+def test_torchrun_restarts_from_the_last_checkpoint(start, alone, tmp_path):
+    process = start(*OPTIONS, launcher=TORCHRUN)
+    for line in process.stdout:
+        if "model_0000005.pth" in line:
+            os.kill(workers(process.pid)[-1], signal.SIGKILL)
+            break
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    begun = [int(number) for number in re.findall("training from iteration ([0-9]+)", output)]
+    assert len(begun) == 1 and begun[0] >= 6  # the first line was read above
+    assert_close_runs(alone, tmp_path / "run")
+
+
+def test_torchrun_tells_mistakes_once(start, tmp_path):
+    process = start("SOLVER.BASE_LR", -1, launcher=TORCHRUN)
+    output = process.communicate()[0]
+    assert process.returncode != 0
+    assert output.count("error: SOLVER.BASE_LR must be") >= 1
+    assert "Traceback" not in output.split("error: SOLVER")[0]
+    process = start("MODEL.SASA.KERNEL_SIZE", 4, launcher=TORCHRUN)
+    output = process.communicate()[0]
+    assert output.count("error: kernel_size must be odd") == 2  # once, and once on the restart

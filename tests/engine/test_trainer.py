@@ -1,0 +1,235 @@
+"""What a run does beside steps, and what becomes of it when something goes wrong."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sasa_det.checkpoint import read_checkpoint
+from sasa_det.engine.evaluating import BestMetric
+
+FROZEN = [
+    "MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", "FrozenBN",
+    "MODEL.RETINANET.NORM", "FrozenBN",
+]  # fmt: skip
+
+
+def metrics(folder):
+    """Map iterations to the metrics that were written of them."""
+    found = {}
+    for line in (folder / "metrics.json").read_text().splitlines():
+        record = json.loads(line)
+        found.setdefault(record["iteration"], {}).update(record)
+    return found
+
+
+def checkpoints(folder):
+    return sorted(path.stem.removeprefix("model_") for path in folder.glob("model_*.pth"))
+
+
+def test_averages_validation_losses_best_weights_and_a_cap(command, tmp_path):
+    folder = tmp_path / "run"
+    options = {
+        "SOLVER.MAX_ITER": 6, "SOLVER.CHECKPOINT_PERIOD": 1, "SOLVER.MAX_CHECKPOINTS": 2,
+        "SOLVER.BASE_LR": 0.02, "TEST.EVAL_PERIOD": 2, "MODEL.EMA.DECAY": 0.5,
+        "TEST.VALIDATION_LOSS": True, "TEST.BEST_METRIC": "validation/total_loss",
+        "TEST.BEST_MODE": "min",
+    }  # fmt: skip
+    assert command(*(word for pair in options.items() for word in pair)) == 0
+    assert checkpoints(folder) == ["0000004", "0000005", "best", "final"]
+    assert (folder / "last_checkpoint").read_text() == "model_final.pth"
+    written = metrics(folder)
+    losses = {i: r["validation/total_loss"] for i, r in written.items() if "bbox/AP" in r}
+    assert all("ema/bbox/AP" in written[i] for i in losses)
+    # Metrics are written every 20 iterations and at the end.
+    assert list(losses) == [5]
+    best = read_checkpoint(folder / "model_best.pth")
+    kept = best["trainer"]["hooks"]["Evaluation"]
+    assert best["iteration"] in (1, 3, 5) and kept["evaluated"] == best["iteration"] + 1
+    assert kept["best"]["value"] <= losses[5]
+    state = read_checkpoint(folder / "model_final.pth")
+    averages = state["ema"]["weights"]
+    trained = {k: v for k, v in state["model"].items() if k in averages}
+    assert trained.keys() == averages.keys() and len(trained) > 100
+    assert any((trained[k] != averages[k]).any() for k in trained)
+
+
+def test_stops_where_nothing_becomes_better(command, tmp_path, capsys):
+    options = [
+        *FROZEN, "SOLVER.BASE_LR", 1e-30, "SOLVER.MAX_ITER", 50, "SOLVER.CHECKPOINT_PERIOD", 100,
+        "TEST.EVAL_PERIOD", 1, "TEST.VALIDATION_LOSS", True, "TEST.EARLY_STOPPING", 2,
+        "TEST.BEST_METRIC", "validation/loss_cls", "TEST.BEST_MODE", "min",
+    ]  # fmt: skip
+    assert command(*options) == 0
+    assert "has not become better than" in capsys.readouterr().out
+    assert checkpoints(tmp_path / "run") == ["0000002", "best"]
+    # It is not better for being asked again.
+    assert command("--resume", *options) == 0
+    assert "has not become better than" in capsys.readouterr().out
+    assert checkpoints(tmp_path / "run") == ["0000002", "best"]
+
+
+def test_best_of_a_metric():
+    best = BestMetric("bbox/AP", "max", patience=2)
+    values = [float("nan"), 1.0, 1.0, 2.0, 1.5]
+    assert [best.update({"bbox/AP": value}) for value in values] == [
+        False, True, False, True, False,
+    ]  # fmt: skip
+    assert best.value == 2.0 and not best.is_exhausted
+    assert not best.update({"bbox/AP": 2.0}) and best.is_exhausted
+    with pytest.raises(KeyError, match="TEST.BEST_METRIC bbox/AP is not among the metrics segm/AP"):
+        best.update({"segm/AP": 1.0})
+
+
+def test_a_run_that_diverges_saves_nothing_and_names_the_images(command, tmp_path, capsys):
+    """The second step has no finite loss; weights beyond float32 are not saved either."""
+    folder = tmp_path / "run"
+    wild = ["SOLVER.OPTIMIZER", "SGD", "SOLVER.BASE_LR", 1e25, "SOLVER.WARMUP_ITERS", 0, *FROZEN]
+    assert command(*wild, "SOLVER.CHECKPOINT_PERIOD", 100) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: iteration 1: ") and "is nan" in error
+    assert "images of the batch: " in error and error.count(".png (id ") == 2
+    assert checkpoints(folder) == [] and not (folder / "last_checkpoint").exists()
+
+
+def test_a_resumed_run_has_the_new_rate(command, tmp_path, capsys):
+    constant = ["SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.WARMUP_ITERS", 0]
+    assert command(*constant, "SOLVER.BASE_LR", 0.01) == 0
+    changed = ["SOLVER.BASE_LR", 0.001, "SOLVER.MAX_ITER", 5]
+    assert command("--resume", *constant, *changed) == 0
+    assert metrics(tmp_path / "run")[4]["lr"] == pytest.approx(0.001)
+    assert "SOLVER.BASE_LR, from 0.01 to 0.001" in capsys.readouterr().out
+    state = read_checkpoint(tmp_path / "run" / "model_final.pth")
+    groups = state["trainer"]["_trainer"]["optimizer"]["param_groups"]
+    # Queries and keys have SOLVER.LOGIT_LR_FACTOR of it.
+    assert {round(group["initial_lr"], 9) for group in groups} == {0.001, 0.00005}
+
+
+def test_rates_follow_the_batch_and_lengths_the_epochs(command, tmp_path, capsys):
+    options = {
+        "SOLVER.REFERENCE_BATCH": 8, "SOLVER.BASE_LR": 0.008, "SOLVER.MAX_EPOCHS": 0.5,
+        "SOLVER.WARMUP_EPOCHS": 0.25, "SOLVER.LR_SCHEDULER_NAME": "WarmupMultiStepLR",
+    }  # fmt: skip
+    assert command(*(word for pair in options.items() for word in pair)) == 0
+    printed = capsys.readouterr().out
+    assert "SOLVER.BASE_LR: 0.002 for a batch of 2, scaled from 0.008 for 8" in printed
+    assert "SOLVER.MAX_ITER: 2, which is 0.5 epochs of 8 images" in printed
+    assert metrics(tmp_path / "run")[1]["lr"] == pytest.approx(0.002)
+    assert read_checkpoint(tmp_path / "run" / "model_final.pth")["iteration"] == 1
+
+
+def test_damaged_newest_checkpoint(command, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert command("SOLVER.CHECKPOINT_PERIOD", 1) == 0
+    for name in ("model_final.pth", "model_0000003.pth"):
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content)
+    (folder / "metrics.json").write_text((folder / "metrics.json").read_text() + '{"iterat')
+    assert command("--resume", "SOLVER.MAX_ITER", 5) == 0
+    printed = capsys.readouterr().out
+    assert "model_0000002.pth in its place" in printed
+    assert "Starting training from iteration 3" in printed
+    # What was written of iteration 3 before is written once, and the torn line is gone.
+    lines = (folder / "metrics.json").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [4]
+    assert read_checkpoint(folder / "model_final.pth")["iteration"] == 4
+
+
+LIMITED = """
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_full_disk(command, words, tmp_path):
+    folder = tmp_path / "run"
+    assert command() == 0
+    before = {path.name for path in folder.iterdir()}
+    arguments = words("--resume", "SOLVER.MAX_ITER", 8)
+    process = subprocess.run(
+        [sys.executable, "-c", LIMITED, "tools/train_net.py", *arguments],
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 1
+    last = process.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "model_0000005.pth" in last
+    left = {path.name for path in folder.iterdir() if not path.name.startswith("events.")}
+    assert left == {name for name in before if not name.startswith("events.")}
+    assert command("--resume", "SOLVER.MAX_ITER", 8) == 0
+    assert read_checkpoint(folder / "model_final.pth")["iteration"] == 7
+
+
+class Hostile:
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("use", ["train", "evaluate", "resume", "last_checkpoint"])
+@pytest.mark.parametrize("suffix", ["pkl", "pth"])
+def test_hostile_weights_execute_nothing(use, suffix, command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    marker = tmp_path / "executed"
+    content = {"model": {"w": Hostile(marker)}, "iteration": 1, "__author__": "x"}
+    folder = tmp_path / "run"
+    folder.mkdir()
+    resumed = use in ("resume", "last_checkpoint")
+    name = f"model_0000001.{suffix}" if resumed else f"evil.{suffix}"
+    path = folder / name if resumed else tmp_path / name
+    if suffix == "pth":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content))
+    if resumed:
+        (folder / "model_0000001.pth").touch()
+        (folder / "last_checkpoint").write_text(name)
+        flags = ["--resume"] if use == "resume" else ["--eval-only", "--resume"]
+        assert command(*flags) == 2
+    else:
+        flags = ["--eval-only"] if use == "evaluate" else []
+        assert command(*flags, "MODEL.WEIGHTS", path) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and name in error
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("skipped", [0, 1])
+def test_unreadable_image(skipped, command, digits, tmp_path, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in (digits / "train").iterdir():
+        (images / path.name).write_bytes(path.read_bytes())
+    broken = sorted(images.iterdir())[3]
+    broken.write_bytes(broken.read_bytes()[:200])
+    # Data sets are known by their json's path.
+    data = (tmp_path / "train.json", images)
+    data[0].write_bytes((digits / "train.json").read_bytes())
+    status = command("DATALOADER.SKIP_UNREADABLE", skipped, train=data)
+    printed = capsys.readouterr()
+    if skipped:
+        assert status == 0 and printed.out.count(f"Skipped: image {broken}") == 1
+    else:
+        assert status == 1
+        assert f"error: image {broken} cannot be read" in printed.err
+
+
+def test_lower_precision_and_recomputed_stages(command, tmp_path):
+    options = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16", "MODEL.CHANNELS_LAST",
+               True, "MODEL.ACTIVATION_CHECKPOINTING", "['res2','res4']",
+               "SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE",
+               "full_model"]  # fmt: skip
+    assert command(*options) == 0
+    weights = read_checkpoint(tmp_path / "run" / "model_final.pth")["model"]
+    assert {value.dtype for value in weights.values()} == {torch.float32, torch.int64}
