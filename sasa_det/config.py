@@ -94,7 +94,7 @@ def add_sasa_config(cfg: CfgNode) -> None:
     # What SOLVER.AMP computes in: "float16", with a scaled loss, or "bfloat16".
     cfg.SOLVER.AMP.DTYPE = "float16"
     # Batch that BASE_LR is meant for: with another IMS_PER_BATCH it is scaled linearly. 0 turns
-    # that off.
+    # that off, and so does an override or a child config that sets BASE_LR.
     cfg.SOLVER.REFERENCE_BATCH = 0
     # Length of training in epochs, in place of MAX_ITER in iterations; 0 leaves it to that.
     cfg.SOLVER.MAX_EPOCHS = 0.0
@@ -116,6 +116,10 @@ def add_sasa_config(cfg: CfgNode) -> None:
     cfg.MODEL.ACTIVATION_CHECKPOINTING = []
     # Whether weights are stored channels last, which suits convolutions on GPUs.
     cfg.MODEL.CHANNELS_LAST = False
+    # Whether several processes hold a shard each of parameters, gradients and optimizer state, by
+    # FSDP2, in place of copies, by DDP; it takes less memory and more time. It has been run with
+    # gloo on CPUs only.
+    cfg.MODEL.FSDP = False
     # Whether backbone and head go through torch.compile.
     cfg.MODEL.COMPILE = False
 

@@ -10,7 +10,9 @@ __all__ = ["dataloader", "lr_multiplier", "model", "optimizer", "train"]
 
 dataloader.train.total_batch_size = 64
 optimizer.lr = 0.12
-train.max_iter = 274842  # 150 epochs
-train.checkpointer.period = 9160  # 5 epochs
-train.eval_period = 18320  # 10 epochs
+train.reference_batch = 64  # other batches get another rate
+# In epochs, and in iterations of COCO's 117,266 images with boxes.
+train.max_epochs, train.max_iter = 150.0, 274842
+train.checkpointer.epochs, train.checkpointer.period = 5.0, 9161
+train.eval_epochs, train.eval_period = 10.0, 18323
 train.output_dir = "./output/retinanet_SASA_R_50_full"

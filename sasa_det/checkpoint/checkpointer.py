@@ -13,6 +13,7 @@ from ..files import write_text
 from .errors import CheckpointError
 from .matching import align_names, check_filled
 from .reading import check_file, check_finite, iteration_of, read_checkpoint, read_iteration
+from .sharding import is_sharded, whole_state
 from .sources import locate
 from .writing import write_checkpoint
 
@@ -50,7 +51,7 @@ class Checkpointer(DetectionCheckpointer):
         self.allow = tuple(allow)
 
     def save(self, name: str, *, tag: bool = True, **kwargs: Any) -> None:
-        """Save model and checkpointables to a file.
+        """Save model and checkpointables to a file; all processes do if the model is sharded.
 
         Args:
             name: name of the file in ``save_dir``, without its suffix.
@@ -60,15 +61,19 @@ class Checkpointer(DetectionCheckpointer):
         Raises:
             CheckpointError: if nothing was saved, because a weight is not finite or writing failed.
         """
-        if not self.save_dir or not self.save_to_disk:
+        sharded = is_sharded(self.model)
+        if not self.save_dir or not (self.save_to_disk or sharded):
             return
         path = Path(self.save_dir, f"{name}.pth")
         if path.name != f"{name}.pth":
             raise CheckpointError(f"the name of a checkpoint must be a bare one, got {name!r}.")
-        data = {"model": self.model.state_dict()}
+        parts = {"model": self.model, **self.checkpointables}
+        data = {key: part.state_dict() for key, part in parts.items()}
+        if sharded:
+            data = whole_state(data, keep=self.save_to_disk)
+        if not self.save_to_disk:
+            return
         check_finite(data["model"], f"{path} is not saved")
-        for key, checkpointable in self.checkpointables.items():
-            data[key] = checkpointable.state_dict()
         data.update(kwargs)
         logger.info("Saving checkpoint to %s", path)
         write_checkpoint(data, path)

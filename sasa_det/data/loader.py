@@ -1,12 +1,12 @@
 """Training data as a function of seed and position, so that a run can go on where it stopped."""
 
-import atexit
 import os
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from multiprocessing.synchronize import Event
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from .errors import DatasetError, ImageError
 from .mapper import build_train_mapper
 from .reading import UnreadableImages
 
-__all__ = ["TrainLoader", "build_train_loader"]
+__all__ = ["TrainLoader", "build_train_loader", "detection_train_loader"]
 
 _ATTEMPTS = 100
 
@@ -157,7 +157,8 @@ class TrainLoader:
         self._unreadable = UnreadableImages(max_unreadable)
         self._yielded = 0
         self._closing = multiprocessing.Event()
-        atexit.register(self._closing.set)
+        # Before multiprocessing ends the workers, also where this process is a worker itself.
+        Finalize(self, self._closing.set, exitpriority=10)
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         batches = _Batches(
@@ -227,12 +228,13 @@ def build_train_loader(cfg: CfgNode, seed: int) -> TrainLoader:
         min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
         proposal_files=proposals if cfg.MODEL.LOAD_PROPOSALS else None,
     )
-    return TrainLoader(
+    return detection_train_loader(
         records,
         build_train_mapper(cfg),
-        batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
         seed=seed,
-        indices=_indices(cfg, records),
+        sampler=cfg.DATALOADER.SAMPLER_TRAIN,
+        repeat_threshold=cfg.DATALOADER.REPEAT_THRESHOLD,
         # Crops of one size need no grouping.
         aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING and not cfg.INPUT.JITTER.ENABLED,
         parts=cfg.SOLVER.ACCUMULATION_STEPS,
@@ -242,20 +244,64 @@ def build_train_loader(cfg: CfgNode, seed: int) -> TrainLoader:
     )
 
 
-def _indices(cfg: CfgNode, records: Sequence[dict]) -> Callable[[int], Iterator[int]]:
-    """Return what makes the endless sequence of ``DATALOADER.SAMPLER_TRAIN`` from a seed."""
-    name = cfg.DATALOADER.SAMPLER_TRAIN
-    if name == "TrainingSampler":
+def detection_train_loader(
+    dataset: Sequence[dict[str, Any]],
+    mapper: Callable[[dict], dict | None],
+    *,
+    total_batch_size: int,
+    seed: int = 0,
+    sampler: str = "TrainingSampler",
+    repeat_threshold: float = 0.0,
+    aspect_ratio_grouping: bool = True,
+    parts: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    max_unreadable: int = 0,
+) -> TrainLoader:
+    """Make the loader of a data set.
+
+    Args:
+        dataset: dataset dicts in detectron2's format.
+        mapper: makes the model's input of one; None drops it.
+        total_batch_size: images of all processes together.
+        seed: what order and augmentation follow from, not negative.
+        sampler: "TrainingSampler", or "RepeatFactorTrainingSampler" with ``repeat_threshold``.
+        repeat_threshold: frequency of a category below which its images are repeated.
+        aspect_ratio_grouping, parts, num_workers, pin_memory, max_unreadable: as of
+            :class:`TrainLoader`.
+
+    Raises:
+        ValueError: if the sampler is unknown or the batch cannot be split evenly.
+    """
+    return TrainLoader(
+        dataset,
+        mapper,
+        batch_size=total_batch_size,
+        seed=seed,
+        indices=_indices(dataset, sampler, repeat_threshold),
+        aspect_ratio_grouping=aspect_ratio_grouping,
+        parts=parts,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        max_unreadable=max_unreadable,
+    )
+
+
+def _indices(
+    records: Sequence[dict], sampler: str, repeat_threshold: float
+) -> Callable[[int], Iterator[int]]:
+    """Return what makes the endless sequence of a sampler from a seed."""
+    if sampler == "TrainingSampler":
         make = partial(TrainingSampler, len(records))
-    elif name == "RepeatFactorTrainingSampler":
+    elif sampler == "RepeatFactorTrainingSampler":
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            records, cfg.DATALOADER.REPEAT_THRESHOLD
+            records, repeat_threshold
         )
         make = partial(RepeatFactorTrainingSampler, factors)
     else:
         raise ValueError(
             "DATALOADER.SAMPLER_TRAIN must be TrainingSampler or RepeatFactorTrainingSampler, got "
-            f"{name}."
+            f"{sampler}."
         )
     # Iterating over a sampler would give the indices of this process alone.
     return lambda seed: make(seed=seed)._infinite_indices()

@@ -30,7 +30,7 @@ def argument_parser() -> argparse.ArgumentParser:
         "--num-gpus",
         type=positive_int,
         default=1,
-        help="processes on this machine, each with a GPU of its own unless MODEL.DEVICE is cpu",
+        help="processes on this machine, each with a GPU of its own unless it runs on the CPU",
     )
     parser.add_argument(
         "--num-machines", type=positive_int, default=1, help="machines that take part"
@@ -39,21 +39,20 @@ def argument_parser() -> argparse.ArgumentParser:
         "--resume",
         choices=("always", "auto"),
         metavar="[auto]",
-        help="continue the run in OUTPUT_DIR, which must hold a checkpoint; with auto, as for jobs "
-        "that are preempted and started again, begin the run if it holds none",
+        help="continue the run in the output folder, which must hold a checkpoint; with auto, as "
+        "for jobs that are preempted and started again, begin the run if it holds none",
     )
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="remove what an earlier run left in OUTPUT_DIR; without it, that is an error",
+        help="remove what an earlier run left in the output folder; without it, that is an error",
     )
     for split in ("train", "test"):
         parser.add_argument(
             f"--{split}",
             nargs=2,
             metavar=("JSON", "IMAGES"),
-            help=f"COCO-format json and image folder to {split} on, in place of DATASETS."
-            f"{split.upper()}",
+            help=f"COCO-format json and image folder to {split} on, in place of the config's",
         )
     return parser
 

@@ -27,6 +27,7 @@ _MAY_CHANGE = {
     "MODEL.ACTIVATION_CHECKPOINTING": True,
     "MODEL.CHANNELS_LAST": True,
     "MODEL.COMPILE": True,
+    "MODEL.FSDP": True,
     "MODEL.*_TEST": True,
     "MODEL.PANOPTIC_FPN.COMBINE.*": True,
     # The model, its input and its losses.
@@ -45,9 +46,30 @@ _MAY_CHANGE = {
     "DATALOADER.REPEAT_*": False,
     "DATALOADER.SAMPLER_TRAIN": False,
     "INPUT.JITTER.ENABLED": False,
+    # The same in LazyConfigs.
+    "model.*.backend": True,
+    "model.*test_*": True,
+    "model.max_detections_per_image": True,
+    "model.*": False,
+    "optimizer._target_": False,
+    "optimizer.params.*": False,
+    "optimizer.weight_decay": False,
+    "train.seed": False,
+    "dataloader.train.dataset.*": False,
+    "dataloader.train_json": False,
+    "dataloader.train.sampler": False,
+    "dataloader.train.repeat_threshold": False,
+    "dataloader.train.aspect_ratio_grouping": False,
+    "dataloader.train.mapper.image_format": False,
 }
 
 
+_DATASETS = (
+    "DATASETS.TRAIN",
+    "DATASETS.TEST",
+    "dataloader.train.dataset.names",
+    "dataloader.test.dataset.names",
+)
 # The value of a key where only another version of detectron2 or of this project has it.
 _NO_KEY = "(no such key)"
 
@@ -103,12 +125,13 @@ def _changes(cfg: CfgNode) -> list[_Change]:
         return []
     defaults = get_cfg()
     add_sasa_config(defaults)
-    old = _as_stored(defaults)
+    new = _as_stored(cfg)
+    # Of which a LazyConfig has none.
+    old = {key: value for key, value in _as_stored(defaults).items() if key in new}
     for _, values in read_config_file(str(path)):
         old |= flatten(values)
-    new = _as_stored(cfg)
     # Where a run is stored is where it is resumed, in whatever way that is written.
-    keys = sorted((old.keys() | new.keys()) - {"OUTPUT_DIR"})
+    keys = sorted((old.keys() | new.keys()) - {"OUTPUT_DIR", "train.output_dir"})
     changes = [_Change(key, old.get(key, _NO_KEY), new.get(key, _NO_KEY)) for key in keys]
     return [c for c in changes if _comparable(c.key, c.old) != _comparable(c.key, c.new)]
 
@@ -120,9 +143,9 @@ def _as_stored(cfg: CfgNode) -> dict[str, Any]:
 
 def _comparable(key: str, value: Any) -> Any:
     """Make paths of one file equal."""
-    if key in ("DATASETS.TRAIN", "DATASETS.TEST") and isinstance(value, list):
+    if key in _DATASETS and isinstance(value, list):
         return [os.path.realpath(name) for name in value]
-    is_path = key.startswith("DATASETS.") and isinstance(value, str) and value
+    is_path = key.startswith(("DATASETS.", "dataloader.")) and isinstance(value, str) and value
     return os.path.realpath(value) if is_path else value
 
 

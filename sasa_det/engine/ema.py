@@ -8,6 +8,8 @@ import torch
 from detectron2.engine import HookBase
 from torch import Tensor, nn
 
+from ..checkpoint.sharding import shard_like
+
 __all__ = ["EmaUpdate", "ModelEma"]
 
 
@@ -50,7 +52,10 @@ class ModelEma:
     def _swap(self) -> None:
         for name, average in self._averages.items():
             parameter = self._parameters[name]
-            parameter.data, self._averages[name] = average, parameter.data
+            # Not by their storage: that of a shard belongs to FSDP.
+            weight = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(weight)
 
     def state_dict(self) -> dict[str, Any]:
         return {"decay": self.decay, "weights": dict(self._averages)}
@@ -65,9 +70,10 @@ class ModelEma:
         shapes = {name: p.shape for name, p in self._parameters.items()}
         if weights and {name: w.shape for name, w in weights.items()} != shapes:
             raise ValueError("the averaged weights of the checkpoint are of another model.")
-        self._averages = {
-            name: weight.to(self._parameters[name], copy=True) for name, weight in weights.items()
-        }
+        self._averages = {}
+        for name, weight in weights.items():
+            parameter = self._parameters[name]
+            self._averages[name] = shard_like(weight, parameter).to(parameter, copy=True)
 
 
 class EmaUpdate(HookBase):

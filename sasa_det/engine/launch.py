@@ -4,7 +4,6 @@ import datetime
 import logging
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,8 @@ __all__ = ["is_elastic_restart", "launch", "started_by_torchrun"]
 logger = logging.getLogger(__name__)
 
 _TIMEOUT = datetime.timedelta(minutes=30)
+# Begins the address of a store that the launching process holds.
+_LOCAL_STORE = "store://127.0.0.1:"
 
 
 def started_by_torchrun() -> bool:
@@ -90,7 +91,9 @@ def launch(
                 "--dist-url must be an address that all machines reach, as in "
                 "tcp://host:port, if --num-machines is above 1."
             )
-        dist_url = f"tcp://127.0.0.1:{_free_port()}"
+        # Here, where the system gives it a port that stays free until the processes have met.
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        dist_url = f"{_LOCAL_STORE}{store.port}"
     first = machine_rank * num_processes
     context = multiprocessing.start_processes(
         _worker,
@@ -139,7 +142,14 @@ def _worker(
     device: str,
     args: tuple,
 ) -> None:
-    meeting = {"init_method": url, "rank": first + local_rank, "world_size": world_size}
+    # Of what it starts in turn, as loaders of data: a spawned one would import everything anew.
+    multiprocessing.set_start_method("fork", force=True)
+    meeting: dict[str, Any] = {"rank": first + local_rank, "world_size": world_size}
+    if url.startswith(_LOCAL_STORE):
+        port = int(url.removeprefix(_LOCAL_STORE))
+        meeting["store"] = dist.TCPStore("127.0.0.1", port, is_master=False)
+    else:
+        meeting["init_method"] = url
     _join_group(meeting, local_rank, num_processes, device)
     try:
         status = main(*args)
@@ -168,9 +178,3 @@ def _make_local_group(num_local: int) -> None:
         group = dist.new_group(list(range(first, first + num_local)))
         if first <= dist.get_rank() < first + num_local:
             comm._LOCAL_PROCESS_GROUP = group
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("", 0))
-        return found.getsockname()[1]

@@ -1,12 +1,12 @@
 """LazyConfigs: read, checked, and told to the engine in the keys that it knows from yaml."""
 
 import builtins
+import copy
 import dataclasses
 import os
 import re
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import yaml
@@ -22,10 +22,11 @@ from ..data.coco import num_classes_of
 from .config_file import read_config_file
 from .config_keys import CONFIG_ERRORS, explain, flatten
 from .config_values import check_values
-from .errors import USAGE_ERRORS, UsageError, nearest
-from .setup import _class_keys, register_datasets
+from .errors import UsageError, nearest, tell
+from .schedule import prefer_given
+from .setup import class_keys, register_datasets
 
-__all__ = ["KEYS", "LazySettings", "in_lazy_keys", "load_lazy_config"]
+__all__ = ["KEYS", "LazySettings", "load_lazy_config", "tell_in_lazy_keys"]
 
 # The keys that the engine reads of a yaml config, and those of a LazyConfig that say the same. The
 # rest of a LazyConfig is calls, which are made.
@@ -41,7 +42,11 @@ KEYS = {
     "MODEL.ACTIVATION_CHECKPOINTING": "train.activation_checkpointing",
     "MODEL.CHANNELS_LAST": "train.channels_last",
     "MODEL.COMPILE": "train.compile",
+    "MODEL.FSDP": "train.fsdp",
     "MODEL.MASK_ON": "dataloader.train.mapper.use_instance_mask",
+    "MODEL.RESNETS.NORM": "model.backbone.bottom_up.norm",
+    "MODEL.FPN.NORM": "model.backbone.norm",
+    "MODEL.RETINANET.NORM": "model.head.norm",
     "MODEL.RETINANET.NUM_CLASSES": "model.num_classes",
     "MODEL.ROI_HEADS.NUM_CLASSES": "model.roi_heads.num_classes",
     "DATASETS.TRAIN": "dataloader.train.dataset.names",
@@ -93,11 +98,28 @@ _SECTIONS = ("dataloader", "lr_multiplier", "model", "optimizer", "train")
 class LazySettings(CfgNode):
     """What the engine reads of a LazyConfig, under the keys of yaml configs.
 
+    Another process that it is sent to executes the config anew, with the data sets that its code
+    registers.
+
     Attributes:
         lazy (DictConfig): the LazyConfig.
+        source (tuple): config file, overrides and data sets of the command line.
     """
 
     lazy: DictConfig
+    source: tuple
+
+    def __reduce__(self):
+        config_file, overrides, *data = self.source
+        # Which only the process that reads the data knows.
+        classes = [f"{KEYS[key]}={flatten(self)[key]}" for key in class_keys(self)]
+        return _load_unchecked, (config_file, [*overrides, *classes], *data)
+
+    def __deepcopy__(self, memo: dict) -> "LazySettings":
+        copied = LazySettings()
+        copied.update({key: copy.deepcopy(value, memo) for key, value in self.items()})
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def dump(self, **kwargs: Any) -> str:
         """Return the LazyConfig as yaml, which LazyConfig.load reads."""
@@ -136,32 +158,31 @@ def load_lazy_config(
         if source:
             lazy.dataloader[f"{split}_json"], lazy.dataloader[f"{split}_images"] = source
     cfg = _settings(lazy)
-    with in_lazy_keys():
-        check_values(cfg)
-        register_datasets(cfg, check=check)
-        named = [split for split in ("TRAIN", "TEST") if cfg.DATASETS[f"{split}_JSON"]]
-        for split in named:
-            OmegaConf.update(lazy, KEYS[f"DATASETS.{split}"], list(cfg.DATASETS[split]))
-        for key in _class_keys(cfg) if named else ():
-            if KEYS[key] not in overridden:
-                classes = num_classes_of(cfg.DATASETS[named[0]])
-                cfg.merge_from_list([key, classes])
-                OmegaConf.update(lazy, KEYS[key], classes)
+    before = flatten(cfg)
+    prefer_given(cfg, [key for key, name in KEYS.items() if name in overridden])
+    check_values(cfg)
+    register_datasets(cfg, check=check)
+    named = [split for split in ("TRAIN", "TEST") if cfg.DATASETS[f"{split}_JSON"]]
+    for key in class_keys(cfg) if named else ():
+        if KEYS[key] not in overridden:
+            cfg.merge_from_list([key, num_classes_of(cfg.DATASETS[named[0]])])
+    for key, value in flatten(cfg).items():
+        if value != before[key]:
+            OmegaConf.update(lazy, KEYS[key], list(value) if isinstance(value, tuple) else value)
+    object.__setattr__(cfg, "source", (config_file, list(overrides), train, test))
     cfg.freeze()
     return cfg
 
 
-@contextmanager
-def in_lazy_keys() -> Iterator[None]:
-    """Tell mistakes that come out of a block in the keys of LazyConfigs.
+def _load_unchecked(*source: Any) -> LazySettings:
+    return load_lazy_config(*source, check=False)
 
-    Raises:
-        UsageError: for any of :data:`sasa_det.engine.errors.USAGE_ERRORS`.
-    """
-    try:
-        yield
-    except USAGE_ERRORS as error:
-        raise UsageError(_YAML_KEY.sub(lambda match: KEYS[match[0]], str(error))) from error
+
+def tell_in_lazy_keys(error: Exception) -> int:
+    """Print a mistake as :func:`sasa_det.engine.errors.tell`, in the keys of LazyConfigs."""
+    told = UsageError(_YAML_KEY.sub(lambda match: KEYS[match[0]], str(error)))
+    told.__cause__ = error
+    return tell(told)
 
 
 def _load(path: str) -> DictConfig:
@@ -248,14 +269,13 @@ def _settings(lazy: DictConfig) -> LazySettings:
             value = OmegaConf.select(lazy, name, default=_ABSENT)
         except OmegaConfBaseException as error:
             raise UsageError(f"{name}: {_first_line(error)}") from error
-        if value is _ABSENT:
+        if value is _ABSENT or callable(value):  # as a norm may be
             continue
         value = _as_in_yaml(value, known[key])
         try:
             cfg.merge_from_list([key, value])
         except CONFIG_ERRORS as error:
-            with in_lazy_keys():
-                raise UsageError(explain(error, cfg, {key: value})) from error
+            raise UsageError(explain(error, cfg, {key: value})) from error
     return cfg
 
 

@@ -14,15 +14,13 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils.registry import locate
 from torch import nn
 
-from ..checkpoint import Checkpointer
-from ..checkpoint.sources import locate as find_weights
 from ..data.loader import TrainLoader
 from .errors import UsageError
 from .lazy_config import LazySettings
-from .model_check import _BUILD_ERRORS, _explain
-from .model_options import checkpoint_stages, compile_parts
+from .model_check import BUILD_ERRORS, check_weights, explain_build_error
+from .model_options import apply_options, checkpoint_stages
 from .optimizer import max_gradient_norm
-from .trainer import Trainer, _results_folder
+from .trainer import Trainer, results_folder
 
 __all__ = ["LazyTrainer", "check_calls"]
 
@@ -34,17 +32,16 @@ class LazyTrainer(Trainer):
 
     @classmethod
     def build_model(cls, cfg: LazySettings) -> nn.Module:
-        model = _make_model(cfg)
+        model = instantiate(cfg.lazy.model).to(cfg.MODEL.DEVICE)
         logger.info("Model:\n%s", model)
-        if cfg.MODEL.COMPILE:
-            compile_parts(model)
-        return model
+        return apply_options(model, cfg)
 
     @classmethod
     def build_optimizer(cls, cfg: LazySettings, model: nn.Module) -> torch.optim.Optimizer:
         lazy = copy.deepcopy(cfg.lazy)
-        # The rate may be scaled to the batch, and what follows it in the config is.
-        lazy.optimizer.lr = cfg.SOLVER.BASE_LR
+        if "lr" in lazy.optimizer:
+            # It may be scaled to the batch, and with it what refers to it in the config.
+            lazy.optimizer.lr = cfg.SOLVER.BASE_LR
         lazy.optimizer.params.model = model
         optimizer = instantiate(lazy.optimizer)
         if max_gradient_norm(cfg) is None:
@@ -95,12 +92,10 @@ def check_calls(cfg: LazySettings, *, eval_only: bool, weights: str = "") -> Non
         UsageError: in one sentence, from the error that was raised.
         CheckpointError: if the weights cannot be used or do not fit the model.
     """
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"
     loaders = cfg.lazy.dataloader
     try:
-        model = _make_model(cfg)
+        model = instantiate(cfg.lazy.model).to("cpu")
+        checkpoint_stages(model.backbone, cfg.MODEL.ACTIVATION_CHECKPOINTING)
         for name in cfg.DATASETS.TEST[:1]:
             instantiate(loaders.test.mapper)
             _check_call("dataloader.test", _test_loader(cfg, name))
@@ -111,20 +106,9 @@ def check_calls(cfg: LazySettings, *, eval_only: bool, weights: str = "") -> Non
             instantiate(loaders.train.mapper)
             _check_call("dataloader.train", _train_loader(cfg))
             _check_call("dataloader.train.dataset", loaders.train.dataset)
-    except (ImportError, *_BUILD_ERRORS) as error:
-        raise UsageError(_explain(error)) from error
-    if weights:
-        if not find_weights(weights).path.is_file():
-            raise UsageError(f"MODEL.WEIGHTS {weights} does not exist.")
-        Checkpointer(model, strict=eval_only, allow=cfg.MODEL.WEIGHTS_ALLOW).load(weights)
-
-
-def _make_model(cfg: LazySettings) -> nn.Module:
-    model = instantiate(cfg.lazy.model).to(cfg.MODEL.DEVICE)
-    checkpoint_stages(model.backbone, cfg.MODEL.ACTIVATION_CHECKPOINTING)
-    if cfg.MODEL.CHANNELS_LAST:
-        model.to(memory_format=torch.channels_last)
-    return model
+    except BUILD_ERRORS as error:
+        raise UsageError(explain_build_error(error)) from error
+    check_weights(cfg, model, weights, strict=eval_only)
 
 
 def _train_loader(cfg: LazySettings) -> dict[str, Any]:
@@ -149,7 +133,7 @@ def _evaluator(
     return {
         **cfg.lazy.dataloader.evaluator,
         "dataset_name": dataset_name,
-        "output_dir": output_folder or _results_folder(cfg, dataset_name),
+        "output_dir": output_folder or results_folder(cfg, dataset_name),
     }
 
 

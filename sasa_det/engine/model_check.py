@@ -16,6 +16,7 @@ from detectron2.modeling import (
     build_model,
 )
 from detectron2.modeling.proposal_generator import RPN_HEAD_REGISTRY
+from torch import nn
 
 from ..checkpoint import Checkpointer
 from ..checkpoint.sources import locate
@@ -24,7 +25,7 @@ from .errors import UsageError, nearest
 from .model_options import checkpoint_stages
 from .optimizer import build_optimizer
 
-__all__ = ["check_model"]
+__all__ = ["BUILD_ERRORS", "check_model", "check_weights", "explain_build_error"]
 
 # The keys whose names detectron2 looks up in its registries.
 _REGISTRIES = {
@@ -41,10 +42,11 @@ _REGISTRIES = {
 }
 
 # What models, optimizers and mappers raise over a config that they cannot be built from.
-_BUILD_ERRORS = (
+BUILD_ERRORS = (
     ArithmeticError,
     AssertionError,
     AttributeError,
+    ImportError,
     LookupError,
     RuntimeError,
     TypeError,
@@ -74,15 +76,32 @@ def check_model(cfg: CfgNode, *, eval_only: bool, weights: str = "") -> None:
         if not eval_only:
             build_optimizer(cfg, model)
             build_train_mapper(cfg)
-    except _BUILD_ERRORS as error:
-        raise UsageError(_explain(error)) from error
+    except BUILD_ERRORS as error:
+        raise UsageError(explain_build_error(error)) from error
+    check_weights(cfg, model, weights, strict=eval_only)
+
+
+def check_weights(cfg: CfgNode, model: nn.Module, weights: str, *, strict: bool) -> None:
+    """Load the weights that a run starts from into its model.
+
+    Args:
+        cfg: the config of the run.
+        model: is not to be used afterwards.
+        weights: "" for none.
+        strict: whether they must fill the whole model.
+
+    Raises:
+        UsageError: if they do not exist.
+        CheckpointError: if they cannot be used or do not fit the model.
+    """
     if weights:
         if not locate(weights).path.is_file():
             raise UsageError(f"MODEL.WEIGHTS {weights} does not exist.")
-        Checkpointer(model, strict=eval_only, allow=cfg.MODEL.WEIGHTS_ALLOW).load(weights)
+        Checkpointer(model, strict=strict, allow=cfg.MODEL.WEIGHTS_ALLOW).load(weights)
 
 
-def _explain(error: Exception) -> str:
+def explain_build_error(error: Exception) -> str:
+    """Turn one of :data:`BUILD_ERRORS` into one sentence."""
     message = (str(error.args[0]) if error.args else "").strip().partition("\n")[0]
     unregistered = re.fullmatch(r"No object named '(.*)' found in '(.*)' registry!", message)
     for key, registry in _REGISTRIES.items():

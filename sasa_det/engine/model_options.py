@@ -5,11 +5,33 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
+from detectron2.config import CfgNode
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["checkpoint_stages", "compile_parts"]
+__all__ = ["apply_options", "checkpoint_stages", "compile_parts"]
+
+
+def apply_options(model: nn.Module, cfg: CfgNode) -> nn.Module:
+    """Change a model in place as ``MODEL.ACTIVATION_CHECKPOINTING`` and its neighbours ask for.
+
+    Args:
+        model: as it was built.
+        cfg: a config with sasa_det's keys.
+
+    Returns:
+        nn.Module: the model.
+
+    Raises:
+        ValueError: if the backbone has no stage of a given name.
+    """
+    checkpoint_stages(model.backbone, cfg.MODEL.ACTIVATION_CHECKPOINTING)
+    if cfg.MODEL.CHANNELS_LAST:
+        model.to(memory_format=torch.channels_last)
+    if cfg.MODEL.COMPILE:
+        compile_parts(model)
+    return model
 
 
 def checkpoint_stages(backbone: nn.Module, stages: Sequence[str]) -> None:

@@ -1,12 +1,13 @@
 """Lengths in epochs, and the learning rate of a batch and of an iteration."""
 
 import logging
+from collections.abc import Collection
 
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from torch.optim.lr_scheduler import LRScheduler
 
-__all__ = ["LearningRate", "in_iterations", "scale_learning_rate"]
+__all__ = ["LearningRate", "in_iterations", "prefer_given", "scale_learning_rate"]
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +19,22 @@ _EPOCHS = {
     "SOLVER.STEP_EPOCHS": "SOLVER.STEPS",
     "TEST.EVAL_EPOCHS": "TEST.EVAL_PERIOD",
 }
+
+
+def prefer_given(cfg: CfgNode, given: Collection[str]) -> None:
+    """Let a length in iterations or a learning rate that is given stand as it is.
+
+    Without this, a length in epochs or a batch of reference from an earlier file would change it.
+
+    Args:
+        cfg: a config with sasa_det's keys, changed in place.
+        given: full keys that a config file or the overrides have just set.
+    """
+    overruled = {**_EPOCHS, "SOLVER.REFERENCE_BATCH": "SOLVER.BASE_LR"}
+    for key, by in overruled.items():
+        if by in given and key not in given:
+            section, name = key.split(".")
+            cfg[section][name] = type(cfg[section][name])()
 
 
 def in_iterations(cfg: CfgNode, num_images: int) -> CfgNode:

@@ -1,7 +1,8 @@
 """The config of a run: put together, and checked before any work is done."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -17,8 +18,9 @@ from .errors import UsageError
 from .model_check import check_model
 from .output_folder import Resume, check_output, is_resumed
 from .output_lock import output_lock
+from .schedule import prefer_given
 
-__all__ = ["check_run", "load_config", "register_datasets"]
+__all__ = ["check_run", "class_keys", "load_config", "register_datasets"]
 
 
 def load_config(
@@ -48,6 +50,7 @@ def load_config(
             cfg.merge_from_other_cfg(CfgNode(values))
         except CONFIG_ERRORS as error:
             raise UsageError(f"{path}: {explain(error, cfg, flatten(values))}") from error
+        prefer_given(cfg, flatten(values))
     opts = [opt for opt in opts if opt != "--"]
     _merge_overrides(cfg, opts)
     for split, source in (("TRAIN", train), ("TEST", test)):
@@ -56,7 +59,7 @@ def load_config(
     check_values(cfg)
     register_datasets(cfg)
     named = [cfg.DATASETS[split] for split in ("TRAIN", "TEST") if cfg.DATASETS[f"{split}_JSON"]]
-    for key in _class_keys(cfg) if named else ():
+    for key in class_keys(cfg) if named else ():
         if key not in opts[::2]:
             cfg.merge_from_list([key, num_classes_of(named[0])])
     cfg.freeze()
@@ -79,6 +82,7 @@ def _merge_overrides(cfg: CfgNode, opts: Sequence[str]) -> None:
     except CONFIG_ERRORS as error:
         given = dict(zip(opts[::2], opts[1::2], strict=True))
         raise UsageError(explain(error, cfg, given)) from error
+    prefer_given(cfg, opts[::2])
 
 
 def register_datasets(cfg: CfgNode, *, check: bool = True) -> None:
@@ -114,6 +118,7 @@ def check_run(
     overwrite: bool = False,
     leader: bool = True,
     num_processes: int = 1,
+    check: Callable[..., None] = check_model,
 ) -> None:
     """Check schedule, data, classes, device, weights, model and output folder of a run.
 
@@ -127,6 +132,7 @@ def check_run(
         leader: False in the processes that leave the output folder to another one, as of
             :func:`sasa_det.engine.output_folder.claim_output`.
         num_processes: of the run, on all machines.
+        check: tells mistakes in what the config builds, as :func:`check_model`.
 
     Raises:
         UsageError: in one sentence that names the key, the file or the folder.
@@ -139,7 +145,9 @@ def check_run(
     if not eval_only:
         check_schedule(cfg)
         _check_batch(cfg, num_processes)
+        _check_sharding(cfg, num_processes)
     _check_device(cfg)
+    _check_norms(cfg, num_processes)
     _check_data(cfg, eval_only)
     resumed = is_resumed(folder, resume)
     weights = "" if resumed else cfg.MODEL.WEIGHTS
@@ -148,7 +156,12 @@ def check_run(
             "--eval-only needs weights: set MODEL.WEIGHTS, or give --resume with an OUTPUT_DIR "
             "that holds a checkpoint."
         )
-    check_model(cfg, eval_only=eval_only, weights=weights)
+    if cfg.WANDB_PROJECT and find_spec("wandb") is None:
+        raise UsageError(
+            f"WANDB_PROJECT is {cfg.WANDB_PROJECT} but wandb is not installed; install it or give "
+            'WANDB_PROJECT "".'
+        )
+    check(cfg, eval_only=eval_only, weights=weights)
 
 
 def _check_batch(cfg: CfgNode, num_processes: int) -> None:
@@ -158,6 +171,19 @@ def _check_batch(cfg: CfgNode, num_processes: int) -> None:
             "SOLVER.IMS_PER_BATCH must be a multiple of the number of processes times "
             f"SOLVER.ACCUMULATION_STEPS, which is {shares}, got {cfg.SOLVER.IMS_PER_BATCH}."
         )
+
+
+def _check_sharding(cfg: CfgNode, num_processes: int) -> None:
+    if not cfg.MODEL.FSDP:
+        return
+    if num_processes == 1:
+        raise UsageError(
+            "MODEL.FSDP must be False in a run of one process, which has nobody to share the "
+            "model with."
+        )
+    for key in ("CHANNELS_LAST", "COMPILE"):
+        if cfg.MODEL[key]:
+            raise UsageError(f"MODEL.{key} must be False if MODEL.FSDP is True: they do not mix.")
 
 
 def _check_device(cfg: CfgNode) -> None:
@@ -170,13 +196,24 @@ def _check_device(cfg: CfgNode) -> None:
         return
     if not torch.cuda.is_available():
         raise UsageError(
-            f"MODEL.DEVICE is {name} but no GPU is visible; add MODEL.DEVICE cpu to run on the CPU."
+            f"MODEL.DEVICE is {name} but no GPU is visible; set MODEL.DEVICE to cpu to run without."
         )
     if device.index is not None and device.index >= torch.cuda.device_count():
         raise UsageError(
             f"MODEL.DEVICE is {name} but {torch.cuda.device_count()} GPUs are visible, which are "
             "numbered from 0."
         )
+
+
+def _check_norms(cfg: CfgNode, num_processes: int) -> None:
+    if num_processes == 1 or not cfg.MODEL.DEVICE.startswith("cpu"):
+        return
+    for key, value in flatten(cfg).items():
+        if key.startswith("MODEL.") and key.endswith(".NORM") and value == "SyncBN":
+            raise UsageError(
+                f"{key} must not be SyncBN where several processes train on CPUs, for PyTorch has "
+                "it for GPUs alone; naiveSyncBN is detectron2's own."
+            )
 
 
 def _check_data(cfg: CfgNode, eval_only: bool) -> None:
@@ -196,7 +233,7 @@ def _check_data(cfg: CfgNode, eval_only: bool) -> None:
             )
     datasets = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
     found = num_classes_of(datasets)
-    for key in _class_keys(cfg):
+    for key in class_keys(cfg):
         given = flatten(cfg)[key]
         if given != found:
             raise UsageError(
@@ -211,7 +248,8 @@ def _image_options(cfg: CfgNode) -> dict[str, int | str]:
     return {"max_pixels": cfg.INPUT.MAX_PIXELS, "mask_format": mask_format}
 
 
-def _class_keys(cfg: CfgNode) -> list[str]:
+def class_keys(cfg: CfgNode) -> list[str]:
+    """List the keys that hold the number of classes of a config's model."""
     if "RetinaNet" in cfg.MODEL.META_ARCHITECTURE:
         return ["MODEL.RETINANET.NUM_CLASSES"]
     if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN":

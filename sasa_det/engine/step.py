@@ -12,7 +12,9 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from ..checkpoint.sharding import whole
 from ..seeding import seed_everything
+from .distributed import shard_optimizer_state, unwrapped, without_sync
 from .signals import StopSignals
 
 __all__ = ["NonFiniteError", "StepTrainer"]
@@ -81,7 +83,7 @@ class StepTrainer(SimpleTrainer):
         self.grad_scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        losses, norm_value, data_time = self._agree(losses, norm, data_time)
+        losses, norm_value, data_time = self._agree(losses, whole(norm), data_time)
         self._check(losses, norm_value, batches)
         if self.max_norm is not None:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.max_norm, norm)
@@ -98,7 +100,7 @@ class StepTrainer(SimpleTrainer):
             batches.append(next(self._data_loader_iter))
             data_time += time.perf_counter() - start
             last = part == self.accumulation_steps - 1
-            with nullcontext() if last else _without_sync(self.model):
+            with nullcontext() if last else without_sync(self.model):
                 with torch.autocast(
                     self._device.type, self.precision, enabled=self.precision is not None
                 ):
@@ -162,7 +164,8 @@ class StepTrainer(SimpleTrainer):
         A state that detectron2 wrote lacks this project's parts, which then start anew.
         """
         settings = [_settings(group) for group in self.optimizer.param_groups]
-        super().load_state_dict(state_dict)
+        optimizer = shard_optimizer_state(self.optimizer, state_dict["optimizer"])
+        super().load_state_dict({**state_dict, "optimizer": optimizer})
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
         parts = ("seed", "grad_scaler", "loss_normalizers", "data_loader")
@@ -177,7 +180,7 @@ class StepTrainer(SimpleTrainer):
         if state_dict.get("grad_scaler") and self.grad_scaler.is_enabled():
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         for name, value in state_dict.get("loss_normalizers", {}).items():
-            _unwrapped(self.model).get_submodule(name).loss_normalizer = value
+            unwrapped(self.model).get_submodule(name).loss_normalizer = value
         if "data_loader" in state_dict and hasattr(self.data_loader, "load_state_dict"):
             self.data_loader.load_state_dict(state_dict["data_loader"])
 
@@ -213,16 +216,7 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.module if hasattr(model, "no_sync") else model
-
-
-def _without_sync(model: nn.Module):
-    """Keep gradients of a part of a batch to the process."""
-    return model.no_sync() if hasattr(model, "no_sync") else nullcontext()
-
-
 def _loss_normalizers(model: nn.Module) -> dict[str, float]:
     """Collect what detectron2's dense detectors average in plain attributes."""
-    modules = _unwrapped(model).named_modules()
+    modules = unwrapped(model).named_modules()
     return {name: float(m.loss_normalizer) for name, m in modules if hasattr(m, "loss_normalizer")}

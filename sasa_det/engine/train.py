@@ -2,10 +2,10 @@
 
 import argparse
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode
@@ -22,15 +22,35 @@ from .denormals import flush_denormals
 from .errors import USAGE_ERRORS, tell
 from .launch import is_elastic_restart, launch, started_by_torchrun
 from .logs import log_to
+from .model_check import check_model
 from .output_folder import claim_output
 from .setup import check_run, load_config, register_datasets
 from .signals import StopTraining
 from .step import NonFiniteError
 from .trainer import Trainer
 
-__all__ = ["evaluate", "run", "train"]
+__all__ = ["YAML", "ConfigKind", "evaluate", "run", "train"]
 
 logger = logging.getLogger(__name__)
+
+
+class ConfigKind(NamedTuple):
+    """What runs of one kind of config do in a way of their own.
+
+    Attributes:
+        load: makes the config of config file, overrides and the data named on the command line.
+        check: tells mistakes in what the config builds, as :func:`check_model`.
+        tell: prints a mistake and returns the exit status, as :func:`sasa_det.engine.errors.tell`.
+        trainer: of the config.
+    """
+
+    load: Callable[..., CfgNode]
+    check: Callable[..., None]
+    tell: Callable[[Exception], int]
+    trainer: type[Trainer]
+
+
+YAML = ConfigKind(load_config, check_model, tell, Trainer)
 
 
 def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
@@ -48,12 +68,12 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
         CheckpointError: if there is no valid checkpoint, or ``MODEL.WEIGHTS`` does not fit.
         StopTraining, NonFiniteError: as :meth:`Trainer.train`.
     """
-    return _ready(cfg, resume).train()
+    return _ready(cfg, resume, Trainer).train()
 
 
-def _ready(cfg: CfgNode, resume: bool) -> Trainer:
+def _ready(cfg: CfgNode, resume: bool, kind: type[Trainer]) -> Trainer:
     """Build a trainer and load what it starts from."""
-    trainer = Trainer(cfg)
+    trainer = kind(cfg)
     trainer.resume_or_load(resume=resume)
     return trainer
 
@@ -71,28 +91,29 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     Raises:
         CheckpointError: if the weights cannot be used or do not fill the whole model.
     """
-    return _evaluate(cfg, _filled(cfg, resume))
+    return _evaluate(cfg, _filled(cfg, resume, Trainer), Trainer)
 
 
-def _filled(cfg: CfgNode, resume: bool) -> nn.Module:
+def _filled(cfg: CfgNode, resume: bool, trainer: type[Trainer]) -> nn.Module:
     """Build a model and fill it with the weights to evaluate."""
-    model = Trainer.build_model(cfg)
+    model = trainer.build_model(cfg)
     checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR, strict=True)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     return model
 
 
-def _evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
-    results = Trainer.test(cfg, model)
+def _evaluate(cfg: CfgNode, model: nn.Module, trainer: type[Trainer]) -> dict[str, Any]:
+    results = trainer.test(cfg, model)
     verify_results(cfg, results)
     return results
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, kind: ConfigKind = YAML) -> int:
     """Carry out a command line of :func:`sasa_det.engine.argument_parser`.
 
     Args:
         args: the parsed command line.
+        kind: of the config that it names.
 
     Returns:
         int: exit status: 0; 1 if the run failed; 2 after a mistake told in one sentence; 143 or
@@ -104,11 +125,11 @@ def run(args: argparse.Namespace) -> int:
         # torchrun repeats the command that it was given.
         args.resume, args.overwrite = "auto", False
     try:
-        cfg = load_config(args.config_file, args.opts, args.train, args.test)
+        cfg = kind.load(args.config_file, args.opts, args.train, args.test)
         if started_by_torchrun():
-            return launch(_torchrun_worker, 1, device=cfg.MODEL.DEVICE, args=(cfg, args))
+            return launch(_torchrun_worker, 1, device=cfg.MODEL.DEVICE, args=(kind, cfg, args))
         processes = args.num_gpus * args.num_machines
-        with _prepared(cfg, args, args.machine_rank == 0, processes) as resume:
+        with _prepared(kind, cfg, args, args.machine_rank == 0, processes) as resume:
             return launch(
                 _worker,
                 args.num_gpus,
@@ -116,56 +137,57 @@ def run(args: argparse.Namespace) -> int:
                 machine_rank=args.machine_rank,
                 dist_url=args.dist_url,
                 device=cfg.MODEL.DEVICE,
-                args=(cfg, args.eval_only, resume),
+                args=(kind, cfg, args.eval_only, resume),
             )
     except USAGE_ERRORS as error:
-        return tell(error)
+        return kind.tell(error)
 
 
 @contextmanager
 def _prepared(
-    cfg: CfgNode, args: argparse.Namespace, leader: bool, num_processes: int
+    kind: ConfigKind, cfg: CfgNode, args: argparse.Namespace, leader: bool, num_processes: int
 ) -> Iterator[bool]:
     """Check a run and have its output folder in a block; yields whether it is resumed."""
     options = {"eval_only": args.eval_only, "resume": args.resume, "overwrite": args.overwrite}
-    check_run(cfg, **options, leader=leader, num_processes=num_processes)
+    check_run(cfg, **options, leader=leader, num_processes=num_processes, check=kind.check)
     with claim_output(cfg, **options, leader=leader) as resume:
         yield resume
 
 
-def _torchrun_worker(cfg: CfgNode, args: argparse.Namespace) -> int:
+def _torchrun_worker(kind: ConfigKind, cfg: CfgNode, args: argparse.Namespace) -> int:
     """Check the run in the first process, whose word the others take."""
     with ExitStack() as stack:
         status, resume = 0, False
         if comm.is_main_process():
             try:
-                resume = stack.enter_context(_prepared(cfg, args, True, comm.get_world_size()))
+                prepared = _prepared(kind, cfg, args, True, comm.get_world_size())
+                resume = stack.enter_context(prepared)
             except USAGE_ERRORS as error:
-                status = tell(error)
+                status = kind.tell(error)
         status, resume = comm.all_gather((status, resume))[0]
-        return status or _worker(cfg, args.eval_only, resume)
+        return status or _worker(kind, cfg, args.eval_only, resume)
 
 
-def _worker(cfg: CfgNode, eval_only: bool, resume: bool) -> int:
+def _worker(kind: ConfigKind, cfg: CfgNode, eval_only: bool, resume: bool) -> int:
     """Do the work of one process and return its exit status."""
     flush_denormals()
     register_datasets(cfg, check=False)
     log_to(cfg.OUTPUT_DIR, comm.get_rank())
     _begin(cfg, eval_only, resume)
     try:
-        loaded = _filled(cfg, resume) if eval_only else _ready(cfg, resume)
+        loaded = (_filled if eval_only else _ready)(cfg, resume, kind.trainer)
     except USAGE_ERRORS as error:
-        return tell(error)
+        return kind.tell(error)
     try:
         if eval_only:
-            _evaluate(cfg, loaded)
+            _evaluate(cfg, loaded, kind.trainer)
         else:
             loaded.train()
     except StopTraining as stop:
         logger.info("Training ends before its last iteration: %s; everything is saved.", stop)
         return stop.status
     except (NonFiniteError, *USAGE_ERRORS) as error:
-        tell(error)
+        kind.tell(error)
         return 1
     return 0
 

@@ -17,24 +17,25 @@ from detectron2.engine import DefaultTrainer, TrainerBase, hooks
 from detectron2.evaluation import COCOEvaluator, verify_results
 from detectron2.utils import comm
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import Checkpointer
 from ..data.loader import TrainLoader, build_train_loader
 from ..data.mapper import DetectionMapper, build_test_mapper
+from ..evaluation.coco import coco_evaluator
 from .checkpointing import Checkpoints, StopOnSignal
 from .config_values import check_schedule
+from .distributed import distribute, unsharded
 from .ema import EmaUpdate, ModelEma
 from .evaluating import BestMetric, Evaluation
 from .metrics_file import MetricWriters
-from .model_options import checkpoint_stages, compile_parts
+from .model_options import apply_options
 from .optimizer import build_optimizer, max_gradient_norm
 from .schedule import LearningRate, in_iterations, scale_learning_rate
 from .signals import StopSignals
 from .step import StepTrainer
 from .validation_loss import validation_losses
 
-__all__ = ["Trainer"]
+__all__ = ["Trainer", "results_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -67,11 +68,12 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg = in_iterations(cfg, loader.num_images)
         check_schedule(cfg)
         model = self.build_model(cfg)
+        distributed = distribute(model, shard=cfg.MODEL.FSDP)
         optimizer = self.build_optimizer(cfg, model)
         amp = cfg.SOLVER.AMP
         self.signals = StopSignals()
         self._trainer = StepTrainer(
-            _wrap(model),
+            distributed,
             loader,
             optimizer,
             seed=cfg.SEED,
@@ -163,13 +165,14 @@ class Trainer(DefaultTrainer):
         results = dict(self.test(cfg, model))
         if self.ema is not None:
             evaluators = [
-                self.build_evaluator(cfg, name, _results_folder(cfg, name, "ema"))
+                self.build_evaluator(cfg, name, results_folder(cfg, name, "ema"))
                 for name in cfg.DATASETS.TEST
             ]
             with self.ema.applied():
                 results["ema"] = dict(self.test(cfg, model, evaluators))
         if cfg.TEST.VALIDATION_LOSS:
-            results["validation"] = validation_losses(model, self._validation_batches())
+            with unsharded(model):
+                results["validation"] = validation_losses(model, self._validation_batches())
         if not comm.is_main_process():
             return {}
         self._last_eval_results = results
@@ -195,13 +198,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        model = super().build_model(cfg)
-        checkpoint_stages(model.backbone, cfg.MODEL.ACTIVATION_CHECKPOINTING)
-        if cfg.MODEL.CHANNELS_LAST:
-            model.to(memory_format=torch.channels_last)
-        if cfg.MODEL.COMPILE:
-            compile_parts(model)
-        return model
+        return apply_options(super().build_model(cfg), cfg)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -216,14 +213,16 @@ class Trainer(DefaultTrainer):
         return build_detection_test_loader(cfg, dataset_name, mapper=build_test_mapper(cfg))
 
     @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict[str, Any]:
+        # Processes do not evaluate the same number of images.
+        with unsharded(model):
+            return super().test(cfg, model, evaluators)
+
+    @classmethod
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> COCOEvaluator:
-        return COCOEvaluator(
-            dataset_name,
-            output_dir=output_folder or _results_folder(cfg, dataset_name),
-            use_fast_impl=_has_compiled_evaluation(),
-        )
+        return coco_evaluator(dataset_name, output_folder or results_folder(cfg, dataset_name))
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -250,23 +249,8 @@ def _with_seed(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def _wrap(model: nn.Module) -> nn.Module:
-    if comm.get_world_size() == 1:
-        return model
-    on_gpu = next(model.parameters()).is_cuda
-    devices = [comm.get_local_rank()] if on_gpu else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
-
-
-def _results_folder(cfg: CfgNode, dataset_name: str, *parts: str) -> str:
+def results_folder(cfg: CfgNode, dataset_name: str, *parts: str) -> str:
+    """Return the folder of what evaluation writes about a data set."""
     # Data named on the command line is registered under its path.
     folder = re.sub(r"[^\w.-]+", "_", dataset_name.strip("/"))
     return os.path.join(cfg.OUTPUT_DIR, "inference", *parts, folder)
-
-
-def _has_compiled_evaluation() -> bool:
-    try:
-        from detectron2 import _C
-    except ImportError:
-        return False
-    return hasattr(_C, "COCOevalEvaluateImages")

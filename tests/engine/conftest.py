@@ -59,6 +59,7 @@ def start(words):
             stderr=subprocess.STDOUT,
             text=True,
             env=env,
+            start_new_session=True,
         )
         processes.append(process)
         return process

@@ -10,6 +10,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from sasa_det import add_sasa_config
+from sasa_det.engine import load_config
 from sasa_det.engine.schedule import LearningRate, in_iterations, scale_learning_rate
 
 
@@ -91,3 +92,26 @@ def test_resumed_rates_are_the_closed_form_and_bit_equal():
         assert rate == pytest.approx(expected, abs=1e-12)
         assert double == pytest.approx(2 * expected, abs=1e-12)
     assert rates(cfg, 37, 100) == unbroken[37:]
+
+
+def test_the_last_word_on_a_length_counts():
+    coco = "configs/COCO-Detection/retinanet_SASA_R_50_full.yaml"
+    given = load_config(coco)
+    cfg = in_iterations(given, 117266)
+    # The file says the same for trainers that know no epochs.
+    for solver in (given.SOLVER, cfg.SOLVER):
+        assert (solver.MAX_ITER, solver.WARMUP_ITERS) == (274842, 1832)
+        assert solver.CHECKPOINT_PERIOD == 9161
+    assert given.TEST.EVAL_PERIOD == cfg.TEST.EVAL_PERIOD == 18323
+    assert in_iterations(given, 64000).SOLVER.MAX_ITER == 150000
+    cfg = in_iterations(load_config(coco, ["SOLVER.MAX_ITER", "90"]), 117266)
+    assert cfg.SOLVER.MAX_ITER == 90 and cfg.SOLVER.WARMUP_ITERS == 1832
+    # A child that counts in iterations does not have its parent's epochs.
+    cfg = in_iterations(load_config("configs/Digits/retinanet_SASA.yaml"), 117266)
+    assert cfg.SOLVER.MAX_ITER == 1000 and cfg.SOLVER.WARMUP_ITERS == 50
+    assert scale_learning_rate(cfg).SOLVER.BASE_LR == cfg.SOLVER.BASE_LR == 0.006
+    # A rate is that of the batch it is given for.
+    batch = ["SOLVER.IMS_PER_BATCH", "16"]
+    assert scale_learning_rate(load_config(coco, batch)).SOLVER.BASE_LR == 0.03
+    cfg = load_config(coco, [*batch, "SOLVER.BASE_LR", "0.01"])
+    assert scale_learning_rate(cfg).SOLVER.BASE_LR == 0.01

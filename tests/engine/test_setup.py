@@ -234,6 +234,13 @@ def test_a_gpu_that_is_not_there(config, monkeypatch):
     assert "MODEL.DEVICE is cuda:2 but 2 GPUs are visible" in message
 
 
+def test_norms_that_need_gpus(config):
+    cfg = config("MODEL.FPN.NORM", "SyncBN")
+    check_run(cfg)
+    message = told(lambda: check_run(cfg, num_processes=2))
+    assert message.startswith("MODEL.FPN.NORM must not be SyncBN where several processes")
+
+
 def test_a_run_that_is_running(config, tmp_path):
     with output_lock(tmp_path / "run"):
         assert "is in use by another run" in told(lambda: check_run(config(), resume="auto"))

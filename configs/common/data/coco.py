@@ -1,0 +1,58 @@
+"""COCO with detectron2's augmentation: one of several sizes, and horizontal flips."""
+
+from detectron2.config import LazyCall as L
+from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data import transforms as T
+
+from sasa_det.config import MAX_PIXELS
+from sasa_det.data import DetectionMapper
+from sasa_det.data.loader import detection_train_loader
+from sasa_det.evaluation.coco import coco_evaluator
+
+dataloader = dict(
+    # COCO-format json and image folder, in place of the names below.
+    train_json="",
+    train_images="",
+    test_json="",
+    test_images="",
+    train=L(detection_train_loader)(
+        dataset=L(get_detection_dataset_dicts)(names=["coco_2017_train"], filter_empty=True),
+        mapper=L(DetectionMapper)(
+            is_train=True,
+            augmentations=[
+                L(T.ResizeShortestEdge)(
+                    short_edge_length=[640, 672, 704, 736, 768, 800],
+                    max_size=1333,
+                    sample_style="choice",
+                ),
+                L(T.RandomFlip)(prob=0.5, horizontal=True, vertical=False),
+            ],
+            image_format="RGB",
+            use_instance_mask=True,
+            instance_mask_format="polygon",
+            recompute_boxes=False,
+            max_pixels=MAX_PIXELS,
+        ),
+        total_batch_size=16,
+        num_workers=4,
+        sampler="TrainingSampler",
+        aspect_ratio_grouping=True,
+        max_unreadable=0,
+    ),
+    test=L(build_detection_test_loader)(
+        dataset=L(get_detection_dataset_dicts)(names=["coco_2017_val"], filter_empty=False),
+        mapper=L(DetectionMapper)(
+            is_train=False,
+            augmentations=[
+                L(T.ResizeShortestEdge)(
+                    short_edge_length=800, max_size=1333, sample_style="choice"
+                ),
+            ],
+            image_format="${...train.mapper.image_format}",
+            max_pixels="${...train.mapper.max_pixels}",
+        ),
+        num_workers="${..train.num_workers}",
+    ),
+    # Called for each of the data sets that are tested on.
+    evaluator=L(coco_evaluator)(),
+)

@@ -1,0 +1,25 @@
+"""The attention ResNet-50 that all models stand on."""
+
+from detectron2.config import LazyCall as L
+
+from sasa_det.modeling import SASAResNet
+
+bottom_up = L(SASAResNet)(
+    depth=50,
+    stem="attention",
+    attention_stages=["res2", "res3", "res4", "res5"],
+    # Of every attention layer outside the stem: an attentional FPN and head follow it.
+    attention=dict(
+        kernel_size=7,
+        num_heads=8,
+        position="relative",
+        content=True,
+        border="mask",
+        backend=None,  # the fastest
+    ),
+    stem_options=dict(num_heads=4, num_mixtures=4, values="mixture", relative=True),
+    width_multiplier=1.0,
+    norm="SyncBN",
+    out_features=["res3", "res4", "res5"],
+    freeze_at=0,
+)

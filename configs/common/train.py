@@ -1,0 +1,30 @@
+"""How a run is carried out; sasa_det/config.py says what the keys do, under their yaml names."""
+
+train = dict(
+    output_dir="./output",
+    init_checkpoint="",  # weights to start from, or to evaluate
+    weights_allow=[],
+    seed=-1,
+    device="cuda",
+    max_iter=90000,
+    max_epochs=0.0,  # in place of max_iter where above 0; so are the other lengths in epochs
+    reference_batch=0,  # the batch that optimizer.lr is meant for; 0 if for any
+    accumulation_steps=1,
+    amp=dict(enabled=False, dtype="float16"),
+    clip_gradients=dict(enabled=False, clip_type="value", clip_value=1.0, norm_type=2.0),
+    ema=dict(decay=0.0),
+    activation_checkpointing=[],
+    channels_last=False,
+    fsdp=False,
+    compile=False,
+    cudnn_benchmark=False,
+    checkpointer=dict(period=5000, epochs=0.0, max_to_keep=0),
+    eval_period=0,
+    eval_epochs=0.0,
+    validation_loss=False,
+    best_metric="",
+    best_mode="max",
+    early_stopping=0,
+    precise_bn=dict(enabled=False, num_iter=200),
+    wandb_project="",
+)

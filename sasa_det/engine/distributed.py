@@ -1,0 +1,132 @@
+"""How the processes of a run share one model: copies of it, or shards of its parameters."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from detectron2.utils import comm
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from ..checkpoint.sharding import shard_like
+
+__all__ = ["distribute", "shard_optimizer_state", "unsharded", "unwrapped", "without_sync"]
+
+
+def distribute(model: nn.Module, *, shard: bool = False) -> nn.Module:
+    """Let the processes of the run train a model together, from the first one's weights.
+
+    Args:
+        model: on the device of this process.
+        shard: whether each process holds a shard of all parameters, gradients and optimizer state
+            (FSDP2), which takes less memory and more time, or a copy of all (DDP). The parameters
+            of a sharded model are others than before.
+
+    Returns:
+        nn.Module: what to call for losses: ``model`` itself if it is sharded or there is one
+        process, and a wrapper otherwise.
+    """
+    if comm.get_world_size() == 1:
+        return model
+    if shard:
+        return _sharded(model)
+    on_gpu = next(model.parameters()).is_cuda
+    devices = [comm.get_local_rank()] if on_gpu else None
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model in what :func:`distribute` returned."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+@contextmanager
+def without_sync(model: nn.Module) -> Iterator[None]:
+    """Keep the gradients of a part of a batch to the process in a block."""
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    elif isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+    else:
+        yield
+
+
+@contextmanager
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """Give each process all weights in a block, in which it may run the model without the others.
+
+    Args:
+        model: sharded or not; no gradients may be computed in the block.
+    """
+    groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for group in groups:
+        group.set_reshard_after_forward(False, recurse=False)
+        group.unshard()
+    try:
+        yield
+    finally:
+        for group in groups:
+            group.reshard()
+            group.set_reshard_after_forward(True, recurse=False)
+
+
+def shard_optimizer_state(
+    optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> dict[str, Any]:
+    """Shard the whole tensors in an optimizer's state dict as its parameters are sharded."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    indices = [index for group in state["param_groups"] for index in group["params"]]
+    by_index = dict(zip(indices, parameters, strict=False))  # the optimizer tells what is wrong
+    return {
+        **state,
+        "state": {
+            index: {key: _shard_value(value, by_index.get(index)) for key, value in values.items()}
+            for index, values in state["state"].items()
+        },
+    }
+
+
+def _shard_value(value: Any, parameter: nn.Parameter | None) -> Any:
+    return shard_like(value, parameter) if isinstance(value, torch.Tensor) else value
+
+
+def _sharded(model: nn.Module) -> nn.Module:
+    for tensor in (*model.parameters(), *model.buffers()):
+        torch.distributed.broadcast(tensor.detach(), src=0)
+    device = next(model.parameters()).device
+    mesh = init_device_mesh(device.type, (comm.get_world_size(),))
+    for part in (*_parts(model), model):
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    # Files hold whole weights.
+    model.register_load_state_dict_pre_hook(_shard_weights)
+    return model
+
+
+def _parts(model: nn.Module) -> list[nn.Module]:
+    """List the parts of a detector whose weights are together at one time, inner ones first.
+
+    These are detectron2's stages of the backbone, the rest of it with the feature pyramid, and the
+    heads; what a model has beside them is a part of its own.
+    """
+    backbone = getattr(model, "backbone", None)
+    stages = getattr(backbone, "bottom_up", backbone)
+    stages = [] if stages is None else stages.children()
+    heads = ("head", "proposal_generator", "roi_heads", "sem_seg_head")
+    parts = [
+        *(stage for stage in stages if isinstance(stage, nn.Sequential)),
+        backbone,
+        *(getattr(model, name, None) for name in heads),
+    ]
+    return [part for part in parts if part is not None]
+
+
+def _shard_weights(model: nn.Module, weights: dict[str, Any], *_: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if name in weights:
+            weights[name] = shard_like(weights[name], parameter)

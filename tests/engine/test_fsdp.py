@@ -1,0 +1,106 @@
+"""Models that are sharded among processes train, are saved and are evaluated as whole ones."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sasa_det.checkpoint import read_checkpoint
+from sasa_det.engine import load_config
+from sasa_det.engine.errors import UsageError
+from sasa_det.engine.setup import check_run
+
+# As in test_distributed.py: plain SGD, and norms that need no other image than their own.
+OPTIONS = [
+    "MODEL.DEVICE", "cpu", "SEED", 3, "SOLVER.OPTIMIZER", "SGD", "SOLVER.BASE_LR", 0.01,
+    "SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 12, "SOLVER.CHECKPOINT_PERIOD", 3,
+    "MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", "FrozenBN",
+    "MODEL.RETINANET.NORM", "FrozenBN", "MODEL.EMA.DECAY", 0.9, "TEST.EVAL_PERIOD", 4,
+]  # fmt: skip
+SHARDED = [*OPTIONS, "MODEL.FSDP", True]
+
+
+def tensors(value, path=""):
+    """Map the paths of all floating-point tensors in nested containers to them."""
+    if isinstance(value, (dict, list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, part in items for k, v in tensors(part, f"{path}/{key}").items()}
+    is_number = isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel()
+    return {path: value} if is_number else {}
+
+
+def assert_close_runs(*folders):
+    one, other = (tensors(read_checkpoint(folder / "model_final.pth")) for folder in folders)
+    # Weights, their averages and momenta.
+    assert one.keys() == other.keys()
+    assert {path.split("/")[1] for path in one} == {"model", "ema", "trainer"}
+    for path, value in one.items():
+        difference = (value - other[path]).abs().max().item()
+        assert difference <= 1e-6 * max(1.0, value.abs().max().item()), path
+
+
+@pytest.fixture
+def alone(command, tmp_path):
+    """The folder of a run in one process."""
+    assert command(*OPTIONS, "OUTPUT_DIR", tmp_path / "alone") == 0
+    return tmp_path / "alone"
+
+
+@pytest.mark.slow
+def test_runs_change_between_one_process_and_shards(alone, start, command, tmp_path):
+    whole = start("--num-gpus", 2, "--dist-url", "auto", *SHARDED)
+    output = whole.communicate()[0]
+    assert whole.returncode == 0, output
+    assert "Start inference on 2 batches" in output  # of one and of two images
+    assert_close_runs(alone, tmp_path / "run")
+
+    # What one process began goes on in two, and what these leave ends in one.
+    folder = tmp_path / "continued"
+    folder.mkdir()
+    for name in ("config.yaml", "model_0000002.pth"):
+        shutil.copy(alone / name, folder)
+    (folder / "last_checkpoint").write_text("model_0000002.pth")
+    place = ["OUTPUT_DIR", folder]
+    two = start("--num-gpus", 2, "--dist-url", "auto", "--resume", *SHARDED, *place)
+    for line in two.stdout:
+        if "model_0000005.pth" in line:
+            two.send_signal(signal.SIGTERM)
+            break
+    output = two.communicate()[0]
+    assert two.returncode == 143, output
+    assert "SIGTERM was received; everything is saved" in output
+    assert not (folder / "model_final.pth").exists()
+    assert command("--resume", *OPTIONS, *place) == 0
+    assert_close_runs(alone, folder)
+
+
+@pytest.mark.slow
+def test_shards_are_what_a_whole_model_is(tmp_path):
+    script = Path(__file__).with_name("sharded_checks.py")
+    env = {**os.environ, "PYTORCH_JIT": "0", "OMP_NUM_THREADS": "1"}
+    # Where processes wait for one another in vain, this ends it.
+    checks = subprocess.run(
+        [sys.executable, script, tmp_path], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert checks.returncode == 0, checks.stderr
+
+
+@pytest.mark.parametrize(
+    ("opts", "num_processes", "message"),
+    [
+        ([], 1, "MODEL.FSDP must be False in a run of one process"),
+        (["MODEL.CHANNELS_LAST", "True"], 2, "MODEL.CHANNELS_LAST must be False if MODEL.FSDP"),
+        (["MODEL.COMPILE", "True"], 2, "MODEL.COMPILE must be False if MODEL.FSDP is True"),
+    ],
+)
+def test_what_cannot_be_sharded(digits, tmp_path, opts, num_processes, message):
+    sources = [(str(digits / f"{name}.json"), str(digits / name)) for name in ("train", "val")]
+    opts = ["MODEL.FSDP", "True", "OUTPUT_DIR", str(tmp_path / "run"), *opts]
+    cfg = load_config("configs/quick/retinanet_SASA.yaml", opts, *sources)
+    with pytest.raises(UsageError, match=message):
+        check_run(cfg, num_processes=num_processes)

@@ -1,0 +1,328 @@
+"""Runs of a small LazyConfig: train, resume, evaluate, its yaml twin, and mistakes."""
+
+import builtins
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from detectron2.config import LazyConfig
+
+from sasa_det.checkpoint import read_checkpoint
+from sasa_det.engine import Trainer, load_config
+from sasa_det.engine.lazy import lazy_argument_parser, run_lazy
+from sasa_det.engine.lazy_config import KEYS
+
+DATA = {"train": "train", "test": "val"}
+YAML = "configs/quick/retinanet_SASA.yaml"
+# The same in Python.
+LAZY = """
+from pathlib import Path
+
+from detectron2.config import LazyConfig
+
+_PARENT = Path("configs/COCO-Detection/retinanet_SASA_R_50_full.py").resolve()
+_SECTIONS = ("dataloader", "lr_multiplier", "model", "train")
+dataloader, lr_multiplier, model, train = LazyConfig.load(str(_PARENT), _SECTIONS)
+optimizer = LazyConfig.load(str(_PARENT.parents[1] / "common" / "optim.py"), "AdamW")
+
+_bottom_up = model.backbone.bottom_up
+_bottom_up.depth, _bottom_up.norm, _bottom_up.width_multiplier = 26, "BN", 0.25
+_bottom_up.attention.kernel_size, _bottom_up.stem_options.num_heads = 3, 2
+model.backbone.out_channels, model.backbone.norm = 64, "BN"
+model.head.norm, model.head.conv_dims = "BN", [64]
+model.anchor_generator.sizes = [
+    [16.0, 20.16, 25.4], [32.0, 40.32, 50.8], [64.0, 80.63, 101.59], [128.0, 161.3, 203.2],
+    [256.0, 322.5, 406.4],
+]
+
+_train, _test = dataloader.train, dataloader.test
+_scale, _crop, _flip = _train.mapper.augmentations
+_scale.target_height = _scale.target_width = 64
+_crop.crop_size = [64, 64]
+_train.mapper.augmentations = [_scale, _crop]
+_train.total_batch_size, _train.num_workers = 2, 0
+_test.mapper.augmentations[0].short_edge_length = _test.mapper.augmentations[0].max_size = 64
+
+optimizer.lr, optimizer.params.logit_lr_factor, optimizer.params.weight_decay = 0.006, 0.05, 0.01
+lr_multiplier.warmup_length = 1 / 4
+model.test_score_thresh = 0.0  # nothing is learned
+train.device, train.max_iter, train.eval_period, train.checkpointer.period = "cpu", 4, 0, 2
+train.max_epochs = train.eval_epochs = train.checkpointer.epochs = train.reference_batch = 0
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "small.py"
+    path.write_text(LAZY)
+    return path
+
+
+def data_of(digits):
+    """Return the flags that name the data."""
+    flags = ([f"--{key}", digits / f"{name}.json", digits / name] for key, name in DATA.items())
+    return [word for words in flags for word in words]
+
+
+@pytest.fixture
+def words(config, digits, tmp_path):
+    """Return a function that completes a command's words with config, data and output folder."""
+
+    def complete(*words, folder=tmp_path / "run"):
+        words = ["--config-file", config, *data_of(digits), *words]
+        return [str(word) for word in (*words, f"train.output_dir={folder}")]
+
+    return complete
+
+
+@pytest.fixture
+def lazy(words):
+    """Return a function that runs a command line in this process and gives its exit status."""
+
+    def call(*args, **kwargs):
+        return run_lazy(lazy_argument_parser().parse_args(words(*args, **kwargs)))
+
+    return call
+
+
+def results(folder):
+    """Return the detections that evaluation wrote, by the path in the folder."""
+    files = (folder / "inference").rglob("coco_instances_results.json")
+    return {path.relative_to(folder): json.loads(path.read_text()) for path in files}
+
+
+def test_trains_resumes_and_evaluates(lazy, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert lazy("train.max_iter=2") == 0
+    stored = LazyConfig.load(str(folder / "config.yaml"))
+    assert stored.train.max_iter == 2 and stored.model.num_classes == 10
+
+    # The same command again would write over the run.
+    assert lazy() == 2
+    message = f"error: train.output_dir {folder} already holds config.yaml of a run"
+    assert message in capsys.readouterr().err
+
+    assert lazy("--resume") == 0
+    after = read_checkpoint(folder / "model_final.pth")
+    assert after["iteration"] == 3
+    assert yaml.safe_load(after["config"])["train"]["max_iter"] == 4
+    states = after["trainer"]["_trainer"]["optimizer"]["state"].values()
+    assert {int(state["step"]) for state in states} == {4}
+    printed = capsys.readouterr().out
+    assert "Starting training from iteration 2" in printed
+    assert "Changed since the run was started last: train.max_iter, from 2 to 4." in printed
+    assert printed.count("Changed since") == 1
+
+    # Evaluation elsewhere, with the config that the run stored, finds what training found.
+    other = tmp_path / "evaluation"
+    weights = f"train.init_checkpoint={folder / 'model_final.pth'}"
+    arguments = ["--config-file", folder / "config.yaml", "--eval-only", weights]
+    arguments = [str(word) for word in (*arguments, f"train.output_dir={other}")]
+    assert run_lazy(lazy_argument_parser().parse_args(arguments)) == 0
+    assert results(other) == results(folder)
+    assert [len(found) for found in results(other).values()] == [300]
+    shutil.rmtree(folder / "inference")
+    assert lazy("--eval-only", "--resume", "train.max_iter=77") == 0
+    assert results(folder) == results(other)
+    assert LazyConfig.load(str(folder / "config.yaml")).train.max_iter == 4
+
+    # --overwrite never removes what the run starts from, and removes the rest.
+    assert lazy("--overwrite", weights) == 2
+    assert "train.init_checkpoint" in capsys.readouterr().err
+    assert lazy("--overwrite", "train.max_iter=1") == 0
+    assert read_checkpoint(folder / "model_final.pth")["iteration"] == 0
+
+
+def leaves(value, path=""):
+    """Map the paths of all that nested containers hold to it."""
+    if isinstance(value, (dict, list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, part in items for k, v in leaves(part, f"{path}/{key}").items()}
+    return {path: value}
+
+
+@pytest.mark.slow
+def test_yaml_and_lazy_runs_are_bit_equal(config, digits, tmp_path):
+    """With accumulated and clipped gradients, averaged weights and losses in evaluation."""
+    start = tmp_path / "start.pth"
+    cfg = load_config(YAML, ["MODEL.RETINANET.NUM_CLASSES", "10"])
+    torch.save({"model": Trainer.build_model(cfg).state_dict()}, start)
+    options = {
+        "MODEL.WEIGHTS": start,
+        "SEED": 7,
+        "SOLVER.IMS_PER_BATCH": 4,
+        "SOLVER.ACCUMULATION_STEPS": 2,
+        "SOLVER.CLIP_GRADIENTS.ENABLED": True,
+        "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "full_model",
+        "MODEL.EMA.DECAY": 0.5,
+        "TEST.EVAL_PERIOD": 2,
+        "TEST.VALIDATION_LOSS": True,
+        "TEST.BEST_METRIC": "validation/total_loss",
+        "TEST.BEST_MODE": "min",
+    }
+    folders = [tmp_path / "yaml", tmp_path / "lazy"]
+    in_yaml = [word for pair in options.items() for word in pair]
+    in_yaml += ["OUTPUT_DIR", folders[0], "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0]
+    in_lazy = [f"{KEYS[key]}={value}" for key, value in options.items()]
+    in_lazy += [f"train.output_dir={folders[1]}"]
+    # Where TorchScript specializes functions after some calls, results change by bits.
+    env = {**os.environ, "PYTORCH_JIT": "0", "OMP_NUM_THREADS": "1"}
+    for command in (
+        ["tools/train_net.py", "--config-file", YAML, *data_of(digits), *in_yaml],
+        ["tools/lazyconfig_train_net.py", "--config-file", config, *data_of(digits), *in_lazy],
+    ):
+        command = [sys.executable, *map(str, command)]
+        result = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert result.returncode == 0, result.stderr[-2000:]
+
+    for name in ("model_0000001", "model_best", "model_final"):
+        one, other = (leaves(read_checkpoint(folder / f"{name}.pth")) for folder in folders)
+        assert len(one) > 1000 and one.keys() == other.keys()
+        for path, value in one.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, other[path]), path
+            elif path != "/config":
+                assert value == other[path], path
+    assert results(folders[0]) == results(folders[1])
+    assert [len(found) for found in results(folders[0]).values()] == [300, 300]
+
+
+@pytest.mark.slow
+def test_processes_execute_the_config_and_stop_and_resume(config, words, digits, tmp_path):
+    """The data sets are registered by the config itself."""
+    register = "from sasa_det.data import register_coco\n"
+    for key, name in DATA.items():
+        register += f"register_coco('lazy_{key}', '{digits / name}.json', '{digits / name}')\n"
+        register += f"dataloader.{key}.dataset.names = 'lazy_{key}'\n"
+    config.write_text(f"{LAZY}\n{register}model.num_classes = 10\n")
+    folder = tmp_path / "run"
+    arguments = ["tools/lazyconfig_train_net.py", "--config-file", config]
+    options = ["dataloader.train.total_batch_size=4", "train.checkpointer.period=2"]
+    options.append(f"train.output_dir={folder}")
+    endless = [*arguments, "--num-gpus", 2, "--dist-url", "auto", *options, "train.max_iter=100000"]
+    with subprocess.Popen(
+        [sys.executable, *map(str, endless)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert any("Saving checkpoint" in line for line in process.stdout)
+            process.send_signal(signal.SIGTERM)
+            rest = process.stdout.read()
+            assert process.wait() == 143, rest
+        finally:
+            process.kill()
+    assert "SIGTERM was received; everything is saved" in rest
+    last = int(Path((folder / "last_checkpoint").read_text()).stem.removeprefix("model_"))
+
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    words = [*arguments, "--resume", *options, f"train.max_iter={last + 3}"]
+    command = [sys.executable, *torchrun, *words]
+    result = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert f"Starting training from iteration {last + 1}" in result.stdout
+    assert read_checkpoint(folder / "model_final.pth")["iteration"] == last + 2
+
+
+MISTAKES = {
+    "pairs": (["train.max_iter", "4"], "must be key=value, got 'train.max_iter'"),
+    "flag": (["train.max_iter=4", "--resume"], "flags come before the key=value pairs"),
+    "key": (["train.max_itre=4"], "train.max_itre does not exist; did you mean train.max_iter?"),
+    "added key": (["+train.max_itre=4"], "did you mean train.max_iter?"),
+    "key of a call": (
+        ["model.backbone.bottom_up.attention.kernel_sise=5"],
+        "did you mean model.backbone.bottom_up.attention.kernel_size?",
+    ),
+    "grammar": (["train.max_iter=[4"], "'train.max_iter=[4' is no override"),
+    "type": (["train.max_iter=four"], "train.max_iter must be an integer, got 'four'."),
+    "value": (["train.max_iter=0"], "train.max_iter must be at least 1, got 0."),
+    "interpolation": (["train.max_iter=${train.end}"], "train.end"),
+    "argument": (["+dataloader.train.num_wokers=4"], "dataloader.train: got an unexpected key"),
+    "argument of the model": (["+model.depth=50"], "unexpected keyword argument 'depth'"),
+    "model": (["model.backbone.bottom_up.attention.kernel_size=4"], "kernel_size must be odd"),
+    "stage": (["train.activation_checkpointing=[res9]"], "train.activation_checkpointing"),
+    "classes": (["model.num_classes=3"], "model.num_classes is 3 but"),
+    "device": (["train.device=cuda:77"], "train.device is cuda:77 but"),
+    "weights": (["train.init_checkpoint=nowhere.pth"], "train.init_checkpoint nowhere.pth does"),
+    "evaluation": (["--eval-only"], "--eval-only needs weights: set train.init_checkpoint"),
+    "norms": (
+        ["--num-gpus", "2", "model.head.norm=SyncBN"],
+        "model.head.norm must not be SyncBN where several processes train on CPUs",
+    ),
+    "processes": (["--num-gpus", "3"], "dataloader.train.total_batch_size must be a multiple"),
+    "nothing to resume": (["--resume"], "holds no checkpoint to resume"),
+    "both": (["--resume", "auto", "--overwrite"], "--resume and --overwrite exclude each other"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_told_before_any_work(mistake, lazy, tmp_path, capsys):
+    given, message = MISTAKES[mistake]
+    assert lazy(*given) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and error.startswith("error: ") and "\n" not in error
+    assert not (tmp_path / "run").exists()
+
+
+FILES = {
+    "nothing": (None, "does not exist"),
+    "syntax": ("model = (\n", "small.py, line 1: SyntaxError: '(' was never closed"),
+    "name": ("a = 1\nmodel = b\n", "small.py, line 2: NameError: name 'b' is not defined"),
+    "import": ("from .nowhere import model\n", "small.py, line 1: ImportError: Cannot import name"),
+    "in an import": ("from .other import model\n", "other.py, line 3: ZeroDivisionError"),
+    "sections": ("model = dict()\n", "small.py has no dataloader and no lr_multiplier and no"),
+    "kind": (f"{LAZY}train.log_period = 20\n", "config key train.log_period does not exist"),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_mistakes_in_the_file_are_told_with_their_line(file, config, lazy, tmp_path, capsys):
+    text, message = FILES[file]
+    config.unlink() if text is None else config.write_text(text)
+    (tmp_path / "other.py").write_text("a = 0\n\nmodel = 1 / a\n")
+    replaced = builtins.__import__
+    assert lazy() == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and error.startswith("error: ") and "\n" not in error
+    assert builtins.__import__ is replaced
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_yaml_config_is_for_the_other_command(tmp_path, capsys):
+    for text in ("VERSION: 2", "train: !!python/object/apply:os.getcwd []"):
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        assert run_lazy(lazy_argument_parser().parse_args(["--config-file", str(path)])) == 2
+        error = capsys.readouterr().err
+        assert "is for tools/train_net.py" in error or "is not allowed" in error
+
+
+def test_a_resumed_run_keeps_model_and_data(lazy, tmp_path, capsys):
+    assert lazy("train.max_iter=1") == 0
+    stored = (tmp_path / "run" / "config.yaml").read_text()
+    capsys.readouterr()
+    changes = [
+        "model.backbone.bottom_up.attention.kernel_size=5", "train.seed=5",
+        "optimizer.params.logit_lr_factor=0.1", "dataloader.train.dataset.filter_empty=false",
+    ]  # fmt: skip
+    for change in changes:
+        key, _, value = change.partition("=")
+        assert lazy("--resume", change) == 2
+        error = capsys.readouterr().err
+        assert f"cannot be resumed with a change of {key} (from " in error
+        assert f"to {value.title() if value == 'false' else value}); give the old values" in error
+    assert (tmp_path / "run" / "config.yaml").read_text() == stored
+    # Half an epoch of 8 images in batches of 2.
+    assert lazy("--resume", "train.max_epochs=0.5", "optimizer.lr=0.001") == 0
+    assert read_checkpoint(tmp_path / "run" / "model_final.pth")["iteration"] == 1
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(lazy, tmp_path, capsys):
+    assert lazy("optimizer.lr=1e30", "train.max_iter=40", "train.checkpointer.period=40") == 1
+    assert "nothing was saved" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("*.pth"))
