@@ -47,6 +47,12 @@ def argument_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="remove what an earlier run left in the output folder; without it, that is an error",
     )
+    parser.add_argument(
+        "--dist-url",
+        default="auto",
+        help="where the processes of several machines meet, as in tcp://host:port; those of one "
+        "machine find each other",
+    )
     for split in ("train", "test"):
         parser.add_argument(
             f"--{split}",

@@ -1,17 +1,12 @@
 """When a run is saved."""
 
-import logging
-
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from ..checkpoint import Checkpointer
-from ..checkpoint.sharding import is_sharded
 from .signals import StopSignals
 
 __all__ = ["Checkpoints", "StopOnSignal"]
-
-logger = logging.getLogger(__name__)
 
 _PREFIX = "model_"
 
@@ -30,11 +25,6 @@ class Checkpoints(HookBase):
         self._checkpointer = checkpointer
         self._period, self._keep, self._config = period, keep, config
         self._saved = -1
-
-    @property
-    def take_all(self) -> bool:
-        """Whether all processes must save together, each of which holds shards of the model."""
-        return is_sharded(self._checkpointer.model)
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1

@@ -1,7 +1,7 @@
 """How the processes of a run share one model: copies of it, or shards of its parameters."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -45,15 +45,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def without_sync(model: nn.Module) -> Iterator[None]:
-    """Keep the gradients of a part of a batch to the process in a block."""
-    if isinstance(model, DistributedDataParallel):
-        with model.no_sync():
-            yield
-    elif isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(False)
-        yield
-        model.set_requires_gradient_sync(True)
-    else:
+    """Keep the gradients of a part of a batch to the process in a block.
+
+    Those of a sharded model are exchanged all the same: kept whole they would take the memory that
+    sharding saves.
+    """
+    with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
         yield
 
 

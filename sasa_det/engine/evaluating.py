@@ -102,8 +102,9 @@ class Evaluation(HookBase):
         return done == self.trainer.max_iter or (self._period > 0 and done % self._period == 0)
 
     def _run(self) -> None:
-        if self._checkpoints.take_all:
-            # Not when a signal comes, which the processes hear of at different moments.
+        if comm.get_world_size() > 1:
+            # Not when a signal comes, which the processes hear of at different moments, and while
+            # some wait for others.
             self._checkpoints.save_now()
         try:
             with self._signals.at_once():

@@ -15,6 +15,7 @@ from .config_file import read_config_file
 from .config_keys import CONFIG_ERRORS, all_keys, explain, flatten, unknown_key
 from .config_values import check_schedule, check_values
 from .errors import UsageError
+from .metric_names import check_best_metric
 from .model_check import check_model
 from .output_folder import Resume, check_output, is_resumed
 from .output_lock import output_lock
@@ -240,6 +241,8 @@ def _check_data(cfg: CfgNode, eval_only: bool) -> None:
                 f"{key} is {given} but {', '.join(datasets)} has {found} classes; set {key} "
                 f"{found}."
             )
+    if not eval_only:
+        check_best_metric(cfg, MetadataCatalog.get(datasets[-1]).thing_classes)
 
 
 def _image_options(cfg: CfgNode) -> dict[str, int | str]:

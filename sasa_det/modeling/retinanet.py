@@ -176,7 +176,8 @@ class AttentionRetinaNet(RetinaNet):
         detectron2 averages each process' own, so that the gradient of a batch depends on how it is
         split among processes.
         """
-        world_size = comm.get_world_size()
+        # Without gradients processes may have different numbers of batches, as in evaluation.
+        world_size = comm.get_world_size() if torch.is_grad_enabled() else 1
         if world_size > 1:
             total = self._num_positive.clone()
             torch.distributed.all_reduce(total)

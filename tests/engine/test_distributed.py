@@ -1,5 +1,6 @@
 """Several processes on CPUs, by gloo: one batch split among them trains as in one process."""
 
+import json
 import os
 import re
 import signal
@@ -18,7 +19,7 @@ OPTIONS = [
     "MODEL.DEVICE", "cpu", "SEED", 3, "SOLVER.OPTIMIZER", "SGD", "SOLVER.BASE_LR", 0.01,
     "SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 12, "SOLVER.CHECKPOINT_PERIOD", 3,
     "MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", "FrozenBN",
-    "MODEL.RETINANET.NORM", "FrozenBN",
+    "MODEL.RETINANET.NORM", "FrozenBN", "TEST.VALIDATION_LOSS", True,
 ]  # fmt: skip
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1",
             "--monitor-interval", "0.5", "--rdzv-backend", "c10d",
@@ -66,6 +67,9 @@ def test_two_processes_train_as_one(start, alone, tmp_path):
     assert any((value != first[name]).any() for name, value in weights(alone).items())
     assert "Start inference on 2 batches" in output
     assert "AP,AP50,AP75" in output
+    records = [(folder / "metrics.json").read_text() for folder in (alone, tmp_path / "run")]
+    losses = [json.loads(text.splitlines()[-1])["validation/total_loss"] for text in records]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_a_signal_to_all_processes_stops_the_run_which_goes_on(start, alone, tmp_path):

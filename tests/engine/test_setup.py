@@ -234,6 +234,19 @@ def test_a_gpu_that_is_not_there(config, monkeypatch):
     assert "MODEL.DEVICE is cuda:2 but 2 GPUs are visible" in message
 
 
+def test_metrics_that_evaluations_have(config):
+    def asked(name, *opts):
+        return lambda: check_run(config("TEST.BEST_METRIC", name, *opts))
+
+    for name in ("bbox/AP", "bbox/AP75", "bbox/AP-7"):
+        asked(name)()
+    asked("ema/bbox/AP50", "MODEL.EMA.DECAY", 0.9)()
+    asked("validation/total_loss", "TEST.VALIDATION_LOSS", True)()
+    for name in ("bbox/APP", "ema/bbox/AP50", "validation/total_loss", "segm/AP", "bbox/AP-ten"):
+        assert told(asked(name)).startswith("TEST.BEST_METRIC must be a metric of the evaluations")
+    assert "got bbox/APP; did you mean bbox/AP?" in told(asked("bbox/APP"))
+
+
 def test_norms_that_need_gpus(config):
     cfg = config("MODEL.FPN.NORM", "SyncBN")
     check_run(cfg)
