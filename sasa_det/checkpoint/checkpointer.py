@@ -223,7 +223,10 @@ class Checkpointer(DetectionCheckpointer):
         """Return the file of the folder that ``last_checkpoint`` names, and nothing outside."""
         tag = Path(self.save_dir, "last_checkpoint")
         try:
-            name = tag.read_bytes().decode(errors="replace").strip()
+            if tag.exists() and not tag.is_file():
+                raise CheckpointError(f"{tag} is no file.")  # a pipe would be waited for
+            with tag.open("rb") as file:
+                name = file.read(4096).decode(errors="replace").strip()
         except OSError as error:
             raise CheckpointError(f"{tag} cannot be read ({error.strerror}).") from error
         if not name:

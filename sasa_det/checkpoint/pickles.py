@@ -32,7 +32,9 @@ def read_pickle(file: BinaryIO) -> Any:
     Raises:
         CheckpointError: if the file names anything else, without the name of the file.
     """
-    return _plain(_Unpickler(file, encoding="latin1").load())
+    content = _Unpickler(file, encoding="latin1").load()
+    # A container may be in others many times over, as what holds itself twice, and so on.
+    return _plain(content, {})
 
 
 class _Dtype:
@@ -120,12 +122,15 @@ class _Unpickler(pickle.Unpickler):
         return dtype.array(data, shape, order)
 
 
-def _plain(value: Any) -> Any:
-    """Put arrays in the place of what stands for them."""
+def _plain(value: Any, done: dict[int, Any]) -> Any:
+    """Put arrays in the place of what stands for them, in each container once."""
     if isinstance(value, _Array):
         return value.value
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_plain(item) for item in value)
-    return value
+    if not isinstance(value, (dict, list, tuple)):
+        return value
+    if id(value) not in done:
+        if isinstance(value, dict):
+            done[id(value)] = {key: _plain(item, done) for key, item in value.items()}
+        else:
+            done[id(value)] = type(value)(_plain(item, done) for item in value)
+    return done[id(value)]

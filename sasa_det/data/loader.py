@@ -1,5 +1,6 @@
 """Training data as a function of seed and position, so that a run can go on where it stopped."""
 
+import hashlib
 import os
 import random
 import signal
@@ -151,6 +152,7 @@ class TrainLoader:
         self._groups = None
         if aspect_ratio_grouping:
             self._groups = [int(record["width"] > record["height"]) for record in records]
+        self._fingerprint = _fingerprint(records)
         self._records = DatasetFromList(list(records), copy=False)
         self._mapper = mapper
         self._num_workers, self._pin_memory = num_workers, pin_memory
@@ -190,16 +192,35 @@ class TrainLoader:
             "seed": self.seed,
             "images": self._yielded // self.parts * self.batch_size,
             "unreadable": list(self._unreadable.paths),
+            "records": self._fingerprint,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a position; before the first batch is asked for.
 
         With another batch size the sequence goes on at the same image, up to a batch.
+
+        Raises:
+            DatasetError: if the position is one in other records.
         """
+        if state["records"] != self._fingerprint:
+            raise DatasetError(
+                "the training data are not those that the checkpoint was trained on: images, boxes "
+                "or classes have changed, or their order; give the old data, or begin another run "
+                "with the checkpoint as MODEL.WEIGHTS"
+            )
         self.seed = state["seed"]
         self._yielded = state["images"] // self.batch_size * self.parts
         self._unreadable.paths = list(state["unreadable"])
+
+
+def _fingerprint(records: Sequence[dict[str, Any]]) -> str:
+    """Return what tells records from others: names, boxes and classes, wherever the folder is."""
+    digest = hashlib.sha256()
+    for record in records:
+        boxes = [(a["category_id"], a["bbox"]) for a in record.get("annotations", ())]
+        digest.update(repr((os.path.basename(record["file_name"]), boxes)).encode())
+    return digest.hexdigest()
 
 
 def _ignore_signals(closing: Event, worker_id: int) -> None:

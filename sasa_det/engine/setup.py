@@ -193,7 +193,9 @@ def _check_device(cfg: CfgNode) -> None:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"MODEL.DEVICE must be cpu, cuda or cuda:N, got {name!r}.") from error
-    if device.type != "cuda":
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"MODEL.DEVICE must be cpu, cuda or cuda:N, got {name!r}.")
+    if device.type == "cpu":
         return
     if not torch.cuda.is_available():
         raise UsageError(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
+    MetadataCatalog,
     build_detection_test_loader,
     detection_utils,
     get_detection_dataset_dicts,
@@ -19,6 +20,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint import Checkpointer
+from ..data.errors import DatasetError
 from ..data.loader import TrainLoader, build_train_loader
 from ..data.mapper import DetectionMapper, build_test_mapper
 from ..evaluation.coco import coco_evaluator
@@ -105,7 +107,7 @@ class Trainer(DefaultTrainer):
         """Build the hooks in the order in which they run after a step."""
         cfg = self.cfg
         self._lr = LearningRate(self.scheduler)
-        checkpoints = Checkpoints(
+        self._checkpoints = checkpoints = Checkpoints(
             self.checkpointer,
             cfg.SOLVER.CHECKPOINT_PERIOD,
             cfg.SOLVER.MAX_CHECKPOINTS,
@@ -147,16 +149,30 @@ class Trainer(DefaultTrainer):
 
         Raises:
             StopTraining: if a signal or early stopping ended it, with everything saved.
-            NonFiniteError: if a loss, a gradient or a weight is not finite.
+            NonFiniteError: if a loss or a gradient is not finite.
+            DatasetError: if an image cannot be read; with one process, the steps before are saved.
         """
         if self.start_iter >= self.max_iter:
             logger.info("The run in %s is complete.", self.cfg.OUTPUT_DIR)
         with self.signals.handled():
-            TrainerBase.train(self, self.start_iter, self.max_iter)
+            try:
+                TrainerBase.train(self, self.start_iter, self.max_iter)
+            except DatasetError:
+                self._save_last_step()
+                raise
         results = getattr(self, "_last_eval_results", {})
         if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
             verify_results(self.cfg, results)
         return results
+
+    def _save_last_step(self) -> None:
+        """Save what was done before data failed, where the other processes need not take part."""
+        if comm.get_world_size() == 1 and self.iter > self.start_iter:
+            self.iter -= 1
+            self._checkpoints.save_now()
+
+    def _class_names(self) -> list[str]:
+        return list(MetadataCatalog.get(self.cfg.DATASETS.TRAIN[0]).get("thing_classes", ()))
 
     def _evaluate(self) -> dict[str, Any]:
         cfg = self.cfg
@@ -228,9 +244,21 @@ class Trainer(DefaultTrainer):
         state = super().state_dict()
         # detectron2 0.6 leaves it out.
         state["_trainer"] = self._trainer.state_dict()
+        state["classes"] = self._class_names()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, or detectron2's trainer.
+
+        Raises:
+            DatasetError: if the training data are others than those of the state.
+        """
+        classes = state_dict.get("classes", self._class_names())
+        if classes != self._class_names():
+            raise DatasetError(
+                f"the classes of the training data are {', '.join(self._class_names())}, and were "
+                f"{', '.join(classes)} when the checkpoint was saved: they must be the same"
+            )
         TrainerBase.load_state_dict(self, state_dict)
         if "_trainer" in state_dict:
             self._trainer.load_state_dict(state_dict["_trainer"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sasa_det.data import loader as loader_module
-from sasa_det.data.errors import ImageError
+from sasa_det.data.errors import DatasetError, ImageError
 from sasa_det.data.loader import TrainLoader
 from sasa_det.seeding import seed_everything, seeded
 
@@ -67,7 +67,18 @@ def test_resumes_where_it_stopped(num_workers, options):
     second = make(seed=99, num_workers=num_workers, **options)
     second.load_state_dict(first.state_dict())
     assert take(second, 7 * parts) == unbroken[5 * parts :]
-    assert second.state_dict() == {"seed": 3, "images": 48, "unreadable": []}
+    state = second.state_dict()
+    assert (state["seed"], state["images"], state["unreadable"]) == (3, 48, [])
+
+
+def test_positions_are_of_the_same_records():
+    first = make()
+    take(first, 1)
+    others = [{**record, "file_name": f"/moved/{record['file_name']}"} for record in RECORDS]
+    options = {"batch_size": 4, "seed": 3, "indices": shuffled}
+    TrainLoader(others, mapper, **options).load_state_dict(first.state_dict())
+    with pytest.raises(DatasetError, match="training data are not those"):
+        TrainLoader(others[::-1], mapper, **options).load_state_dict(first.state_dict())
 
 
 def test_another_batch_size_goes_on_with_the_next_images():

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from sasa_det.checkpoint import read_checkpoint
 from sasa_det.engine.evaluating import BestMetric
@@ -122,6 +123,31 @@ def test_rates_follow_the_batch_and_lengths_the_epochs(command, tmp_path, capsys
     assert read_checkpoint(tmp_path / "run" / "model_final.pth")["iteration"] == 1
 
 
+def test_training_data_that_changed_in_their_place(command, digits, tmp_path, capsys):
+    data, test = ((tmp_path / f"{name}.json", digits / name) for name in ("train", "val"))
+    contents = [json.loads((digits / path.name).read_text()) for path, _ in (data, test)]
+
+    def resume(*words):
+        for (path, _), content in zip((data, test), contents, strict=True):
+            path.write_text(json.dumps(content))
+            # Data sets are read once in a process: another one finds what is there now.
+            if str(path) in DatasetCatalog:
+                DatasetCatalog.remove(str(path))
+                MetadataCatalog.remove(str(path))
+        status = command(*words, "SOLVER.MAX_ITER", 6, train=data, test=test)
+        return status, capsys.readouterr().err
+
+    assert resume()[0] == 0
+    contents[0]["annotations"][0]["bbox"][0] += 1
+    status, error = resume("--resume")
+    assert status == 2 and "training data are not those that the checkpoint was" in error
+    contents[0]["annotations"][0]["bbox"][0] -= 1
+    for content in contents:
+        content["categories"][3]["name"] = "drei"
+    status, error = resume("--resume")
+    assert status == 2 and "the classes of the training data are 0, 1, 2, drei, 4" in error
+
+
 def test_damaged_newest_checkpoint(command, tmp_path, capsys):
     folder = tmp_path / "run"
     assert command("SOLVER.CHECKPOINT_PERIOD", 1) == 0
@@ -223,6 +249,9 @@ def test_unreadable_image(skipped, command, digits, tmp_path, capsys):
     else:
         assert status == 1
         assert f"error: image {broken} cannot be read" in printed.err
+        # The steps before are not lost.
+        for path in checkpoints(tmp_path / "run"):
+            assert int(path) < 3
 
 
 def test_lower_precision_and_recomputed_stages(command, tmp_path):
