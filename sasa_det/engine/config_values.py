@@ -31,7 +31,9 @@ def check_values(cfg: CfgNode) -> None:
         for rule, keys in RULES.items():
             if _is_among(key, keys):
                 _check_rule(key, value, rule)
-        if not value and _is_among(key, NOT_EMPTY):
+        nested = value if isinstance(value, list | tuple) else ()
+        is_empty = not value or any(part in ([], ()) for part in nested)
+        if is_empty and _is_among(key, NOT_EMPTY):
             raise UsageError(f"{key} must hold at least one value, got {value!r}.")
         if _is_among(key, INCREASING) and any(a >= b for a, b in pairwise(value)):
             raise UsageError(f"the values of {key} must increase, got {value!r}.")

@@ -15,7 +15,7 @@ from .config_file import read_config_file
 from .config_keys import CONFIG_ERRORS, all_keys, explain, flatten, unknown_key
 from .config_values import check_schedule, check_values
 from .errors import UsageError
-from .metric_names import check_best_metric
+from .metric_names import check_metrics
 from .model_check import check_model
 from .output_folder import Resume, check_output, is_resumed
 from .output_lock import output_lock
@@ -221,6 +221,13 @@ def _check_norms(cfg: CfgNode, num_processes: int) -> None:
 
 def _check_data(cfg: CfgNode, eval_only: bool) -> None:
     options = _image_options(cfg)
+    for split in ("TRAIN", "TEST"):
+        files = cfg.DATASETS[f"PROPOSAL_FILES_{split}"]
+        if cfg.MODEL.LOAD_PROPOSALS and len(files) != len(cfg.DATASETS[split]):
+            raise UsageError(
+                f"DATASETS.PROPOSAL_FILES_{split} must hold one file for each data set of "
+                f"DATASETS.{split} with MODEL.LOAD_PROPOSALS True, got {files!r}."
+            )
     if not eval_only:
         if not cfg.DATASETS.TRAIN:
             raise UsageError("DATASETS.TRAIN names no data set; name one, or use --train.")
@@ -243,8 +250,7 @@ def _check_data(cfg: CfgNode, eval_only: bool) -> None:
                 f"{key} is {given} but {', '.join(datasets)} has {found} classes; set {key} "
                 f"{found}."
             )
-    if not eval_only:
-        check_best_metric(cfg, MetadataCatalog.get(datasets[-1]).thing_classes)
+    check_metrics(cfg, MetadataCatalog.get(datasets[-1]).thing_classes)
 
 
 def _image_options(cfg: CfgNode) -> dict[str, int | str]:

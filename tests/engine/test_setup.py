@@ -245,6 +245,23 @@ def test_metrics_that_evaluations_have(config):
     for name in ("bbox/APP", "ema/bbox/AP50", "validation/total_loss", "segm/AP", "bbox/AP-ten"):
         assert told(asked(name)).startswith("TEST.BEST_METRIC must be a metric of the evaluations")
     assert "got bbox/APP; did you mean bbox/AP?" in told(asked("bbox/APP"))
+    expected = "[['bboxx', 'AP', 1.0, 1.0]]"
+    message = told(lambda: check_run(config("TEST.EXPECTED_RESULTS", expected)))
+    assert message.startswith("TEST.EXPECTED_RESULTS must hold [task, metric, value, tolerance]")
+    check_run(config("TEST.EXPECTED_RESULTS", expected.replace("bboxx", "bbox")))
+
+
+@pytest.mark.parametrize("device", ["meta", "mps", "xpu", "gpu"])
+def test_devices_that_are_none(device, config):
+    message = told(lambda: check_run(config("MODEL.DEVICE", device)))
+    assert message == f"MODEL.DEVICE must be cpu, cuda or cuda:N, got {device!r}."
+
+
+def test_anchors_and_proposals_that_are_missing(config):
+    message = told(lambda: config("MODEL.ANCHOR_GENERATOR.SIZES", "[[]]"))
+    assert message == "MODEL.ANCHOR_GENERATOR.SIZES must hold at least one value, got [[]]."
+    message = told(lambda: check_run(config("MODEL.LOAD_PROPOSALS", True)))
+    assert message.startswith("DATASETS.PROPOSAL_FILES_TRAIN must hold one file for each data set")
 
 
 def test_norms_that_need_gpus(config):
