@@ -17,6 +17,7 @@ __all__ = [
     "Resume",
     "check_output",
     "claim_output",
+    "discard_output",
     "is_resumed",
     "refuse_existing",
 ]
@@ -73,6 +74,16 @@ def claim_output(
             for path in _removed(folder, eval_only):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield resumed
+
+
+def discard_output(folder: Path) -> None:
+    """Remove what a run left in an output folder that held none before it.
+
+    Args:
+        folder: of a run that found a mistake before its first step.
+    """
+    for path in _files(folder, _RUN_FILES):
+        path.unlink()
 
 
 def check_output(cfg: CfgNode, *, eval_only: bool, resume: Resume, overwrite: bool) -> bool:

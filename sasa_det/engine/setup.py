@@ -23,6 +23,9 @@ from .schedule import prefer_given
 
 __all__ = ["check_run", "class_keys", "load_config", "register_datasets"]
 
+# More is a slip of the finger, and would be read for ever before the first step.
+_LARGEST_BATCH = 10**6
+
 
 def load_config(
     config_file: str = "",
@@ -167,6 +170,11 @@ def check_run(
 
 def _check_batch(cfg: CfgNode, num_processes: int) -> None:
     shares = num_processes * cfg.SOLVER.ACCUMULATION_STEPS
+    if cfg.SOLVER.IMS_PER_BATCH > _LARGEST_BATCH:
+        raise UsageError(
+            f"SOLVER.IMS_PER_BATCH must be at most {_LARGEST_BATCH}, got "
+            f"{cfg.SOLVER.IMS_PER_BATCH}."
+        )
     if cfg.SOLVER.IMS_PER_BATCH % shares:
         raise UsageError(
             "SOLVER.IMS_PER_BATCH must be a multiple of the number of processes times "

@@ -69,7 +69,8 @@ class StepTrainer(SimpleTrainer):
         self.precision = precision
         self.max_norm = max_norm
         self.signals = signals
-        self._device = next(model.parameters()).device
+        self._parameters = list(model.parameters())
+        self._device = self._parameters[0].device
         scaled = precision == torch.float16
         self.grad_scaler = torch.amp.GradScaler(self._device.type, enabled=scaled)
 
@@ -81,12 +82,12 @@ class StepTrainer(SimpleTrainer):
         if hasattr(self, "after_backward"):  # hooks of later detectron2
             self.after_backward()
         self.grad_scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         losses, norm_value, data_time = self._agree(losses, whole(norm), data_time)
         self._check(losses, norm_value, batches)
         if self.max_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.max_norm, norm)
+            nn.utils.clip_grads_with_norm_(self._parameters, self.max_norm, norm)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
         _record(losses, norm_value, data_time)

@@ -23,7 +23,7 @@ from .errors import USAGE_ERRORS, tell
 from .launch import is_elastic_restart, launch, started_by_torchrun
 from .logs import log_to
 from .model_check import check_model
-from .output_folder import claim_output
+from .output_folder import claim_output, discard_output
 from .setup import check_run, load_config, register_datasets
 from .signals import StopTraining
 from .step import NonFiniteError
@@ -129,8 +129,9 @@ def run(args: argparse.Namespace, kind: ConfigKind = YAML) -> int:
         if started_by_torchrun():
             return launch(_torchrun_worker, 1, device=cfg.MODEL.DEVICE, args=(kind, cfg, args))
         processes = args.num_gpus * args.num_machines
-        with _prepared(kind, cfg, args, args.machine_rank == 0, processes) as resume:
-            return launch(
+        leader = args.machine_rank == 0
+        with _prepared(kind, cfg, args, leader, processes) as resume:
+            status = launch(
                 _worker,
                 args.num_gpus,
                 num_machines=args.num_machines,
@@ -139,6 +140,7 @@ def run(args: argparse.Namespace, kind: ConfigKind = YAML) -> int:
                 device=cfg.MODEL.DEVICE,
                 args=(kind, cfg, args.eval_only, resume),
             )
+            return _ended(status, cfg, args) if leader else status
     except USAGE_ERRORS as error:
         return kind.tell(error)
 
@@ -165,7 +167,17 @@ def _torchrun_worker(kind: ConfigKind, cfg: CfgNode, args: argparse.Namespace) -
             except USAGE_ERRORS as error:
                 status = kind.tell(error)
         status, resume = comm.all_gather((status, resume))[0]
-        return status or _worker(kind, cfg, args.eval_only, resume)
+        if status:
+            return status
+        status = _worker(kind, cfg, args.eval_only, resume)
+        return _ended(status, cfg, args) if comm.is_main_process() else status
+
+
+def _ended(status: int, cfg: CfgNode, args: argparse.Namespace) -> int:
+    """Let a mistake that was found too late leave no run behind that would refuse the next one."""
+    if status == 2 and not (args.resume or args.overwrite):
+        discard_output(Path(cfg.OUTPUT_DIR))
+    return status
 
 
 def _worker(kind: ConfigKind, cfg: CfgNode, eval_only: bool, resume: bool) -> int:

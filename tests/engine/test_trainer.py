@@ -123,6 +123,15 @@ def test_rates_follow_the_batch_and_lengths_the_epochs(command, tmp_path, capsys
     assert read_checkpoint(tmp_path / "run" / "model_final.pth")["iteration"] == 1
 
 
+def test_a_mistake_that_is_found_late_leaves_no_run(command, tmp_path, capsys):
+    """That so short a run has no room for its warmup is known with the number of images."""
+    for _ in range(2):
+        assert command("SOLVER.MAX_EPOCHS", 0.001) == 2
+        assert "SOLVER.WARMUP_ITERS must be below SOLVER.MAX_ITER" in capsys.readouterr().err
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    assert command("SOLVER.MAX_EPOCHS", 1.0) == 0
+
+
 def test_training_data_that_changed_in_their_place(command, digits, tmp_path, capsys):
     data, test = ((tmp_path / f"{name}.json", digits / name) for name in ("train", "val"))
     contents = [json.loads((digits / path.name).read_text()) for path, _ in (data, test)]
