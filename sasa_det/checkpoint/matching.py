@@ -3,6 +3,7 @@
 import fnmatch
 import logging
 from collections.abc import Collection, Iterable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -11,6 +12,7 @@ from detectron2.checkpoint.c2_model_loading import (
     convert_c2_detectron_names,
 )
 
+from ..wording import first_of
 from .errors import CheckpointError
 
 __all__ = ["align_names", "check_filled"]
@@ -24,7 +26,7 @@ _OPTIONAL = ("*num_batches_tracked", "pixel_mean", "pixel_std", "*anchor_generat
 _STAGE_IN_HEAD = "roi_heads.res5."
 
 # Keys that a sentence names; the log has all.
-_NUM_NAMED = 3
+_shorten = partial(first_of, most=3)
 
 
 def align_names(model: dict[str, torch.Tensor], checkpoint: dict[str, Any]) -> None:
@@ -141,8 +143,3 @@ def _backbone_prefixes(model: Iterable[str]) -> tuple[str, ...]:
         if any(key.startswith(prefix) for key in model):
             return prefix, _STAGE_IN_HEAD
     return ("",)
-
-
-def _shorten(keys: Sequence[str]) -> str:
-    more = len(keys) - _NUM_NAMED
-    return ", ".join(keys[:_NUM_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -24,7 +24,7 @@ from .errors import DatasetError, ImageError
 from .mapper import build_train_mapper
 from .reading import UnreadableImages
 
-__all__ = ["TrainLoader", "build_train_loader", "detection_train_loader"]
+__all__ = ["TrainLoader", "build_train_loader", "check_shares", "detection_train_loader"]
 
 _ATTEMPTS = 100
 
@@ -140,12 +140,7 @@ class TrainLoader:
         Raises:
             ValueError: if the batch cannot be split evenly.
         """
-        shares = comm.get_world_size() * parts
-        if batch_size % shares:
-            raise ValueError(
-                f"SOLVER.IMS_PER_BATCH must be a multiple of the number of processes times "
-                f"SOLVER.ACCUMULATION_STEPS, which is {shares}, got {batch_size}."
-            )
+        check_shares(batch_size, comm.get_world_size(), parts)
         self.num_images = len(records)
         self.batch_size, self.parts, self.seed = batch_size, parts, seed
         self._indices = indices
@@ -212,6 +207,16 @@ class TrainLoader:
         self.seed = state["seed"]
         self._yielded = state["images"] // self.batch_size * self.parts
         self._unreadable.paths = list(state["unreadable"])
+
+
+def check_shares(batch_size: int, num_processes: int, parts: int) -> None:
+    """Raise ValueError unless a batch is split evenly into the parts of all processes."""
+    shares = num_processes * parts
+    if batch_size % shares:
+        raise ValueError(
+            "SOLVER.IMS_PER_BATCH must be a multiple of the number of processes times "
+            f"SOLVER.ACCUMULATION_STEPS, which is {shares}, got {batch_size}."
+        )
 
 
 def _fingerprint(records: Sequence[dict[str, Any]]) -> str:

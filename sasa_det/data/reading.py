@@ -9,6 +9,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import get_worker_info
 
+from ..wording import first_of
 from .errors import DatasetError, ImageError
 
 __all__ = ["UnreadableImages", "check_image", "check_pixels", "pixel_limit", "unreadable"]
@@ -164,11 +165,9 @@ class UnreadableImages:
         if error.path in self.paths:
             return
         if len(self.paths) == self.limit:
-            listed = ", ".join(map(str, self.paths[:_SHOWN]))
-            more = f" and {self.limit - _SHOWN} more" if self.limit > _SHOWN else ""
             raise DatasetError(
                 f"{error}, after the {self.limit} that DATALOADER.SKIP_UNREADABLE allows to skip: "
-                f"{listed}{more}"
+                f"{first_of(self.paths, _SHOWN)}"
             ) from error
         self.paths.append(error.path)
         logger.warning(

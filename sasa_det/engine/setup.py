@@ -11,6 +11,7 @@ from detectron2.data import MetadataCatalog
 
 from ..config import add_sasa_config
 from ..data.coco import check_registered, num_classes_of, register_coco
+from ..data.loader import check_shares
 from .config_file import read_config_file
 from .config_keys import CONFIG_ERRORS, all_keys, explain, flatten, unknown_key
 from .config_values import check_schedule, check_values
@@ -169,17 +170,15 @@ def check_run(
 
 
 def _check_batch(cfg: CfgNode, num_processes: int) -> None:
-    shares = num_processes * cfg.SOLVER.ACCUMULATION_STEPS
-    if cfg.SOLVER.IMS_PER_BATCH > _LARGEST_BATCH:
+    batch_size = cfg.SOLVER.IMS_PER_BATCH
+    if batch_size > _LARGEST_BATCH:
         raise UsageError(
-            f"SOLVER.IMS_PER_BATCH must be at most {_LARGEST_BATCH}, got "
-            f"{cfg.SOLVER.IMS_PER_BATCH}."
+            f"SOLVER.IMS_PER_BATCH must be at most {_LARGEST_BATCH}, got {batch_size}."
         )
-    if cfg.SOLVER.IMS_PER_BATCH % shares:
-        raise UsageError(
-            "SOLVER.IMS_PER_BATCH must be a multiple of the number of processes times "
-            f"SOLVER.ACCUMULATION_STEPS, which is {shares}, got {cfg.SOLVER.IMS_PER_BATCH}."
-        )
+    try:
+        check_shares(batch_size, num_processes, cfg.SOLVER.ACCUMULATION_STEPS)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _check_sharding(cfg: CfgNode, num_processes: int) -> None:

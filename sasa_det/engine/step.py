@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.sharding import whole
 from ..seeding import seed_everything
+from ..wording import first_of
 from .distributed import shard_optimizer_state, unwrapped, without_sync
 from .signals import StopSignals
 
@@ -139,7 +140,7 @@ class StepTrainer(SimpleTrainer):
                 # Too large a scale, which the scaler finds out by trying: it skips the step.
                 return
             bad = [n for n, p in self.model.named_parameters() if _has_bad_gradient(p)]
-            wrong = [f"the gradient of {_shorten(bad)} is not finite"]
+            wrong = [f"the gradient of {first_of(bad, _SHOWN)} is not finite"]
         if not wrong:
             return
         # Every process has seen the same averages and comes here.
@@ -206,11 +207,6 @@ def _has_bad_gradient(parameter: nn.Parameter) -> bool:
 def _describe(sample: dict[str, Any]) -> str:
     name = str(sample.get("file_name", "without a name"))
     return f"{name} (id {sample['image_id']})" if "image_id" in sample else name
-
-
-def _shorten(names: list[str]) -> str:
-    rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
