@@ -56,6 +56,7 @@ setup(
         "Pillow>=12.3",
         "pycocotools>=2.0.6",
         "PyYAML>=6",
+        "safetensors>=0.4",
         "scikit-learn>=1.3",
         "tabulate>=0.9",
         "tensorboard>=2.10",

@@ -37,9 +37,13 @@ def _imported_for(*parts: str) -> bool:
 if find_spec("detectron2") is not None:
     from . import modeling  # noqa: F401
     from .config import add_sasa_config
+    from .data.digit_crops import register_digit_crops
     from .data.digits import register_digits
+    from .data.image_folder import register_imagenet
 
     register_digits()
+    register_digit_crops()
+    register_imagenet()
 elif _imported_for("ops", "layers"):
 
     def __getattr__(name: str):

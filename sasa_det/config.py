@@ -11,7 +11,7 @@ MAX_PIXELS = 100_000_000
 def add_sasa_config(cfg: CfgNode) -> None:
     """Add sasa_det's keys with their defaults, a fully attentional model, to a config.
 
-    Depth, norm and out features of the backbone stay in ``MODEL.RESNETS``.
+    Depth, norm and out features of attention ResNets stay in ``MODEL.RESNETS``.
 
     Args:
         cfg: a detectron2 config, changed in place.
@@ -53,6 +53,33 @@ def add_sasa_config(cfg: CfgNode) -> None:
     # Backend of local attention, see sasa_det.ops.available_backends(); "" takes the fastest.
     sasa.BACKEND = ""
 
+    san = cfg.MODEL.SAN = CfgNode()
+    # Self-attention of build_san_backbone: "pairwise" or "patchwise".
+    san.ATTENTION = "pairwise"
+    # 10, 15 or 19.
+    san.DEPTH = 10
+    # Norm of the backbone, in blocks and in attention; batch norms of any kind, or "" for none.
+    san.NORM = "BN"
+    # Features to return: any of stem, res2, res3, res4, res5 and, for a classifier, linear.
+    san.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    # How pixels are compared. Pairwise: "subtraction", "summation", "concatenation",
+    # "hadamard_product" or "dot_product"; patchwise: "concatenation", "star_product" or
+    # "clique_product". "" takes the first of them, which is that of the paper's models.
+    san.RELATION = ""
+    # Side in pixels of the image over which the positions of pairwise attention run from -1 to 1,
+    # whatever the side of the image at hand; 0 for the latter, as published. For detection, the
+    # side of the images of pretraining.
+    san.POSITION_SIZE = 0
+
+    classifier = cfg.MODEL.CLASSIFIER = CfgNode()
+    # Classes of an image classifier.
+    classifier.NUM_CLASSES = 1000
+    # Share of a label that is spread evenly over all classes.
+    classifier.LABEL_SMOOTHING = 0.0
+    # Share of the running statistics that every step of batch norms keeps, 1 - momentum in
+    # PyTorch's terms (0.9999 in appendix A.2); 0 leaves it at detectron2's, 0.9.
+    cfg.MODEL.BN_DECAY = 0.0
+
     # Shell patterns of the model's weights that MODEL.WEIGHTS may lack or have in another shape,
     # as in ["head.cls_score.*"]. A backbone's file may lack all outside the backbone anyway.
     cfg.MODEL.WEIGHTS_ALLOW = []
@@ -71,8 +98,19 @@ def add_sasa_config(cfg: CfgNode) -> None:
     # Largest product of height and width of an image; one of more is refused before it is decoded.
     cfg.INPUT.MAX_PIXELS = MAX_PIXELS
     # Different images that training may skip because they cannot be read, each of them logged; the
-    # next one ends the run. 0 skips none. Evaluation never skips an image.
+    # next one ends the run. 0 skips none. Evaluation of a detector never skips an image.
     cfg.DATALOADER.SKIP_UNREADABLE = 0
+    # The same as a fraction of the training images; the larger number counts.
+    cfg.DATALOADER.SKIP_UNREADABLE_FRACTION = 0.0
+
+    # What an image classifier sees of an image.
+    classification = cfg.INPUT.CLASSIFICATION = CfgNode()
+    # Side of the square input in pixels, in training and testing.
+    classification.CROP_SIZE = 224
+    # Smallest part of an image's area that training cuts out at random and scales to that size.
+    classification.MIN_AREA = 0.08
+    # Shorter side that images are scaled to in testing, before the centre is cut out.
+    classification.RESIZE_TEST = 256
 
     # COCO-format json to train on, in place of DATASETS.TRAIN.
     cfg.DATASETS.TRAIN_JSON = ""
@@ -83,8 +121,17 @@ def add_sasa_config(cfg: CfgNode) -> None:
     # The folder of its images.
     cfg.DATASETS.TEST_IMAGES = ""
 
+    # Folder of images to classify, with train/ and val/ and in each a folder a class, in place of
+    # DATASETS.TRAIN and TEST.
+    cfg.DATASETS.IMAGE_FOLDER = ""
+    # Share of each class of DATASETS.TRAIN that is tested on in place of DATASETS.TEST and not
+    # trained on, always the same images (0.04 for tuning in appendix A.2); for classifiers.
+    cfg.DATASETS.HOLDOUT = 0.0
+
     # "SGD" with SOLVER.MOMENTUM, or "AdamW".
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # Weight decay of learned embeddings, which like norms are no weights of a linear map.
+    cfg.SOLVER.WEIGHT_DECAY_EMBEDDING = 0.0
     # Factor on the learning rate of attention's query and key projections. Under Adam, whose steps
     # have the size of the rate, their product soon saturates the softmax without one.
     cfg.SOLVER.LOGIT_LR_FACTOR = 1.0
@@ -123,6 +170,8 @@ def add_sasa_config(cfg: CfgNode) -> None:
     # Whether backbone and head go through torch.compile.
     cfg.MODEL.COMPILE = False
 
+    # Images that a classifier is tested on at once, in each process.
+    cfg.TEST.IMS_PER_BATCH = 64
     # Whether evaluation computes the losses on DATASETS.TEST as well.
     cfg.TEST.VALIDATION_LOSS = False
     # Metric whose best value is kept as model_best.pth, as in "bbox/AP" or "ema/bbox/AP"; "" keeps

@@ -1,37 +1,87 @@
 #!/usr/bin/env python
-"""Print a model's parameters and FLOPs by part, or the paper's tables beside our counts."""
+"""Count a model's parameters and FLOPs, or those of the paper's models, as tables or a picture."""
 
 import argparse
 import sys
+from pathlib import Path
 
 from sasa_det.engine import load_config
 from sasa_det.engine.arguments import positive_int
+from sasa_det.engine.counting import count_model, usual_size
 from sasa_det.engine.errors import USAGE_ERRORS, tell
-from sasa_det.engine.model_check import check_model
-from sasa_det.modeling.complexity import count_config
-from sasa_det.modeling.report import paper_report, parts_report
+from sasa_det.engine.paper import draw_figure_5, paper_report
+from sasa_det.modeling.report import parts_report
 
-if __name__ == "__main__":
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config-file", metavar="FILE", help="analyze the model of this config")
-    what.add_argument("--paper", action="store_true", help="count the models of the paper's tables")
+    what.add_argument(
+        "--config-file", metavar="FILE", help="tabulate the model of this config, part by part"
+    )
+    what.add_argument(
+        "--paper",
+        action="store_true",
+        help="tabulate Tables 1 to 7 of the paper, and Figure 5's widths, beside what is counted",
+    )
+    what.add_argument(
+        "--figure",
+        type=int,
+        choices=(5,),
+        help="draw top-1 accuracies against FLOPs and against parameters, and tabulate them: those "
+        "the paper prints for its ResNets, and those of --results",
+    )
     parser.add_argument(
         "--size",
         type=positive_int,
         nargs=2,
-        default=(640, 640),
         metavar=("HEIGHT", "WIDTH"),
-        help="size of the image in pixels, 640 640 by default",
+        help="with --config-file: size of the image in pixels; by default a classifier's crop, and "
+        "640 640 for other models",
     )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides, KEY VALUE pairs")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="FILE.json",
+        help="with --figure: top-1 accuracies to draw, in percent, as in "
+        '{"table1_R50_full": 77.6, "my/config.yaml": 70.1}; a name is that of a config in '
+        "configs/Ablations",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default="output/figure5.png",
+        metavar="FILE.png",
+        help="with --figure: the picture to write, %(default)s by default",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="with --figure: replace the picture if it exists"
+    )
+    parser.add_argument(
+        "opts",
+        nargs=argparse.REMAINDER,
+        help="with --config-file: config overrides, KEY VALUE pairs",
+    )
     args = parser.parse_args()
+    if not args.config_file and (args.size or args.opts):
+        parser.error("--size and config overrides need --config-file")
+    if not args.figure and (args.results or args.overwrite):
+        parser.error("--results and --overwrite need --figure")
+    if args.paper:
+        print(paper_report(CONFIGS))
+    elif args.figure:
+        print(draw_figure_5(CONFIGS, args.output, args.results, overwrite=args.overwrite))
+        print(f"\nPicture: {args.output}")
+    else:
+        cfg = load_config(args.config_file, args.opts)
+        size = args.size or usual_size(cfg)
+        print(parts_report(count_model(cfg, *size), *size))
+
+
+if __name__ == "__main__":
     try:
-        if args.paper:
-            print(paper_report())
-        else:
-            cfg = load_config(args.config_file, args.opts)
-            check_model(cfg, eval_only=True)
-            print(parts_report(count_config(cfg, *args.size), *args.size))
-    except (*USAGE_ERRORS, ValueError) as error:
+        main()
+    except USAGE_ERRORS as error:
         sys.exit(tell(error))

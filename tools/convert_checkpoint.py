@@ -1,19 +1,77 @@
 #!/usr/bin/env python
-"""Write the weights of a checkpoint, without the state of its training, to another file."""
+"""Write the backbone of a checkpoint to a file that any model with this backbone can start from."""
 
 import argparse
 import sys
 
-from sasa_det.checkpoint import CheckpointError, convert
+from sasa_det.checkpoint import convert
+from sasa_det.checkpoint.convert import WEIGHTS
+from sasa_det.checkpoint.errors import TransferError
+from sasa_det.engine import UsageError
+from sasa_det.engine.conversion import build_target, convert_backbone
+from sasa_det.engine.errors import USAGE_ERRORS, tell
+
+_EPILOG = """
+The backbone is that of the model of --config-file or, by default, of the config that SOURCE holds;
+of a SOURCE of this project or detectron2 without a config, all weights are written, as by --whole.
+A weight that the backbone needs and SOURCE has not, or has in another shape, is an error, and
+nothing is written, unless --allow names it. What attention a ResNet of torchvision or timm has not
+is told and no error.
+"""
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", metavar="SOURCE", help="a .pth, .pkl or .pyth checkpoint")
-    parser.add_argument("target", metavar="TARGET", help="the .pth file to write")
+    parser = argparse.ArgumentParser(description=__doc__, epilog=_EPILOG)
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a checkpoint of this project, detectron2, torchvision's or timm's ResNet-50, 101 or "
+        "152, or the official SAN release: .pth, .pth.tar, .pt, .pkl, .pyth or .safetensors",
+    )
+    parser.add_argument("target", metavar="TARGET", help="the .pth or .safetensors file to write")
+    parser.add_argument(
+        "--config-file", metavar="FILE", help="yaml config of the model that the weights are for"
+    )
+    parser.add_argument(
+        "opts", metavar="KEY VALUE", nargs="*", help="overrides of the config of --config-file"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        default=WEIGHTS[0],
+        help="those of the last step, raw, or their moving average, ema; raw by default",
+    )
+    parser.add_argument(
+        "--allow",
+        metavar="PATTERN",
+        action="append",
+        default=[],
+        help="shell pattern of weights that may be missing, of another shape or left over, as in "
+        "'res5.*'; may be given more than once",
+    )
+    parser.add_argument(
+        "--whole",
+        action="store_true",
+        help="write all weights under their own names, as of a detector to be published, with no "
+        "state of training",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace TARGET if it exists")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
+    options = {"weights": args.weights, "overwrite": args.overwrite}
     try:
-        convert(args.source, args.target, overwrite=args.overwrite)
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        if args.opts and not args.config_file:
+            raise UsageError(
+                "KEY VALUE pairs change the config of --config-file, and none is given."
+            )
+        if args.whole:
+            if args.config_file or args.allow:
+                raise UsageError("--whole takes no --config-file and no --allow.")
+            report = convert(args.source, args.target, **options)
+        else:
+            model = build_target(args.config_file, args.opts) if args.config_file else None
+            report = convert_backbone(args.source, args.target, model, allow=args.allow, **options)
+    except TransferError as error:
+        print(error.report)
+        sys.exit(tell(error))
+    except USAGE_ERRORS as error:
+        sys.exit(tell(error))
+    print(report)

@@ -15,15 +15,18 @@ from detectron2.checkpoint.c2_model_loading import (
 from ..wording import first_of
 from .errors import CheckpointError
 
-__all__ = ["align_names", "check_filled"]
+__all__ = ["OPTIONAL", "align_names", "backbone_names", "check_filled"]
 
 logger = logging.getLogger(__name__)
 
 # What old files lack and the model has from its config, or counts for itself.
-_OPTIONAL = ("*num_batches_tracked", "pixel_mean", "pixel_std", "*anchor_generator.cell_anchors*")
+OPTIONAL = ("*num_batches_tracked", "pixel_mean", "pixel_std", "*anchor_generator.cell_anchors*")
 
 # detectron2's C4 models keep the backbone's last stage in their RoI head.
-_STAGE_IN_HEAD = "roi_heads.res5."
+_HEAD = "roi_heads."
+_STAGE_IN_HEAD = f"{_HEAD}res5."
+# A ResNet that classifies has its classifier beside its stages.
+_CLASSIFIER = "backbone.linear."
 
 # Keys that a sentence names; the log has all.
 _shorten = partial(first_of, most=3)
@@ -58,6 +61,24 @@ def align_names(model: dict[str, torch.Tensor], checkpoint: dict[str, Any]) -> N
     checkpoint["model"] = aligned
 
 
+def backbone_names(model: Collection[str]) -> dict[str, str]:
+    """Name the weights of a model's backbone as they are named in the backbone alone.
+
+    Args:
+        model: names of the model's weights.
+
+    Returns:
+        dict: by the names that the model's backbone has, those without what the model puts before
+        them; all names where no weight is in a backbone.
+    """
+    prefix, *_ = prefixes = _backbone_prefixes(model)
+    return {
+        key: key.removeprefix(prefix if key.startswith(prefix) else _HEAD)
+        for key in model
+        if key.startswith(prefixes)
+    }
+
+
 def check_filled(
     model: Collection[str],
     found: Collection[str],
@@ -87,10 +108,12 @@ def check_filled(
     """
     known = set(model)
     both = known.intersection(found)
+    if not strict:
+        _check_places(known, found)
     if not both - set(mismatched):
         _refuse_stranger(found, known, mismatched)
     unfilled = set(missing) | set(mismatched)
-    optional = list(_OPTIONAL)
+    optional = list(OPTIONAL)
     if not strict:
         allow = list(allow)
         for pattern in allow:
@@ -101,7 +124,11 @@ def check_filled(
         optional += allow
         backbone = _backbone_prefixes(known)
         if all(key.startswith(backbone) for key in both):
-            unfilled = {key for key in unfilled if key.startswith(backbone)}
+            unfilled = {
+                key
+                for key in unfilled
+                if key.startswith(backbone) and not key.startswith(_CLASSIFIER)
+            }
     refused = sorted(
         key for key in unfilled if not any(fnmatch.fnmatchcase(key, p) for p in optional)
     )
@@ -122,6 +149,17 @@ def check_filled(
         f"as in \"['{modules[0]}.*']\""
     )
     raise CheckpointError(f"it {' and '.join(reasons)}; {advice}")
+
+
+def _check_places(known: set[str], found: Collection[str]) -> None:
+    """Refuse the backbone of another kind of model, whose names have another beginning."""
+    lacking = {bare: key for key, bare in backbone_names(known).items() if key not in found}
+    for key, bare in backbone_names(found).items():
+        if bare in lacking and bare != key:
+            raise CheckpointError(
+                f"its backbone's weights have other names ({key} is the model's {lacking[bare]}): "
+                "convert it with tools/convert_checkpoint.py first"
+            )
 
 
 def _refuse_stranger(

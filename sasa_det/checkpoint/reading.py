@@ -13,6 +13,7 @@ import torch
 from .errors import CheckpointError
 from .integrity import check_integrity
 from .pickles import read_pickle
+from .safetensors_file import read_safetensors
 
 __all__ = ["check_file", "check_finite", "iteration_of", "read_checkpoint", "read_iteration"]
 
@@ -26,13 +27,15 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """Read a checkpoint into CPU memory after checking that no byte of it has changed.
 
     The suffix tells the format as in detectron2: ``.pkl`` is a pickle of numpy arrays (detectron2's
-    and Caffe2's model zoos), ``.pyth`` is of pycls, anything else is of torch.save.
+    and Caffe2's model zoos), ``.pyth`` is of pycls, ``.safetensors`` says it, anything else is of
+    torch.save.
 
     Args:
         path: a file of this computer.
 
     Returns:
-        dict: ``"model"``, a dict of tensors by name, and all else that the file holds beside it.
+        dict: ``"model"``, a dict of tensors by name, which the file may call ``state_dict``, and
+        all else that the file holds beside it.
         ``"matching_heuristics"`` is True and ``"__author__"`` names the source where names have yet
         to be matched with the model's, as in detectron2.
 
@@ -118,10 +121,15 @@ def _read(file: BinaryIO, suffix: str) -> dict[str, Any]:
         content = _from_zoo(_as_dict(read_pickle(file)))
     elif suffix == ".pyth":
         content = _from_pycls(_as_dict(_load(file)))
+    elif suffix == ".safetensors":
+        content = read_safetensors(file)
     else:
         content = _as_dict(_load(file))
         if "model" not in content:
-            content = {"model": content}
+            if isinstance(content.get("state_dict"), dict):  # as many trainers call it
+                content["model"] = content.pop("state_dict")
+            else:
+                content = {"model": content}
     content["model"] = _as_tensors(_as_dict(content["model"]))
     return content
 

@@ -11,6 +11,7 @@ import torch
 from ..files import whole_file
 from .errors import CheckpointError
 from .integrity import seal
+from .safetensors_file import safetensors_bytes
 
 __all__ = ["write_checkpoint"]
 
@@ -35,8 +36,10 @@ def write_checkpoint(data: dict[str, Any], path: str | os.PathLike) -> None:
     checksum of itself; an older file of this name is there until then.
 
     Args:
-        data: nested dicts, lists and tuples of tensors, text and numbers.
-        path: the file to write; its folder is made if it is not there.
+        data: nested dicts, lists and tuples of tensors, text and numbers. In a safetensors file,
+            ``"model"``, tensors by name, and what JSON can hold.
+        path: the file to write; its folder is made if it is not there. The suffix
+            ``.safetensors`` asks for that format, any other for torch.save's.
 
     Raises:
         CheckpointError: if ``data`` holds anything else, the disk has no room for it, or writing
@@ -53,10 +56,13 @@ def write_checkpoint(data: dict[str, Any], path: str | os.PathLike) -> None:
                 f"{_megabytes(free)} left."
             )
         with whole_file(path) as part:
-            # A file object, since torch.save writes the name of a path into the file.
-            with open(part, "wb") as file:
-                torch.save(data, file)
-            seal(part)
+            if path.suffix == ".safetensors":
+                part.write_bytes(safetensors_bytes(data))
+            else:
+                # A file object, since torch.save writes the name of a path into the file.
+                with open(part, "wb") as file:
+                    torch.save(data, file)
+                seal(part)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path} could not be written ({_reason(error)}).") from error
 

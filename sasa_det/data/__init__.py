@@ -1,8 +1,15 @@
 """Data sets and the mapping of their images to the model's input."""
 
+from .classification import (
+    ClassificationMapper,
+    build_classification_test_loader,
+    build_classification_train_loader,
+)
 from .coco import check_coco, check_registered, num_classes_of, register_coco
+from .digit_crops import register_digit_crops, write_digit_crops
 from .digits import DIGIT_NAMES, register_digits, split_digits, write_digits
 from .errors import DatasetError, ImageError
+from .image_folder import check_image_folders, hold_out, register_image_folder
 from .mapper import (
     DetectionMapper,
     build_test_mapper,
@@ -14,20 +21,28 @@ from .validation import CocoReport, validate_coco
 
 __all__ = [
     "DIGIT_NAMES",
+    "ClassificationMapper",
     "CocoReport",
     "DatasetError",
     "DetectionMapper",
     "ImageError",
     "UnreadableImages",
+    "build_classification_test_loader",
+    "build_classification_train_loader",
     "build_test_mapper",
     "build_train_mapper",
     "check_coco",
+    "check_image_folders",
     "check_registered",
+    "hold_out",
     "jitter_and_crop_augmentations",
     "num_classes_of",
     "register_coco",
+    "register_digit_crops",
     "register_digits",
+    "register_image_folder",
     "split_digits",
     "validate_coco",
+    "write_digit_crops",
     "write_digits",
 ]

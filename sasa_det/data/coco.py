@@ -8,12 +8,20 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
+from .builtin import root_hint
 from .errors import DatasetError
 from .problems import MISSING_FILE
 from .report import printable, summarize_warnings
 from .validation import check_exists, validate_coco
 
-__all__ = ["DatasetError", "check_coco", "check_registered", "num_classes_of", "register_coco"]
+__all__ = [
+    "DatasetError",
+    "check_coco",
+    "check_registered",
+    "metadata_of",
+    "num_classes_of",
+    "register_coco",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +103,7 @@ def num_classes_of(dataset_names):
     """
     if not dataset_names:
         raise DatasetError("no dataset is named: at least one registered dataset is needed")
-    classes = {name: _metadata(name).get("thing_classes") for name in dataset_names}
+    classes = {name: metadata_of(name).get("thing_classes") for name in dataset_names}
     for name, names in classes.items():
         if names is None:
             raise DatasetError(
@@ -107,8 +115,8 @@ def num_classes_of(dataset_names):
         if list(names) != list(classes[first]):
             raise DatasetError(
                 f"datasets {first!r} ({_shortened(classes[first])}) and {name!r} "
-                f"({_shortened(names)}) have different classes: data sets that are used together "
-                "must have the same classes in the same order"
+                f"({_shortened(names)}) have different classes{_differences(classes[first], names)}"
+                ": data sets that are used together must have the same classes in the same order"
             )
     return len(classes[first])
 
@@ -132,7 +140,7 @@ def check_registered(names, training, **options):
         FileNotFoundError: a file is missing; the message says where it was looked for.
     """
     for name in names:
-        metadata = _metadata(name)
+        metadata = metadata_of(name)
         json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
         if json_file is None or image_root is None:
             continue
@@ -142,11 +150,9 @@ def check_registered(names, training, **options):
                 continue
             report = _check_once(json_file, image_root, training, **options)
         except FileNotFoundError as error:
-            root = os.getenv("DETECTRON2_DATASETS", "datasets")
             raise FileNotFoundError(
                 f"dataset {name!r}: {error} (looked in {os.path.abspath(json_file)} and "
-                f"{os.path.abspath(image_root)}; $DETECTRON2_DATASETS, now {root!r}, sets the "
-                "root of the builtin datasets)"
+                f"{os.path.abspath(image_root)}; {root_hint()})"
             ) from error
         classes = metadata.get("thing_classes")
         if classes is not None and tuple(classes) != report.class_names:
@@ -188,7 +194,12 @@ def _refuse_errors(report):
         raise DatasetError(f"{report.json_file}: {first.message}{rest}")
 
 
-def _metadata(name):
+def metadata_of(name):
+    """Return the metadata of a registered data set.
+
+    Raises:
+        DatasetError: the name is not registered; the message has the nearest ones that are.
+    """
     if name not in DatasetCatalog:
         nearest = difflib.get_close_matches(name, DatasetCatalog.keys())
         hint = f", did you mean {' or '.join(map(repr, nearest))}" if nearest else ""
@@ -199,3 +210,11 @@ def _metadata(name):
 def _shortened(names):
     shown = ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")
     return f"{len(names)}: {shown}"
+
+
+def _differences(names, others):
+    """Say which classes only one of two data sets has, or nothing if it is their order alone."""
+    first, second = sorted(set(names) - set(others)), sorted(set(others) - set(names))
+    sides = {"first": first, "second": second}
+    parts = [f"{_shortened(only)} in the {side} alone" for side, only in sides.items() if only]
+    return f", {' and '.join(parts)}" if parts else ""

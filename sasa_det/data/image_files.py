@@ -3,7 +3,7 @@
 import os
 from collections import defaultdict
 
-__all__ = ["check_image_files"]
+__all__ = ["check_image_files", "is_inside"]
 
 
 def check_image_files(image_root, file_names):
@@ -31,7 +31,7 @@ def check_image_files(image_root, file_names):
 
     for folder, wanted in folders.items():
         path = os.path.join(image_root, folder)
-        if not _is_inside(os.path.realpath(path), root):
+        if not is_inside(os.path.realpath(path), root):
             for base, keys in wanted.items():
                 for key in keys:
                     name = os.path.join(folder, base)
@@ -74,7 +74,7 @@ def _file_problem(entry, root):
     if not entry.is_symlink():
         if entry.is_file():
             return None
-    elif not _is_inside(os.path.realpath(entry.path), root):
+    elif not is_inside(os.path.realpath(entry.path), root):
         target = os.path.realpath(entry.path)
         return True, f"{entry.path!r} is a link to {target!r}, out of the image folder"
     elif os.path.isfile(entry.path):
@@ -82,5 +82,6 @@ def _file_problem(entry, root):
     return False, f"{entry.path!r} is no regular file"
 
 
-def _is_inside(path, root):
+def is_inside(path, root):
+    """Tell whether a path is a folder or in it; both are real paths."""
     return path == root or path.startswith(os.path.join(root, ""))

@@ -6,6 +6,7 @@ import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from multiprocessing.synchronize import Event
 from multiprocessing.util import Finalize
 from typing import Any
@@ -14,9 +15,9 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, get_detection_dataset_dicts
 from detectron2.data.build import trivial_batch_collator
-from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
-from torch import multiprocessing
+from torch import Tensor, multiprocessing
 from torch.utils.data import DataLoader, Dataset
 
 from ..seeding import seeded
@@ -24,7 +25,13 @@ from .errors import DatasetError, ImageError
 from .mapper import build_train_mapper
 from .reading import UnreadableImages
 
-__all__ = ["TrainLoader", "build_train_loader", "check_shares", "detection_train_loader"]
+__all__ = [
+    "TrainLoader",
+    "build_train_loader",
+    "check_shares",
+    "detection_train_loader",
+    "sampled_epochs",
+]
 
 _ATTEMPTS = 100
 
@@ -71,35 +78,59 @@ class _Batches:
 
     def __init__(
         self,
-        indices: Callable[[], Iterator[int]],
+        epochs: Callable[[], Iterator[Tensor]],
         groups: Sequence[int] | None,
         batch_size: int,
         parts: int,
         start: int,
     ):
-        self.indices, self.groups = indices, groups
+        self.epochs, self.groups = epochs, groups
         self.batch_size, self.parts, self.start = batch_size, parts, start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         rank, world_size = comm.get_rank(), comm.get_world_size()
         share = self.batch_size // world_size
         size = share // self.parts
-        for number, batch in enumerate(self._batches()):
-            if number < self.start:
-                continue
+        if self.groups is None:
+            batches = self._batches()
+        else:
+            batches = islice(self._grouped_batches(), self.start, None)
+        for batch in batches:
             own = batch[rank * share : (rank + 1) * share]
             for first in range(0, share, size):
                 yield own[first : first + size]
 
     def _batches(self) -> Iterator[list[tuple[int, int]]]:
+        samples = self._samples(self.start * self.batch_size)
+        while True:
+            yield list(islice(samples, self.batch_size))
+
+    def _grouped_batches(self) -> Iterator[list[tuple[int, int]]]:
         # Images of one batch have one orientation, which keeps padding small.
         waiting: dict[int, list[tuple[int, int]]] = {}
-        for sample in enumerate(self.indices()):
-            group = self.groups[sample[1]] if self.groups is not None else 0
+        for sample in self._samples(0):
+            group = self.groups[sample[1]]
             batch = waiting.setdefault(group, [])
             batch.append(sample)
             if len(batch) == self.batch_size:
                 yield waiting.pop(group)
+
+    def _samples(self, start: int) -> Iterator[tuple[int, int]]:
+        """Pass over whole epochs, which may be a hundred of a million images, at once."""
+        position = 0
+        for epoch in self.epochs():
+            skipped = min(max(start - position, 0), len(epoch))
+            yield from enumerate(epoch[skipped:].tolist(), position + skipped)
+            position += len(epoch)
+
+
+def _collated(
+    collate: Callable[[list[dict[str, Any]]], Any],
+    samples: list[tuple[list[ImageError], dict[str, Any]]],
+) -> tuple[list[ImageError], Any]:
+    """Make a batch, in the process that read it, beside the errors of unreadable images."""
+    errors = [error for errors, _ in samples for error in errors]
+    return errors, collate([mapped for _, mapped in samples])
 
 
 class TrainLoader:
@@ -117,49 +148,62 @@ class TrainLoader:
         *,
         batch_size: int,
         seed: int,
-        indices: Callable[[int], Iterator[int]],
+        epochs: Callable[[int], Iterator[Tensor]],
         aspect_ratio_grouping: bool = False,
         parts: int = 1,
         num_workers: int = 0,
         pin_memory: bool = False,
+        collate: Callable[[list[dict[str, Any]]], Any] = trivial_batch_collator,
         max_unreadable: int = 0,
+        max_unreadable_fraction: float = 0.0,
     ):
         """
         Args:
-            records: dataset dicts in detectron2's format.
+            records: dataset dicts in detectron2's format. Those of a list are packed for the
+                workers to share; another sequence is kept as it is.
             mapper: makes the model's input of one; None drops it.
             batch_size: images of all processes together.
             seed: what order and augmentation follow from, not negative.
-            indices: makes an endless sequence of indices of ``records`` from a seed.
+            epochs: makes from a seed an endless sequence of epochs, each an (n,) int64 tensor of
+                indices of ``records`` in their order.
             aspect_ratio_grouping: whether a batch's images are all upright or all oblong.
             parts: parts that each process' share of a batch is split into.
             num_workers: processes that read and augment, for each training process.
             pin_memory: whether batches are in page-locked memory.
+            collate: makes a batch of mapped records, in the worker; a list of them if not given.
             max_unreadable: different images that may be skipped as unreadable.
+            max_unreadable_fraction: the same as a fraction of all; the larger number counts.
 
         Raises:
             ValueError: if the batch cannot be split evenly.
+            DatasetError: if there are no records.
         """
         check_shares(batch_size, comm.get_world_size(), parts)
+        if not len(records):
+            raise DatasetError("there are no training data: at least one record is needed")
         self.num_images = len(records)
         self.batch_size, self.parts, self.seed = batch_size, parts, seed
-        self._indices = indices
+        self._epochs = epochs
         self._groups = None
         if aspect_ratio_grouping:
             self._groups = [int(record["width"] > record["height"]) for record in records]
         self._fingerprint = _fingerprint(records)
-        self._records = DatasetFromList(list(records), copy=False)
-        self._mapper = mapper
+        self._records = records
+        if isinstance(records, list):
+            self._records = DatasetFromList(records, copy=False)
+        self._mapper, self._collate = mapper, collate
         self._num_workers, self._pin_memory = num_workers, pin_memory
-        self._unreadable = UnreadableImages(max_unreadable)
+        self._unreadable = UnreadableImages(
+            max_unreadable, fraction=max_unreadable_fraction, num_images=len(records)
+        )
         self._yielded = 0
         self._closing = multiprocessing.Event()
         # Before multiprocessing ends the workers, also where this process is a worker itself.
         Finalize(self, self._closing.set, exitpriority=10)
 
-    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+    def __iter__(self) -> Iterator[Any]:
         batches = _Batches(
-            lambda: self._indices(self.seed),
+            lambda: self._epochs(self.seed),
             self._groups,
             self.batch_size,
             self.parts,
@@ -169,17 +213,17 @@ class TrainLoader:
             _Samples(self._records, self._mapper, self.seed),
             batch_sampler=batches,
             num_workers=self._num_workers,
-            collate_fn=trivial_batch_collator,
+            collate_fn=partial(_collated, self._collate),
             worker_init_fn=partial(_ignore_signals, self._closing),
             pin_memory=self._pin_memory,
             # Its own: the loader would take a number from torch's generator.
             generator=torch.Generator(),
         )
-        for batch in loader:
-            for error in (error for errors, _ in batch for error in errors):
+        for errors, batch in loader:
+            for error in errors:
                 self._unreadable.skip(error)
             self._yielded += 1
-            yield [sample for _, sample in batch]
+            yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the batch that was given last, and what was skipped so far."""
@@ -224,7 +268,8 @@ def _fingerprint(records: Sequence[dict[str, Any]]) -> str:
     digest = hashlib.sha256()
     for record in records:
         boxes = [(a["category_id"], a["bbox"]) for a in record.get("annotations", ())]
-        digest.update(repr((os.path.basename(record["file_name"]), boxes)).encode())
+        content = record.get("label", boxes)
+        digest.update(repr((os.path.basename(record["file_name"]), content)).encode())
     return digest.hexdigest()
 
 
@@ -267,6 +312,7 @@ def build_train_loader(cfg: CfgNode, seed: int) -> TrainLoader:
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         pin_memory=cfg.MODEL.DEVICE.startswith("cuda"),
         max_unreadable=cfg.DATALOADER.SKIP_UNREADABLE,
+        max_unreadable_fraction=cfg.DATALOADER.SKIP_UNREADABLE_FRACTION,
     )
 
 
@@ -283,6 +329,7 @@ def detection_train_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
     max_unreadable: int = 0,
+    max_unreadable_fraction: float = 0.0,
 ) -> TrainLoader:
     """Make the loader of a data set.
 
@@ -293,8 +340,8 @@ def detection_train_loader(
         seed: what order and augmentation follow from, not negative.
         sampler: "TrainingSampler", or "RepeatFactorTrainingSampler" with ``repeat_threshold``.
         repeat_threshold: frequency of a category below which its images are repeated.
-        aspect_ratio_grouping, parts, num_workers, pin_memory, max_unreadable: as of
-            :class:`TrainLoader`.
+        aspect_ratio_grouping, parts, num_workers, pin_memory, max_unreadable,
+            max_unreadable_fraction: as of :class:`TrainLoader`.
 
     Raises:
         ValueError: if the sampler is unknown or the batch cannot be split evenly.
@@ -304,30 +351,52 @@ def detection_train_loader(
         mapper,
         batch_size=total_batch_size,
         seed=seed,
-        indices=_indices(dataset, sampler, repeat_threshold),
+        epochs=sampled_epochs(dataset, sampler, repeat_threshold),
         aspect_ratio_grouping=aspect_ratio_grouping,
         parts=parts,
         num_workers=num_workers,
         pin_memory=pin_memory,
         max_unreadable=max_unreadable,
+        max_unreadable_fraction=max_unreadable_fraction,
     )
 
 
-def _indices(
-    records: Sequence[dict], sampler: str, repeat_threshold: float
-) -> Callable[[int], Iterator[int]]:
-    """Return what makes the endless sequence of a sampler from a seed."""
+def sampled_epochs(
+    records: Sequence[dict], sampler: str = "TrainingSampler", repeat_threshold: float = 0.0
+) -> Callable[[int], Iterator[Tensor]]:
+    """Return what makes the endless sequence of epochs of detectron2's samplers from a seed.
+
+    Iterating over a sampler would give the indices of this process alone.
+
+    Args:
+        records: what the indices are of.
+        sampler, repeat_threshold: as of :func:`detection_train_loader`.
+
+    Raises:
+        ValueError: if the sampler is unknown.
+    """
     if sampler == "TrainingSampler":
-        make = partial(TrainingSampler, len(records))
-    elif sampler == "RepeatFactorTrainingSampler":
+        size = len(records)
+        return partial(_epochs, lambda generator: torch.randperm(size, generator=generator))
+    if sampler == "RepeatFactorTrainingSampler":
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             records, repeat_threshold
         )
-        make = partial(RepeatFactorTrainingSampler, factors)
-    else:
-        raise ValueError(
-            "DATALOADER.SAMPLER_TRAIN must be TrainingSampler or RepeatFactorTrainingSampler, got "
-            f"{sampler}."
-        )
-    # Iterating over a sampler would give the indices of this process alone.
-    return lambda seed: make(seed=seed)._infinite_indices()
+        repeated = RepeatFactorTrainingSampler(factors, seed=0)
+
+        def epoch(generator: torch.Generator) -> Tensor:
+            indices = repeated._get_epoch_indices(generator)
+            return indices[torch.randperm(len(indices), generator=generator)]
+
+        return partial(_epochs, epoch)
+    raise ValueError(
+        "DATALOADER.SAMPLER_TRAIN must be TrainingSampler or RepeatFactorTrainingSampler, got "
+        f"{sampler}."
+    )
+
+
+def _epochs(epoch: Callable[[torch.Generator], Tensor], seed: int) -> Iterator[Tensor]:
+    generator = torch.Generator()
+    generator.manual_seed(seed)
+    while True:
+        yield epoch(generator)

@@ -8,11 +8,19 @@ from detectron2.data.detection_utils import read_image
 from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import get_worker_info
+from torchvision.datasets.folder import pil_loader
 
 from ..wording import first_of
 from .errors import DatasetError, ImageError
 
-__all__ = ["UnreadableImages", "check_image", "check_pixels", "pixel_limit", "unreadable"]
+__all__ = [
+    "UnreadableImages",
+    "check_image",
+    "check_pixels",
+    "pixel_limit",
+    "read_rgb",
+    "unreadable",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +87,24 @@ def check_pixels(path, max_pixels, *, size=None, image_format="RGB"):
         )
 
 
+def read_rgb(path, max_pixels):
+    """Read an image as torchvision's data sets do, which leave its orientation by EXIF alone.
+
+    Args:
+        path (str): the image file.
+        max_pixels (int): see `check_image`.
+
+    Returns:
+        PIL.Image.Image: in RGB; other modes are converted.
+
+    Raises:
+        ImageError: as `check_image`, or the file is truncated or broken.
+    """
+    check_image(path, max_pixels)
+    with _told(path), pixel_limit(max_pixels):
+        return pil_loader(path)
+
+
 @contextmanager
 def pixel_limit(max_pixels):
     """Set Pillow's own limit on pixels, which holds for the whole process, in a block."""
@@ -135,17 +161,27 @@ class UnreadableImages:
     Each training process counts what it reads itself.
     """
 
-    def __init__(self, limit):
+    def __init__(self, limit, *, fraction=0.0, num_images=0):
         """
         Args:
             limit (int): `DATALOADER.SKIP_UNREADABLE`; 0 skips none.
+            fraction (float): `DATALOADER.SKIP_UNREADABLE_FRACTION`, which counts if that is more.
+            num_images (int): images of the training data.
 
         Raises:
-            ValueError: the limit is negative.
+            ValueError: the limit is negative, or the fraction not within [0, 1].
         """
         if limit < 0:
             raise ValueError(f"DATALOADER.SKIP_UNREADABLE must be >= 0, got {limit}")
-        self.limit = limit
+        if not 0 <= fraction <= 1:
+            raise ValueError(
+                f"DATALOADER.SKIP_UNREADABLE_FRACTION must be within [0, 1], got {fraction}"
+            )
+        share = int(fraction * num_images)
+        self.limit = max(limit, share)
+        self.source = "DATALOADER.SKIP_UNREADABLE"
+        if share > limit:
+            self.source += f"_FRACTION {fraction:g} of {num_images:,} images"
         self.paths = []
 
     def skip(self, error):
@@ -156,7 +192,8 @@ class UnreadableImages:
 
         Raises:
             ImageError: the same, if no image may be skipped.
-            DatasetError: it is one image too many; the message lists those before.
+            DatasetError: it is one image too many; the message lists the first ones and the log
+                all of them.
         """
         if get_worker_info() is not None:
             raise RuntimeError("UnreadableImages.skip counts in the training process, not a worker")
@@ -165,14 +202,13 @@ class UnreadableImages:
         if error.path in self.paths:
             return
         if len(self.paths) == self.limit:
+            lines = "\n".join([*self.paths, error.path])
+            logger.error("Unreadable images, of which the last is one too many:\n%s", lines)
             raise DatasetError(
-                f"{error}, after the {self.limit} that DATALOADER.SKIP_UNREADABLE allows to skip: "
+                f"{error}, after the {self.limit} that {self.source} allows to skip: "
                 f"{first_of(self.paths, _SHOWN)}"
             ) from error
         self.paths.append(error.path)
         logger.warning(
-            "Skipped: %s (%d of at most %d, DATALOADER.SKIP_UNREADABLE)",
-            error,
-            len(self.paths),
-            self.limit,
+            "Skipped: %s (%d of at most %d, %s)", error, len(self.paths), self.limit, self.source
         )

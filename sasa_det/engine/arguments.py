@@ -9,8 +9,11 @@ from detectron2.engine import default_argument_parser
 __all__ = ["argument_parser", "positive_int"]
 
 
-def argument_parser() -> argparse.ArgumentParser:
+def argument_parser(*, coco: bool = True) -> argparse.ArgumentParser:
     """Return detectron2's argument parser with this project's flags.
+
+    Args:
+        coco: whether there are ``--train`` and ``--test``.
 
     Returns:
         argparse.ArgumentParser: beside detectron2's flags, ``--train`` and ``--test`` name a
@@ -53,7 +56,7 @@ def argument_parser() -> argparse.ArgumentParser:
         help="where the processes of several machines meet, as in tcp://host:port; those of one "
         "machine find each other",
     )
-    for split in ("train", "test"):
+    for split in ("train", "test") if coco else ():
         parser.add_argument(
             f"--{split}",
             nargs=2,

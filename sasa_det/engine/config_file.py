@@ -8,7 +8,7 @@ import yaml
 
 from .errors import UsageError
 
-__all__ = ["read_config_file"]
+__all__ = ["parse_config", "read_config_file"]
 
 _BASE = "_BASE_"
 _MAX_BYTES = 1_000_000
@@ -45,7 +45,7 @@ def _collect(
     path: str, named: str, children: tuple[str, ...], files: list[tuple[str, dict[str, Any]]]
 ) -> None:
     """Append a file after its bases; ``children`` are the files whose base it is."""
-    values = _parse(path, _read(path, named))
+    values = parse_config(path, _read(path, named))
     real = os.path.realpath(path)
     if real in children:
         raise UsageError(f"{named} makes a file a base of itself.")
@@ -81,7 +81,19 @@ def _read(path: str, named: str) -> str:
         raise UsageError(f"{path} is not text in UTF-8.") from error
 
 
-def _parse(path: str, text: str) -> dict[str, Any]:
+def parse_config(path: str, text: str) -> dict[str, Any]:
+    """Read a config without bases from text, as :func:`read_config_file` does from a file.
+
+    Args:
+        path: what to call it in messages.
+        text: in yaml.
+
+    Returns:
+        dict: nested values.
+
+    Raises:
+        UsageError: in one sentence that names it and, where there is one, the line.
+    """
     try:
         # Reading the text is what refuses control characters.
         loader = yaml.SafeLoader(text)

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import detectron2.solver.build
 from detectron2.layers import get_norm
 
+from .schedule import WARMUP_THEN_COSINE
+
 __all__ = ["INCREASING", "MAY_BE_INFINITE", "MAY_BE_NONE", "NOT_EMPTY", "RULES", "Rule"]
 
 
@@ -46,7 +48,7 @@ def _is_norm(value: Any) -> bool:
     return True
 
 
-_SCHEDULERS = ["WarmupMultiStepLR", "WarmupCosineLR"]
+_SCHEDULERS = ["WarmupMultiStepLR", "WarmupCosineLR", WARMUP_THEN_COSINE]
 if hasattr(detectron2.solver.build, "StepWithFixedGammaParamScheduler"):
     _SCHEDULERS.append("WarmupStepWithFixedGammaLR")
 
@@ -70,6 +72,7 @@ RULES: dict[Rule, str] = {
     """,
     _at_least(1): """
         DATASETS.PRECOMPUTED_PROPOSAL_TOPK_*
+        INPUT.CLASSIFICATION.CROP_SIZE INPUT.CLASSIFICATION.RESIZE_TEST
         INPUT.JITTER.CROP_SIZE INPUT.MAX_PIXELS INPUT.MAX_SIZE_*
         MODEL.*.BATCH_SIZE_PER_IMAGE MODEL.*.CONVS_DIM MODEL.*.NUM_CLASSES MODEL.*TOPK_*
         MODEL.FPN.OUT_CHANNELS
@@ -80,7 +83,7 @@ RULES: dict[Rule, str] = {
         MODEL.SEM_SEG_HEAD.COMMON_STRIDE
         SOLVER.ACCUMULATION_STEPS SOLVER.CHECKPOINT_PERIOD SOLVER.IMS_PER_BATCH SOLVER.MAX_ITER
         SOLVER.STEPS
-        TEST.AUG.*_SIZE* TEST.DETECTIONS_PER_IMAGE TEST.PRECISE_BN.NUM_ITER
+        TEST.AUG.*_SIZE* TEST.DETECTIONS_PER_IMAGE TEST.IMS_PER_BATCH TEST.PRECISE_BN.NUM_ITER
     """,
     _number("above 0", lambda value: value > 0): """
         INPUT.CROP.SIZE INPUT.JITTER.*_SCALE
@@ -91,17 +94,21 @@ RULES: dict[Rule, str] = {
         TEST.KEYPOINT_OKS_SIGMAS
     """,
     _number("within [0, 1]", lambda value: 0 <= value <= 1): """
-        DATALOADER.REPEAT_THRESHOLD
+        DATALOADER.REPEAT_THRESHOLD DATALOADER.SKIP_UNREADABLE_FRACTION
         MODEL.*.NMS_THRESH* MODEL.*.POSITIVE_FRACTION MODEL.*.SCORE_THRESH_TEST
         MODEL.PANOPTIC_FPN.COMBINE.*_THRESH
         SOLVER.WARMUP_FACTOR
     """,
     _number("above 0 and at most 1", lambda value: 0 < value <= 1): """
-        MODEL.*.IOU_THRESHOLDS MODEL.ROI_BOX_CASCADE_HEAD.IOUS
+        INPUT.CLASSIFICATION.MIN_AREA MODEL.*.IOU_THRESHOLDS MODEL.ROI_BOX_CASCADE_HEAD.IOUS
     """,
     _number("above 0 and below 1", lambda value: 0 < value < 1): "MODEL.RETINANET.PRIOR_PROB",
+    _number("above 0 and below 1, or 0 for none", lambda value: 0 <= value < 1): """
+        DATASETS.HOLDOUT
+    """,
     _number("at least 0 and below 1", lambda value: 0 <= value < 1): """
-        MODEL.ANCHOR_GENERATOR.OFFSET MODEL.EMA.DECAY SOLVER.MOMENTUM
+        MODEL.ANCHOR_GENERATOR.OFFSET MODEL.BN_DECAY MODEL.CLASSIFIER.LABEL_SMOOTHING
+        MODEL.EMA.DECAY SOLVER.MOMENTUM
     """,
     _number("within [0, 1], or -1 for none", lambda value: value == -1 or 0 <= value <= 1): """
         MODEL.RETINANET.FOCAL_LOSS_ALPHA

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from detectron2.config import CfgNode
 
 from .errors import UsageError, nearest
+from .tasks import task_of
 
 __all__ = ["check_metrics"]
-
-_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def check_metrics(cfg: CfgNode, class_names: Sequence[str]) -> None:
@@ -22,9 +21,8 @@ def check_metrics(cfg: CfgNode, class_names: Sequence[str]) -> None:
         UsageError: naming ``TEST.BEST_METRIC`` or ``TEST.EXPECTED_RESULTS`` and the nearest metric.
     """
     model, tests, best = cfg.MODEL, cfg.DATASETS.TEST, cfg.TEST.BEST_METRIC
-    asked = {"bbox": True, "segm": model.MASK_ON, "keypoints": model.KEYPOINT_ON}
-    metrics = (*_METRICS, *(f"AP-{class_name}" for class_name in class_names))
-    known = [f"{task}/{metric}" for task in asked if asked[task] for metric in metrics]
+    known = task_of(cfg).metrics(cfg, class_names)
+    metric = known[0]
     for expected in cfg.TEST.EXPECTED_RESULTS:
         if len(expected) != 4 or f"{expected[0]}/{expected[1]}" not in known:
             raise UsageError(
@@ -39,7 +37,7 @@ def check_metrics(cfg: CfgNode, class_names: Sequence[str]) -> None:
         return
     if best and best not in known:
         raise UsageError(
-            "TEST.BEST_METRIC must be a metric of the evaluations, as bbox/AP, with "
-            "MODEL.EMA.DECAY ema/bbox/AP, or with TEST.VALIDATION_LOSS validation/total_loss, got "
-            f"{best}{nearest(best, known)}"
+            f"TEST.BEST_METRIC must be a metric of the evaluations, as {metric}, with "
+            f"MODEL.EMA.DECAY ema/{metric}, or with TEST.VALIDATION_LOSS validation/total_loss, "
+            f"got {best}{nearest(best, known)}"
         )

@@ -20,10 +20,10 @@ from torch import nn
 
 from ..checkpoint import Checkpointer
 from ..checkpoint.sources import locate
-from ..data.mapper import build_test_mapper, build_train_mapper
 from .errors import UsageError, nearest
 from .model_options import checkpoint_stages
 from .optimizer import build_optimizer
+from .tasks import task_of
 
 __all__ = ["BUILD_ERRORS", "check_model", "check_weights", "explain_build_error"]
 
@@ -72,10 +72,9 @@ def check_model(cfg: CfgNode, *, eval_only: bool, weights: str = "") -> None:
     try:
         model = build_model(cfg)
         checkpoint_stages(model.backbone, cfg.MODEL.ACTIVATION_CHECKPOINTING)
-        build_test_mapper(cfg)
+        task_of(cfg).build_mappers(cfg, eval_only)
         if not eval_only:
             build_optimizer(cfg, model)
-            build_train_mapper(cfg)
     except BUILD_ERRORS as error:
         raise UsageError(explain_build_error(error)) from error
     check_weights(cfg, model, weights, strict=eval_only)

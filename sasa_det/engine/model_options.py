@@ -14,7 +14,7 @@ __all__ = ["apply_options", "checkpoint_stages", "compile_parts"]
 
 
 def apply_options(model: nn.Module, cfg: CfgNode) -> nn.Module:
-    """Change a model in place as ``MODEL.ACTIVATION_CHECKPOINTING`` and its neighbours ask for.
+    """Change a model in place as ``MODEL.BN_DECAY`` and ``MODEL.CHANNELS_LAST`` etc. ask for.
 
     Args:
         model: as it was built.
@@ -27,6 +27,10 @@ def apply_options(model: nn.Module, cfg: CfgNode) -> nn.Module:
         ValueError: if the backbone has no stage of a given name.
     """
     checkpoint_stages(model.backbone, cfg.MODEL.ACTIVATION_CHECKPOINTING)
+    if cfg.MODEL.BN_DECAY:
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.momentum = 1 - cfg.MODEL.BN_DECAY
     if cfg.MODEL.CHANNELS_LAST:
         model.to(memory_format=torch.channels_last)
     if cfg.MODEL.COMPILE:

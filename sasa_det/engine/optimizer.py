@@ -36,6 +36,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
         bias_lr_factor=solver.BIAS_LR_FACTOR,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        weight_decay_embedding=solver.WEIGHT_DECAY_EMBEDDING,
         logit_lr_factor=solver.LOGIT_LR_FACTOR,
     )
     if solver.OPTIMIZER == "SGD":
@@ -58,11 +59,10 @@ def parameter_groups(
     weight_decay_norm: float = 0.0,
     bias_lr_factor: float = 1.0,
     weight_decay_bias: float | None = None,
+    weight_decay_embedding: float = 0.0,
     logit_lr_factor: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Group a model's parameters by learning rate and weight decay, for an optimizer.
-
-    Learned embeddings do not decay.
 
     Args:
         model: its parameters that require gradients are grouped.
@@ -71,6 +71,7 @@ def parameter_groups(
         weight_decay_norm: of norms.
         bias_lr_factor: on the learning rate of biases.
         weight_decay_bias: of biases; None for ``weight_decay``.
+        weight_decay_embedding: of learned embeddings.
         logit_lr_factor: on the learning rate of attention's query and key projections.
 
     Returns:
@@ -83,7 +84,7 @@ def parameter_groups(
         weight_decay_norm=weight_decay_norm,
         bias_lr_factor=bias_lr_factor,
         weight_decay_bias=weight_decay_bias,
-        overrides={name: {"weight_decay": 0.0} for name in _EMBEDDINGS},
+        overrides={name: {"weight_decay": weight_decay_embedding} for name in _EMBEDDINGS},
     )
     if logit_lr_factor == 1.0:
         return groups

@@ -3,13 +3,31 @@
 import logging
 from collections.abc import Collection
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
+from detectron2.solver import LRMultiplier
+from detectron2.solver import build_lr_scheduler as build_detectron2_scheduler
+from fvcore.common.param_scheduler import (
+    CompositeParamScheduler,
+    CosineParamScheduler,
+    LinearParamScheduler,
+)
 from torch.optim.lr_scheduler import LRScheduler
 
-__all__ = ["LearningRate", "in_iterations", "prefer_given", "scale_learning_rate"]
+__all__ = [
+    "WARMUP_THEN_COSINE",
+    "LearningRate",
+    "build_lr_scheduler",
+    "in_iterations",
+    "prefer_given",
+    "scale_learning_rate",
+]
 
 logger = logging.getLogger(__name__)
+
+# The name of this project's own schedule.
+WARMUP_THEN_COSINE = "WarmupThenCosineLR"
 
 # The key in epochs, and the key in iterations that it stands in for.
 _EPOCHS = {
@@ -88,6 +106,31 @@ def scale_learning_rate(cfg: CfgNode) -> CfgNode:
         )  # fmt: skip
     cfg.freeze()
     return cfg
+
+
+def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:
+    """Build the schedule that ``SOLVER.LR_SCHEDULER_NAME`` names.
+
+    Beside detectron2's there is "WarmupThenCosineLR" (appendix A.2): for the W iterations of
+    warmup the rate of iteration t is BASE_LR (f + (1 - f) t / W), f being ``WARMUP_FACTOR``, then
+    BASE_LR (1 + cos(pi (t - W) / (T - W))) / 2 up to iteration T. In detectron2's WarmupCosineLR
+    the cosine begins with the warmup, so that BASE_LR is never reached.
+
+    Args:
+        cfg: a config with sasa_det's keys, lengths in iterations.
+        optimizer: with the rates to schedule.
+    """
+    solver = cfg.SOLVER
+    if solver.LR_SCHEDULER_NAME != WARMUP_THEN_COSINE:
+        return build_detectron2_scheduler(cfg, optimizer)
+    warmup = solver.WARMUP_ITERS / solver.MAX_ITER
+    schedule = CosineParamScheduler(1.0, 0.0)
+    if warmup:
+        rise = LinearParamScheduler(solver.WARMUP_FACTOR, 1.0)
+        schedule = CompositeParamScheduler(
+            [rise, schedule], [warmup, 1 - warmup], ["rescaled", "rescaled"]
+        )
+    return LRMultiplier(optimizer, schedule, max_iter=solver.MAX_ITER)
 
 
 class LearningRate(HookBase):

@@ -10,17 +10,20 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
 
 from ..config import add_sasa_config
-from ..data.coco import check_registered, num_classes_of, register_coco
+from ..data.coco import num_classes_of, register_coco
+from ..data.image_folder import check_image_folders, hold_out, register_image_folder
 from ..data.loader import check_shares
 from .config_file import read_config_file
 from .config_keys import CONFIG_ERRORS, all_keys, explain, flatten, unknown_key
 from .config_values import check_schedule, check_values
+from .detection import image_options
 from .errors import UsageError
 from .metric_names import check_metrics
 from .model_check import check_model
 from .output_folder import Resume, check_output, is_resumed
 from .output_lock import output_lock
 from .schedule import prefer_given
+from .tasks import task_of
 
 __all__ = ["check_run", "class_keys", "load_config", "register_datasets"]
 
@@ -64,6 +67,8 @@ def load_config(
     check_values(cfg)
     register_datasets(cfg)
     named = [cfg.DATASETS[split] for split in ("TRAIN", "TEST") if cfg.DATASETS[f"{split}_JSON"]]
+    if cfg.DATASETS.IMAGE_FOLDER:
+        named.append(cfg.DATASETS.TRAIN)
     for key in class_keys(cfg) if named else ():
         if key not in opts[::2]:
             cfg.merge_from_list([key, num_classes_of(named[0])])
@@ -110,9 +115,29 @@ def register_datasets(cfg: CfgNode, *, check: bool = True) -> None:
                 f"{json_file!r} and {images!r}."
             )
         if json_file:
-            register_coco(json_file, json_file, images, check=check, **_image_options(cfg))
+            register_coco(json_file, json_file, images, check=check, **image_options(cfg))
             if not cfg.is_frozen():
                 cfg.DATASETS[split] = (json_file,)
+    _register_image_folders(cfg, check)
+
+
+def _register_image_folders(cfg: CfgNode, check: bool) -> None:
+    data = cfg.DATASETS
+    names = None
+    if data.IMAGE_FOLDER:
+        names = register_image_folder(data.IMAGE_FOLDER, check=check and not data.HOLDOUT)
+    if data.HOLDOUT:
+        train = names[:1] if names else data.TRAIN
+        if len(train) != 1:
+            raise UsageError(
+                f"DATASETS.TRAIN must name one data set with DATASETS.HOLDOUT, got {train!r}."
+            )
+        # A stored config names the part to train on.
+        names = hold_out(train[0].removesuffix(":train"), data.HOLDOUT)
+        if check:
+            check_image_folders(names)
+    if names and not cfg.is_frozen():
+        data.TRAIN, data.TEST = ((name,) for name in names)
 
 
 def check_run(
@@ -227,7 +252,7 @@ def _check_norms(cfg: CfgNode, num_processes: int) -> None:
 
 
 def _check_data(cfg: CfgNode, eval_only: bool) -> None:
-    options = _image_options(cfg)
+    task = task_of(cfg)
     for split in ("TRAIN", "TEST"):
         files = cfg.DATASETS[f"PROPOSAL_FILES_{split}"]
         if cfg.MODEL.LOAD_PROPOSALS and len(files) != len(cfg.DATASETS[split]):
@@ -238,15 +263,16 @@ def _check_data(cfg: CfgNode, eval_only: bool) -> None:
     if not eval_only:
         if not cfg.DATASETS.TRAIN:
             raise UsageError("DATASETS.TRAIN names no data set; name one, or use --train.")
-        check_registered(cfg.DATASETS.TRAIN, training=True, **options)
+        task.check_data(cfg, cfg.DATASETS.TRAIN, True)
     elif not cfg.DATASETS.TEST:
         raise UsageError("DATASETS.TEST names no data set; name one, or use --test.")
-    check_registered(cfg.DATASETS.TEST, training=False, **options)
+    task.check_data(cfg, cfg.DATASETS.TEST, False)
     for name in cfg.DATASETS.TEST:
         kind = MetadataCatalog.get(name).get("evaluator_type")
-        if kind != "coco":
+        if kind != task.evaluator_type:
             raise UsageError(
-                f"DATASETS.TEST {name} must be a data set of evaluator_type 'coco', got {kind!r}."
+                f"DATASETS.TEST {name} must be a data set of evaluator_type "
+                f"{task.evaluator_type!r} for a {cfg.MODEL.META_ARCHITECTURE}, got {kind!r}."
             )
     datasets = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
     found = num_classes_of(datasets)
@@ -260,16 +286,12 @@ def _check_data(cfg: CfgNode, eval_only: bool) -> None:
     check_metrics(cfg, MetadataCatalog.get(datasets[-1]).thing_classes)
 
 
-def _image_options(cfg: CfgNode) -> dict[str, int | str]:
-    """What checks of data must know of the config."""
-    mask_format = cfg.INPUT.MASK_FORMAT if cfg.MODEL.MASK_ON else ""
-    return {"max_pixels": cfg.INPUT.MAX_PIXELS, "mask_format": mask_format}
-
-
 def class_keys(cfg: CfgNode) -> list[str]:
     """List the keys that hold the number of classes of a config's model."""
     if "RetinaNet" in cfg.MODEL.META_ARCHITECTURE:
         return ["MODEL.RETINANET.NUM_CLASSES"]
     if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN":
         return ["MODEL.ROI_HEADS.NUM_CLASSES"]
+    if cfg.MODEL.META_ARCHITECTURE == "Classifier":
+        return ["MODEL.CLASSIFIER.NUM_CLASSES"]
     return []

@@ -144,7 +144,7 @@ class StepTrainer(SimpleTrainer):
         if not wrong:
             return
         # Every process has seen the same averages and comes here.
-        images = comm.all_gather([_describe(x) for batch in batches for x in batch])
+        images = comm.all_gather([name for batch in batches for name in _describe(batch)])
         images = [name for names in images for name in names]
         raise NonFiniteError(
             f"iteration {self.iter}: {', '.join(wrong)}; images of the batch: {', '.join(images)}; "
@@ -204,9 +204,15 @@ def _has_bad_gradient(parameter: nn.Parameter) -> bool:
     return parameter.grad is not None and not bool(parameter.grad.isfinite().all())
 
 
-def _describe(sample: dict[str, Any]) -> str:
-    name = str(sample.get("file_name", "without a name"))
-    return f"{name} (id {sample['image_id']})" if "image_id" in sample else name
+def _describe(batch: list[dict[str, Any]] | dict[str, Any]) -> list[str]:
+    """Name the images of a batch."""
+    if isinstance(batch, dict):
+        return batch["file_name"]
+    names = [str(sample.get("file_name", "without a name")) for sample in batch]
+    return [
+        f"{name} (id {sample['image_id']})" if "image_id" in sample else name
+        for name, sample in zip(names, batch, strict=True)
+    ]
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

@@ -8,22 +8,15 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import (
-    MetadataCatalog,
-    build_detection_test_loader,
-    detection_utils,
-    get_detection_dataset_dicts,
-)
+from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, TrainerBase, hooks
-from detectron2.evaluation import COCOEvaluator, verify_results
+from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint import Checkpointer
 from ..data.errors import DatasetError
-from ..data.loader import TrainLoader, build_train_loader
-from ..data.mapper import DetectionMapper, build_test_mapper
-from ..evaluation.coco import coco_evaluator
+from ..data.loader import TrainLoader
 from .checkpointing import Checkpoints, StopOnSignal
 from .config_values import check_schedule
 from .distributed import distribute, unsharded
@@ -32,9 +25,12 @@ from .evaluating import BestMetric, Evaluation
 from .metrics_file import MetricWriters
 from .model_options import apply_options
 from .optimizer import build_optimizer, max_gradient_norm
-from .schedule import LearningRate, in_iterations, scale_learning_rate
+from .preprocessing import warn_of_preprocessing
+from .progress import ProgressPrinter
+from .schedule import LearningRate, build_lr_scheduler, in_iterations, scale_learning_rate
 from .signals import StopSignals
 from .step import StepTrainer
+from .tasks import task_of
 from .validation_loss import validation_losses
 
 __all__ = ["Trainer", "results_folder"]
@@ -97,7 +93,8 @@ class Trainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Go on from the newest valid checkpoint of OUTPUT_DIR, or load ``MODEL.WEIGHTS``."""
-        self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        loaded = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        warn_of_preprocessing(self.cfg, loaded)
         if resume and self.checkpointer.has_checkpoint():
             # The checkpoint holds the iteration that was done last.
             self.start_iter = self.iter + 1
@@ -134,7 +131,8 @@ class Trainer(DefaultTrainer):
 
     def build_writers(self) -> list:
         """Build detectron2's writers and, where ``WANDB_PROJECT`` is set, Weights & Biases'."""
-        writers = super().build_writers()
+        _, *others = super().build_writers()
+        writers = [ProgressPrinter(self.max_iter, self.cfg.SOLVER.IMS_PER_BATCH), *others]
         if self.cfg.WANDB_PROJECT:
             from .wandb_writer import WandbWriter
 
@@ -195,14 +193,7 @@ class Trainer(DefaultTrainer):
         return results
 
     def _validation_batches(self):
-        # Test-time resizing with the annotations that detectron2's test mapper drops.
-        augmentations = detection_utils.build_augmentation(self.cfg, is_train=False)
-        mapper = DetectionMapper(self.cfg, is_train=True, augmentations=augmentations)
-        for name in self.cfg.DATASETS.TEST:
-            records = get_detection_dataset_dicts([name], filter_empty=False)
-            yield from build_detection_test_loader(
-                records, mapper=mapper, num_workers=self.cfg.DATALOADER.NUM_WORKERS
-            )
+        return task_of(self.cfg).validation_batches(self.cfg)
 
     def _precise_bn(self) -> hooks.PreciseBN:
         cfg = self.cfg.clone()
@@ -221,12 +212,16 @@ class Trainer(DefaultTrainer):
         return build_optimizer(cfg, model)
 
     @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
+        return build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
-        return build_train_loader(cfg, max(cfg.SEED, 0))
+        return task_of(cfg).train_loader(cfg, max(cfg.SEED, 0))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        return build_detection_test_loader(cfg, dataset_name, mapper=build_test_mapper(cfg))
+        return task_of(cfg).test_loader(cfg, dataset_name)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict[str, Any]:
@@ -237,8 +232,9 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
-    ) -> COCOEvaluator:
-        return coco_evaluator(dataset_name, output_folder or results_folder(cfg, dataset_name))
+    ) -> DatasetEvaluator:
+        folder = output_folder or results_folder(cfg, dataset_name)
+        return task_of(cfg).evaluator(cfg, dataset_name, folder)
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()

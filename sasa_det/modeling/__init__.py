@@ -1,6 +1,14 @@
 """Models; importing this package registers them with detectron2."""
 
-from .backbone import AttentionFPN, SASAResNet
+from .backbone import SAN, AttentionFPN, SASAResNet
+from .classifier import Classifier
 from .retinanet import AttentionRetinaNet, AttentionRetinaNetHead
 
-__all__ = ["AttentionFPN", "AttentionRetinaNet", "AttentionRetinaNetHead", "SASAResNet"]
+__all__ = [
+    "AttentionFPN",
+    "AttentionRetinaNet",
+    "AttentionRetinaNetHead",
+    "Classifier",
+    "SAN",
+    "SASAResNet",
+]

@@ -1,7 +1,7 @@
 """Parameters and FLOPs of a model, part by part, counted as the paper counts them.
 
 A multiply-add is 2 FLOPs; softmax, norms, pooling, activations and biases are free. Models are
-traced on torch's meta device, so that a count needs neither weights nor time.
+built and traced on torch's meta device, so that a count needs neither weights nor time.
 """
 
 from dataclasses import dataclass
@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import FPN, ResNet, build_model
-from torch import nn
+from detectron2.modeling import FPN, build_model
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Part", "count_config", "count_resnet", "total"]
+from .classifier import Classifier
+
+__all__ = ["Part", "count_config", "total"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Part:
     """One part of a model.
 
     Attributes:
-        name: stem, res2 to res5, linear, FPN or head.
+        name: a part of the backbone, as stem, res2 to res5 and linear, or FPN or head.
         parameters: number of parameters, frozen ones included, buffers not.
         flops: floating-point operations for one image; None where they depend on its content.
     """
@@ -39,80 +41,78 @@ def total(parts: list[Part]) -> Part:
     )
 
 
-def count_resnet(model: ResNet, height: int, width: int) -> list[Part]:
-    """Count a ResNet, its classifier included if it has one.
-
-    Args:
-        model: a detectron2 ResNet, such as a :class:`SASAResNet`; it is moved to the meta device.
-        height, width: size of the image in pixels.
-
-    Returns:
-        list[Part]: stem, the stages and, if there is one, linear.
-    """
-    flops, _ = _flops_by_child(model, _image(model.stem.in_channels, height, width))
-    return [
-        Part(name, _parameters(child), flops.get(name, 0))
-        for name, child in model.named_children()
-        if _parameters(child)
-    ]
-
-
 def count_config(cfg: CfgNode, height: int, width: int) -> list[Part]:
     """Count the model that a config builds.
 
     The FLOPs of an R-CNN's heads depend on its proposals and are not counted.
 
     Args:
-        cfg: a config of a model whose backbone is a ResNet or an FPN on one.
+        cfg: a config of a model with a backbone.
         height, width: size of the image in pixels; padded as the backbone asks.
 
     Returns:
-        list[Part]: stem, the stages, FPN and head.
-
-    Raises:
-        ValueError: if the backbone is neither a ResNet nor an FPN on one.
+        list[Part]: the children of the backbone, or of what its FPN stands on, by their names;
+        FPN; and head, or linear for a classifier's own. What a backbone does outside its children
+        is called other.
     """
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"
-    model = build_model(cfg).eval().to("meta")
-    backbone = model.backbone
-    divisor = max(1, backbone.size_divisibility)
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        model = build_model(cfg).eval()
+    divisor = max(1, model.backbone.size_divisibility)
     height, width = (-(-size // divisor) * divisor for size in (height, width))
-    resnet = backbone.bottom_up if isinstance(backbone, FPN) else backbone
-    if not isinstance(resnet, ResNet):
-        raise ValueError(
-            f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} must build a ResNet or an FPN on one, "
-            f"it builds {type(backbone).__name__}."
-        )
-    parts = count_resnet(resnet, height, width)
-    flops, features = _flops_by_child(backbone, _image(len(cfg.MODEL.PIXEL_MEAN), height, width))
-    if backbone is not resnet:
-        fpn_flops = sum(count for name, count in flops.items() if name != "bottom_up")
-        parameters = _parameters(backbone) - _parameters(resnet)
-        parts.append(Part("FPN", parameters, fpn_flops))
-    head_flops = None
-    if hasattr(model, "head"):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model.head([features[name] for name in model.head_in_features])
-        head_flops = counter.get_total_flops()
-    parts.append(Part("head", _parameters(model) - _parameters(backbone), head_flops))
-    return parts
+    image = torch.empty(1, len(cfg.MODEL.PIXEL_MEAN), height, width, device="meta")
+    parts, features = _count_backbone(model.backbone, image)
+    return parts + _count_head(model, features)
 
 
-def _image(channels: int, height: int, width: int) -> torch.Tensor:
-    return torch.empty(1, channels, height, width, device="meta")
+def _count_backbone(backbone: nn.Module, image: Tensor) -> tuple[list[Part], dict[str, Tensor]]:
+    flops, features = _flops(backbone, image)
+    trunk, path = backbone, type(backbone).__name__
+    whole = Part("whole", _parameters(backbone), flops[path])
+    fpn = []
+    if isinstance(backbone, FPN):
+        trunk, path = backbone.bottom_up, f"{path}.bottom_up"
+        below = Part("below", _parameters(trunk), flops[path])
+        fpn = [_difference("FPN", whole, below)]
+        whole = below
+    parts = [
+        Part(name, _parameters(child), flops.get(f"{path}.{name}", 0))
+        for name, child in trunk.named_children()
+        if _parameters(child)
+    ]
+    other = _difference("other", whole, total(parts))
+    if other.parameters or other.flops:
+        parts.append(other)
+    return parts + fpn, features
+
+
+def _count_head(model: nn.Module, features: dict[str, Tensor]) -> list[Part]:
+    parameters = _parameters(model) - _parameters(model.backbone)
+    if isinstance(model, Classifier):
+        if model.linear is None:
+            return []
+        name, head, inputs = "linear", model.linear, features[model.in_feature].mean(dim=(2, 3))
+    elif hasattr(model, "head"):
+        name, head = "head", model.head
+        inputs = [features[feature] for feature in model.head_in_features]
+    else:
+        return [Part("head", parameters, None)]
+    return [Part(name, parameters, _flops(head, inputs)[0][type(head).__name__])]
+
+
+def _flops(module: nn.Module, inputs: Any) -> tuple[dict[str, int], Any]:
+    """Run a module; return the FLOPs of it and of its descendants by path, and its output."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        output = module(inputs)
+    counts = counter.get_flop_counts()
+    return {path: sum(operations.values()) for path, operations in counts.items()}, output
+
+
+def _difference(name: str, whole: Part, part: Part) -> Part:
+    return Part(name, whole.parameters - part.parameters, whole.flops - part.flops)
 
 
 def _parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def _flops_by_child(module: nn.Module, image: torch.Tensor) -> tuple[dict[str, int], Any]:
-    module = module.eval().to("meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        output = module(image)
-    counts = counter.get_flop_counts()
-    root = type(module).__name__
-    names = [name for name, _ in module.named_children()]
-    return {name: sum(counts.get(f"{root}.{name}", {}).values()) for name in names}, output

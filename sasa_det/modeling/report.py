@@ -1,11 +1,13 @@
 """Tables of parameters and FLOPs as text."""
 
+from collections.abc import Iterable, Sequence
+
 from tabulate import tabulate
 
 from .complexity import Part, total
-from .paper_tables import PAPER_TABLES
+from .paper_tables import Table
 
-__all__ = ["paper_report", "parts_report"]
+__all__ = ["billions", "markdown", "millions", "parts_report", "table_report"]
 
 
 def parts_report(parts: list[Part], height: int, width: int) -> str:
@@ -19,55 +21,61 @@ def parts_report(parts: list[Part], height: int, width: int) -> str:
         str: a table in Markdown.
     """
     rows = [
-        (part.name, f"{part.parameters / 1e6:.2f}", _billions(part.flops))
+        (part.name, millions(part.parameters), billions(part.flops))
         for part in [*parts, total(parts)]
     ]
     title = f"One image of {height} x {width}; a multiply-add is 2 FLOPs."
-    return f"{title}\n\n{_table(rows, ['part', 'params (M)', 'FLOPs (B)'])}"
+    return f"{title}\n\n{markdown(rows, ['part', 'params (M)', 'FLOPs (B)'])}"
 
 
-def paper_report() -> str:
-    """Tabulate Tables 1 to 4, 6 and 7 of the paper beside what this code counts.
+def table_report(table: Table, counts: Iterable[Part]) -> str:
+    """Tabulate what a table of the paper prints beside what this code counts.
+
+    Args:
+        table: of the paper.
+        counts: the whole of each of its models, in the order of its rows.
 
     Returns:
-        str: tables in Markdown.
+        str: a table in Markdown.
     """
-    sections = []
-    for title, rows in PAPER_TABLES.items():
-        table = []
-        for row in rows:
-            count = row.count()
-            table.append(
-                (
-                    row.name,
-                    _printed(row.flops),
-                    _billions(count.flops),
-                    _printed(row.parameters),
-                    f"{count.parameters / 1e6:.2f}",
-                    _printed(row.accuracy),
-                )
-            )
-        headers = [
-            "model",
-            "FLOPs (B), paper",
-            "counted",
-            "params (M), paper",
-            "counted",
-            "mAP, paper" if "COCO" in title else "top-1, paper",
-        ]
-        sections.append(f"{title}\n\n{_table(table, headers)}")
-    return "\n\n".join(sections)
+    rows = [
+        (
+            f"{row.name} {row.series}".rstrip(),
+            _printed(row.flops),
+            billions(count.flops),
+            _printed(row.parameters),
+            millions(count.parameters),
+            _printed(row.accuracy),
+        )
+        for row, count in zip(table.rows, counts, strict=True)
+    ]
+    headers = [
+        "model",
+        "FLOPs (B), paper",
+        "counted",
+        "params (M), paper",
+        "counted",
+        f"{table.metric}, paper",
+    ]
+    return markdown(rows, headers)
+
+
+def millions(parameters: int) -> str:
+    """Write a number of parameters in 10^6."""
+    return f"{parameters / 1e6:.2f}"
+
+
+def billions(flops: int | None) -> str:
+    """Write a number of FLOPs in 10^9, or that it was not counted."""
+    return "not counted" if flops is None else f"{flops / 1e9:.2f}"
+
+
+def markdown(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
+    """Tabulate texts in Markdown."""
+    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
 def _printed(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def _billions(flops: int | None) -> str:
-    return "not counted" if flops is None else f"{flops / 1e9:.2f}"
-
-
-def _table(rows, headers) -> str:
-    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)

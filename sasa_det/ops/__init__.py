@@ -1,11 +1,13 @@
 """Attention operators; they need torch and nothing else."""
 
 from . import flops
+from .aggregation import aggregate
 from .block_attention import block_attention, mixed_values
 from .local_attention import available_backends, local_attention
 from .stem_attention import pooled_stem_attention, relative_embedding, stem_attention
 
 __all__ = [
+    "aggregate",
     "available_backends",
     "block_attention",
     "flops",

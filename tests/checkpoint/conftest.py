@@ -53,7 +53,7 @@ def _assert_same(a, b):
     assert type(a) is type(b)
     if isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype and a.shape == b.shape
-        assert a.contiguous().numpy().tobytes() == b.contiguous().numpy().tobytes()
+        assert torch.equal(_bytes(a), _bytes(b))
     elif isinstance(a, dict):
         assert list(a) == list(b)
         for key in a:
@@ -64,3 +64,7 @@ def _assert_same(a, b):
             _assert_same(x, y)
     else:
         assert a == b
+
+
+def _bytes(tensor):
+    return tensor.reshape(-1).contiguous().view(torch.uint8)

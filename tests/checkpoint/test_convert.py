@@ -1,11 +1,13 @@
 import os
 import pickle
 import runpy
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from sasa_det.checkpoint import CheckpointError, convert, read_checkpoint, write_checkpoint
@@ -62,7 +64,7 @@ def test_the_target(source, tmp_path, state, assert_same):
             convert(source, same, overwrite=True)
     with pytest.raises(CheckpointError, match="is the source"):
         convert(source, tmp_path / "hard.pth", overwrite=True)
-    with pytest.raises(CheckpointError, match="must end in .pth"):
+    with pytest.raises(CheckpointError, match="must end in .pth or .safetensors"):
         convert(source, tmp_path / "weights.pkl")
     assert_same(read_checkpoint(source), state)
 
@@ -79,21 +81,102 @@ def test_sources_that_are_refused(tmp_path, hostile, state):
     assert not (tmp_path / "target.pth").exists()
 
 
-def test_the_command(source, tmp_path):
-    # Another process, whose hashes differ, writes the same bytes.
-    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, TOOL, source, tmp_path / "a.pth"]
-    output = subprocess.check_output(command, stderr=subprocess.STDOUT, env=environment)
-    convert(source, tmp_path / "b.pth")
-    assert output == b""
+def test_another_process_writes_the_same_bytes(source, tmp_path):
+    script = (
+        "import sys, sasa_det.checkpoint as c; [c.convert(sys.argv[1], t) for t in sys.argv[2:]]"
+    )
+    names = ("a.pth", "a.safetensors")
+    command = [sys.executable, "-W", "ignore", "-c", script, source, *(tmp_path / n for n in names)]
+    subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": "7"}, check=True)
+    for name in names:
+        other = tmp_path / f"b{name}"
+        convert(source, other)
+        assert (tmp_path / name).read_bytes() == other.read_bytes()
+
+
+def test_safetensors(source, tmp_path, state, assert_same):
+    target = tmp_path / "a.safetensors"
+    convert(source, target)
+    assert_same(read_checkpoint(target), {"model": state["model"]})
+    for key, weight in safetensors.torch.load_file(target).items():
+        assert_same(weight, state["model"][key])
+    convert(target, tmp_path / "back.pth")
+    convert(source, tmp_path / "straight.pth")
+    assert (tmp_path / "back.pth").read_bytes() == (tmp_path / "straight.pth").read_bytes()
+
+
+def test_averages_take_the_place_of_the_weights_that_were_averaged(tmp_path, state, assert_same):
+    raw = {**state["model"], "norm.running_mean": torch.randn(5)}
+    averages = {"backbone.weight": torch.randn(3, 4), "head.bias": torch.randn(5).half()}
+    ema = {"decay": 0.5, "weights": averages}
+    write_checkpoint({**state, "model": raw, "ema": ema}, tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "raw.pth")
+    convert(tmp_path / "a.pth", tmp_path / "ema.pth", weights="ema")
+    assert_same(read_checkpoint(tmp_path / "raw.pth"), {"model": raw})
+    assert_same(read_checkpoint(tmp_path / "ema.pth"), {"model": {**raw, **averages}})
+
+
+@pytest.mark.parametrize(
+    ("ema", "message"),
+    [
+        (None, "holds no averaged weights"),
+        ({"decay": 0.5, "weights": {}}, "holds no averaged weights"),
+        (torch.ones(1), "holds no averaged weights"),
+        ({"weights": {"other": torch.ones(1)}}, "averaged weight other is none of its weights"),
+        ({"weights": {"head.bias": torch.ones(1)}}, "averaged weight head.bias is none of its"),
+        ({"weights": {"head.bias": 1}}, "averaged weight head.bias is none of its weights"),
+        ({"weights": {"head.bias": torch.full((5,), torch.nan)}}, "head.bias is not finite"),
+    ],
+)
+def test_averages_that_are_not_there(tmp_path, state, ema, message):
+    torch.save({**state, **({} if ema is None else {"ema": ema})}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=f"a.pth.*{message}"):
+        convert(tmp_path / "a.pth", tmp_path / "b.pth", weights="ema")
+    assert os.listdir(tmp_path) == ["a.pth"]
+
+
+# Replacing the target is the last that happens to it, sealing a file what is before that.
+_KILLED = """
+import os, signal, sys
+from sasa_det.checkpoint import convert, writing
+die = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[3] == "replace":
+    os.replace = die
+else:
+    writing.seal = die
+convert(sys.argv[1], sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize(("suffix", "moment"), [(".pth", "write"), (".safetensors", "replace")])
+def test_a_conversion_that_is_killed_leaves_nothing(source, tmp_path, state, suffix, moment):
+    before, target = source.read_bytes(), tmp_path / "new" / f"a{suffix}"
+    command = [sys.executable, "-c", _KILLED, source, target, moment]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    assert source.read_bytes() == before and not target.exists()
+    convert(source, target)
+    assert os.listdir(target.parent) == [target.name]
+    assert read_checkpoint(target)["model"].keys() == state["model"].keys()
+
+
+def run_tool(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", [TOOL, *map(str, words)])
+    runpy.run_path(TOOL, run_name="__main__")
+
+
+def test_the_command(source, tmp_path, monkeypatch, capsys):
+    run_tool(monkeypatch, "--whole", source, tmp_path / "a.pth")
+    report = convert(source, tmp_path / "b.pth")
     assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
+    assert capsys.readouterr() == (f"{report}\n", "")
+    assert report.loaded == {"backbone.weight": "backbone.weight", "head.bias": "head.bias"}
+    assert list(report.dropped) == ["trainer", "iteration"]
 
 
 def test_the_command_tells_a_mistake_in_one_sentence(tmp_path, hostile, monkeypatch, capsys):
     torch.save(hostile, tmp_path / "a.pth")
-    monkeypatch.setattr(sys, "argv", [TOOL, str(tmp_path / "a.pth"), str(tmp_path / "b.pth")])
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(TOOL, run_name="__main__")
+        run_tool(monkeypatch, tmp_path / "a.pth", tmp_path / "b.pth")
     output = capsys.readouterr()
     assert end.value.code == 2 and output.out == ""
     assert output.err.startswith("error: ") and output.err.count("\n") == 1

@@ -58,6 +58,11 @@ def test_weights_without_a_model_key_and_without_a_suffix(tmp_path, state, asser
     assert_same(read_checkpoint(path), {"model": state["model"]})
 
 
+def test_weights_that_are_called_state_dict(tmp_path, state, assert_same):
+    path = save(tmp_path / "a.pth.tar", {"epoch": 3, "state_dict": state["model"]})
+    assert_same(read_checkpoint(path), {"epoch": 3, "model": state["model"]})
+
+
 ARRAYS = {
     "float32": np.arange(6, dtype="f4").reshape(2, 3),
     "column by column": np.asfortranarray(np.arange(6, dtype="f8").reshape(2, 3)),

@@ -179,7 +179,9 @@ def test_number_of_classes_must_be_known_and_agree(write, content, unregister):
     assert num_classes_of(("pair", "pair")) == 2
     assert num_classes_of(("coco_2017_train", "coco_2017_val")) == 80
     with pytest.raises(
-        DatasetError, match=r"'pair' \(2: ant, cup\) and 'pair_renamed' \(2: ant, m"
+        DatasetError,
+        match=r"'pair' \(2: ant, cup\) and 'pair_renamed' \(2: ant, mug\) have different classes, "
+        "1: cup in the first alone and 1: mug in the second alone: data sets",
     ):
         num_classes_of(("pair", "pair_renamed"))
     with pytest.raises(DatasetError, match="'nameless' has no 'thing_classes'"):

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 
@@ -12,9 +13,12 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from sasa_det.data import check_coco, check_registered, digits, register_digits
+from sasa_det.data.builtin import SPLITS
+from sasa_det.data.digit_drawing import load_digits as load_source
 from sasa_det.data.digits import compose_scene, split_digits, write_digits
 
 SMALL = {"num_train": 6, "num_val": 4, "seed": 3}
+MEAN_COLOURS = [117.8, 104.7, 84.3, 133.9, 87.2, 140.1, 69.5, 60.5, 74.5, 116.2]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +28,7 @@ def written(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scenes():
-    source, _ = digits._load_digits()
+    source, _ = load_source()
     train, _ = split_digits(0)
     return [compose_scene(source, train, 128, np.random.default_rng(i)) for i in range(60)]
 
@@ -67,6 +71,18 @@ def test_same_arguments_give_same_bytes(written, tmp_path):
     first, second = contents(written), contents(again)
     assert len(first) == 6 + 4 + 2
     assert first == second
+
+
+def test_the_scenes_of_this_version(written):
+    """Another digest must come with another GENERATOR_VERSION: folders are reused by it."""
+    scenes = [
+        [(annotation["digit_index"], annotation["bbox"]) for annotation in content["annotations"]]
+        for content in (load(written, split) for split in SPLITS)
+    ]
+    assert digits.GENERATOR_VERSION == 1
+    assert hashlib.sha256(repr(scenes).encode()).hexdigest()[:16] == "fc62b19879de38ed"
+    colours = [np.asarray(Image.open(path)).mean() for path in sorted(written.rglob("*.png"))]
+    assert np.allclose(colours, MEAN_COLOURS, atol=0.1)
 
 
 def test_other_seed_gives_other_images(written, tmp_path):
@@ -141,7 +157,7 @@ def test_json_holds_what_the_images_show(written):
             assert annotation["category_id"] == labels[annotation["digit_index"]] + 1
             assert annotation["area"] == annotation["bbox"][2] * annotation["bbox"][3]
             assert annotation["iscrowd"] == 0
-        source, _ = digits._load_digits()
+        source, _ = load_source()
         pool = split_digits(SMALL["seed"])[number]
         for image in content["images"]:
             pixels = np.asarray(Image.open(written / split / image["file_name"]))
@@ -155,7 +171,7 @@ def test_json_holds_what_the_images_show(written):
 
 
 def test_validation_digits_never_occur_in_training(written):
-    used = {s: {a["digit_index"] for a in load(written, s)["annotations"]} for s in digits.SPLITS}
+    used = {s: {a["digit_index"] for a in load(written, s)["annotations"]} for s in SPLITS}
     train, val = split_digits(SMALL["seed"])
     assert used["train"] <= set(train.tolist())
     assert used["val"] <= set(val.tolist())

@@ -1,15 +1,17 @@
 """Training data is a function of seed and position."""
 
 import itertools
+import os
 import random
 
 import numpy as np
 import pytest
 import torch
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 
 from sasa_det.data import loader as loader_module
 from sasa_det.data.errors import DatasetError, ImageError
-from sasa_det.data.loader import TrainLoader
+from sasa_det.data.loader import TrainLoader, detection_train_loader
 from sasa_det.seeding import seed_everything, seeded
 
 RECORDS = [
@@ -27,11 +29,11 @@ def mapper(record):
 def shuffled(seed):
     generator = torch.Generator().manual_seed(seed)
     while True:
-        yield from torch.randperm(len(RECORDS), generator=generator).tolist()
+        yield torch.randperm(len(RECORDS), generator=generator)
 
 
 def make(mapper=mapper, batch_size=4, seed=3, **options):
-    options = {"indices": shuffled, **options}
+    options = {"epochs": shuffled, **options}
     return TrainLoader(RECORDS, mapper, batch_size=batch_size, seed=seed, **options)
 
 
@@ -75,10 +77,44 @@ def test_positions_are_of_the_same_records():
     first = make()
     take(first, 1)
     others = [{**record, "file_name": f"/moved/{record['file_name']}"} for record in RECORDS]
-    options = {"batch_size": 4, "seed": 3, "indices": shuffled}
+    options = {"batch_size": 4, "seed": 3, "epochs": shuffled}
     TrainLoader(others, mapper, **options).load_state_dict(first.state_dict())
     with pytest.raises(DatasetError, match="training data are not those"):
         TrainLoader(others[::-1], mapper, **options).load_state_dict(first.state_dict())
+
+
+def test_labels_tell_records_from_others():
+    labelled, other = ([{**record, "label": label} for record in RECORDS] for label in (0, 1))
+    options = {"batch_size": 4, "seed": 3, "epochs": shuffled}
+    state = TrainLoader(labelled, mapper, **options).state_dict()
+    TrainLoader(labelled, mapper, **options).load_state_dict(state)
+    for records in (other, RECORDS):
+        with pytest.raises(DatasetError, match="training data are not those"):
+            TrainLoader(records, mapper, **options).load_state_dict(state)
+
+
+@pytest.mark.parametrize("grouping", [False, True])
+def test_any_position_of_a_long_run_is_reached(grouping):
+    options = {"batch_size": 2, "aspect_ratio_grouping": grouping}
+    unbroken = take(make(**options), 60)
+    for position in (0, 1, 4, 5, 37):
+        loader = make(**options)
+        loader.load_state_dict({**loader.state_dict(), "images": 2 * position})
+        assert take(loader, 3) == unbroken[position : position + 3]
+
+
+def where_it_was_collated(samples):
+    return {"ids": torch.tensor([sample["image_id"] for sample in samples]), "process": os.getpid()}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_are_collated_where_they_are_read(num_workers):
+    loader = make(picky, num_workers=num_workers, max_unreadable=1, collate=where_it_was_collated)
+    batches = take(loader, 6)
+    assert {batch["process"] == os.getpid() for batch in batches} == {num_workers == 0}
+    expected = [[x["image_id"] for x in batch] for batch in take(make(picky, max_unreadable=1), 6)]
+    assert [batch["ids"].tolist() for batch in batches] == expected
+    assert loader.state_dict()["unreadable"] == ["7.png"]
 
 
 def test_another_batch_size_goes_on_with_the_next_images():
@@ -108,6 +144,11 @@ def test_uneven_shares_are_refused():
         make(parts=3)
 
 
+def test_no_records_are_refused():
+    with pytest.raises(DatasetError, match="no training data"):
+        TrainLoader([], mapper, batch_size=4, seed=3, epochs=shuffled)
+
+
 def test_grouped_batches_have_one_orientation():
     for batch in take(make(aspect_ratio_grouping=True, batch_size=2), 20):
         assert len({x["width"] > x["height"] for x in batch}) == 1
@@ -129,6 +170,26 @@ def test_others_stand_in_for_dropped_records(num_workers):
     assert batches == take(make(picky, max_unreadable=1), 10)
     with pytest.raises(ImageError, match="7.png"):
         take(make(picky, num_workers=num_workers), 10)
+
+
+@pytest.mark.parametrize("sampler", [TrainingSampler, RepeatFactorTrainingSampler])
+def test_order_is_that_of_detectron2(sampler):
+    annotations = [[{"category_id": int(i > 7), "bbox": [0, 0, 1, 1]}] for i in range(10)]
+    records = [
+        {**record, "annotations": part} for record, part in zip(RECORDS, annotations, strict=True)
+    ]
+    if sampler is TrainingSampler:
+        expected = sampler(10, seed=5)
+    else:
+        factors = sampler.repeat_factors_from_category_frequency(records, 0.7)
+        assert factors.max() > 1.5
+        expected = sampler(factors, seed=5)
+    loader = detection_train_loader(
+        records, mapper, total_batch_size=2, seed=5, sampler=sampler.__name__,
+        repeat_threshold=0.7, aspect_ratio_grouping=False,
+    )  # fmt: skip
+    ids = [x["image_id"] for batch in take(loader, 40) for x in batch]
+    assert ids == list(itertools.islice(expected, 80))
 
 
 def test_seeded_blocks():

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from sasa_det.config import add_sasa_config
 from sasa_det.data import (
+    ClassificationMapper,
     DatasetError,
     ImageError,
     UnreadableImages,
@@ -90,8 +91,12 @@ def record(path):
     return {"file_name": str(path), "height": 40, "width": 60, "annotations": []}
 
 
-@pytest.mark.parametrize("use", ["train", "jitter", "test", "check"])
-@pytest.mark.parametrize("name", FAULTS)
+USES = ("train", "jitter", "test", "check", "classify")
+# A class is that of an image of any size.
+CASES = [(n, u) for n in FAULTS for u in USES if (n, u) != ("other.png", "classify")]
+
+
+@pytest.mark.parametrize("name, use", CASES)
 def test_fault_is_told_with_the_path(tmp_path, name, use):
     make, message = FAULTS[name]
     path = tmp_path / name
@@ -101,6 +106,8 @@ def test_fault_is_told_with_the_path(tmp_path, name, use):
     with pytest.raises(ImageError) as error:
         if use == "check":
             check_pixels(str(path), cfg.INPUT.MAX_PIXELS, size=(40, 60))
+        elif use == "classify":
+            ClassificationMapper(is_train=False)(record(path))
         else:
             (build_test_mapper if use == "test" else build_train_mapper)(cfg)(record(path))
     text = str(error.value)
@@ -148,7 +155,8 @@ def test_postscript_is_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
     path = tmp_path / "a.jpg"
     path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 60 40\n%%EndComments\nshowpage\n")
-    for mapper in (build_train_mapper(config()), build_test_mapper(config())):
+    mappers = build_train_mapper(config()), build_test_mapper(config())
+    for mapper in (*mappers, ClassificationMapper(is_train=True)):
         with pytest.raises(ImageError, match="a.jpg is a PostScript program, which is never run"):
             mapper(record(path))
     assert not marker.exists()
@@ -192,9 +200,37 @@ def test_images_are_skipped_up_to_the_limit_each_counted_once(caplog):
     )
 
 
-def test_negative_limit_is_refused():
+@pytest.mark.parametrize(
+    "limit, fraction, num_images, expected",
+    [(0, 0.01, 1_281_167, 12811), (5, 0.01, 300, 5), (2, 0.01, 300, 3), (0, 0.01, 99, 0)],
+)
+def test_the_larger_of_number_and_fraction_counts(limit, fraction, num_images, expected):
+    assert UnreadableImages(limit, fraction=fraction, num_images=num_images).limit == expected
+
+
+def test_more_than_a_fraction_ends_with_the_list(caplog):
+    unreadable = UnreadableImages(1, fraction=0.01, num_images=1299)
+    with caplog.at_level(logging.WARNING, "sasa_det"):
+        for number in range(12):
+            unreadable.skip(error(f"{number}.png"))
+        with pytest.raises(DatasetError) as raised:
+            unreadable.skip(error("last.png"))
+    assert "1 of at most 12, DATALOADER.SKIP_UNREADABLE_FRACTION 0.01 of" in caplog.messages[0]
+    names = [f"{number}.png" for number in range(12)]
+    assert str(raised.value) == (
+        "image last.png is empty, after the 12 that DATALOADER.SKIP_UNREADABLE_FRACTION 0.01 of "
+        f"1,299 images allows to skip: {', '.join(names[:10])} and 2 more"
+    )
+    assert caplog.messages[-1].splitlines()[1:] == [*names, "last.png"]
+
+
+def test_limits_out_of_range_are_refused():
     with pytest.raises(ValueError, match=r"DATALOADER\.SKIP_UNREADABLE must be >= 0, got -1"):
         UnreadableImages(-1)
+    with pytest.raises(
+        ValueError, match=r"SKIP_UNREADABLE_FRACTION must be within \[0, 1\], got 2"
+    ):
+        UnreadableImages(0, fraction=2, num_images=10)
 
 
 class Skipping:

@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from sasa_det.checkpoint import read_checkpoint
 from sasa_det.data import write_digits
 from sasa_det.engine import argument_parser, run
 
@@ -50,11 +52,13 @@ def start(words):
     """Return a function that starts a command in a process of its own, all output in one pipe."""
     processes = []
 
-    def begin(*args, launcher=(), **kwargs):
+    def begin(*args, launcher=(), tool="tools/train_net.py", data=None, **kwargs):
+        # `data` stands for the words about config and data.
+        words_ = words(*args, **kwargs) if data is None else [str(w) for w in (*data, *args)]
         # Where TorchScript specializes functions after some calls, results change by bits.
         env = {**os.environ, "PYTORCH_JIT": "0", "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
-            [sys.executable, *launcher, "tools/train_net.py", *words(*args, **kwargs)],
+            [sys.executable, *launcher, tool, *words_],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -70,3 +74,27 @@ def start(words):
             process.kill()
         process.stdout.close()
         process.wait()
+
+
+@pytest.fixture
+def assert_equal_runs():
+    """Return a function that holds the last checkpoints of two runs equal, bit for bit."""
+
+    def check(*folders):
+        one, other = (leaves(read_checkpoint(folder / "model_final.pth")) for folder in folders)
+        assert len(one) > 500 and one.keys() == other.keys()
+        for path, value in one.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, other[path]), path
+            elif path != "/config":  # which has the name of the folder
+                assert value == other[path], path
+
+    return check
+
+
+def leaves(value, path=""):
+    """Map the paths of all that nested containers hold to it."""
+    if isinstance(value, (dict, list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, part in items for k, v in leaves(part, f"{path}/{key}").items()}
+    return {path: value}

@@ -4,14 +4,24 @@ from .attention_fpn import (
     build_retinanet_sasa_resnet_fpn_backbone,
     build_sasa_resnet_fpn_backbone,
 )
+from .san import (
+    SAN,
+    build_retinanet_san_fpn_backbone,
+    build_san_backbone,
+    build_san_fpn_backbone,
+)
 from .sasa_resnet import AttentionBottleneckBlock, SASAResNet, build_sasa_resnet_backbone
 
 __all__ = [
     "AttentionBottleneckBlock",
     "AttentionFPN",
     "LastLevelP6P7Attention",
+    "SAN",
     "SASAResNet",
+    "build_retinanet_san_fpn_backbone",
     "build_retinanet_sasa_resnet_fpn_backbone",
+    "build_san_backbone",
+    "build_san_fpn_backbone",
     "build_sasa_resnet_backbone",
     "build_sasa_resnet_fpn_backbone",
 ]

@@ -207,6 +207,10 @@ class SASAResNet(ResNet):
             out_features=out_features,
             freeze_at=freeze_at,
         )
+        if num_classes is not None:
+            # detectron2 knows the shapes of the other features alone.
+            self._out_feature_channels["linear"] = num_classes
+            self._out_feature_strides["linear"] = None
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
@@ -238,6 +242,9 @@ class SASAResNet(ResNet):
             "res2_out_channels": resnets.RES2_OUT_CHANNELS,
             "width_multiplier": sasa.WIDTH_MULTIPLIER,
             "norm": resnets.NORM,
+            "num_classes": (
+                cfg.MODEL.CLASSIFIER.NUM_CLASSES if "linear" in resnets.OUT_FEATURES else None
+            ),
             "out_features": resnets.OUT_FEATURES,
             "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
         }

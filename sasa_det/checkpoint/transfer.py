@@ -1,0 +1,221 @@
+"""Which weights of a checkpoint a model's backbone can take, and what becomes of the others."""
+
+import fnmatch
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from ..layers import AttentionStem
+from ..modeling.backbone import AttentionBottleneckBlock
+from ..wording import first_of
+from .errors import CheckpointError, TransferError
+from .layouts import Layout
+from .matching import OPTIONAL, backbone_names
+
+__all__ = ["Report", "transfer"]
+
+# Why weights of the source are dropped, and those of the target missing.
+_CLASSIFIER = "classifier"
+_OUTSIDE = "outside the backbone"
+_NO_PLACE = "no such weight in the target"
+_REPLACED = "attention takes its place"
+_NO_PART = "no part of a plain ResNet or SAN"
+_NO_STATISTICS = "the target's norm keeps no statistics"
+_COUNTED = "counted by the model itself"
+_ATTENTION = "attention has no counterpart in a convolutional network"
+_NOT_THERE = "not in the source"
+# Those with which something is wrong.
+_WRONG = (_NO_PART, _NO_STATISTICS, _NOT_THERE)
+
+# Names that a sentence lists; the report has all.
+_MOST = 5
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of every weight of a source and of a target, each of which is in one place.
+
+    Attributes:
+        loaded: by name in the target, the name in the source.
+        dropped: by name in the source, why; what the source holds beside weights is among them.
+        missing: by name in the target, why.
+        mismatched: by name in the target, the name in the source and how their shapes differ.
+        weights_allow: patterns for MODEL.WEIGHTS_ALLOW, without which no model takes the result,
+            since weights are missing.
+        preprocessing: of the images that the weights are for; None if it is unknown.
+    """
+
+    loaded: dict[str, str]
+    dropped: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    mismatched: dict[str, tuple[str, str]] = field(default_factory=dict)
+    weights_allow: tuple[str, ...] = ()
+    preprocessing: dict[str, Any] | None = None
+
+    def __str__(self) -> str:
+        rows = [
+            *(("loaded", source, target, "") for target, source in self.loaded.items()),
+            *(("dropped", source, "", why) for source, why in self.dropped.items()),
+            *(("missing", "", target, why) for target, why in self.missing.items()),
+            *(("shape", source, target, how) for target, (source, how) in self.mismatched.items()),
+        ]
+        headers = ("", "source", "target", "")
+        lines = [
+            tabulate(rows, headers, tablefmt="github", disable_numparse=True),
+            f"{len(self.loaded)} loaded, {len(self.dropped)} dropped, {len(self.missing)} missing, "
+            f"{len(self.mismatched)} of another shape.",
+        ]
+        if self.preprocessing is None:
+            lines.append("Preprocessing: unknown, the source does not tell it.")
+        else:
+            lines.append(
+                "Preprocessing: {format}, {pixel_mean}, {pixel_std}.".format(**self.preprocessing)
+            )
+        if self.weights_allow:
+            lines.append(
+                "To start from weights that are not whole, a run needs MODEL.WEIGHTS_ALLOW "
+                f'"{list(self.weights_allow)}".'
+            )
+        return "\n".join(lines)
+
+
+def transfer(
+    weights: Mapping[str, Tensor], layout: Layout, model: nn.Module, allow: Sequence[str] = ()
+) -> Report:
+    """Find the place of every weight of a checkpoint in the backbone of a model.
+
+    The model's classifier, where its backbone has one, is not filled.
+
+    Args:
+        weights: of the checkpoint, by name.
+        layout: of the names.
+        model: whose backbone is to be filled, or a backbone alone; it stays as it is.
+        allow: shell patterns of names in the target that may be missing or of another shape, and
+            of names in the source that may be dropped though they are a part of its network.
+
+    Returns:
+        Report: names in the target are those of the backbone alone.
+
+    Raises:
+        TransferError: if other weights than those are missing, of another shape or left over.
+        CheckpointError: if nothing fits, or a pattern matches nothing.
+    """
+    state = model.state_dict()
+    shapes = {
+        name: state[key].shape
+        for key, name in backbone_names(state).items()
+        if not name.startswith("linear.")
+    }
+    for pattern in allow:
+        if not fnmatch.filter([*shapes, *weights], pattern):
+            raise CheckpointError(
+                f"the pattern {pattern!r} of --allow matches no weight of source or target"
+            )
+    attention = _instead_of_convolution(model, state) if layout.convolutional else ()
+    if layout.convolutional:
+        _check_strides(model)
+    names = layout.rename(weights)
+    loaded: dict[str, str] = {}
+    dropped: dict[str, str] = {}
+    mismatched: dict[str, tuple[str, str]] = {}
+    for source, weight in weights.items():
+        name = names.get(source)
+        if (name or source).startswith("linear."):
+            dropped[source] = _CLASSIFIER
+        elif name is None:
+            dropped[source] = _NO_PART if layout.foreign else _OUTSIDE
+        elif name not in shapes:
+            dropped[source] = _why_no_place(name, shapes, attention)
+        elif name in loaded or name in mismatched:
+            raise CheckpointError(f"several of its weights, {source} among them, are {name}")
+        elif weight.shape != shapes[name]:
+            how = f"{tuple(weight.shape)} in the source, {tuple(shapes[name])} in the target"
+            mismatched[name] = (source, how)
+        else:
+            loaded[name] = source
+    missing = {
+        name: _why_missing(name, attention)
+        for name in shapes
+        if name not in loaded and name not in mismatched
+    }
+    wrong = {name: why for name, why in {**dropped, **missing}.items() if why in _WRONG}
+    wrong |= dict.fromkeys(mismatched, "")
+    allowed = {pattern: set(fnmatch.filter(wrong, pattern)) for pattern in allow}
+    needed = {f"*{p}" for p, names in allowed.items() if names - dropped.keys()}
+    needed |= {_pattern(name, attention) for name, why in missing.items() if why == _ATTENTION}
+    report = Report(loaded, dropped, missing, mismatched, tuple(sorted(needed)))
+    if not loaded:
+        raise TransferError(
+            f"none of its {len(weights)} weights ({first_of(sorted(weights), 3)}) fits the "
+            f"target's backbone ({first_of(sorted(shapes), 3)})",
+            report,
+        )
+    refused = wrong.keys() - set().union(*allowed.values())
+    if refused:
+        raise TransferError(_refusal(refused, report, layout), report)
+    return report
+
+
+def _refusal(refused: Collection[str], report: Report, layout: Layout) -> str:
+    lacking = sorted(refused & report.missing.keys())
+    other = sorted(refused & report.mismatched.keys())
+    left = sorted(refused & report.dropped.keys())
+    reasons = []
+    if lacking:
+        reasons.append(f"it has no {first_of(lacking, _MOST)}")
+    if other:
+        shapes = [f"{name} ({report.mismatched[name][1]})" for name in other]
+        reasons.append(f"it has other shapes for {first_of(shapes, _MOST)}")
+    if left:
+        reasons.append(f"the target has no place for {first_of(left, _MOST)}")
+    return (
+        f"{' and '.join(reasons)}; what is to be left out must be named with --allow, as in "
+        f"--allow '{[*lacking, *other, *left][0]}'"
+    )
+
+
+def _why_no_place(name: str, shapes: Collection[str], attention: tuple[str, ...]) -> str:
+    module, _, kind = name.rpartition(".")
+    if kind in ("running_mean", "running_var") and f"{module}.weight" in shapes:
+        return _NO_STATISTICS
+    return _REPLACED if name.startswith(attention) else _NO_PLACE
+
+
+def _why_missing(name: str, attention: tuple[str, ...]) -> str:
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in OPTIONAL):
+        return _COUNTED
+    return _ATTENTION if name.startswith(attention) else _NOT_THERE
+
+
+def _instead_of_convolution(model: nn.Module, state: Collection[str]) -> tuple[str, ...]:
+    """List the beginnings of names under which a backbone has attention, a ResNet convolution."""
+    modules = dict(model.named_modules())
+    # By the way that leads to them, a module's name is a beginning of those of its weights.
+    names = backbone_names([*state, *modules])
+    beginnings = []
+    for key, module in modules.items():
+        if isinstance(module, AttentionStem) and key in names:
+            beginnings.append(f"{names[key]}.")
+        if isinstance(module, AttentionBottleneckBlock) and key in names:
+            beginnings += [f"{names[key]}.{part}." for part in ("attention", "norm", "conv2")]
+    return tuple(beginnings)
+
+
+def _check_strides(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        strided = getattr(module, "stride", 1) not in (1, (1, 1))
+        if strided and re.search(r"\bres\d\.\d+\.conv1$", name):
+            raise CheckpointError(
+                f"it has the strides of its stages in 3x3 convolutions and the target, as in {name}"
+                ", in 1x1 ones; set MODEL.RESNETS.STRIDE_IN_1X1 False"
+            )
+
+
+def _pattern(name: str, attention: tuple[str, ...]) -> str:
+    """Return the pattern of all weights at a place of attention, in whatever stage and block."""
+    beginning = next(b for b in attention if name.startswith(b))
+    return f"*.{re.sub(r'[0-9]', '?', beginning)}*"

@@ -1,0 +1,312 @@
+"""Images to classify in the layout of torchvision's ImageFolder: one folder for each class."""
+
+import hashlib
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cache, partial
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from torch.utils.data import Subset
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+
+from ..wording import first_of
+from .builtin import SPLITS, builtin_path, root_hint
+from .coco import metadata_of, num_classes_of
+from .errors import DatasetError
+from .image_files import is_inside
+
+__all__ = [
+    "ImageRecords",
+    "check_image_folders",
+    "hold_out",
+    "register_class_folders",
+    "register_image_folder",
+    "register_imagenet",
+]
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 5
+
+
+class ImageRecords(Sequence):
+    """The records of images to classify, each of which is made when it is asked for.
+
+    A million dicts would take half a gigabyte in every process, this takes their names' length. A
+    record is {"file_name": path, "image_id": path relative to the folder, "label": int}.
+    """
+
+    def __init__(self, folder, names, labels):
+        """
+        Args:
+            folder (str): the folder that the names are relative to.
+            names (array[bytes]): (n,) of the files.
+            labels (array[int]): (n,) numbers of their classes.
+        """
+        self.folder, self.names, self.labels = folder, names, labels
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        name = os.fsdecode(self.names[index])
+        path = os.path.join(self.folder, name)
+        return {"file_name": path, "image_id": name, "label": int(self.labels[index])}
+
+
+def register_image_folder(root, check=True):
+    """Register the folders `train` and `val` of a folder as data sets.
+
+    Args:
+        root (str or path): holds `train/CLASS/*` and `val/CLASS/*`, with the same classes in both.
+        check (bool): False in the other processes of a job, after one has checked the files: they
+            are not read then, and the classes are known as soon as detectron2 loads them.
+
+    Returns:
+        tuple[str, str]: names for `cfg.DATASETS`, which are the paths of the two folders.
+
+    Raises:
+        FileNotFoundError, DatasetError: as `check_image_folders`; nothing is registered then.
+    """
+    names = tuple(os.path.join(root, split) for split in SPLITS)
+    new = [name for name in names if name not in DatasetCatalog]
+    for name in names:
+        register_class_folders(name, name)
+    try:
+        if check:
+            check_image_folders(names)
+    except (DatasetError, FileNotFoundError):
+        # Once they are mended they may have other classes.
+        for name in new:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+        raise
+    return names
+
+
+def register_imagenet():
+    """Register `imagenet_train` and `imagenet_val` without looking for their files.
+
+    They are `imagenet/train` and `imagenet/val` under `$DETECTRON2_DATASETS`, which is `datasets`
+    unless it is set.
+    """
+    for split in SPLITS:
+        # A common name: whoever has registered other data under it keeps them.
+        if f"imagenet_{split}" not in DatasetCatalog:
+            register_class_folders(f"imagenet_{split}", builtin_path("imagenet", split))
+
+
+def register_class_folders(name, folder, *, class_names=None, prepare=None):
+    """Register a folder of class folders, which is read when its data are asked for.
+
+    Registering the same folder under the same name again is harmless.
+
+    Args:
+        name (str): the name for `cfg.DATASETS`.
+        folder (str or path): holds a folder of images for each class.
+        class_names (sequence[str] or None): the classes, if they are known before.
+        prepare (callable or None): called before the folder is read.
+
+    Raises:
+        DatasetError: the name stands for another folder.
+    """
+    folder = os.fspath(folder)
+    if name in DatasetCatalog:
+        known = MetadataCatalog.get(name).get("image_root")
+        if known != folder:
+            raise DatasetError(
+                f"dataset {name!r} is already registered with image_root {known!r}, not "
+                f"{folder!r}: give the new data another name"
+            )
+        return
+    DatasetCatalog.register(name, partial(_read_registered, name, prepare))
+    metadata = MetadataCatalog.get(name)
+    metadata.set(image_root=folder, evaluator_type="classification")
+    if class_names is not None:
+        metadata.thing_classes = list(class_names)
+
+
+def hold_out(name, fraction):
+    """Register two parts of a data set: images to train on and images held out.
+
+    Which images are held out of a class follows from the digests of their paths in the folder: it
+    is the same for any seed, machine and place of the folder. Their number is the fraction of the
+    class, rounded, but at least one of two images and never all of them. A later call with another
+    fraction takes the place of an earlier one.
+
+    Args:
+        name (str): a data set of images to classify; it is read once for both parts.
+        fraction (float): of the images of each class, above 0 and below 1.
+
+    Returns:
+        tuple[str, str]: the names of the two parts, `NAME:train` and `NAME:holdout`.
+
+    Raises:
+        ValueError: the fraction is out of range.
+        DatasetError: the name is not registered, or not of images to classify.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"the fraction to hold out must be above 0 and below 1, got {fraction}")
+    metadata = _metadata(name).as_dict()
+    parts = f"{name}:train", f"{name}:holdout"
+    split = cache(partial(_split, name, fraction))
+    for number, part in enumerate(parts):
+        DatasetCatalog.pop(part, None)
+        earlier = MetadataCatalog.pop(part, None)
+        if earlier is not None and earlier.get("holdout") != fraction:
+            logger.warning(
+                "%s: %s of each class is held out from now on, not %s",
+                part,
+                fraction,
+                earlier.get("holdout"),
+            )
+        DatasetCatalog.register(part, partial(_read_part, name, part, split, number))
+        MetadataCatalog.get(part).set(**{**metadata, "name": part, "holdout": fraction})
+    return parts
+
+
+def check_image_folders(names):
+    """Read the folders of registered data sets, so that mistakes in them are told, and log counts.
+
+    Their classes are in the metadata afterwards.
+
+    Args:
+        names (sequence[str]): data sets that are used together.
+
+    Raises:
+        DatasetError: a name is not registered or not of images to classify; a folder holds no
+            class folders or something that is no regular file, links lead out of it, classes have
+            no image, or the data sets do not have the same classes.
+        FileNotFoundError: a folder is missing; the message says what is there.
+    """
+    for name in names:
+        _metadata(name)
+        number = len(DatasetCatalog.get(name))
+        logger.info("%s: %s images of %d classes", name, f"{number:,}", num_classes_of([name]))
+    num_classes_of(names)
+
+
+def _metadata(name):
+    metadata = metadata_of(name)
+    kind = metadata.get("evaluator_type")
+    if kind != "classification":
+        raise DatasetError(
+            f"dataset {name!r} must be of evaluator_type 'classification', got {kind!r}"
+        )
+    return metadata
+
+
+def _read_registered(name, prepare):
+    """Return the records of a registered folder, whose classes are then known."""
+    metadata = MetadataCatalog.get(name)
+    if prepare is not None:
+        prepare()
+    try:
+        classes, records = _read(metadata.image_root)
+    except FileNotFoundError as error:
+        if name == metadata.image_root:
+            raise
+        raise FileNotFoundError(f"dataset {name!r}: {error} ({root_hint()})") from error
+    known = metadata.get("thing_classes")
+    if known is None:
+        metadata.thing_classes = classes
+    elif list(known) != classes:
+        raise DatasetError(
+            f"the class folders of {metadata.image_root!r} ({len(classes)}: {_named(classes)}) are "
+            f"not the classes that dataset {name!r} is known to have ({len(known)}: "
+            f"{_named(known)})"
+        )
+    return records
+
+
+def _read_part(name, part, split, number):
+    """Return the records of one part of a data set, which has the classes of the whole."""
+    records = split()[number]
+    MetadataCatalog.get(part).thing_classes = MetadataCatalog.get(name).thing_classes
+    return records
+
+
+def _split(name, fraction):
+    """Return the records of a data set to train on and those held out."""
+    records = DatasetCatalog.get(name)
+    classes = defaultdict(list)
+    for index, record in enumerate(records):
+        digest = hashlib.sha256(os.fsencode(record["image_id"])).digest()
+        classes[record["label"]].append((digest, index))
+    is_held_out = np.zeros(len(records), dtype=bool)
+    for members in classes.values():
+        number = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        is_held_out[[index for _, index in sorted(members)[:number]]] = True
+    if not is_held_out.any():
+        raise DatasetError(
+            f"dataset {name!r} has one image of each class: none of them can be held out"
+        )
+    return [Subset(records, np.flatnonzero(part)) for part in (~is_held_out, is_held_out)]
+
+
+def _read(folder):
+    """Return the sorted classes and the records of a folder of class folders."""
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(_missing(folder))
+    # Whoever links train to another disk names that place; the data may not name others.
+    roots = {os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))}
+    _check_entries(folder, roots)
+    try:
+        classes, numbers = find_classes(folder)
+    except FileNotFoundError as error:
+        raise DatasetError(
+            f"{folder!r} holds no class folders: each class is a folder of its images"
+        ) from error
+    samples = make_dataset(folder, numbers, IMG_EXTENSIONS, allow_empty=True)
+    start = len(os.path.join(folder, ""))
+    names = np.array([os.fsencode(path[start:]) for path, _ in samples])
+    labels = np.array([label for _, label in samples], dtype=np.int64)
+    empty = [classes[label] for label in np.setdiff1d(np.arange(len(classes)), labels)]
+    if empty:
+        raise DatasetError(
+            f"{folder!r} has class folders without an image: {_named(empty)} (of {len(classes)}; "
+            f"names of images end in {', '.join(IMG_EXTENSIONS)})"
+        )
+    return classes, ImageRecords(folder, names, labels)
+
+
+def _check_entries(folder, roots, above=()):
+    """Refuse links that lead out of the data or around in it, and what is no file to read."""
+    own = os.path.realpath(folder)
+    if own in above:
+        raise DatasetError(f"{folder!r} is a link to a folder that it is in itself")
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    target = os.path.realpath(entry.path)
+                    if not any(is_inside(target, root) for root in roots):
+                        raise DatasetError(
+                            f"{entry.path!r} is a link to {target!r}, out of the image folder"
+                        )
+                if entry.is_dir():
+                    _check_entries(entry.path, roots, (*above, own))
+                elif not entry.is_file() and os.path.exists(entry.path):
+                    raise DatasetError(f"{entry.path!r} is no regular file")
+    except OSError as error:
+        raise DatasetError(f"{folder!r} cannot be listed: {error.strerror}") from error
+
+
+def _missing(folder):
+    """Say what is there in place of a folder."""
+    parent = os.path.dirname(folder) or os.curdir
+    if os.path.exists(folder):
+        return f"{folder!r} is no folder"
+    if not os.path.isdir(parent):
+        return f"there is no folder {folder!r}, for there is no folder {parent!r}"
+    found = sorted(os.listdir(parent))
+    return f"there is no folder {folder!r}; {parent!r} " + (
+        f"holds {_named(found)}" if found else "is empty"
+    )
+
+
+def _named(names):
+    return first_of([repr(name) for name in names], _SHOWN)

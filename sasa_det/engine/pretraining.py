@@ -1,0 +1,76 @@
+"""Training of image classifiers, whose backbones detectors begin with."""
+
+import argparse
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode
+
+from .arguments import argument_parser
+from .errors import UsageError, tell
+from .model_check import check_model
+from .setup import load_config
+from .train import ConfigKind, run
+from .trainer import Trainer
+
+__all__ = ["CLASSIFIER", "classifier_argument_parser", "run_classifier"]
+
+
+def classifier_argument_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of :func:`sasa_det.engine.argument_parser` for image classifiers.
+
+    Args:
+        description: what the command does.
+
+    Returns:
+        argparse.ArgumentParser: with ``--data`` and ``--holdout`` in place of ``--train`` and
+        ``--test``.
+    """
+    parser = argument_parser(coco=False)
+    parser.description = description
+    parser.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help="folder with train/ and val/, in each a folder of images for each class, in place of "
+        "the config's data",
+    )
+    parser.add_argument(
+        "--holdout",
+        metavar="SHARE",
+        help="test on this share of each class of the training images, as in 0.04, always the "
+        "same ones, and train on the rest",
+    )
+    return parser
+
+
+def run_classifier(args: argparse.Namespace) -> int:
+    """Carry out a command line of :func:`classifier_argument_parser`.
+
+    Args:
+        args: the parsed command line.
+
+    Returns:
+        int: exit status, as of :func:`sasa_det.engine.run`.
+    """
+    keys = {"DATASETS.IMAGE_FOLDER": args.data, "DATASETS.HOLDOUT": args.holdout}
+    given = [word for key, value in keys.items() if value is not None for word in (key, value)]
+    args.opts = [*given, *args.opts]
+    args.train = args.test = None
+    return run(args, CLASSIFIER)
+
+
+def _load(
+    config_file: str = "",
+    opts: Sequence[str] = (),
+    train: Sequence[str] | None = None,
+    test: Sequence[str] | None = None,
+) -> CfgNode:
+    cfg = load_config(config_file, opts, train, test)
+    if cfg.MODEL.META_ARCHITECTURE != "Classifier":
+        raise UsageError(
+            f"MODEL.META_ARCHITECTURE must be Classifier here, got {cfg.MODEL.META_ARCHITECTURE} "
+            "(detectors are trained by tools/train_net.py)."
+        )
+    return cfg
+
+
+CLASSIFIER = ConfigKind(_load, check_model, tell, Trainer)

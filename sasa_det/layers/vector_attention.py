@@ -1,0 +1,267 @@
+"""Pairwise and patchwise self-attention: layers whose weights are vectors, one for each channel."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.aggregation import aggregate, reflect
+from ..ops.local_attention import check_kernel_size
+from ..ops.precision import accumulation_dtype
+
+__all__ = [
+    "PAIRWISE_RELATIONS",
+    "PATCHWISE_RELATIONS",
+    "PairwiseAttention2d",
+    "PatchwiseAttention2d",
+]
+
+# The first one of each is that of the paper's models.
+PAIRWISE_RELATIONS = (
+    "subtraction",
+    "summation",
+    "concatenation",
+    "hadamard_product",
+    "dot_product",
+)
+PATCHWISE_RELATIONS = ("concatenation", "star_product", "clique_product")
+
+
+class _VectorAttention2d(nn.Module):
+    """What pairwise and patchwise attention share: projections, weights, aggregation."""
+
+    relations: tuple[str, ...]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        relation: str | None,
+        relation_channels: int | None,
+        share_channels: int,
+    ):
+        super().__init__()
+        check_kernel_size(kernel_size)
+        if relation is None:
+            relation = self.relations[0]
+        if relation not in self.relations:
+            raise ValueError(f"relation must be one of {list(self.relations)}, got {relation!r}.")
+        if share_channels < 1 or out_channels % share_channels:
+            raise ValueError(
+                f"out_channels {out_channels} must be a multiple of share_channels "
+                f"{share_channels}."
+            )
+        if relation_channels is None:
+            relation_channels = max(out_channels // 4, 1)
+        if relation_channels < 1:
+            raise ValueError(f"relation_channels must be at least 1, got {relation_channels}.")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = kernel_size
+        self.relation = relation
+        self.relation_channels = relation_channels
+        self.groups = out_channels // share_channels
+        self.query = nn.Conv2d(in_channels, relation_channels, 1)
+        self.key = nn.Conv2d(in_channels, relation_channels, 1)
+        self.value = nn.Conv2d(in_channels, out_channels, 1)
+
+    def _make_weights(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        out_channels: int,
+        norm: Callable[[int], nn.Module] | None,
+    ) -> nn.Sequential:
+        """Make the mapping gamma from relations to weights."""
+        norm = norm or (lambda channels: nn.Identity())
+        return nn.Sequential(
+            norm(in_channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(in_channels, hidden_channels, 1, bias=False),
+            norm(hidden_channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(hidden_channels, out_channels, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """
+        Args:
+            x: (N, in_channels, H, W), floating point, any H, W >= 1.
+
+        Returns:
+            (N, out_channels, H, W).
+        """
+        weights = self.window_weights(self.query(x), self.key(x))
+        return aggregate(self.value(x), weights, kernel_size=self.kernel_size)
+
+    def window_weights(self, query: Tensor, key: Tensor) -> Tensor:
+        """Return the weights, (N, out_channels / share_channels, kernel_size^2, H, W).
+
+        Args:
+            query, key: (N, relation_channels, H, W).
+        """
+        raise NotImplementedError
+
+    def _windows(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C, kernel_size^2, H W), borders reflected."""
+        padded = reflect(x, self.kernel_size // 2)
+        return F.unfold(padded, self.kernel_size).unflatten(1, (x.shape[1], -1))
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"relation={self.relation!r}, groups={self.groups}"
+        )
+
+
+class PairwiseAttention2d(_VectorAttention2d):
+    """Pairwise self-attention of "Exploring Self-attention for Image Recognition", Section 3.1.
+
+    The weights of pixel j for pixel i are a function of the two pixels' features and of their
+    relative position, normalized over the window by a softmax: a set operator.
+
+    The borders are reflected. A side of at most ``kernel_size // 2`` pixels is too short for that
+    and reflected back and forth; see :func:`sasa_det.ops.aggregation.reflect`.
+    """
+
+    relations = PAIRWISE_RELATIONS
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 7,
+        relation: str | None = None,
+        relation_channels: int | None = None,
+        share_channels: int = 8,
+        position_size: int = 0,
+        norm: Callable[[int], nn.Module] | None = nn.BatchNorm2d,
+    ):
+        """
+        Args:
+            in_channels: channels of the input.
+            out_channels: channels m of the output.
+            kernel_size: odd extent of the window.
+            relation: how features of two pixels are compared: "subtraction" if None, "summation",
+                "concatenation", "hadamard_product" or "dot_product".
+            relation_channels: channels r of queries and keys, a quarter of out_channels if None.
+            share_channels: output channels that share a weight.
+            position_size: positions run from -1 to 1 over ``position_size`` pixels, whatever the
+                size of the image, so that a weight learned at one size holds at another; 0 lets
+                them run from -1 to 1 over the image, as published.
+            norm: makes the norm layers of the weights from a channel count; None for no norm. Their
+                inputs are (N, C, kernel_size^2, H W).
+
+        Raises:
+            ValueError: naming the argument, its value and what is allowed.
+        """
+        super().__init__(
+            in_channels, out_channels, kernel_size, relation, relation_channels, share_channels
+        )
+        if position_size != 0 and position_size < 2:
+            raise ValueError(f"position_size must be 0 or at least 2, got {position_size}.")
+        self.position_size = position_size
+        hidden = self.relation_channels
+        channels = {"concatenation": 2 * hidden, "dot_product": 1}.get(self.relation, hidden)
+        self.weights = self._make_weights(channels + 2, hidden, self.groups, norm)
+        self.position = nn.Conv2d(2, 2, 1)
+
+    def window_weights(self, query: Tensor, key: Tensor) -> Tensor:
+        n, _, height, width = query.shape
+        positions = self._relative_positions(height, width, query).expand(n, -1, -1, -1)
+        relation = self._relate(query.flatten(2).unsqueeze(2), self._windows(key))
+        weights = self.weights(torch.cat([relation, positions], 1))
+        weights = weights.softmax(2, dtype=accumulation_dtype(weights.dtype))
+        return weights.unflatten(3, (height, width))
+
+    def _relate(self, query: Tensor, keys: Tensor) -> Tensor:
+        """Compare queries (N, r, 1, P) and keys (N, r, kernel_size^2, P)."""
+        if self.relation == "subtraction":
+            return query - keys
+        if self.relation == "summation":
+            return query + keys
+        if self.relation == "concatenation":
+            return torch.cat([query.expand_as(keys), keys], 1)
+        product = query * keys
+        return product if self.relation == "hadamard_product" else product.sum(1, keepdim=True)
+
+    def _relative_positions(self, height: int, width: int, like: Tensor) -> Tensor:
+        """Return p_i - p_j for the places j of every pixel's window, (1, 2, kernel_size^2, H W)."""
+        # Half precision cannot tell the positions of neighbours apart; autocast, which would turn a
+        # convolution to it, leaves products of elements alone.
+        dtype = accumulation_dtype(like.dtype)
+        cols, rows = (self._coordinates(size, dtype, like.device) for size in (width, height))
+        grid = torch.stack([cols.expand(height, width), rows[:, None].expand(height, width)])
+        weight, bias = (x.to(dtype) for x in (self.position.weight, self.position.bias))
+        positions = ((weight * grid).sum(1) + bias[:, None, None])[None]
+        positions = positions.flatten(2).unsqueeze(2) - self._windows(positions)
+        return positions.to(like.dtype)
+
+    def _coordinates(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if not self.position_size:
+            return torch.linspace(-1, 1, size, dtype=dtype, device=device)
+        step = 2 / (self.position_size - 1)
+        return step * torch.arange(size, dtype=dtype, device=device) - 1
+
+
+class PatchwiseAttention2d(_VectorAttention2d):
+    """Patchwise self-attention of "Exploring Self-attention for Image Recognition", Section 3.2.
+
+    The weights of a pixel's window are a function of all features in it, in their order, and may
+    be of any size and sign. It is more general than a convolution, whose weights are constants.
+
+    The borders are reflected. A side of at most ``kernel_size // 2`` pixels is too short for that
+    and reflected back and forth; see :func:`sasa_det.ops.aggregation.reflect`.
+    """
+
+    relations = PATCHWISE_RELATIONS
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 7,
+        relation: str | None = None,
+        relation_channels: int | None = None,
+        share_channels: int = 8,
+        norm: Callable[[int], nn.Module] | None = nn.BatchNorm2d,
+    ):
+        """
+        Args:
+            in_channels: channels of the input.
+            out_channels: channels m of the output.
+            kernel_size: odd extent of the window.
+            relation: what the weights see of a window: "concatenation" of the pixel's query and
+                all keys if None, "star_product" of the query with every key, or "clique_product"
+                of all queries with all keys.
+            relation_channels: channels r of queries and keys, a quarter of out_channels if None.
+            share_channels: output channels that share a weight.
+            norm: makes the norm layers of the weights from a channel count; None for no norm.
+
+        Raises:
+            ValueError: naming the argument, its value and what is allowed.
+        """
+        super().__init__(
+            in_channels, out_channels, kernel_size, relation, relation_channels, share_channels
+        )
+        window = kernel_size**2
+        channels = {
+            "concatenation": self.relation_channels * (window + 1),
+            "star_product": window,
+            "clique_product": window**2,
+        }[self.relation]
+        self.weights = self._make_weights(channels, self.groups, self.groups * window, norm)
+
+    def window_weights(self, query: Tensor, key: Tensor) -> Tensor:
+        relation = self._relate(query, self._windows(key)).unflatten(2, query.shape[2:])
+        return self.weights(relation).unflatten(1, (self.groups, -1))
+
+    def _relate(self, query: Tensor, keys: Tensor) -> Tensor:
+        """Describe all windows, (N, C, H W), by queries (N, r, H, W) and keys (N, r, k^2, H W)."""
+        if self.relation == "concatenation":
+            return torch.cat([query.flatten(2), keys.flatten(1, 2)], 1)
+        if self.relation == "star_product":
+            return (query.flatten(2).unsqueeze(2) * keys).sum(1)
+        return torch.einsum("ncjp,nckp->njkp", self._windows(query), keys).flatten(1, 2)

@@ -1,0 +1,297 @@
+"""SAN: residual networks of pairwise or patchwise self-attention, without spatial convolution."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import CNNBlockBase, ShapeSpec, get_norm
+from detectron2.modeling import BACKBONE_REGISTRY, FPN
+from detectron2.modeling.backbone import Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from torch import Tensor, nn
+
+from ...layers import PairwiseAttention2d, PatchwiseAttention2d
+from ..attention_options import check_choice, check_norm
+from .attention_fpn import build_fpn, build_retinanet_fpn
+
+__all__ = [
+    "SAN",
+    "build_retinanet_san_fpn_backbone",
+    "build_san_backbone",
+    "build_san_fpn_backbone",
+]
+
+ATTENTIONS = {"pairwise": PairwiseAttention2d, "patchwise": PatchwiseAttention2d}
+STAGES = ("stem", "res2", "res3", "res4", "res5")
+CHANNELS = (64, 256, 512, 1024, 2048)
+KERNEL_SIZES = (3, 7, 7, 7, 7)
+# Blocks of every stage by depth (Table 1 of the paper).
+NUM_BLOCKS = {10: (2, 1, 2, 4, 1), 15: (3, 2, 3, 5, 2), 19: (3, 3, 4, 6, 3)}
+
+MakeNorm = Callable[[int], nn.Module]
+
+
+class _Block(nn.Module):
+    """Pre-activation residual block around an attention layer, ``channels // 4`` wide."""
+
+    def __init__(self, channels: int, make_attention: Callable[..., nn.Module], norm: MakeNorm):
+        super().__init__()
+        width = channels // 4
+        self.norm1 = norm(channels)
+        self.attention = make_attention(channels, width, relation_channels=width // 4, norm=norm)
+        self.norm2 = norm(width)
+        self.project = nn.Conv2d(width, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.attention(F.relu(self.norm1(x)))
+        return x + self.project(F.relu(self.norm2(out)))
+
+
+class _Stage(CNNBlockBase):
+    """2x2 max pool, pointwise layer to the stage's width, blocks, norm and ReLU."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_blocks: int,
+        make_attention: Callable[..., nn.Module],
+        norm: MakeNorm,
+    ):
+        super().__init__(in_channels, out_channels, stride=2)
+        self.transition = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.blocks = nn.Sequential(
+            *(_Block(out_channels, make_attention, norm) for _ in range(num_blocks))
+        )
+        self.out_norm = norm(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.transition(F.max_pool2d(x, 2, ceil_mode=True))
+        return F.relu(self.out_norm(self.blocks(x)))
+
+
+class _Stem(_Stage):
+    """The first stage, behind a pointwise layer on the image's pixels."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_blocks: int,
+        make_attention: Callable[..., nn.Module],
+        norm: MakeNorm,
+    ):
+        super().__init__(out_channels, out_channels, num_blocks, make_attention, norm)
+        self.in_channels = in_channels
+        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.norm = norm(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.relu(self.norm(self.conv(x))))
+
+
+class SAN(Backbone):
+    """Self-attention network of "Exploring Self-attention for Image Recognition", Section 4.
+
+    Zhao et al., CVPR 2020. Max pools round sizes up, where the published models round down, so that
+    features have the sizes that detectors expect; multiples of 32 are the same for both. Weights
+    start as PyTorch's layers draw them, like the published ones.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        depth: int = 10,
+        attention: str = "pairwise",
+        relation: str | None = None,
+        position_size: int = 0,
+        in_channels: int = 3,
+        norm: str = "BN",
+        num_classes: int | None = None,
+        out_features: list[str] | None = None,
+        freeze_at: int = 0,
+    ):
+        """
+        Args:
+            depth: 10, 15 or 19.
+            attention: "pairwise" or "patchwise".
+            relation: see :class:`PairwiseAttention2d` and :class:`PatchwiseAttention2d`.
+            position_size: side in pixels of the image over which the positions of pairwise
+                attention run from -1 to 1, whatever the side of the image at hand; 0 for the
+                latter, as published. The size of the images of pretraining keeps, at any size,
+                the positions that were learned.
+            in_channels: channels of the image.
+            norm: see :func:`detectron2.layers.get_norm`.
+            num_classes: number of outputs of the feature linear, which needs it.
+            out_features: names of the features to return, of stem, res2 to res5 and linear; if
+                None, linear if there is num_classes and else res5. What none of them needs is not
+                built.
+            freeze_at: number of stages to freeze, see :meth:`freeze`.
+
+        Raises:
+            ValueError: naming the argument, its value and what is allowed.
+        """
+        super().__init__()
+        check_choice("depth (MODEL.SAN.DEPTH)", depth, NUM_BLOCKS)
+        check_choice("attention (MODEL.SAN.ATTENTION)", attention, ATTENTIONS)
+        layer = ATTENTIONS[attention]
+        if relation is not None:
+            check_choice(
+                f"relation (MODEL.SAN.RELATION) of {attention} attention", relation, layer.relations
+            )
+        coarsest = 2 ** len(STAGES)
+        if position_size != 0 and position_size <= coarsest:
+            raise ValueError(
+                "position_size (MODEL.SAN.POSITION_SIZE) must be 0 or more than the coarsest "
+                f"stride, {coarsest}, got {position_size}."
+            )
+        _check_any_width("norm (MODEL.SAN.NORM)", norm)
+        if out_features is None:
+            out_features = ["res5" if num_classes is None else "linear"]
+        features = STAGES + (() if num_classes is None else ("linear",))
+        for name in out_features:
+            check_choice("a feature of out_features (MODEL.SAN.OUT_FEATURES)", name, features)
+        if not out_features:
+            raise ValueError(
+                "out_features (MODEL.SAN.OUT_FEATURES) must name at least one feature."
+            )
+
+        self._out_features = out_features
+        self._out_feature_channels, self._out_feature_strides = {}, {}
+        last = max(
+            ("res5" if name == "linear" else name for name in out_features), key=STAGES.index
+        )
+        self.stage_names = STAGES[: STAGES.index(last) + 1]
+        channels, stride = in_channels, 1
+        for i, name in enumerate(self.stage_names):
+            stride *= 2
+            options: dict[str, Any] = {"kernel_size": KERNEL_SIZES[i], "relation": relation}
+            if attention == "pairwise":
+                options["position_size"] = -(-position_size // stride)
+            stage = (_Stem if name == "stem" else _Stage)(
+                channels,
+                CHANNELS[i],
+                NUM_BLOCKS[depth][i],
+                partial(layer, **options),
+                lambda channels: get_norm(norm, channels) or nn.Identity(),
+            )
+            self.add_module(name, stage)
+            channels = CHANNELS[i]
+            self._out_feature_channels[name] = channels
+            self._out_feature_strides[name] = stride
+        self.linear = None
+        if "linear" in out_features:
+            self.linear = nn.Linear(channels, num_classes)
+            self._out_feature_channels["linear"] = num_classes
+            self._out_feature_strides["linear"] = None
+        self.freeze(freeze_at)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        san = cfg.MODEL.SAN
+        return {
+            "depth": san.DEPTH,
+            "attention": san.ATTENTION,
+            "relation": san.RELATION or None,
+            "position_size": san.POSITION_SIZE,
+            "in_channels": input_shape.channels,
+            "norm": san.NORM,
+            "num_classes": (
+                cfg.MODEL.CLASSIFIER.NUM_CLASSES if "linear" in san.OUT_FEATURES else None
+            ),
+            "out_features": san.OUT_FEATURES,
+            "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
+        }
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """
+        Args:
+            x: (N, in_channels, H, W), any H, W >= 1.
+
+        Returns:
+            dict[str, Tensor]: the features of ``out_features``: (N, C, ceil(H / stride),
+            ceil(W / stride)), and of linear (N, num_classes).
+        """
+        outputs = {}
+        for name in self.stage_names:
+            x = getattr(self, name)(x)
+            if name in self._out_features:
+                outputs[name] = x
+        if self.linear is not None:
+            outputs["linear"] = self.linear(x.mean((2, 3)))
+        return outputs
+
+    def freeze(self, freeze_at: int = 0) -> "SAN":
+        """Fix the weights of the first stages, and turn their batch norms into frozen ones.
+
+        Args:
+            freeze_at: number of stages: 1 freezes the stem, 2 the stem and res2, and so on.
+
+        Returns:
+            SAN: this one.
+        """
+        for number, name in enumerate(self.stage_names, start=1):
+            if freeze_at >= number:
+                getattr(self, name).freeze()
+        return self
+
+
+def _check_any_width(name: str, norm: str) -> None:
+    """Raise ValueError, with ``name`` in it, unless a norm takes any number of channels."""
+    check_norm(name, norm)
+    try:
+        get_norm(norm, 1)
+    except ValueError:
+        raise ValueError(
+            f"{name} must be a norm for any number of channels (BN, SyncBN, FrozenBN, ...), got "
+            f"{norm!r}."
+        ) from None
+
+
+@BACKBONE_REGISTRY.register()
+def build_san_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SAN:
+    """Build a :class:`SAN` from ``MODEL.SAN``.
+
+    Args:
+        cfg: a config with sasa_det's keys.
+        input_shape: its channels are those of the image.
+
+    Returns:
+        SAN: features stem and res2 to res5 at strides 2, 4, 8, 16 and 32.
+    """
+    return SAN(cfg, input_shape)
+
+
+@BACKBONE_REGISTRY.register()
+def build_san_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """Build a SAN with an FPN for R-CNN: p2 to p5, and p6 by max pooling.
+
+    ``MODEL.SASA.FPN`` tells whether the FPN is attentional.
+
+    Args:
+        cfg: a config with sasa_det's keys.
+        input_shape: its channels are those of the image.
+
+    Returns:
+        FPN: features p2 to p6 for in-features res2 to res5.
+    """
+    return build_fpn(cfg, build_san_backbone(cfg, input_shape), LastLevelMaxPool())
+
+
+@BACKBONE_REGISTRY.register()
+def build_retinanet_san_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """Build a SAN with an FPN for RetinaNet.
+
+    ``MODEL.SASA.FPN`` tells whether the FPN is attentional.
+
+    Args:
+        cfg: a config with sasa_det's keys.
+        input_shape: its channels are those of the image.
+
+    Returns:
+        FPN: features p3 to p7 for in-features res3 to res5.
+    """
+    return build_retinanet_fpn(cfg, build_san_backbone(cfg, input_shape))

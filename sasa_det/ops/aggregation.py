@@ -1,0 +1,80 @@
+"""Weighted sums over windows in which groups of channels share their weights."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .local_attention import check_kernel_size
+from .precision import accumulation_dtype
+
+__all__ = ["aggregate", "reflect"]
+
+
+def reflect(x: Tensor, padding: int) -> Tensor:
+    """Pad an image by reflection at its border pixels.
+
+    The reflection of a side that is no longer than the padding is itself reflected, back and forth;
+    that of a single pixel is the pixel.
+
+    Args:
+        x: (N, C, H, W), any H, W >= 1.
+        padding: pixels added on each of the four sides.
+
+    Returns:
+        (N, C, H + 2 padding, W + 2 padding).
+    """
+    if padding < min(x.shape[2:]):
+        return F.pad(x, [padding] * 4, mode="reflect")
+    rows, cols = (_reflected(size, padding, x.device) for size in x.shape[2:])
+    return x[:, :, rows[:, None], cols]
+
+
+def _reflected(size: int, padding: int, device: torch.device) -> Tensor:
+    """Return the index of the pixel that stands at each place of a padded side."""
+    period = max(2 * (size - 1), 1)
+    place = torch.arange(-padding, size + padding, device=device).abs() % period
+    return torch.minimum(place, period - place)
+
+
+def aggregate(value: Tensor, weights: Tensor, *, kernel_size: int) -> Tensor:
+    """Sum the values of every pixel's window with weights of its own.
+
+    Equation 2 of "Exploring Self-attention for Image Recognition" (Zhao et al., CVPR 2020): channel
+    c of pixel i is the sum over the window's places j of weights[c mod g, j, i] value[c, j]. The
+    borders are reflected, see :func:`reflect`.
+
+    Args:
+        value: (N, C, H, W), floating point, any H, W >= 1.
+        weights: (N, g, kernel_size^2, H, W), the window's places row by row; g divides C, and
+            channels c, c + g, c + 2 g, ... share their weights.
+        kernel_size: odd extent of the window.
+
+    Returns:
+        (N, C, H, W) in the type of ``value``; sums are in float32 at least.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+    """
+    check_kernel_size(kernel_size)
+    n, channels, height, width = value.shape
+    groups = weights.shape[1] if weights.ndim == 5 else 0
+    if not groups or channels % groups:
+        raise ValueError(
+            "weights must be of shape (N, g, kernel_size^2, H, W) with g a divisor of the "
+            f"{channels} channels of value, got {tuple(weights.shape)}."
+        )
+    if weights.shape != (n, groups, kernel_size**2, height, width):
+        raise ValueError(
+            f"weights must be of shape {(n, groups, kernel_size**2, height, width)} for a value of "
+            f"shape {tuple(value.shape)} and kernel_size {kernel_size}, got {tuple(weights.shape)}."
+        )
+    dtype = accumulation_dtype(value.dtype)
+    shared = channels // groups
+    padded = reflect(value.to(dtype), kernel_size // 2).unflatten(1, (shared, groups))
+    output = padded.new_zeros(n, shared, groups, height, width)
+    # Place by place: the unfolded window would be kernel_size^2 times as large as the value.
+    for place, weight in enumerate(weights.to(dtype).unsqueeze(1).unbind(3)):
+        row, col = divmod(place, kernel_size)
+        shifted = padded[..., row : row + height, col : col + width]
+        output = torch.addcmul(output, weight, shifted)
+    return output.flatten(1, 2).to(value.dtype)

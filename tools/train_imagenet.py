@@ -1,0 +1,14 @@
+#!/usr/bin/env python
+"""Train or evaluate an image classifier: detectron2's flags and KEY VALUE overrides, see --help."""
+
+import sys
+from pathlib import Path
+
+from sasa_det.engine.pretraining import classifier_argument_parser, run_classifier
+
+_DEFAULT = Path(__file__).parents[1] / "configs" / "ImageNet" / "SASA_R_50_full.yaml"
+
+if __name__ == "__main__":
+    parser = classifier_argument_parser(__doc__)
+    parser.set_defaults(config_file=str(_DEFAULT))
+    sys.exit(run_classifier(parser.parse_args()))
