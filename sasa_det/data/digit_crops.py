@@ -10,7 +10,6 @@ from PIL import Image
 from .builtin import SPLITS, builtin_path
 from .digit_drawing import (
     DIGIT_NAMES,
-    HEIGHT_RANGE,
     draw_background,
     load_digits,
     paint,
@@ -24,11 +23,9 @@ __all__ = ["compose_crop", "register_digit_crops", "write_digit_crops"]
 
 # Raised whenever the same parameters give other images, so that an older folder is not reused.
 GENERATOR_VERSION = 1
-# Pixels. A crop is a quarter of an image of the detection set, whose digits have these heights.
+# Pixels. The digits are the larger ones of the detection set, whose images have twice the side.
 SIZE = 64
-HEIGHTS = np.multiply(HEIGHT_RANGE, 2 * SIZE)
-MAX_NEIGHBOURS = 2
-PLACEMENT_ATTEMPTS = 10
+HEIGHTS = (36, 60)
 
 
 def write_digit_crops(root, *, num_train=4000, num_val=500, seed=0):
@@ -83,18 +80,17 @@ def register_digit_crops(root=None, *, name="digit_crops", **parameters):
         )
 
 
-def compose_crop(digit, others, background, rng):
-    """Compose one image of the set: a whole digit, and parts of others at the border.
+def compose_crop(digit, background, rng):
+    """Compose one image of the set: a digit anywhere in it.
 
     Args:
         digit (ndarray): (8, 8) float32, ink in 0..1.
-        others (ndarray): (n, 8, 8) float32, likewise, that neighbours are drawn from.
         background (ndarray): (64, 64, 3) uint8 RGB.
         rng (numpy.random.Generator): the only source of randomness.
 
     Returns:
         tuple[ndarray, ndarray]: the (64, 64, 3) uint8 RGB image, and the (64, 64) bool pixels that
-            the digit covers, which no neighbour does.
+            the digit covers.
     """
     image = background.copy()
     alpha = _drawn_ink(digit, rng)
@@ -104,26 +100,7 @@ def compose_crop(digit, others, background, rng):
     paint(image, background, place, alpha, rng)
     ink = np.zeros((SIZE, SIZE), dtype=bool)
     ink[place] = alpha > 0
-    occupied = ink.copy()
-    for _ in range(rng.integers(0, MAX_NEIGHBOURS, endpoint=True)):
-        _add_neighbour(image, background, occupied, others, rng)
     return image, ink
-
-
-def _add_neighbour(image, background, occupied, others, rng):
-    """Paint a digit whose middle lies outside of the image, where there is room for one."""
-    alpha = _drawn_ink(others[rng.integers(len(others))], rng)
-    h, w = alpha.shape
-    for _ in range(PLACEMENT_ATTEMPTS):
-        x, y = (int(rng.integers(1 - side, SIZE)) for side in (w, h))
-        if 0 <= x + w / 2 <= SIZE and 0 <= y + h / 2 <= SIZE:
-            continue
-        place = np.s_[max(y, 0) : y + h, max(x, 0) : x + w]
-        seen = alpha[max(-y, 0) : SIZE - y, max(-x, 0) : SIZE - x]
-        if not (occupied[place] & (seen > 0)).any():
-            paint(image, background, place, seen, rng)
-            occupied[place] |= seen > 0
-            return
 
 
 def _drawn_ink(digit, rng):
@@ -153,7 +130,7 @@ def _write_crops(folder, parameters):
                 quarters = [quarter for half in halves for quarter in np.split(half, 2, axis=1)]
             label = image_id % len(DIGIT_NAMES)
             digit = digits[rng.choice(members[label])]
-            image, _ = compose_crop(digit, digits[candidates], quarters[image_id % 4], rng)
+            image, _ = compose_crop(digit, quarters[image_id % 4], rng)
             path = folder / split / DIGIT_NAMES[label] / f"{image_id + 1:04d}.png"
             Image.fromarray(image).save(path, compress_level=1)
             progress.step()

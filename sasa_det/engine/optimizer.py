@@ -8,6 +8,7 @@ from detectron2.solver.build import get_default_optimizer_params, maybe_add_grad
 from torch import nn
 
 from ..layers import AttentionStem, LocalSelfAttention2d
+from ..modeling import Classifier
 
 __all__ = ["build_optimizer", "max_gradient_norm", "parameter_groups"]
 
@@ -72,7 +73,8 @@ def parameter_groups(
         bias_lr_factor: on the learning rate of biases.
         weight_decay_bias: of biases; None for ``weight_decay``.
         weight_decay_embedding: of learned embeddings.
-        logit_lr_factor: on the learning rate of attention's query and key projections.
+        logit_lr_factor: on the learning rate of attention's query and key projections and of a
+            classifier's linear layer.
 
     Returns:
         list[dict]: groups with "params", "lr" and "weight_decay".
@@ -103,10 +105,14 @@ def max_gradient_norm(cfg: CfgNode) -> float | None:
 
 
 def _logit_weights(model: nn.Module) -> set[nn.Parameter]:
-    """Collect the weights of all query and key projections."""
-    layers = [m for m in model.modules() if isinstance(m, (LocalSelfAttention2d, AttentionStem))]
-    projections = [p for layer in layers for p in (layer.query, layer.key) if p is not None]
-    return {projection.weight for projection in projections}
+    """Collect the weights of all that makes logits: of attention, and of classes."""
+    weights = set()
+    for module in model.modules():
+        if isinstance(module, (LocalSelfAttention2d, AttentionStem)):
+            weights |= {layer.weight for layer in (module.query, module.key) if layer is not None}
+        elif isinstance(module, Classifier):
+            weights |= set(module.head.parameters())
+    return weights
 
 
 def _with_lr_factor(

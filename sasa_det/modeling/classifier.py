@@ -73,6 +73,11 @@ class Classifier(nn.Module):
         }
 
     @property
+    def head(self) -> nn.Linear:
+        """The linear layer that gives the logits."""
+        return self.backbone.linear if self.linear is None else self.linear
+
+    @property
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
