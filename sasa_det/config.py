@@ -134,7 +134,8 @@ def add_sasa_config(cfg: CfgNode) -> None:
     cfg.SOLVER.WEIGHT_DECAY_EMBEDDING = 0.0
     # Factor on the learning rate of attention's query and key projections, and of a classifier's
     # linear layer. Under Adam, whose steps have the size of the rate, the product of the former
-    # soon saturates the softmax without one, and the latter, whose inputs have one sign, overshoots.
+    # soon saturates the softmax without one, and the latter, whose inputs have one sign, goes too
+    # far.
     cfg.SOLVER.LOGIT_LR_FACTOR = 1.0
     # Parts of a batch that go through the model one after the other before the optimizer steps:
     # memory is that of one part. IMS_PER_BATCH must be a multiple of it times the processes.

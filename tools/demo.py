@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a fully attentional RetinaNet and its convolutional twin on digits, compare and draw."""
+"""Train attentional RetinaNets, pretrained or not, and their convolutional twin on digits."""
 
 import argparse
 import sys
@@ -12,7 +12,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", default="output/demo", help="a folder that does not exist yet")
     parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, help="config overrides for both models, KEY VALUE pairs"
+        "opts", nargs=argparse.REMAINDER, help="config overrides for the detectors, KEY VALUE pairs"
     )
     args = parser.parse_args()
     try:

@@ -1,4 +1,4 @@
-"""The demonstration: an attentional detector and its convolutional twin on handwritten digits."""
+"""The demonstration on handwritten digits: attention, from scratch and pretrained, and its twin."""
 
 import json
 import logging
@@ -19,6 +19,7 @@ from ..evaluation.drawing import draw_curves, draw_detections
 from ..files import write_text
 from ..machine import describe_machine
 from ..modeling.complexity import count_config, total
+from .conversion import convert_backbone
 from .denormals import flush_denormals
 from .logs import log_to
 from .output_folder import claim_output, refuse_existing
@@ -29,21 +30,36 @@ __all__ = ["run_demo"]
 
 logger = logging.getLogger("sasa_det")
 
-_MODELS = {"attention": "retinanet_SASA.yaml", "convolution": "retinanet_conv.yaml"}
+_CLASSIFIER = "classifier_SASA.yaml"
+_PRETRAINED = "attention, pretrained"
+_DETECTORS = {
+    "attention": "retinanet_SASA.yaml",
+    _PRETRAINED: "retinanet_SASA.yaml",
+    "convolution": "retinanet_conv.yaml",
+}
 
 
-def run_demo(configs: Path, output: Path, opts: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Train both models with the same budget, evaluate them, draw and tabulate the results.
+def run_demo(
+    configs: Path,
+    output: Path,
+    opts: Sequence[str] = (),
+    classifier_opts: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Pretrain a backbone, train three detectors with the same budget, and compare them.
+
+    One detector is fully attentional and starts from scratch, one is the same and starts from a
+    classifier of single digits, one is the convolutional twin, from scratch.
 
     Args:
-        configs: the folder of the two configs.
-        output: folder to make; it receives results.md, results.json, curves.png and, for each
-            model in a folder of its own, what training writes and detections.png.
-        opts: config overrides for both models, KEY VALUE pairs.
+        configs: the folder of the configs.
+        output: folder to make; it receives results.md, results.json, curves.png, backbone.pth and,
+            for each model in a folder of its own, what training writes and detections.png.
+        opts: config overrides for the detectors, KEY VALUE pairs.
+        classifier_opts: the same for the classifier.
 
     Returns:
-        list[dict]: one entry a model: model, AP, AP50, parameters, flops, seconds (training and
-        evaluation) and seconds_per_iteration.
+        list[dict]: one entry a detector: model, AP, AP50, parameters, flops, pretraining (seconds,
+        0 from scratch), seconds (training and evaluation) and seconds_per_iteration.
 
     Raises:
         UsageError: if ``output`` exists and is not an empty folder, or a config is wrong.
@@ -51,40 +67,65 @@ def run_demo(configs: Path, output: Path, opts: Sequence[str] = ()) -> list[dict
     refuse_existing(output, hint=", as in make demo OUTPUT=folder")
     flush_denormals()
     log_to(None)
+    backbone = output / "backbone.pth"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    runs = {}
-    for label, name in _MODELS.items():
-        overrides = ["MODEL.DEVICE", device, *opts, "OUTPUT_DIR", str(output / label)]
-        cfg = load_config(str(configs / name), overrides)
+
+    def config(label: str, file: str, opts: Sequence[str], weights: Path | None = None) -> CfgNode:
+        folder = str(output / label.replace(", ", "_"))
+        overrides = ["MODEL.DEVICE", device, *opts, "OUTPUT_DIR", folder]
+        cfg = load_config(str(configs / file), overrides)
         check_run(cfg)
-        runs[label] = cfg
-    results = []
-    for label, cfg in runs.items():
-        with claim_output(cfg):
-            results.append(_train(label, cfg))
+        if weights is not None:
+            # Which are yet to be made.
+            cfg.defrost()
+            cfg.MODEL.WEIGHTS = str(weights)
+            cfg.freeze()
+        return cfg
+
+    classifier = config("classifier", _CLASSIFIER, classifier_opts)
+    runs = {
+        label: config(label, file, opts, backbone if label == _PRETRAINED else None)
+        for label, file in _DETECTORS.items()
+    }
+    trainer, seconds = _train("classifier", classifier)
+    accuracy = trainer._last_eval_results["classification"]["top1"]
+    logger.info("The classifier tells %.1f%% of the digits.", accuracy)
+    convert_backbone(Path(classifier.OUTPUT_DIR, "model_final.pth"), backbone)
+    results = [
+        _detector_results(label, cfg, seconds if label == _PRETRAINED else 0.0)
+        for label, cfg in runs.items()
+    ]
     curves = output / "curves.png"
-    draw_curves({label: output / label / "metrics.json" for label in runs}, curves)
-    table = _table(results)
-    summary = f"{table}\n\n{_conditions(runs['attention'])}\n"
+    draw_curves(
+        {label: Path(cfg.OUTPUT_DIR, "metrics.json") for label, cfg in runs.items()}, curves
+    )
+    summary = f"{_table(results)}\n\n{_conditions(runs['attention'], accuracy)}\n"
     write_text(output / "results.md", summary)
     write_text(output / "results.json", json.dumps(results, indent=2))
     print(f"\n{summary}")
-    print(f"Detections: {', '.join(str(output / label / 'detections.png') for label in runs)}")
+    pictures = (str(Path(cfg.OUTPUT_DIR, "detections.png")) for cfg in runs.values())
+    print(f"Detections: {', '.join(pictures)}")
     print(f"Curves: {curves}")
     return results
 
 
-def _train(label: str, cfg: CfgNode) -> dict[str, Any]:
-    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-    log_to(cfg.OUTPUT_DIR, shown=_is_short)
-    write_text(Path(cfg.OUTPUT_DIR, "config.yaml"), cfg.dump())
-    logger.info("Training the %s model into %s.", label, cfg.OUTPUT_DIR)
-    seed_all_rng(max(cfg.SEED, 0))
-    start = time.perf_counter()
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=False)
-    trainer.train()
-    seconds = time.perf_counter() - start
+def _train(label: str, cfg: CfgNode) -> tuple[Trainer, float]:
+    """Train a model; returns its trainer and the seconds that took."""
+    with claim_output(cfg):
+        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+        log_to(cfg.OUTPUT_DIR, shown=_is_short)
+        write_text(Path(cfg.OUTPUT_DIR, "config.yaml"), cfg.dump())
+        logger.info("Training the model %s into %s.", label, cfg.OUTPUT_DIR)
+        seed_all_rng(max(cfg.SEED, 0))
+        start = time.perf_counter()
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=False)
+        trainer.train()
+        return trainer, time.perf_counter() - start
+
+
+def _detector_results(label: str, cfg: CfgNode, pretraining: float) -> dict[str, Any]:
+    trainer, seconds = _train(label, cfg)
     _draw(cfg, trainer.model, Path(cfg.OUTPUT_DIR, "detections.png"))
     box = trainer._last_eval_results["bbox"]
     size = cfg.INPUT.MIN_SIZE_TEST
@@ -95,6 +136,7 @@ def _train(label: str, cfg: CfgNode) -> dict[str, Any]:
         "AP50": box["AP50"],
         "parameters": parts.parameters,
         "flops": parts.flops,
+        "pretraining": pretraining,
         "seconds": seconds,
         "seconds_per_iteration": float(trainer.storage.history("time").median(10**9)),
     }
@@ -142,17 +184,22 @@ def _table(results: list[dict[str, Any]]) -> str:
             f"{result['AP50']:.1f}",
             f"{result['parameters'] / 1e6:.2f}",
             f"{result['flops'] / 1e9:.2f}",
+            f"{result['pretraining']:.0f}" if result["pretraining"] else "",
             f"{result['seconds']:.0f}",
             f"{result['seconds_per_iteration']:.2f}",
         ]
         for result in results
     ]
-    headers = ["model", "AP", "AP50", "params (M)", "FLOPs (B)", "seconds", "s / iteration"]
+    headers = [
+        *("model", "AP", "AP50", "params (M)", "FLOPs (B)"),
+        *("pretraining, s", "training, s", "s / iteration"),
+    ]
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
-def _conditions(cfg: CfgNode) -> str:
+def _conditions(cfg: CfgNode, accuracy: float) -> str:
     return (
+        f"Pretrained as a classifier of single digits, {accuracy:.1f}% of which it tells. "
         f"{cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} images; COCO AP on "
         f"{', '.join(cfg.DATASETS.TEST)}; FLOPs of one {cfg.INPUT.MIN_SIZE_TEST} x "
         f"{cfg.INPUT.MIN_SIZE_TEST} image, a multiply-add being 2; seconds of training and "

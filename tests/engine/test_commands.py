@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sasa_det.data import write_digits
+from sasa_det.data.digit_crops import write_digit_crops
 from sasa_det.engine import argument_parser, run
 from sasa_det.engine.demo import run_demo
 
@@ -116,21 +117,35 @@ def test_demo_compares_and_draws(tmp_path, capsys):
     opts += ["INPUT.MIN_SIZE_TEST", "64", "INPUT.MAX_SIZE_TEST", "64"]
 
     output = tmp_path / "demo"
-    results = run_demo(Path("configs/Digits"), output, opts)
-    assert [result["model"] for result in results] == ["attention", "convolution"]
-    assert results[0]["parameters"] < results[1]["parameters"]
+    classifier = ["SOLVER.MAX_ITER", "2", "SOLVER.WARMUP_ITERS", "1", "SOLVER.IMS_PER_BATCH", "4"]
+    classifier += [
+        "DATASETS.IMAGE_FOLDER",
+        str(write_digit_crops(tmp_path / "c", num_train=10, num_val=10)),
+    ]
+    classifier += ["TEST.EVAL_PERIOD", "0", "DATALOADER.NUM_WORKERS", "0"]
+    results = run_demo(Path("configs/Digits"), output, opts, classifier)
+    models = ["attention", "attention, pretrained", "convolution"]
+    assert [result["model"] for result in results] == models
+    assert results[0]["parameters"] == results[1]["parameters"] < results[2]["parameters"]
+    assert results[1]["pretraining"] > 0 == results[0]["pretraining"]
+    # The second detector starts from the classifier's backbone, the first does not.
+    begun = (output / "attention_pretrained" / "log.txt").read_text()
+    assert f"Loading weights of {output / 'backbone.pth'}" in begun
+    assert "backbone.pth" not in (output / "attention" / "log.txt").read_text()
     written = json.loads((output / "results.json").read_text())
     assert str(written) == str(results)  # as text: AP is NaN where nothing was found
     for name in (
         "results.md",
         "curves.png",
         "attention/detections.png",
+        "attention_pretrained/detections.png",
+        "classifier/metrics.json",
         "convolution/metrics.json",
     ):
         assert (output / name).stat().st_size > 0, name
     # Each model's log is its own.
     assert "AttentionStem" not in (output / "convolution" / "log.txt").read_text()
-    assert "convolution model" not in (output / "attention" / "log.txt").read_text()
+    assert "the model convolution" not in (output / "attention" / "log.txt").read_text()
     printed = capsys.readouterr().out
     assert (output / "results.md").read_text() in printed
     with pytest.raises(Exception, match="output .* exists already; name another one"):
