@@ -68,7 +68,7 @@ def load_config(
     register_datasets(cfg)
     named = [cfg.DATASETS[split] for split in ("TRAIN", "TEST") if cfg.DATASETS[f"{split}_JSON"]]
     if cfg.DATASETS.IMAGE_FOLDER:
-        named.append(cfg.DATASETS.TRAIN)
+        named.append(cfg.DATASETS.TEST)
     for key in class_keys(cfg) if named else ():
         if key not in opts[::2]:
             cfg.merge_from_list([key, num_classes_of(named[0])])
@@ -125,7 +125,7 @@ def _register_image_folders(cfg: CfgNode, check: bool) -> None:
     data = cfg.DATASETS
     names = None
     if data.IMAGE_FOLDER:
-        names = register_image_folder(data.IMAGE_FOLDER, check=check and not data.HOLDOUT)
+        names = register_image_folder(data.IMAGE_FOLDER, check=False)
     if data.HOLDOUT:
         train = names[:1] if names else data.TRAIN
         if len(train) != 1:
@@ -134,9 +134,12 @@ def _register_image_folders(cfg: CfgNode, check: bool) -> None:
             )
         # A stored config names the part to train on.
         names = hold_out(train[0].removesuffix(":train"), data.HOLDOUT)
-        if check:
-            check_image_folders(names)
-    if names and not cfg.is_frozen():
+    if names is None:
+        return
+    if check:
+        # Evaluation alone needs no images to train on: these are looked at before a run.
+        check_image_folders(names[1:])
+    if not cfg.is_frozen():
         data.TRAIN, data.TEST = ((name,) for name in names)
 
 
