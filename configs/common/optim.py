@@ -14,6 +14,7 @@ SGD = L(torch.optim.SGD)(
     ),
     lr=0.02,
     momentum=0.9,
+    fused=True,
 )
 
-AdamW = L(torch.optim.AdamW)(params=SGD.params, lr=1e-4)
+AdamW = L(torch.optim.AdamW)(params=SGD.params, lr=1e-4, fused=True)
