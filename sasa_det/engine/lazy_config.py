@@ -59,6 +59,7 @@ KEYS = {
     "DATALOADER.SAMPLER_TRAIN": "dataloader.train.sampler",
     "DATALOADER.REPEAT_THRESHOLD": "dataloader.train.repeat_threshold",
     "DATALOADER.SKIP_UNREADABLE": "dataloader.train.max_unreadable",
+    "DATALOADER.SKIP_UNREADABLE_FRACTION": "dataloader.train.max_unreadable_fraction",
     "INPUT.FORMAT": "dataloader.train.mapper.image_format",
     "INPUT.MASK_FORMAT": "dataloader.train.mapper.instance_mask_format",
     "INPUT.MAX_PIXELS": "dataloader.train.mapper.max_pixels",

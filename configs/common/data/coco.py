@@ -38,6 +38,7 @@ dataloader = dict(
         sampler="TrainingSampler",
         aspect_ratio_grouping=True,
         max_unreadable=0,
+        max_unreadable_fraction=0.0,
     ),
     test=L(build_detection_test_loader)(
         dataset=L(get_detection_dataset_dicts)(names=["coco_2017_val"], filter_empty=False),
