@@ -4,7 +4,6 @@
 import argparse
 import sys
 
-from sasa_det.checkpoint import convert
 from sasa_det.checkpoint.convert import WEIGHTS
 from sasa_det.checkpoint.errors import TransferError
 from sasa_det.engine import UsageError
@@ -65,7 +64,7 @@ if __name__ == "__main__":
         if args.whole:
             if args.config_file or args.allow:
                 raise UsageError("--whole takes no --config-file and no --allow.")
-            report = convert(args.source, args.target, **options)
+            report = convert_backbone(args.source, args.target, whole=True, **options)
         else:
             model = build_target(args.config_file, args.opts) if args.config_file else None
             report = convert_backbone(args.source, args.target, model, allow=args.allow, **options)

@@ -58,6 +58,8 @@ def convert(
     target: str | os.PathLike,
     *,
     weights: str = "raw",
+    preprocessing: dict[str, Any] | None = None,
+    config: str = "",
     overwrite: bool = False,
 ) -> Report:
     """Write the weights of a checkpoint, without the state of its training, to another file.
@@ -69,6 +71,8 @@ def convert(
         source: a file that :func:`read_checkpoint` accepts.
         target: the file to write, which ends in ``.pth`` or ``.safetensors``.
         weights: "raw", or "ema" for averages in the place of the weights that were averaged.
+        preprocessing, config: what the file shall tell of the weights, as of
+            :func:`write_backbone`. Of a source that was converted already, what it tells is kept.
         overwrite: whether ``target`` may exist.
 
     Returns:
@@ -84,6 +88,8 @@ def convert(
     # A file that was converted already is copied.
     kept = (*_NAMING, *_FACTS) if "config_digest" in rest else _NAMING
     facts = {key: rest[key] for key in kept if key in rest}
+    if config and "config_digest" not in rest:
+        facts |= _facts(preprocessing, config)
     write_checkpoint({"model": contents.weights, **facts}, target)
     names = {name: name for name in contents.weights}
     return Report(names, _state_of_training(rest), preprocessing=preprocessing_in(facts))
@@ -167,16 +173,18 @@ def write_backbone(
         raise TransferError(f"{path} does not fit the target: {error}.", report) from error
     except CheckpointError as error:
         raise CheckpointError(f"{path} does not fit the target: {error}.") from error
-    facts = {
-        "matching_heuristics": True,
-        "config": config,
-        "config_digest": hashlib.sha256(config.encode()).hexdigest(),
-    }
-    if preprocessing is not None:
-        facts["preprocessing"] = preprocessing
+    facts = {"matching_heuristics": True, **_facts(preprocessing, config)}
     moved = {name: weights[source] for name, source in report.loaded.items()}
     write_checkpoint({"model": moved, **facts}, target)
     return _completed(report, rest, preprocessing)
+
+
+def _facts(preprocessing: dict[str, Any] | None, config: str) -> dict[str, Any]:
+    digest = hashlib.sha256(config.encode()).hexdigest()
+    facts: dict[str, Any] = {"config": config, "config_digest": digest}
+    if preprocessing is not None:
+        facts["preprocessing"] = preprocessing
+    return facts
 
 
 def _completed(

@@ -45,6 +45,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise CheckpointError("it is no regular file")  # a pipe would be waited for
         with open(path, "rb") as file:
             check_integrity(file)
             file.seek(0)

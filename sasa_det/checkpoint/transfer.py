@@ -22,6 +22,7 @@ __all__ = ["Report", "transfer"]
 _CLASSIFIER = "classifier"
 _OUTSIDE = "outside the backbone"
 _NO_PLACE = "no such weight in the target"
+_NO_STAGE = "no such stage in the target"
 _REPLACED = "attention takes its place"
 _NO_PART = "no part of a plain ResNet or SAN"
 _NO_STATISTICS = "the target's norm keeps no statistics"
@@ -29,7 +30,7 @@ _COUNTED = "counted by the model itself"
 _ATTENTION = "attention has no counterpart in a convolutional network"
 _NOT_THERE = "not in the source"
 # Those with which something is wrong.
-_WRONG = (_NO_PART, _NO_STATISTICS, _NOT_THERE)
+_WRONG = (_NO_PART, _NO_PLACE, _NO_STATISTICS, _NOT_THERE)
 
 # Names that a sentence lists; the report has all.
 _MOST = 5
@@ -179,7 +180,11 @@ def _refusal(refused: Collection[str], report: Report, layout: Layout) -> str:
 
 
 def _why_no_place(name: str, shapes: Collection[str], attention: tuple[str, ...]) -> str:
-    module, _, kind = name.rpartition(".")
+    stage, module, kind = name.partition(".")[0], *name.rpartition(".")[::2]
+    if not any(known.startswith(f"{stage}.") for known in shapes):
+        return _NO_STAGE
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in OPTIONAL):
+        return _COUNTED
     if kind in ("running_mean", "running_var") and f"{module}.weight" in shapes:
         return _NO_STATISTICS
     return _REPLACED if name.startswith(attention) else _NO_PLACE

@@ -225,6 +225,21 @@ class TrainLoader:
             self._yielded += 1
             yield batch
 
+    @property
+    def num_unshared(self) -> int:
+        """How many unreadable images were skipped that other processes do not know of."""
+        return len(self._unreadable.unshared)
+
+    def share_unreadable(self) -> None:
+        """Count the images that any process has skipped; for all processes together.
+
+        Raises:
+            DatasetError: if they are more than may be skipped.
+        """
+        found = comm.all_gather(self._unreadable.unshared)
+        self._unreadable.unshared = []
+        self._unreadable.merge([path for paths in found for path in paths])
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the batch that was given last, and what was skipped so far."""
         return {

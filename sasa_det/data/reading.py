@@ -158,7 +158,8 @@ class UnreadableImages:
                 errors.append(error)
             record = ...  # another one
 
-    Each training process counts what it reads itself.
+    Where several processes train, each tells the others what it has `unshared`, so that all of them
+    count all images.
     """
 
     def __init__(self, limit, *, fraction=0.0, num_images=0):
@@ -182,7 +183,7 @@ class UnreadableImages:
         self.source = "DATALOADER.SKIP_UNREADABLE"
         if share > limit:
             self.source += f"_FRACTION {fraction:g} of {num_images:,} images"
-        self.paths = []
+        self.paths, self.unshared = [], []
 
     def skip(self, error):
         """Log and count an image if it is a new one; to be called in the training process.
@@ -199,16 +200,32 @@ class UnreadableImages:
             raise RuntimeError("UnreadableImages.skip counts in the training process, not a worker")
         if self.limit == 0:
             raise error
-        if error.path in self.paths:
-            return
+        if error.path not in self.paths:
+            self._count(error.path, error)
+            self.unshared.append(error.path)
+
+    def merge(self, paths):
+        """Count what other processes have skipped.
+
+        Args:
+            paths (sequence[str]): the image files.
+
+        Raises:
+            DatasetError: as `skip`.
+        """
+        for path in paths:
+            if path not in self.paths:
+                self._count(path, f"image {path} (by another process)")
+
+    def _count(self, path, message):
         if len(self.paths) == self.limit:
-            lines = "\n".join([*self.paths, error.path])
+            lines = "\n".join([*self.paths, path])
             logger.error("Unreadable images, of which the last is one too many:\n%s", lines)
             raise DatasetError(
-                f"{error}, after the {self.limit} that {self.source} allows to skip: "
+                f"{message}, after the {self.limit} that {self.source} allows to skip: "
                 f"{first_of(self.paths, _SHOWN)}"
-            ) from error
-        self.paths.append(error.path)
+            )
+        self.paths.append(path)
         logger.warning(
-            "Skipped: %s (%d of at most %d, %s)", error, len(self.paths), self.limit, self.source
+            "Skipped: %s (%d of at most %d, %s)", message, len(self.paths), self.limit, self.source
         )

@@ -44,6 +44,7 @@ def convert_backbone(
     *,
     weights: str = "raw",
     allow: Sequence[str] = (),
+    whole: bool = False,
     overwrite: bool = False,
 ) -> Report:
     """Write the weights of a checkpoint's backbone to a file that any model with it can start from.
@@ -62,6 +63,7 @@ def convert_backbone(
         weights: "raw", or "ema" for averages in the place of the weights that were averaged.
         allow: shell patterns of weights that may be missing, of another shape or left over, see
             :func:`sasa_det.checkpoint.transfer.transfer`.
+        whole: write all weights as they are, under their own names.
         overwrite: whether ``target`` may exist.
 
     Returns:
@@ -80,6 +82,10 @@ def convert_backbone(
     if foreign or not isinstance(config, str):
         config = ""
     values = parse_config(f"the config in {source}", config) if config else {}
+    preprocessing = layout.preprocessing if foreign else preprocessing_in(contents.rest)
+    facts = {"preprocessing": preprocessing or preprocessing_of(values), "config": config}
+    if whole:
+        return convert(source, target, weights=weights, **facts, overwrite=overwrite)
     if model is None:
         if foreign:
             raise UsageError(
@@ -94,15 +100,7 @@ def convert_backbone(
                 )
             return convert(source, target, weights=weights, overwrite=overwrite)
         model = _build(_model_config(values, source))
-    preprocessing = layout.preprocessing if foreign else preprocessing_in(contents.rest)
-    return write_backbone(
-        contents,
-        target,
-        model,
-        preprocessing=preprocessing or preprocessing_of(values),
-        config=config,
-        allow=allow,
-    )
+    return write_backbone(contents, target, model, **facts, allow=allow)
 
 
 def build_target(config_file: str, opts: Sequence[str] = ()) -> nn.Module:

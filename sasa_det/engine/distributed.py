@@ -118,7 +118,7 @@ def _parts(model: nn.Module) -> list[nn.Module]:
     parts = [
         *(stage for stage in stages if isinstance(stage, nn.Sequential)),
         backbone,
-        *(getattr(model, name, None) for name in heads),
+        *(dict(model.named_children()).get(name) for name in heads),
     ]
     return [part for part in parts if part is not None]
 

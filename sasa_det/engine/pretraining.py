@@ -29,12 +29,14 @@ def classifier_argument_parser(description: str | None = None) -> argparse.Argum
     parser.description = description
     parser.add_argument(
         "--data",
+        type=_folder,
         metavar="FOLDER",
         help="folder with train/ and val/, in each a folder of images for each class, in place of "
         "the config's data",
     )
     parser.add_argument(
         "--holdout",
+        type=_share,
         metavar="SHARE",
         help="test on this share of each class of the training images, as in 0.04, always the "
         "same ones, and train on the rest",
@@ -52,10 +54,26 @@ def run_classifier(args: argparse.Namespace) -> int:
         int: exit status, as of :func:`sasa_det.engine.run`.
     """
     keys = {"DATASETS.IMAGE_FOLDER": args.data, "DATASETS.HOLDOUT": args.holdout}
-    given = [word for key, value in keys.items() if value is not None for word in (key, value)]
+    given = [str(w) for pair in keys.items() if pair[1] is not None for w in pair]
     args.opts = [*given, *args.opts]
     args.train = args.test = None
     return run(args, CLASSIFIER)
+
+
+def _folder(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must be a folder, got an empty name")
+    return text
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"must be a number above 0 and below 1, got {text!r}")
+    return share
 
 
 def _load(

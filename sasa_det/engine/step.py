@@ -121,12 +121,16 @@ class StepTrainer(SimpleTrainer):
         """Average over the processes, in one message, and agree on whether to stop."""
         stop = float(self.signals is not None and self.signals.received is not None)
         values = [value.to(self._device, torch.double) for value in (*losses.values(), norm)]
-        numbers = torch.tensor([data_time, stop], dtype=torch.double, device=self._device)
+        unshared = getattr(self.data_loader, "num_unshared", 0)
+        numbers = [data_time, stop, unshared]
+        numbers = torch.tensor(numbers, dtype=torch.double, device=self._device)
         values = torch.cat([torch.stack(values), numbers])
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(values)
             values /= comm.get_world_size()
-        *values, norm_value, data_time, stop = values.tolist()
+        *values, norm_value, data_time, stop, unshared = values.tolist()
+        if unshared:
+            self.data_loader.share_unreadable()
         if self.signals is not None:
             self.signals.agreed = stop > 0
         return dict(zip(losses, values, strict=True)), norm_value, data_time

@@ -10,7 +10,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from sasa_det.checkpoint import CheckpointError, convert, read_checkpoint, write_checkpoint
+from sasa_det.checkpoint import (
+    CheckpointError,
+    convert,
+    read_checkpoint,
+    write_checkpoint,
+    writing,
+)
 
 TOOL = "tools/convert_checkpoint.py"
 
@@ -135,24 +141,26 @@ def test_averages_that_are_not_there(tmp_path, state, ema, message):
     assert os.listdir(tmp_path) == ["a.pth"]
 
 
+def convert_and_be_killed(source, target, module, function):
+    """Convert in a child, which is killed where it calls a function of a module."""
+    child = os.fork()
+    if child == 0:
+        try:
+            setattr(module, function, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+            convert(source, target)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+
+
 # Replacing the target is the last that happens to it, sealing a file what is before that.
-_KILLED = """
-import os, signal, sys
-from sasa_det.checkpoint import convert, writing
-die = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
-if sys.argv[3] == "replace":
-    os.replace = die
-else:
-    writing.seal = die
-convert(sys.argv[1], sys.argv[2])
-"""
-
-
-@pytest.mark.parametrize(("suffix", "moment"), [(".pth", "write"), (".safetensors", "replace")])
+@pytest.mark.parametrize(
+    ("suffix", "moment"), [(".pth", (writing, "seal")), (".safetensors", (os, "replace"))]
+)
 def test_a_conversion_that_is_killed_leaves_nothing(source, tmp_path, state, suffix, moment):
     before, target = source.read_bytes(), tmp_path / "new" / f"a{suffix}"
-    command = [sys.executable, "-c", _KILLED, source, target, moment]
-    assert subprocess.run(command).returncode == -signal.SIGKILL
+    convert_and_be_killed(source, target, *moment)
     assert source.read_bytes() == before and not target.exists()
     convert(source, target)
     assert os.listdir(target.parent) == [target.name]
@@ -166,8 +174,10 @@ def run_tool(monkeypatch, *words):
 
 def test_the_command(source, tmp_path, monkeypatch, capsys):
     run_tool(monkeypatch, "--whole", source, tmp_path / "a.pth")
-    report = convert(source, tmp_path / "b.pth")
+    config = read_checkpoint(source)["config"]
+    report = convert(source, tmp_path / "b.pth", config=config)
     assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
+    assert read_checkpoint(tmp_path / "a.pth")["config"] == config
     assert capsys.readouterr() == (f"{report}\n", "")
     assert report.loaded == {"backbone.weight": "backbone.weight", "head.bias": "head.bias"}
     assert list(report.dropped) == ["trainer", "iteration"]

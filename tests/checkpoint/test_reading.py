@@ -248,6 +248,12 @@ def test_a_missing_file_and_a_folder(tmp_path):
         read_checkpoint(tmp_path)
 
 
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="a.pth cannot be used: it is no regular file"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
 def test_torchscript_is_no_checkpoint(tmp_path):
     torch.jit.script(torch.nn.ReLU()).save(str(tmp_path / "a.pth"))
     with pytest.raises(CheckpointError):

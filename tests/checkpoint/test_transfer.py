@@ -237,6 +237,31 @@ def test_every_weight_is_in_one_place(source, tmp_path):
     assert sorted(targets) == sorted(state)
 
 
+@pytest.mark.parametrize(
+    ("keys", "left", "patterns"),
+    [
+        ({"MODEL__SASA__POSITION": "none"}, "rel_cols", ["*.rel_*"]),
+        ({"MODEL__SASA__CONTENT": False}, "attention.key.weight", ["*.attention.key.weight"]),
+    ],
+)
+def test_what_the_target_has_no_place_for(source, tmp_path, keys, left, patterns):
+    model = built(classifier(**keys))
+    with pytest.raises(TransferError, match=f"the target has no place for .*{left}"):
+        write_backbone(source, tmp_path / "a.pth", model)
+    report = write_backbone(source, tmp_path / "a.pth", model, allow=patterns)
+    assert any(left in name for name in report.dropped)
+
+
+def test_deeper_into_shallower_is_refused_and_fewer_stages_are_not(tmp_path):
+    deep = saved(tmp_path, built(classifier(MODEL__RESNETS__DEPTH=38)))
+    with pytest.raises(TransferError, match=r"no place for .*res2\.1\."):
+        write_backbone(deep, tmp_path / "a.pth", built(classifier()))
+    shallow = built(classifier(["res4"], MODEL__RESNETS__DEPTH=38))
+    report = write_backbone(deep, tmp_path / "a.pth", shallow)
+    stages = {n.split(".")[1] for n, why in report.dropped.items() if why.startswith("no such sta")}
+    assert stages == {"res5"}
+
+
 def test_nothing_fits(source, tmp_path):
     other = torch.nn.ModuleDict({"backbone": torch.nn.Linear(2, 2)})
     with pytest.raises(CheckpointError, match="none of its .* weights .* fits the target's"):

@@ -200,6 +200,20 @@ def test_images_are_skipped_up_to_the_limit_each_counted_once(caplog):
     )
 
 
+def test_what_other_processes_skip_counts_too(caplog):
+    unreadable = UnreadableImages(3)
+    unreadable.skip(error("a.png"))
+    assert unreadable.unshared == ["a.png"]
+    with caplog.at_level(logging.WARNING, "sasa_det"):
+        unreadable.merge(["a.png", "b.png"])
+    assert unreadable.paths == ["a.png", "b.png"] and unreadable.unshared == ["a.png"]
+    assert caplog.messages[1:] == [
+        "Skipped: image b.png (by another process) (2 of at most 3, DATALOADER.SKIP_UNREADABLE)"
+    ]
+    with pytest.raises(DatasetError, match="d.png .by another process., after the 3 .*a.png, b.pn"):
+        unreadable.merge(["c.png", "d.png"])
+
+
 @pytest.mark.parametrize(
     "limit, fraction, num_images, expected",
     [(0, 0.01, 1_281_167, 12811), (5, 0.01, 300, 5), (2, 0.01, 300, 3), (0, 0.01, 99, 0)],

@@ -75,20 +75,24 @@ def test_command(write, content, tmp_path):
         (bad, root, "--train", "--pixels", "--all"),
         (tmp_path / "none.json", root),
     ]
-    results = []
-    for words in calls:
-        command = [sys.executable, "tools/validate_data.py", *map(str, words)]
-        # Names may hold what the terminal has no characters for.
-        environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-        results.append(subprocess.run(command, capture_output=True, text=True, env=environment))
-    good, bad, missing = results
-    assert [result.returncode for result in results] == [0, 1, 2]
-    assert not any("Traceback" in result.stderr for result in results)
-    assert "| caf\\xe9 " in good.stdout and "for evaluation\n" in good.stdout
-    assert good.stdout.endswith("0 errors, 1 warning: these data can be used.\n")
-    assert "bad.json with images in" in bad.stdout and "for training\n" in bad.stdout
-    assert "iscrowd other than 0 and 1 (1)" in bad.stdout and "b.png is empty" in bad.stdout
-    assert bad.stdout.endswith("2 errors, 1 warning: these data are refused.\n")
-    last = missing.stderr.strip().splitlines()[-1]
+    # Names may hold what the terminal has no characters for.
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "tools/validate_data.py", *map(str, words)], env=environment, **pipes
+        )
+        for words in calls
+    ]
+    results = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 1, 2]
+    assert not any("Traceback" in errors for _, errors in results)
+    (good, _), (bad, _), (missing, errors) = results
+    assert "| caf\\xe9 " in good and "for evaluation\n" in good
+    assert good.endswith("0 errors, 1 warning: these data can be used.\n")
+    assert "bad.json with images in" in bad and "for training\n" in bad
+    assert "iscrowd other than 0 and 1 (1)" in bad and "b.png is empty" in bad
+    assert bad.endswith("2 errors, 1 warning: these data are refused.\n")
+    last = errors.strip().splitlines()[-1]
     assert last == f"error: json file {tmp_path / 'none.json'} does not exist"
-    assert missing.stdout == ""
+    assert missing == ""

@@ -77,11 +77,26 @@ def start(words):
 
 
 @pytest.fixture
-def assert_equal_runs():
-    """Return a function that holds the last checkpoints of two runs equal, bit for bit."""
+def read_until():
+    """Return a function that reads a process's output up to a line that holds some words."""
 
-    def check(*folders):
-        one, other = (leaves(read_checkpoint(folder / "model_final.pth")) for folder in folders)
+    def read(process, words):
+        output = ""
+        for line in process.stdout:
+            output += line
+            if words in line:
+                return output
+        raise AssertionError(f"it ended without {words!r}:\n{output}")
+
+    return read
+
+
+@pytest.fixture
+def assert_equal_runs():
+    """Return a function that holds a checkpoint of two runs equal, bit for bit."""
+
+    def check(*folders, name="model_final"):
+        one, other = (leaves(read_checkpoint(folder / f"{name}.pth")) for folder in folders)
         assert len(one) > 500 and one.keys() == other.keys()
         for path, value in one.items():
             if isinstance(value, torch.Tensor):

@@ -25,14 +25,14 @@ HIDDEN += "u.find_spec = lambda name, *a: None if name == 'detectron2' else f(na
 
 
 def test_without_detectron2_operators_and_layers_work_and_the_rest_says_what_to_do():
-    result = call("-c", HIDDEN + "from sasa_det.layers import AttentionStem; import sasa_det.ops")
-    assert result.returncode == 0, result.stderr
+    works = "from sasa_det.layers import AttentionStem; import sasa_det.ops; print('works'); "
+    result = call("-c", HIDDEN + works + "from sasa_det import add_sasa_config")
+    assert result.stdout == "works\n", result.stderr
+    assert "sasa_det needs detectron2" in result.stderr
     result = call("-c", HIDDEN + "import sasa_det")
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: sasa_det needs detectron2, which is not installed: run ")
-    result = call("-c", HIDDEN + "import sasa_det.layers; from sasa_det import add_sasa_config")
-    assert "sasa_det needs detectron2" in result.stderr
 
 
 def test_analyze_model():
@@ -82,10 +82,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
         try:
             assert any("Saving checkpoint" in line for line in first.stdout)
             refusal = f"error: OUTPUT_DIR {folder} is in use by another run (process {first.pid} on"
-            second = call(*endless[:1], "--overwrite", *endless[1:])
-            assert second.returncode == 2
-            assert second.stderr.strip().splitlines()[-1].startswith(refusal)
-            for flags in ([], ["--resume"], ["--resume", "auto"]):
+            for flags in ([], ["--overwrite"], ["--resume"], ["--resume", "auto"]):
                 status, _, (error,) = in_this_process(*flags)
                 assert status == 2 and error.startswith(refusal)
             assert first.poll() is None

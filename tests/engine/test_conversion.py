@@ -190,7 +190,11 @@ def test_without_any_config_all_weights_are_written(run, tmp_path, tool):
 def test_all_weights_are_written_on_request(run, tmp_path, tool):
     assert tool("--whole", run, tmp_path / "a.pth")[0] == 0
     read = read_checkpoint(tmp_path / "a.pth")
-    assert list(read) == ["model"] and "backbone.linear.weight" in read["model"]
+    assert "backbone.linear.weight" in read["model"]
+    # What the weights expect goes with them.
+    source = torch.load(run, weights_only=True)
+    assert read.keys() == {"model", "preprocessing", "config", "config_digest"}
+    assert read["config"] == source["config"] and read["preprocessing"]["format"] == "RGB"
     words = ("--whole", run, tmp_path / "b.pth")
     refused(tool(*words, "--config-file", DETECTOR), "--whole takes no --config-file")
     refused(tool(*words, "--allow", "*"), "--whole takes no --config-file and no --allow")

@@ -21,9 +21,8 @@ OPTIONS = [
     "MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", "FrozenBN",
     "MODEL.RETINANET.NORM", "FrozenBN", "TEST.VALIDATION_LOSS", True,
 ]  # fmt: skip
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1",
-            "--monitor-interval", "0.5", "--rdzv-backend", "c10d",
-            "--rdzv-endpoint", "localhost:0")  # fmt: skip
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--monitor-interval", "0.5",
+            "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")  # fmt: skip
 
 
 def weights(folder):
@@ -72,18 +71,18 @@ def test_two_processes_train_as_one(start, alone, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_a_signal_to_all_processes_stops_the_run_which_goes_on(start, alone, tmp_path):
+def test_a_signal_to_all_processes_stops_the_run_which_goes_on(
+    start, read_until, alone, command, tmp_path
+):
     """Those that read the data get it too, as from a scheduler or a terminal."""
     process = start("--num-gpus", 2, *OPTIONS, "DATALOADER.NUM_WORKERS", 1)
-    for line in process.stdout:
-        if "Saving checkpoint" in line:
-            os.killpg(process.pid, signal.SIGTERM)
-            break
-    output = process.communicate()[0]
+    output = read_until(process, "Saving checkpoint")
+    os.killpg(process.pid, signal.SIGTERM)
+    output += process.communicate()[0]
     assert process.returncode == 143, output
     assert "SIGTERM was received; everything is saved" in output
     # With another number of processes.
-    finished(start("--resume", *OPTIONS))
+    assert command("--resume", *OPTIONS) == 0
     assert_close_runs(alone, tmp_path / "run")
 
 
@@ -93,25 +92,24 @@ def workers(parent):
     return [int(child) for child in children]
 
 
-def test_torchrun_restarts_from_the_last_checkpoint(start, alone, tmp_path):
-    process = start(*OPTIONS, launcher=TORCHRUN)
-    for line in process.stdout:
-        if "model_0000005.pth" in line:
-            os.kill(workers(process.pid)[-1], signal.SIGKILL)
-            break
-    output = process.communicate()[0]
+def test_torchrun_restarts_from_the_last_checkpoint(start, read_until, alone, tmp_path):
+    process = start(*OPTIONS, launcher=(*TORCHRUN, "--max-restarts", "1"))
+    output = read_until(process, "model_0000005.pth")
+    os.kill(workers(process.pid)[-1], signal.SIGKILL)
+    output += process.communicate()[0]
     assert process.returncode == 0, output
     begun = [int(number) for number in re.findall("training from iteration ([0-9]+)", output)]
-    assert len(begun) == 1 and begun[0] >= 6  # the first line was read above
+    assert len(begun) == 2 and begun[0] == 0 and begun[1] >= 6
     assert_close_runs(alone, tmp_path / "run")
 
 
-def test_torchrun_tells_mistakes_once(start, tmp_path):
-    process = start("SOLVER.BASE_LR", -1, launcher=TORCHRUN)
-    output = process.communicate()[0]
-    assert process.returncode != 0
+def test_torchrun_tells_mistakes_once(start):
+    mistakes = ("SOLVER.BASE_LR", -1), ("MODEL.SASA.KERNEL_SIZE", 4)
+    value, model = (start(*mistake, launcher=TORCHRUN) for mistake in mistakes)
+    output = value.communicate()[0]
+    assert value.returncode != 0
     assert output.count("error: SOLVER.BASE_LR must be") >= 1
     assert "Traceback" not in output.split("error: SOLVER")[0]
-    process = start("MODEL.SASA.KERNEL_SIZE", 4, launcher=TORCHRUN)
-    output = process.communicate()[0]
-    assert output.count("error: kernel_size must be odd") == 2  # once, and once on the restart
+    output = model.communicate()[0]
+    assert model.returncode != 0
+    assert output.count("error: kernel_size must be odd") == 1

@@ -20,7 +20,7 @@ OPTIONS = [
     "MODEL.DEVICE", "cpu", "SEED", 3, "SOLVER.OPTIMIZER", "SGD", "SOLVER.BASE_LR", 0.01,
     "SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 12, "SOLVER.CHECKPOINT_PERIOD", 3,
     "MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", "FrozenBN",
-    "MODEL.RETINANET.NORM", "FrozenBN", "MODEL.EMA.DECAY", 0.9, "TEST.EVAL_PERIOD", 4,
+    "MODEL.RETINANET.NORM", "FrozenBN", "MODEL.EMA.DECAY", 0.9, "TEST.EVAL_PERIOD", 6,
 ]  # fmt: skip
 SHARDED = [*OPTIONS, "MODEL.FSDP", True]
 
@@ -52,12 +52,8 @@ def alone(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_runs_change_between_one_process_and_shards(alone, start, command, tmp_path):
-    whole = start("--num-gpus", 2, "--dist-url", "auto", *SHARDED)
-    output = whole.communicate()[0]
-    assert whole.returncode == 0, output
-    assert "Start inference on 2 batches" in output  # of one and of two images
-    assert_close_runs(alone, tmp_path / "run")
+def test_runs_change_between_one_process_and_shards(alone, start, read_until, command, tmp_path):
+    whole = start("--num-gpus", 2, "--dist-url", "auto", *SHARDED)  # beside the others
 
     # What one process began goes on in two, and what these leave ends in one.
     folder = tmp_path / "continued"
@@ -67,16 +63,19 @@ def test_runs_change_between_one_process_and_shards(alone, start, command, tmp_p
     (folder / "last_checkpoint").write_text("model_0000002.pth")
     place = ["OUTPUT_DIR", folder]
     two = start("--num-gpus", 2, "--dist-url", "auto", "--resume", *SHARDED, *place)
-    for line in two.stdout:
-        if "model_0000005.pth" in line:
-            two.send_signal(signal.SIGTERM)
-            break
-    output = two.communicate()[0]
+    output = read_until(two, "model_0000005.pth")
+    two.send_signal(signal.SIGTERM)
+    output += two.communicate()[0]
     assert two.returncode == 143, output
     assert "SIGTERM was received; everything is saved" in output
     assert not (folder / "model_final.pth").exists()
     assert command("--resume", *OPTIONS, *place) == 0
     assert_close_runs(alone, folder)
+
+    output = whole.communicate()[0]
+    assert whole.returncode == 0, output
+    assert "Start inference on 2 batches" in output  # of one and of two images
+    assert_close_runs(alone, tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -1,4 +1,7 @@
-"""Runs that are interrupted and resumed give, bit for bit, what an unbroken run gives."""
+"""A run that is interrupted and resumed gives, bit for bit, what an unbroken run gives.
+
+With any number of processes that read the data, which changes from one resumption to the next.
+"""
 
 import re
 import signal
@@ -19,42 +22,40 @@ def iteration(output):
     return int(re.search(r"Starting training from iteration (\d+)", output)[1])
 
 
-# What is sent when the log says what: while it saves, while it evaluates, in the first step.
+# What is sent when the log says what: while it saves, while it evaluates, in the first step; and
+# how many processes read the data until then.
 INTERRUPTIONS = [
-    (signal.SIGTERM, 143, "Saving checkpoint"),
-    (signal.SIGKILL, -signal.SIGKILL, "Start inference"),
-    (signal.SIGUSR1, 143, "Start inference"),
-    (signal.SIGINT, 130, "Starting training"),
+    (signal.SIGTERM, 143, "Saving checkpoint", 2),
+    (signal.SIGKILL, -signal.SIGKILL, "Start inference", 2),
+    (signal.SIGUSR1, 143, "Start inference", 0),
+    (signal.SIGINT, 130, "Starting training", 2),
 ]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_interrupted_runs_are_bit_equal(num_workers, start, assert_equal_runs, tmp_path):
-    options = [*OPTIONS, "DATALOADER.NUM_WORKERS", num_workers]
-    unbroken = start(*options, "OUTPUT_DIR", tmp_path / "unbroken")
-    output = unbroken.communicate()[0]
-    assert unbroken.returncode == 0, output
-    options += ["OUTPUT_DIR", tmp_path / "run"]
+def test_an_interrupted_run_is_bit_equal(start, read_until, assert_equal_runs, tmp_path):
+    def begin(name, num_workers, *flags):
+        words = [*OPTIONS, "DATALOADER.NUM_WORKERS", num_workers, "OUTPUT_DIR", tmp_path / name]
+        return start(*flags, *words)
+
+    unbroken = begin("unbroken", 0)  # beside the others
     begun = []
-    for number, status, moment in INTERRUPTIONS:
-        process = start("--resume", "auto", *options)
-        output = ""
-        for line in process.stdout:
-            output += line
-            if moment in line:
-                process.send_signal(number)
-                break
+    for number, status, moment, num_workers in INTERRUPTIONS:
+        process = begin("run", num_workers, "--resume", "auto")
+        output = read_until(process, moment)
+        process.send_signal(number)
         output += process.communicate()[0]
         assert process.returncode == status, output
         if number != signal.SIGKILL:
             assert f"{number.name} was received; everything is saved" in output
             assert "Traceback" not in output
         begun.append(iteration(output))
-    process = start("--resume", *options)
+    process = begin("run", 0, "--resume")
     output = process.communicate()[0]
     assert process.returncode == 0, output
     begun.append(iteration(output))
     assert begun == sorted(begun) and begun[0] == 0 and 4 < begun[1] and begun[-1] < 24
+    output = unbroken.communicate()[0]
+    assert unbroken.returncode == 0, output
     assert_equal_runs(tmp_path / "unbroken", tmp_path / "run")
     kept = {path.name for path in (tmp_path / "run").glob("model_*.pth")}
     assert len(kept - {"model_final.pth", "model_best.pth"}) == 2

@@ -54,7 +54,7 @@ def test_the_keys_to_set_are_told_and_set(warned):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("format", "BGR"), ("pixel_mean", [123.0, 116.28, 103.53]), ("pixel_std", [1.0])],
+    [("format", "BGR"), ("pixel_mean", [123.0, 116.28, 103.53]), ("pixel_std", [1.0] * 3)],
 )
 def test_only_what_differs_is_told(warned, key, value):
     names = {"format": "FORMAT", "pixel_mean": "PIXEL_MEAN", "pixel_std": "PIXEL_STD"}
@@ -76,7 +76,13 @@ def test_lazy_configs(warned):
 
 
 @pytest.mark.parametrize(
-    "preprocessing", ["RGB", {}, {"format": "RGB"}, {**RGB, "pixel_std": 1.0}, {**RGB, "format": 1}]
+    "preprocessing",
+    [
+        *("RGB", {}, {"format": "RGB"}, {**RGB, "pixel_std": 1.0}, {**RGB, "format": 1}),
+        *({**RGB, "format": "R\n"}, {**RGB, "format": ["RGB"]}, {**RGB, "pixel_mean": [0.0]}),
+        *({**RGB, "pixel_mean": [float("nan")] * 3}, {**RGB, "pixel_std": [True, 1, 1]}),
+        {**RGB, "pixel_std": [1.0, 1.0, 0.0]},
+    ],
 )
 def test_what_is_not_understood(warned, preprocessing):
     (message,) = warned(load_config(CONFIG), {"preprocessing": preprocessing})

@@ -11,6 +11,7 @@ from detectron2.utils.events import EventStorage
 from PIL import Image
 
 from sasa_det.engine import load_config
+from sasa_det.engine.distributed import _parts
 from sasa_det.engine.pretraining import classifier_argument_parser, run_classifier
 from sasa_det.engine.step import StepTrainer
 
@@ -83,10 +84,10 @@ def test_holds_out_a_share_of_each_class(command, folder, tmp_path):
 
 @pytest.mark.slow
 def test_learns_eight_classes(tmp_path):
-    data = write_folder(tmp_path / "many", train=40, val=10)
+    data = write_folder(tmp_path / "many", train=20, val=10)
     words = [
-        "--config-file", CONFIG, "--data", data, "SOLVER.MAX_ITER", 120, "SOLVER.IMS_PER_BATCH", 32,
-        "SOLVER.WARMUP_ITERS", 10, "SOLVER.CHECKPOINT_PERIOD", 1000, "OUTPUT_DIR", tmp_path / "run",
+        "--config-file", CONFIG, "--data", data, "SOLVER.MAX_ITER", 80, "SOLVER.IMS_PER_BATCH", 16,
+        "SOLVER.WARMUP_ITERS", 5, "SOLVER.CHECKPOINT_PERIOD", 1000, "OUTPUT_DIR", tmp_path / "run",
     ]  # fmt: skip
     parser = classifier_argument_parser()
     assert run_classifier(parser.parse_args([str(word) for word in words])) == 0
@@ -94,9 +95,10 @@ def test_learns_eight_classes(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_interrupted_run_is_bit_equal(num_workers, start, assert_equal_runs, folder, tmp_path):
-    def begin(name, *words):
+def test_an_interrupted_run_is_bit_equal(start, read_until, assert_equal_runs, folder, tmp_path):
+    """With any number of processes that read the data."""
+
+    def begin(name, num_workers, *words):
         return start(
             *words, "SEED", 3, "SOLVER.MAX_ITER", 12, "SOLVER.CHECKPOINT_PERIOD", 3,
             "SOLVER.ACCUMULATION_STEPS", 2, "DATALOADER.NUM_WORKERS", num_workers,
@@ -104,18 +106,19 @@ def test_an_interrupted_run_is_bit_equal(num_workers, start, assert_equal_runs, 
             tool="tools/train_imagenet.py", data=["--config-file", CONFIG, "--data", folder],
         )  # fmt: skip
 
-    unbroken = begin("unbroken")
-    assert unbroken.wait() == 0, unbroken.stdout.read()
-    for number, moment in ((signal.SIGKILL, "Saving checkpoint"), (signal.SIGTERM, "inference")):
-        process = begin("run", "--resume", "auto")
-        for line in process.stdout:
-            if moment in line:
-                process.send_signal(number)
-                break
-        process.communicate()
-        assert process.returncode == (143 if number == signal.SIGTERM else -number)
-    last = begin("run", "--resume")
-    assert last.wait() == 0, last.stdout.read()
+    unbroken = begin("unbroken", 0)  # beside the others
+    for number, status, moment, num_workers in (
+        (signal.SIGKILL, -signal.SIGKILL, "Saving checkpoint", 2),
+        (signal.SIGTERM, 143, "inference", 0),
+    ):
+        process = begin("run", num_workers, "--resume", "auto")
+        output = read_until(process, moment)
+        process.send_signal(number)
+        output += process.communicate()[0]
+        assert process.returncode == status, output
+    for process in (begin("run", 2, "--resume"), unbroken):
+        output = process.communicate()[0]
+        assert process.returncode == 0, output
     assert_equal_runs(tmp_path / "unbroken", tmp_path / "run")
 
 
@@ -228,11 +231,18 @@ def test_mistakes_in_the_command(command, folder, tmp_path, capsys):
         assert not (tmp_path / "run").exists()
         return error
 
-    assert "DATASETS.HOLDOUT must be" in told("--holdout", "1.5")
     assert "MODEL.CLASSIFIER.NUM_CLASSES is 10" in told("MODEL.CLASSIFIER.NUM_CLASSES", 10)
     detector = "configs/quick/retinanet_SASA.yaml"
     assert "must be Classifier here, got AttentionRetinaNet" in told("--config-file", detector)
     assert "did you mean classification/top1" in told("TEST.BEST_METRIC", "clasification/top1")
+
+
+@pytest.mark.parametrize("words", [("--holdout", "1.5"), ("--holdout", "few"), ("--data", "")])
+def test_flags_that_make_no_sense(command, capsys, words):
+    with pytest.raises(SystemExit) as end:
+        command(*words)
+    assert end.value.code == 2
+    assert f"argument {words[0]}: must be a" in capsys.readouterr().err
 
 
 def test_weights_of_another_architecture_and_hostile_ones(command, tmp_path, capsys):
@@ -259,3 +269,10 @@ def test_weights_of_another_architecture_and_hostile_ones(command, tmp_path, cap
         error = capsys.readouterr().err.strip()
         assert words in error and error.startswith("error: ") and "\n" not in error
     assert not marker.exists()
+
+
+def test_the_head_in_a_backbone_is_no_part_to_shard_of_its_own():
+    model = build_model(load_config(CONFIG))
+    assert model.head is model.backbone.linear
+    parts = _parts(model)
+    assert model.backbone in parts and model.head not in parts

@@ -1,5 +1,6 @@
 """Every ablation: its config, and its parameters and FLOPs against counts made by hand."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -73,14 +74,16 @@ COUNTS = {
 
 @pytest.fixture(scope="module")
 def count():
-    """Return a function that counts a config's model once, whoever asks."""
+    """Return a function that counts a model once, whatever configs describe it."""
     counted = {}
 
+    @functools.cache
     def of(name):
-        if name not in counted:
-            cfg = load_config(str(FOLDER / f"{name}.yaml"))
-            counted[name] = total(count_config(cfg, 224, 224))
-        return counted[name]
+        cfg = load_config(str(FOLDER / f"{name}.yaml"))
+        model = str(cfg.MODEL)
+        if model not in counted:
+            counted[model] = total(count_config(cfg, 224, 224))
+        return counted[model]
 
     return of
 
