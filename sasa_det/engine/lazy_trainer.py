@@ -42,6 +42,8 @@ class LazyTrainer(Trainer):
         if "lr" in lazy.optimizer:
             # It may be scaled to the batch, and with it what refers to it in the config.
             lazy.optimizer.lr = cfg.SOLVER.BASE_LR
+        if cfg.MODEL.FSDP and "fused" in lazy.optimizer:
+            lazy.optimizer.fused = False  # as build_optimizer has it
         lazy.optimizer.params.model = model
         optimizer = instantiate(lazy.optimizer)
         if max_gradient_norm(cfg) is None:

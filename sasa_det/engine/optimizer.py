@@ -49,8 +49,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         raise ValueError(f"SOLVER.OPTIMIZER must be 'SGD' or 'AdamW', got {solver.OPTIMIZER!r}.")
     if max_gradient_norm(cfg) is None:
         optimizer = maybe_add_gradient_clipping(cfg, optimizer)
-    # One kernel for all parameters: on a CPU, a tenth of the time of PyTorch's default.
-    return optimizer(params, lr=solver.BASE_LR, fused=True, **options)
+    # One kernel for all parameters takes a tenth of the time of PyTorch's default on a CPU. PyTorch
+    # has none for shards under SGD.
+    return optimizer(params, lr=solver.BASE_LR, fused=not cfg.MODEL.FSDP, **options)
 
 
 def parameter_groups(
