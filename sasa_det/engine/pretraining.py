@@ -1,16 +1,14 @@
 """Training of image classifiers, whose backbones detectors begin with."""
 
 import argparse
-from collections.abc import Sequence
+from typing import Any
 
 from detectron2.config import CfgNode
 
 from .arguments import argument_parser
-from .errors import UsageError, tell
-from .model_check import check_model
+from .errors import UsageError
 from .setup import load_config
-from .train import ConfigKind, run
-from .trainer import Trainer
+from .train import YAML, run
 
 __all__ = ["CLASSIFIER", "classifier_argument_parser", "run_classifier"]
 
@@ -76,13 +74,8 @@ def _share(text: str) -> float:
     return share
 
 
-def _load(
-    config_file: str = "",
-    opts: Sequence[str] = (),
-    train: Sequence[str] | None = None,
-    test: Sequence[str] | None = None,
-) -> CfgNode:
-    cfg = load_config(config_file, opts, train, test)
+def _load(*args: Any) -> CfgNode:
+    cfg = load_config(*args)
     if cfg.MODEL.META_ARCHITECTURE != "Classifier":
         raise UsageError(
             f"MODEL.META_ARCHITECTURE must be Classifier here, got {cfg.MODEL.META_ARCHITECTURE} "
@@ -91,4 +84,4 @@ def _load(
     return cfg
 
 
-CLASSIFIER = ConfigKind(_load, check_model, tell, Trainer)
+CLASSIFIER = YAML._replace(load=_load)
