@@ -41,6 +41,9 @@ def add_sasa_config(cfg: CfgNode) -> None:
     sasa.STEM_RELATIVE = True
     # Factor on the width of every backbone layer, stem included (Figure 5).
     sasa.WIDTH_MULTIPLIER = 1.0
+    # Scale that the residual branches of the backbone start with, as the weight of their last norm;
+    # 0 makes every block its shortcut to begin with.
+    sasa.RESIDUAL_INIT = 1.0
     # 3x3 convolutions of the FPN, and P6 and P7: "attention" or "convolution".
     sasa.FPN = "attention"
     # Feature that P6 is made from: "p5" as the paper's FLOPs say, or "res5".

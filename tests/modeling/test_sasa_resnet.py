@@ -91,6 +91,30 @@ def test_options_reach_every_layer():
     assert (stem.values, stem.num_heads, stem.rel_rows) == ("pointwise", 8, None)
 
 
+@pytest.mark.parametrize("norm", ["", "BN"])
+def test_without_residuals_every_block_is_its_shortcut(norm):
+    cfg = config(WIDTH_MULTIPLIER=0.25, ATTENTION_STAGES=["res2", "res5"], RESIDUAL_INIT=0.0)
+    cfg.MODEL.RESNETS.NORM = norm
+    model = build_backbone(cfg).eval()
+    with torch.no_grad():
+        features = model(torch.rand(1, 3, 64, 64))
+        expected = features["stem"]
+        for name, stage in zip(["res2", "res3", "res4", "res5"], model.stages, strict=True):
+            expected = stage[0].shortcut(expected).relu()
+            assert torch.equal(features[name], expected), name
+
+
+def test_residuals_start_at_the_weight_of_their_last_norm():
+    model = build_backbone(config(WIDTH_MULTIPLIER=0.25, RESIDUAL_INIT=0.25))
+    last = {
+        id(block.conv3.norm): block.conv3.norm.weight for stage in model.stages for block in stage
+    }
+    assert len(last) == 16 and all((weight == 0.25).all() for weight in last.values())
+    others = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    others = [m for m in others if id(m) not in last]
+    assert others and all((m.weight == 1).all() for m in others)
+
+
 @pytest.mark.parametrize("norm", ["", "BN", "FrozenBN", "GN", "SyncBN", "nnSyncBN", "naiveSyncBN"])
 def test_norms_of_detectron2(norm):
     # Group norm has 32 groups: full width.
@@ -127,6 +151,7 @@ def test_classifier():
     ({"SASA.ATTENTION_STAGES": ["res6"]}, "ATTENTION_STAGES.* must be one of .*got 'res6'"),
     ({"SASA.STEM": "conv"}, "MODEL.SASA.STEM.* must be one of .*got 'conv'"),
     ({"SASA.WIDTH_MULTIPLIER": 0.3}, "MODEL.SASA.WIDTH_MULTIPLIER.* must scale 64"),
+    ({"SASA.RESIDUAL_INIT": -0.5}, "MODEL.SASA.RESIDUAL_INIT.* must be at least 0.*got -0.5"),
     ({"RESNETS.DEPTH": 18}, "MODEL.RESNETS.DEPTH.* must be one of .*got 18"),
     ({"RESNETS.OUT_FEATURES": ["res1"]}, "OUT_FEATURES.* must be one of .*got 'res1'"),
     ({"RESNETS.NUM_GROUPS": 32}, "MODEL.RESNETS.NUM_GROUPS must be 1 .*got 32"),

@@ -1,9 +1,11 @@
 """ResNets whose spatial convolutions are local self-attention."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import fvcore.nn.weight_init as weight_init
+import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import CNNBlockBase, Conv2d, ShapeSpec, get_norm
@@ -127,6 +129,7 @@ class SASAResNet(ResNet):
         res2_out_channels: int = 256,
         width_multiplier: float = 1.0,
         norm: str = "BN",
+        residual_init: float = 1.0,
         num_classes: int | None = None,
         out_features: list[str] | None = None,
         freeze_at: int = 0,
@@ -143,6 +146,9 @@ class SASAResNet(ResNet):
                 res2's attention layers and of res2; later stages double the latter two.
             width_multiplier: factor on all three.
             norm: see :func:`detectron2.layers.get_norm`.
+            residual_init: scale that residual branches start with, of the weight of their last
+                norm or, without norms, of their last convolution; with 0 every block is its
+                shortcut to begin with.
             num_classes: if given, a classifier "linear" follows res5.
             out_features: names of the features to return, of stem, res2 to res5 and linear; the
                 last one if None.
@@ -154,6 +160,10 @@ class SASAResNet(ResNet):
         check_choice("depth (MODEL.RESNETS.DEPTH)", depth, NUM_BLOCKS)
         check_choice("stem (MODEL.SASA.STEM)", stem, PRIMITIVES)
         check_norm("norm (MODEL.RESNETS.NORM)", norm)
+        if not residual_init >= 0:
+            raise ValueError(
+                f"residual_init (MODEL.SASA.RESIDUAL_INIT) must be at least 0, got {residual_init}."
+            )
         for name in attention_stages:
             check_choice("a stage of attention_stages (MODEL.SASA.ATTENTION_STAGES)", name, STAGES)
         features = ("stem", *STAGES) + (() if num_classes is None else ("linear",))
@@ -200,6 +210,9 @@ class SASAResNet(ResNet):
                     f"and others, got {out_features}."
                 )
             out_features = None
+        with torch.no_grad():
+            for block in itertools.chain.from_iterable(stages):
+                (block.conv3.norm if norm else block.conv3).weight.mul_(residual_init)
         super().__init__(
             stem_module,
             stages,
@@ -242,6 +255,7 @@ class SASAResNet(ResNet):
             "res2_out_channels": resnets.RES2_OUT_CHANNELS,
             "width_multiplier": sasa.WIDTH_MULTIPLIER,
             "norm": resnets.NORM,
+            "residual_init": sasa.RESIDUAL_INIT,
             "num_classes": (
                 cfg.MODEL.CLASSIFIER.NUM_CLASSES if "linear" in resnets.OUT_FEATURES else None
             ),
