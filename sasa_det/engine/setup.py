@@ -265,7 +265,9 @@ def _check_data(cfg: CfgNode, eval_only: bool) -> None:
             )
     if not eval_only:
         if not cfg.DATASETS.TRAIN:
-            raise UsageError("DATASETS.TRAIN names no data set; name one, or use --train.")
+            raise UsageError(
+                "DATASETS.TRAIN names no data set; name one, or use --train (--data to classify)."
+            )
         task.check_data(cfg, cfg.DATASETS.TRAIN, True)
     elif not cfg.DATASETS.TEST:
         raise UsageError("DATASETS.TEST names no data set; name one, or use --test.")
