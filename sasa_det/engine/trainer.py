@@ -23,7 +23,7 @@ from .distributed import distribute, unsharded
 from .ema import EmaUpdate, ModelEma
 from .evaluating import BestMetric, Evaluation
 from .metrics_file import MetricWriters
-from .model_options import apply_options
+from .model_options import apply_options, warn_of_slow_averages
 from .optimizer import build_optimizer, max_gradient_norm
 from .preprocessing import warn_of_preprocessing
 from .progress import ProgressPrinter
@@ -65,6 +65,7 @@ class Trainer(DefaultTrainer):
         loader = self.build_train_loader(cfg)
         self.cfg = cfg = in_iterations(cfg, loader.num_images)
         check_schedule(cfg)
+        warn_of_slow_averages(cfg)
         model = self.build_model(cfg)
         distributed = distribute(model, shard=cfg.MODEL.FSDP)
         optimizer = self.build_optimizer(cfg, model)
