@@ -47,9 +47,7 @@ def use_exact_memory() -> None:
     Only where the C library is glibc; elsewhere sizes may keep freed memory.
     """
     mmap_threshold = -3
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(mmap_threshold, 1 << 16)
+    _of_glibc("mallopt", mmap_threshold, 1 << 16)
 
 
 def extra_peak_memory(run: Run, device: str) -> int:
@@ -74,10 +72,19 @@ def extra_peak_memory(run: Run, device: str) -> int:
         run()
         _wait(device)
         return torch.cuda.max_memory_allocated() - before
+    # What the heap has kept of small blocks would hide as much of the call's own.
+    _of_glibc("malloc_trim", 0)
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present size
     before = _status("VmRSS")
     run()
     return max(0, _status("VmHWM") - before)
+
+
+def _of_glibc(function: str, *arguments: int) -> None:
+    """Call a function that C libraries other than glibc may lack, where it is there."""
+    found = getattr(ctypes.CDLL(None), function, None)
+    if found is not None:
+        found(*arguments)
 
 
 def _status(field: str) -> int:

@@ -1,5 +1,6 @@
 """Checks of the values of a config."""
 
+import logging
 import math
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -12,7 +13,9 @@ from .config_keys import flatten
 from .config_rules import INCREASING, MAY_BE_INFINITE, MAY_BE_NONE, NOT_EMPTY, RULES, Rule
 from .errors import UsageError, nearest
 
-__all__ = ["check_schedule", "check_values"]
+__all__ = ["check_schedule", "check_values", "warn_of_slow_averages"]
+
+logger = logging.getLogger(__name__)
 
 
 def check_values(cfg: CfgNode) -> None:
@@ -77,6 +80,23 @@ def check_schedule(cfg: CfgNode) -> None:
             f"SOLVER.BASE_LR_END must be at most SOLVER.BASE_LR, which is {solver.BASE_LR}, got "
             f"{solver.BASE_LR_END}."
         )
+
+
+def warn_of_slow_averages(cfg: CfgNode) -> None:
+    """Log a warning for each moving average that a run is too short for.
+
+    Args:
+        cfg: a config with sasa_det's keys, lengths in iterations.
+    """
+    steps = cfg.SOLVER.MAX_ITER
+    decays = {"MODEL.BN_DECAY": cfg.MODEL.BN_DECAY, "MODEL.EMA.DECAY": cfg.MODEL.EMA.DECAY}
+    for key, decay in decays.items():
+        if 0 < steps * (1 - decay) < 1:
+            logger.warning(
+                "%s %g averages over some %.0f steps and the run has %d: it will be evaluated with "
+                "what it began with rather than with what it learnt; %.4g or less would do.",
+                *(key, decay, 1 / (1 - decay), steps, max(0.5, 1 - 10 / steps)),
+            )
 
 
 def _is_among(key: str, patterns: str) -> bool:

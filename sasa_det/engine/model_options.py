@@ -1,6 +1,5 @@
 """Ways to trade time for memory, and the other way round, in a model that is built already."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -11,9 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["apply_options", "checkpoint_stages", "compile_parts", "warn_of_slow_averages"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["apply_options", "checkpoint_stages", "compile_parts"]
 
 
 def apply_options(model: nn.Module, cfg: CfgNode) -> nn.Module:
@@ -39,23 +36,6 @@ def apply_options(model: nn.Module, cfg: CfgNode) -> nn.Module:
     if cfg.MODEL.COMPILE:
         compile_parts(model)
     return model
-
-
-def warn_of_slow_averages(cfg: CfgNode) -> None:
-    """Log a warning for each moving average that a run is too short for.
-
-    Args:
-        cfg: a config with sasa_det's keys, lengths in iterations.
-    """
-    steps = cfg.SOLVER.MAX_ITER
-    decays = {"MODEL.BN_DECAY": cfg.MODEL.BN_DECAY, "MODEL.EMA.DECAY": cfg.MODEL.EMA.DECAY}
-    for key, decay in decays.items():
-        if 0 < steps * (1 - decay) < 1:
-            logger.warning(
-                "%s %g averages over some %.0f steps and the run has %d: it will be evaluated with "
-                "what it began with rather than with what it learnt; %.4g or less would do.",
-                *(key, decay, 1 / (1 - decay), steps, max(0.5, 1 - 10 / steps)),
-            )
 
 
 def checkpoint_stages(backbone: nn.Module, stages: Sequence[str]) -> None:

@@ -18,12 +18,12 @@ from ..checkpoint import Checkpointer
 from ..data.errors import DatasetError
 from ..data.loader import TrainLoader
 from .checkpointing import Checkpoints, StopOnSignal
-from .config_values import check_schedule
+from .config_values import check_schedule, warn_of_slow_averages
 from .distributed import distribute, unsharded
 from .ema import EmaUpdate, ModelEma
 from .evaluating import BestMetric, Evaluation
 from .metrics_file import MetricWriters
-from .model_options import apply_options, warn_of_slow_averages
+from .model_options import apply_options
 from .optimizer import build_optimizer, max_gradient_norm
 from .preprocessing import warn_of_preprocessing
 from .progress import ProgressPrinter

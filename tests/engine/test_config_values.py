@@ -15,7 +15,7 @@ from sasa_det.engine.config_rules import (
     NOT_EMPTY,
     RULES,
 )
-from sasa_det.engine.config_values import check_schedule, check_values
+from sasa_det.engine.config_values import check_schedule, check_values, warn_of_slow_averages
 
 # Keys that detectron2's release 0.6 lacks.
 LATER = {
@@ -256,3 +256,18 @@ def test_values_are_checked_wherever_they_come_from(tmp_path):
         load_config(str(path))
     with pytest.raises(UsageError, match="SOLVER.BASE_LR must be finite, got inf"):
         load_config(opts=["SOLVER.BASE_LR", "1e999"])
+
+
+def test_averages_that_outlast_a_run_are_told(caplog):
+    def told(steps):
+        caplog.clear()
+        opts = ["MODEL.BN_DECAY", "0.99", "MODEL.EMA.DECAY", "0.999", "SOLVER.MAX_ITER", str(steps)]
+        warn_of_slow_averages(load_config("configs/quick/classifier_SASA.yaml", opts))
+        return caplog.messages
+
+    # What is left of the beginning after 1 / (1 - decay) steps is 37%.
+    assert told(1001) == []
+    assert [message.split()[:2] for message in told(999)] == [["MODEL.EMA.DECAY", "0.999"]]
+    batch_norms, ema = told(50)
+    assert "some 100 steps and the run has 50" in batch_norms and "0.8 or less" in batch_norms
+    assert "some 1000 steps and the run has 50" in ema

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sasa_det.engine import load_config
-from sasa_det.engine.model_options import checkpoint_stages, warn_of_slow_averages
+from sasa_det.engine.model_options import checkpoint_stages
 
 
 class Backbone(nn.Module):
@@ -58,18 +57,3 @@ def test_recomputed_stages_change_nothing(model):
 def test_unknown_stage():
     with pytest.raises(ValueError, match="must be one of res2, res3, got res9"):
         checkpoint_stages(Backbone(), ["res9"])
-
-
-def test_averages_that_outlast_a_run_are_told(caplog):
-    def told(steps):
-        caplog.clear()
-        opts = ["MODEL.BN_DECAY", "0.99", "MODEL.EMA.DECAY", "0.999", "SOLVER.MAX_ITER", str(steps)]
-        warn_of_slow_averages(load_config("configs/quick/classifier_SASA.yaml", opts))
-        return caplog.messages
-
-    # What is left of the beginning after 1 / (1 - decay) steps is 37%.
-    assert told(1001) == []
-    assert [message.split()[:2] for message in told(999)] == [["MODEL.EMA.DECAY", "0.999"]]
-    batch_norms, ema = told(50)
-    assert "some 100 steps and the run has 50" in batch_norms and "0.8 or less" in batch_norms
-    assert "some 1000 steps and the run has 50" in ema
