@@ -4,6 +4,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from ..checkpoint import Checkpointer
+from ..checkpoint.errors import CheckpointError
 from .signals import StopSignals
 
 __all__ = ["Checkpoints", "StopOnSignal"]
@@ -31,8 +32,12 @@ class Checkpoints(HookBase):
         if done % self._period == 0:
             self.save_now()
         if done == self.trainer.max_iter:
-            self.save("model_final")
-            self._saved = self.trainer.iter
+            self.save_final()
+
+    def save_final(self) -> None:
+        """Save the end of the run, in place of what was saved as such before."""
+        self.save("model_final")
+        self._saved = self.trainer.iter
 
     def save_now(self) -> None:
         """Save the iteration that was just done, unless it is saved already."""
@@ -44,17 +49,27 @@ class Checkpoints(HookBase):
             self._checkpointer.remove_old(_PREFIX, self._keep)
 
     def save(self, name: str, tag: bool = True) -> None:
-        """Save under a name.
+        """Save under a name; all processes of a run call it, and wait for the one that writes.
+
+        A process that went on might end, and a launcher ends the others when one has ended.
 
         Args:
             name: of the file, without suffix.
             tag: whether a resumed run goes on from it.
 
         Raises:
-            CheckpointError: if a weight is not finite, or the file cannot be written.
+            CheckpointError: if a weight is not finite, or the file cannot be written; in all
+                processes.
         """
         state = {"iteration": self.trainer.iter, "config": self._config}
-        self._checkpointer.save(name, tag=tag, **state)
+        failure = None
+        try:
+            self._checkpointer.save(name, tag=tag, **state)
+        except CheckpointError as error:
+            failure = str(error)
+        for failure in comm.all_gather(failure):
+            if failure is not None:
+                raise CheckpointError(failure)
 
 
 class StopOnSignal(HookBase):

@@ -10,7 +10,7 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 
 from .checkpointing import Checkpoints
-from .signals import StopSignals, StopTraining
+from .signals import StopTraining
 
 __all__ = ["BestMetric", "Evaluation"]
 
@@ -67,19 +67,19 @@ class Evaluation(HookBase):
         period: int,
         evaluate: Callable[[], dict[str, Any]],
         checkpoints: Checkpoints,
-        signals: StopSignals,
         best: BestMetric | None = None,
     ):
         """
         Args:
             period: iterations between two evaluations; 0 for one at the end.
-            evaluate: gives nested dicts of metrics.
-            checkpoints: saves the best weights, and the run if a signal interrupts an evaluation.
-            signals: what may interrupt it.
+            evaluate: gives nested dicts of metrics; raises StopTraining where a signal interrupts
+                it, with the model as it was.
+            checkpoints: saves the best weights, the run if an evaluation is interrupted, and that
+                the last one was made.
             best: the metric whose best value is kept, if any.
         """
         self._period, self._evaluate = period, evaluate
-        self._checkpoints, self._signals, self._best = checkpoints, signals, best
+        self._checkpoints, self._best = checkpoints, best
         self._evaluated = 0
 
     def before_train(self) -> None:
@@ -107,13 +107,12 @@ class Evaluation(HookBase):
             # some wait for others.
             self._checkpoints.save_now()
         try:
-            with self._signals.at_once():
-                results = self._evaluate()
+            results = self._evaluate()
         except StopTraining:
             self._checkpoints.save_now()
             raise
         # Before anything is saved: the best weights are those of an evaluated state.
-        self._evaluated = self.trainer.iter + 1
+        self._evaluated = done = self.trainer.iter + 1
         # Other processes than the main one have no results.
         if results:
             metrics = flatten_results_dict(results)
@@ -125,6 +124,9 @@ class Evaluation(HookBase):
             if better:
                 self._checkpoints.save("model_best", tag=False)
                 logger.info("%s is best: %.5g.", self._best.name, self._best.value)
+        if done == self.trainer.max_iter:
+            # A finished run that is resumed does not evaluate again.
+            self._checkpoints.save_final()
         comm.synchronize()
 
     def _stop_if_exhausted(self, save: bool) -> None:

@@ -1,25 +1,28 @@
 """Processes of a run: one, several on this machine, or those that torchrun started."""
 
 import datetime
+import hashlib
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 from torch import multiprocessing
 
-__all__ = ["is_elastic_restart", "launch", "started_by_torchrun"]
+__all__ = ["first_to_say", "is_elastic_restart", "launch", "started_by_torchrun"]
 
 logger = logging.getLogger(__name__)
 
 _TIMEOUT = datetime.timedelta(minutes=30)
 # Begins the address of a store that the launching process holds.
 _LOCAL_STORE = "store://127.0.0.1:"
+
+# Where the processes of the run that this one belongs to have met.
+_store: dist.Store | None = None
 
 
 def started_by_torchrun() -> bool:
@@ -71,8 +74,7 @@ def launch(
         store, rank, world_size = next(dist.rendezvous("env://"))
         # The agent's store outlives a failed attempt, whose addresses nobody answers at any more.
         store = dist.PrefixStore(f"attempt_{_restarts()}", store)
-        meeting = {"store": store, "rank": rank, "world_size": world_size}
-        _join_group(meeting, local, int(os.environ["LOCAL_WORLD_SIZE"]), device)
+        _join_group(store, rank, world_size, local, int(os.environ["LOCAL_WORLD_SIZE"]), device)
         try:
             return main(*args)
         finally:
@@ -113,10 +115,9 @@ def _wait(context: multiprocessing.ProcessContext) -> int:
             if process.is_alive():
                 os.kill(process.pid, number)
 
-    # Ctrl-C in a terminal goes to all processes of the group without this.
-    handed = (signal.SIGTERM, signal.SIGUSR1)
+    # The processes take the Ctrl-C of a terminal, which goes to them as well, for the same one.
+    handed = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = {number: signal.signal(number, hand_on) for number in handed}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         while not context.join():
             pass
@@ -144,13 +145,13 @@ def _worker(
 ) -> None:
     # Of what it starts in turn, as loaders of data: a spawned one would import everything anew.
     multiprocessing.set_start_method("fork", force=True)
-    meeting: dict[str, Any] = {"rank": first + local_rank, "world_size": world_size}
+    rank = first + local_rank
     if url.startswith(_LOCAL_STORE):
         port = int(url.removeprefix(_LOCAL_STORE))
-        meeting["store"] = dist.TCPStore("127.0.0.1", port, is_master=False)
+        store = dist.TCPStore("127.0.0.1", port, is_master=False)
     else:
-        meeting["init_method"] = url
-    _join_group(meeting, local_rank, num_processes, device)
+        store, rank, world_size = next(dist.rendezvous(url, rank, world_size))
+    _join_group(store, rank, world_size, local_rank, num_processes, device)
     try:
         status = main(*args)
     finally:
@@ -158,14 +159,34 @@ def _worker(
     sys.exit(status)
 
 
-def _join_group(meeting: dict[str, Any], local_rank: int, num_local: int, device: str) -> None:
-    """Meet the other processes where the keywords of ``init_process_group`` say."""
+def _join_group(
+    store: dist.Store, rank: int, world_size: int, local_rank: int, num_local: int, device: str
+) -> None:
+    """Meet the other processes at a store."""
+    global _store
+    _store = dist.PrefixStore("sasa_det", store)
     on_gpu = device.startswith("cuda")
     if on_gpu:
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_TIMEOUT, **meeting)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        timeout=_TIMEOUT,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+    )
     _make_local_group(num_local)
     comm.synchronize()
+
+
+def first_to_say(text: str) -> bool:
+    """Tell whether no other process of the run has asked this of the same text."""
+    if _store is None:
+        return True
+    try:
+        return _store.add(hashlib.sha256(text.encode()).hexdigest(), 1) == 1
+    except dist.DistError:
+        return True  # the process that held the store has ended
 
 
 def _make_local_group(num_local: int) -> None:

@@ -1,11 +1,13 @@
 """The metrics that a run writes."""
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from detectron2.engine.hooks import PeriodicWriter
-from detectron2.utils.events import EventWriter
+from detectron2.utils.events import EventWriter, JSONWriter
 
 from ..files import write_text
 
@@ -26,12 +28,21 @@ class MetricWriters(PeriodicWriter):
         self._build, self._folder = build, folder
 
     def before_train(self) -> None:
-        rewind_metrics(Path(self._folder, "metrics.json"), self.trainer.start_iter - 1)
+        done = self.trainer.start_iter - 1
+        # Of an evaluation that comes first.
+        latest = self.trainer.storage.latest().items()
+        again = {name: value for name, (value, iteration) in latest if iteration == done}
+        rewind_metrics(Path(self._folder, "metrics.json"), done, again)
         # They keep the file open.
         self._writers = self._build()
+        for writer in self._writers:
+            if isinstance(writer, JSONWriter):
+                writer._last_write = done
 
 
-def rewind_metrics(path: Path, iteration: int) -> None:
+def rewind_metrics(
+    path: Path, iteration: int, metrics: Mapping[str, float] | None = None
+) -> None:
     """Remove what was written after an iteration, as a run that is resumed there writes it again.
 
     A line that the end of a process cut off goes as well.
@@ -39,17 +50,25 @@ def rewind_metrics(path: Path, iteration: int) -> None:
     Args:
         path: metrics.json, with one json object a line; it need not exist.
         iteration: the last one to keep.
+        metrics: of that iteration, which go into its line.
     """
-    if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    kept = [line for line in lines if _iteration(line) <= iteration]
+    lines = []
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    records = {line: _record(line) for line in lines}
+    kept = [line for line in lines if records[line].get("iteration", math.inf) <= iteration]
+    if metrics:
+        last = {"iteration": iteration}
+        if kept and records[kept[-1]]["iteration"] == iteration:
+            last = records[kept.pop()]
+        kept.append(json.dumps({**last, **metrics}, sort_keys=True))
     if kept != lines:
         write_text(path, "".join(f"{line}\n" for line in kept))
 
 
-def _iteration(line: str) -> float:
+def _record(line: str) -> dict[str, Any]:
     try:
-        return json.loads(line)["iteration"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        record = json.loads(line)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -1,14 +1,18 @@
 """Signals that ask a run to stop, and the ways in which a run stops before its end."""
 
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 __all__ = ["StopSignals", "StopTraining"]
 
 # Exit statuses: schedulers send SIGTERM or, some time ahead of it, SIGUSR1.
 _STATUS = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
+# A terminal's Ctrl-C comes to a launcher and to the processes that it hands it on to.
+_SAME_INTERRUPT_S = 0.5
 
 
 class StopTraining(BaseException):
@@ -37,6 +41,7 @@ class StopSignals:
         self.received: signal.Signals | None = None
         self.agreed = False
         self._at_once = False
+        self._interrupted_at: float | None = None
 
     @contextmanager
     def handled(self) -> Iterator[None]:
@@ -50,14 +55,25 @@ class StopSignals:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raise StopTraining in this block, which may be interrupted, as soon as a signal comes."""
-        self._at_once = True
+        """Raise StopTraining in this block as soon as a signal comes, but not in leaving it.
+
+        The exception may come between any two operations: the block must not change anything that
+        is saved afterwards.
+        """
         try:
             if self.received is not None:
                 self.stop()
+            self._at_once = True
             yield
         finally:
             self._at_once = False
+
+    def between(self, items: Iterable[Any]) -> Iterator[Any]:
+        """Yield items, and raise StopTraining before the next one after a signal came."""
+        for item in items:
+            if self.received is not None:
+                self.stop()
+            yield item
 
     def stop(self) -> None:
         """Raise StopTraining for the signal, or for another process' one."""
@@ -65,10 +81,14 @@ class StopSignals:
         raise StopTraining(f"{number.name} was received", _STATUS[number])
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        second = self.received is not None
-        self.received = signal.Signals(number)
-        if second and number == signal.SIGINT:
+        self.received = self.received or signal.Signals(number)
+        if number == signal.SIGINT:
+            now, before = time.monotonic(), self._interrupted_at
+            self._interrupted_at = now
             # Whoever presses Ctrl-C twice does not want to wait.
-            raise KeyboardInterrupt
+            if before is not None and now - before > _SAME_INTERRUPT_S:
+                raise KeyboardInterrupt
         if self._at_once:
+            # Once: what cleans up after the first exception is not interrupted by a second one.
+            self._at_once = False
             self.stop()

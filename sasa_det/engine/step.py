@@ -84,8 +84,11 @@ class StepTrainer(SimpleTrainer):
             self.after_backward()
         self.grad_scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = nn.utils.get_total_norm(gradients)
         losses, norm_value, data_time = self._agree(losses, whole(norm), data_time)
+        if not _is_finite(norm_value):
+            norm = _large_norm(gradients)
+            norm_value = float(norm)
         self._check(losses, norm_value, batches)
         if self.max_norm is not None:
             nn.utils.clip_grads_with_norm_(self._parameters, self.max_norm, norm)
@@ -189,6 +192,13 @@ class StepTrainer(SimpleTrainer):
             unwrapped(self.model).get_submodule(name).loss_normalizer = value
         if "data_loader" in state_dict and hasattr(self.data_loader, "load_state_dict"):
             self.data_loader.load_state_dict(state_dict["data_loader"])
+
+
+def _large_norm(gradients: list[Tensor]) -> Tensor:
+    """Return the 2-norm of gradients in double precision; the squares may exceed their own type."""
+    largest = whole(nn.utils.get_total_norm(gradients, float("inf"))).double()
+    scaled = nn.utils.get_total_norm([gradient / float(largest) for gradient in gradients])
+    return whole(scaled).double() * largest
 
 
 def _record(losses: Mapping[str, float], norm: float, data_time: float) -> None:

@@ -20,7 +20,7 @@ from ..files import write_text
 from .config_changes import log_changes
 from .denormals import flush_denormals
 from .errors import USAGE_ERRORS, tell
-from .launch import is_elastic_restart, launch, started_by_torchrun
+from .launch import first_to_say, is_elastic_restart, launch, started_by_torchrun
 from .logs import log_to
 from .model_check import check_model
 from .output_folder import claim_output, discard_output
@@ -189,7 +189,7 @@ def _worker(kind: ConfigKind, cfg: CfgNode, eval_only: bool, resume: bool) -> in
     try:
         loaded = (_filled if eval_only else _ready)(cfg, resume, kind.trainer)
     except USAGE_ERRORS as error:
-        return kind.tell(error)
+        return _tell_once(kind, error)
     try:
         if eval_only:
             _evaluate(cfg, loaded, kind.trainer)
@@ -199,9 +199,14 @@ def _worker(kind: ConfigKind, cfg: CfgNode, eval_only: bool, resume: bool) -> in
         logger.info("Training ends before its last iteration: %s; everything is saved.", stop)
         return stop.status
     except (NonFiniteError, *USAGE_ERRORS) as error:
-        kind.tell(error)
+        _tell_once(kind, error)
         return 1
     return 0
+
+
+def _tell_once(kind: ConfigKind, error: Exception) -> int:
+    """Tell an error that several processes of the run may have met, and return the status 2."""
+    return kind.tell(error) if first_to_say(str(error)) else 2
 
 
 def _begin(cfg: CfgNode, eval_only: bool, resume: bool) -> None:

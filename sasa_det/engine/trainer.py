@@ -25,6 +25,7 @@ from .evaluating import BestMetric, Evaluation
 from .metrics_file import MetricWriters
 from .model_options import apply_options
 from .optimizer import build_optimizer, max_gradient_norm
+from .precise_bn import PreciseBN
 from .preprocessing import warn_of_preprocessing
 from .progress import ProgressPrinter
 from .schedule import LearningRate, build_lr_scheduler, in_iterations, scale_learning_rate
@@ -90,6 +91,7 @@ class Trainer(DefaultTrainer):
             model, cfg.OUTPUT_DIR, allow=cfg.MODEL.WEIGHTS_ALLOW, **parts
         )
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self._in_step = False
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -115,14 +117,12 @@ class Trainer(DefaultTrainer):
         if cfg.TEST.BEST_METRIC:
             test = cfg.TEST
             best = BestMetric(test.BEST_METRIC, test.BEST_MODE, test.EARLY_STOPPING)
-        evaluation = Evaluation(
-            cfg.TEST.EVAL_PERIOD, self._evaluate, checkpoints, self.signals, best
-        )
+        evaluation = Evaluation(cfg.TEST.EVAL_PERIOD, self._evaluate, checkpoints, best)
         chain = [hooks.IterationTimer(), self._lr]
-        if cfg.TEST.PRECISE_BN.ENABLED and hooks.get_bn_modules(self.model):
-            chain.append(self._precise_bn())
         if self.ema is not None:
             chain.append(EmaUpdate(self.ema))
+        if cfg.TEST.PRECISE_BN.ENABLED and hooks.get_bn_modules(self.model):
+            chain.append(self._precise_bn())
         # Saved before it is evaluated: what evaluation fails on can then be looked at.
         chain += [checkpoints, evaluation]
         if comm.is_main_process():
@@ -160,14 +160,22 @@ class Trainer(DefaultTrainer):
                 self._save_last_step()
                 raise
         results = getattr(self, "_last_eval_results", {})
-        if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
+        # A run that had finished before evaluates nothing.
+        if results and self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
             verify_results(self.cfg, results)
         return results
 
+    def run_step(self) -> None:
+        self._in_step = True
+        super().run_step()
+        self._in_step = False
+
     def _save_last_step(self) -> None:
         """Save what was done before data failed, where the other processes need not take part."""
-        if comm.get_world_size() == 1 and self.iter > self.start_iter:
-            self.iter -= 1
+        # The images of evaluation and of batch norms' statistics are read after a step.
+        done = self.iter - self._in_step
+        if comm.get_world_size() == 1 and done >= self.start_iter:
+            self.iter = done
             self._checkpoints.save_now()
 
     def _class_names(self) -> list[str]:
@@ -177,32 +185,38 @@ class Trainer(DefaultTrainer):
         cfg = self.cfg
         # Training's own module: evaluation needs no gradients to be exchanged.
         model = self.checkpointer.model
-        results = dict(self.test(cfg, model))
+        results = self._test(model)
         if self.ema is not None:
             evaluators = [
                 self.build_evaluator(cfg, name, results_folder(cfg, name, "ema"))
                 for name in cfg.DATASETS.TEST
             ]
             with self.ema.applied():
-                results["ema"] = dict(self.test(cfg, model, evaluators))
+                results["ema"] = self._test(model, evaluators)
         if cfg.TEST.VALIDATION_LOSS:
+            batches = self.signals.between(self._validation_batches())
             with unsharded(model):
-                results["validation"] = validation_losses(model, self._validation_batches())
+                results["validation"] = validation_losses(model, batches)
         if not comm.is_main_process():
             return {}
         self._last_eval_results = results
         return results
 
+    def _test(self, model: nn.Module, evaluators=None) -> dict[str, Any]:
+        """Evaluate, which changes no weight, until a signal comes."""
+        with self.signals.at_once():
+            return dict(self.test(self.cfg, model, evaluators))
+
     def _validation_batches(self):
         return task_of(self.cfg).validation_batches(self.cfg)
 
-    def _precise_bn(self) -> hooks.PreciseBN:
+    def _precise_bn(self) -> PreciseBN:
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.DATALOADER.NUM_WORKERS = 0
         loader = self.build_train_loader(cfg)
         num_iter = cfg.TEST.PRECISE_BN.NUM_ITER
-        return hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, num_iter)
+        return PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, num_iter)
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:

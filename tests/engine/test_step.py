@@ -89,6 +89,24 @@ def test_all_gradients_are_clipped_together():
     torch.testing.assert_close(change, gradient * 0.25 / gradient.norm(), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("max_norm", [None, 0.25])
+def test_finite_gradients_whose_norm_exceeds_float32_are_a_step(max_norm):
+    """The squares of 1e25 are no numbers of float32, and the gradient is none to stop for."""
+    plain, large = (Regression(dtype=torch.float) for _ in range(2))
+    for model, factor in ((plain, 1.0), (large, 1e25)):
+        for parameter in model.parameters():
+            parameter.register_hook(lambda gradient, factor=factor: gradient * factor)
+    data = Batches(8, dtype=torch.float)
+    start = plain.linear.weight.detach().clone()
+    storage = steps(trainer(plain, Batches(8, dtype=torch.float), lr=1.0, max_norm=0.25), 0, 1)
+    norm = storage.history("gradient_norm").latest()
+    rate = 1.0 if max_norm else 0.25e-25 / norm
+    storage = steps(trainer(large, data, lr=rate, max_norm=max_norm), 0, 1)
+    assert storage.history("gradient_norm").latest() == pytest.approx(norm * 1e25, rel=1e-6)
+    change = large.linear.weight - start
+    torch.testing.assert_close(change, plain.linear.weight - start, rtol=1e-5, atol=1e-7)
+
+
 class Poisoned(Batches):
     def __iter__(self):
         for number, batch in enumerate(super().__iter__()):
