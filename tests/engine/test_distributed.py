@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,16 +73,30 @@ def test_two_processes_train_as_one(start, alone, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_a_signal_to_all_processes_stops_the_run_which_goes_on(
+def test_processes_wait_for_a_save_and_tell_an_error_once(tmp_path):
+    """A launcher ends the others half a minute after the first one has ended."""
+    script = Path(__file__).with_name("process_checks.py")
+    result = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_signals_stop_all_processes_of_a_run_which_goes_on(
     start, read_until, alone, command, tmp_path
 ):
-    """Those that read the data get it too, as from a scheduler or a terminal."""
-    process = start("--num-gpus", 2, *OPTIONS, "DATALOADER.NUM_WORKERS", 1)
-    output = read_until(process, "Saving checkpoint")
-    os.killpg(process.pid, signal.SIGTERM)
-    output += process.communicate()[0]
-    assert process.returncode == 143, output
-    assert "SIGTERM was received; everything is saved" in output
+    """To the whole group, as from a scheduler or a terminal, and to the launcher alone."""
+    for send, number, status in (
+        (os.killpg, signal.SIGTERM, 143),
+        (os.kill, signal.SIGINT, 130),
+    ):
+        process = start(
+            *("--num-gpus", 2, "--resume", "auto"), *OPTIONS, "DATALOADER.NUM_WORKERS", 1
+        )
+        output = read_until(process, "Saving checkpoint")
+        send(process.pid, number)
+        output += process.communicate()[0]
+        assert process.returncode == status, output
+        assert output.count(f"{number.name} was received; everything is saved") == 1
+        assert "Traceback" not in output
     # With another number of processes.
     assert command("--resume", *OPTIONS) == 0
     assert_close_runs(alone, tmp_path / "run")
