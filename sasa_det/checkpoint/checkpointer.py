@@ -74,6 +74,8 @@ class Checkpointer(DetectionCheckpointer):
         if not self.save_to_disk:
             return
         check_finite(data["model"], f"{path} is not saved")
+        for key in self.checkpointables:
+            check_finite(data[key], f"{path} is not saved", f"the state of {key}, at")
         data.update(kwargs)
         logger.info("Saving checkpoint to %s", path)
         write_checkpoint(data, path)
@@ -251,10 +253,11 @@ class Checkpointer(DetectionCheckpointer):
     def _read_training_state(self, path: Path) -> dict[str, Any]:
         checkpoint = read_checkpoint(path)
         iteration_of(checkpoint, path)
+        check_finite(checkpoint["model"], path)
         for key in self.checkpointables:
             if key not in checkpoint:
                 raise CheckpointError(f"{path} holds no state of {key}.")
-        check_finite(checkpoint["model"], path)
+            check_finite(checkpoint[key], path, f"the state of {key}, at")
         return checkpoint
 
     def _has_valid(self, paths: Sequence[Path]) -> bool:

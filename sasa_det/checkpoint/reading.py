@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -100,22 +101,32 @@ def check_file(path: Path) -> None:
         raise _explained(path, error) from error
 
 
-def check_finite(weights: dict[str, torch.Tensor], source: str | os.PathLike) -> None:
-    """Check that weights are numbers.
+def check_finite(values: Any, source: str | os.PathLike, name: str = "the weight") -> None:
+    """Check that weights, or all tensors of a state, are numbers.
 
     Args:
-        weights: tensors by name.
+        values: nested dicts, lists and tuples.
         source: what they belong to, for the sentence.
+        name: what they are, likewise.
 
     Raises:
-        CheckpointError: naming the first weight that holds an infinity or NaN.
+        CheckpointError: naming the first tensor that holds an infinity or NaN.
     """
-    for key, weight in weights.items():
-        if weight.numel() and weight.is_floating_point():
+    for path, tensor in _tensors(values):
+        if tensor.numel() and tensor.is_floating_point():
             # Both extremes are NaN if any number is; no mask is made. Floats of one byte have none.
-            numbers = weight.detach() if weight.element_size() > 1 else weight.detach().float()
+            numbers = tensor.detach() if tensor.element_size() > 1 else tensor.detach().float()
             if not torch.stack(torch.aminmax(numbers)).isfinite().all():
-                raise CheckpointError(f"{source}: the weight {key} is not finite.")
+                raise CheckpointError(f"{source}: {name} {path} is not finite.")
+
+
+def _tensors(values: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(values, torch.Tensor):
+        yield path, values
+    elif isinstance(values, (dict, list, tuple)):
+        items = values.items() if isinstance(values, dict) else enumerate(values)
+        for key, value in items:
+            yield from _tensors(value, f"{path}/{key}" if path else str(key))
 
 
 def _read(file: BinaryIO, suffix: str) -> dict[str, Any]:

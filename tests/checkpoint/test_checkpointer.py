@@ -10,6 +10,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 from sasa_det.checkpoint import Checkpointer, CheckpointError, read_checkpoint
+from sasa_det.checkpoint.writing import write_checkpoint
 
 
 class Trainer:
@@ -106,6 +107,20 @@ def test_weights_that_are_not_finite_are_not_saved(run, value):
     with pytest.raises(CheckpointError, match="model_final.pth is not saved: the weight bias is"):
         Checkpointer(model, str(run)).save("model_final", iteration=99)
     assert resume(run) == 29
+
+
+def test_averages_and_momenta_that_are_not_finite_are_neither_saved_nor_resumed(run, caplog):
+    """They would become weights at the end, or with the next step."""
+    bad = {"averages": {"bias": torch.tensor([1.0, float("nan")])}}
+    with pytest.raises(
+        CheckpointError,
+        match="model_0000039.pth is not saved: the state of trainer, at state/averages/bias",
+    ):
+        Checkpointer(model_of(39), str(run), trainer=Trainer(bad)).save("model_0000039")
+    content = read_checkpoint(run / "model_final.pth")
+    write_checkpoint({**content, "trainer": {"state": bad}}, run / "model_final.pth")
+    assert resume(run) == 19
+    assert "the state of trainer, at state/averages/bias is not finite" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["../model", "a/b", "/model", "model/"])
