@@ -112,11 +112,12 @@ def num_classes_of(dataset_names):
             )
     first = dataset_names[0]
     for name, names in classes.items():
-        if list(names) != list(classes[first]):
+        if not are_same_classes(names, classes[first]):
             raise DatasetError(
-                f"datasets {first!r} ({_shortened(classes[first])}) and {name!r} "
-                f"({_shortened(names)}) have different classes{_differences(classes[first], names)}"
-                ": data sets that are used together must have the same classes in the same order"
+                f"datasets {first!r} ({shortened(classes[first])}) and {name!r} "
+                f"({shortened(names)}) have different classes"
+                f"{class_differences(classes[first], names)}: data sets that are used together "
+                "must have the same classes"
             )
     return len(classes[first])
 
@@ -155,10 +156,10 @@ def check_registered(names, training, **options):
                 f"{os.path.abspath(image_root)}; {root_hint()})"
             ) from error
         classes = metadata.get("thing_classes")
-        if classes is not None and tuple(classes) != report.class_names:
+        if classes is not None and not are_same_classes(classes, report.class_names):
             raise DatasetError(
-                f"{json_file}: its categories ({_shortened(report.class_names)}) are not the "
-                f"classes that dataset {name!r} is registered with ({_shortened(classes)})"
+                f"{json_file}: its categories ({shortened(report.class_names)}) are not the "
+                f"classes that dataset {name!r} is registered with ({shortened(classes)})"
             )
         for sentence in summarize_warnings(report):
             logger.warning(sentence)
@@ -207,14 +208,21 @@ def metadata_of(name):
     return MetadataCatalog.get(name)
 
 
-def _shortened(names):
+def are_same_classes(names, others):
+    """Tell whether classes have the same names, in any order if no name stands for two."""
+    same = sorted(names) == sorted(others)
+    return list(names) == list(others) or (same and len(set(names)) == len(names))
+
+
+def shortened(names):
+    """Say how many classes there are, and the names of the first ones."""
     shown = ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")
     return f"{len(names)}: {shown}"
 
 
-def _differences(names, others):
+def class_differences(names, others):
     """Say which classes only one of two data sets has, or nothing if it is their order alone."""
     first, second = sorted(set(names) - set(others)), sorted(set(others) - set(names))
     sides = {"first": first, "second": second}
-    parts = [f"{_shortened(only)} in the {side} alone" for side, only in sides.items() if only]
+    parts = [f"{shortened(only)} in the {side} alone" for side, only in sides.items() if only]
     return f", {' and '.join(parts)}" if parts else ""

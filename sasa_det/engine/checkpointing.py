@@ -67,9 +67,9 @@ class Checkpoints(HookBase):
             self._checkpointer.save(name, tag=tag, **state)
         except CheckpointError as error:
             failure = str(error)
-        for failure in comm.all_gather(failure):
-            if failure is not None:
-                raise CheckpointError(failure)
+        failures = [text for text in comm.all_gather(failure) if text is not None]
+        if failures:
+            raise CheckpointError(failures[0])
 
 
 class StopOnSignal(HookBase):

@@ -40,9 +40,7 @@ class MetricWriters(PeriodicWriter):
                 writer._last_write = done
 
 
-def rewind_metrics(
-    path: Path, iteration: int, metrics: Mapping[str, float] | None = None
-) -> None:
+def rewind_metrics(path: Path, iteration: int, metrics: Mapping[str, float] | None = None) -> None:
     """Remove what was written after an iteration, as a run that is resumed there writes it again.
 
     A line that the end of a process cut off goes as well.

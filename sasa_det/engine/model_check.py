@@ -20,6 +20,7 @@ from torch import nn
 
 from ..checkpoint import Checkpointer
 from ..checkpoint.sources import locate
+from ..data.class_order import check_same_classes, classes_in
 from .errors import UsageError, nearest
 from .model_options import checkpoint_stages
 from .optimizer import build_optimizer
@@ -92,11 +93,15 @@ def check_weights(cfg: CfgNode, model: nn.Module, weights: str, *, strict: bool)
     Raises:
         UsageError: if they do not exist.
         CheckpointError: if they cannot be used or do not fit the model.
+        DatasetError: if the data to test on have other classes than a whole model.
     """
     if weights:
         if not locate(weights).path.is_file():
             raise UsageError(f"MODEL.WEIGHTS {weights} does not exist.")
-        Checkpointer(model, strict=strict, allow=cfg.MODEL.WEIGHTS_ALLOW).load(weights)
+        loaded = Checkpointer(model, strict=strict, allow=cfg.MODEL.WEIGHTS_ALLOW).load(weights)
+        classes = classes_in(loaded)
+        if strict and classes is not None:
+            check_same_classes(cfg.DATASETS.TEST, classes, f"MODEL.WEIGHTS {weights}")
 
 
 def explain_build_error(error: Exception) -> str:

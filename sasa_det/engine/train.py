@@ -16,6 +16,7 @@ from detectron2.utils.env import seed_all_rng
 from torch import nn
 
 from ..checkpoint import Checkpointer
+from ..data.class_order import classes_in, follow_classes
 from ..files import write_text
 from .config_changes import log_changes
 from .denormals import flush_denormals
@@ -98,7 +99,8 @@ def _filled(cfg: CfgNode, resume: bool, trainer: type[Trainer]) -> nn.Module:
     """Build a model and fill it with the weights to evaluate."""
     model = trainer.build_model(cfg)
     checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR, strict=True)
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    loaded = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    follow_classes(cfg.DATASETS.TEST, classes_in(loaded), "the weights")
     return model
 
 

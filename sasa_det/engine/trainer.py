@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint import Checkpointer
+from ..data.class_order import follow_classes, warn_of_classes
 from ..data.errors import DatasetError
 from ..data.loader import TrainLoader
 from .checkpointing import Checkpoints, StopOnSignal
@@ -62,6 +63,7 @@ class Trainer(DefaultTrainer):
         """
         # Not DefaultTrainer's, which builds everything its own way.
         TrainerBase.__init__(self)
+        follow_classes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
         cfg = _with_seed(self.auto_scale_workers(scale_learning_rate(cfg), comm.get_world_size()))
         loader = self.build_train_loader(cfg)
         self.cfg = cfg = in_iterations(cfg, loader.num_images)
@@ -98,6 +100,7 @@ class Trainer(DefaultTrainer):
         """Go on from the newest valid checkpoint of OUTPUT_DIR, or load ``MODEL.WEIGHTS``."""
         loaded = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         warn_of_preprocessing(self.cfg, loaded)
+        warn_of_classes(loaded, self._class_names())
         if resume and self.checkpointer.has_checkpoint():
             # The checkpoint holds the iteration that was done last.
             self.start_iter = self.iter + 1

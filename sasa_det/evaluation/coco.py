@@ -13,7 +13,18 @@ def coco_evaluator(dataset_name: str, output_dir: str | None = None) -> COCOEval
         output_dir: folder of the detections that are written; None to write none.
     """
     fast = _has_compiled_evaluation()
-    return COCOEvaluator(dataset_name, output_dir=output_dir, use_fast_impl=fast)
+    return _Evaluator(dataset_name, output_dir=output_dir, use_fast_impl=fast)
+
+
+class _Evaluator(COCOEvaluator):
+    """detectron2's evaluator for data sets whose class indices do not follow the category ids."""
+
+    def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
+        # pycocotools has the precisions in the order of the ids.
+        indices = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if class_names is not None and indices is not None:
+            class_names = [class_names[indices[identity]] for identity in sorted(indices)]
+        return super()._derive_coco_results(coco_eval, iou_type, class_names=class_names)
 
 
 def _has_compiled_evaluation() -> bool:

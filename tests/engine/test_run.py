@@ -59,6 +59,49 @@ def test_evaluation_without_weights_is_refused(command, capsys):
     assert "--eval-only needs weights" in capsys.readouterr().err
 
 
+def detections(folder):
+    """List what an evaluation found, by the names of the classes."""
+    [path] = (folder / "inference").rglob("coco_instances_results.json")
+    categories = json.loads((folder / "val.json").read_text())["categories"]
+    names = {category["id"]: category["name"] for category in categories}
+    found = json.loads(path.read_text())
+    return [{**one, "category_id": names[one["category_id"]]} for one in found]
+
+
+def test_classes_in_another_order_and_other_classes(command, digits, tmp_path, capsys):
+    """Where a model is evaluated, alone and while it is trained."""
+    content = json.loads((digits / "val.json").read_text())
+    for category in content["categories"]:
+        category["id"] = 20 - category["id"]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = 20 - annotation["category_id"]
+    folders = [tmp_path / name for name in ("straight", "reversed", "renamed")]
+    texts = [(digits / "val.json").read_text(), json.dumps(content)]
+    texts.append(texts[0].replace('"name": "4"', '"name": "four"'))
+    assert texts[2] != texts[0]
+    for folder, text in zip(folders, texts, strict=True):
+        folder.mkdir()
+        (folder / "val.json").write_text(text)
+    straight, other, renamed = ((folder / "val.json", digits / "val") for folder in folders)
+    loss = ("TEST.VALIDATION_LOSS", True, "SEED", 1)
+    everything = ("MODEL.RETINANET.SCORE_THRESH_TEST", 0.001)
+    runs = []
+    for number, data in enumerate((straight, other)):
+        run = tmp_path / f"run_{number}"
+        assert command(*loss, "OUTPUT_DIR", run, test=data) == 0
+        runs.append({k: v for k, v in metrics(run)[-1].items() if "validation" in k})
+    assert runs[0] == pytest.approx(runs[1], rel=1e-6) and runs[0]["validation/total_loss"] > 0
+    weights = ("--eval-only", "MODEL.WEIGHTS", tmp_path / "run_0" / "model_final.pth")
+    for folder, data in ((folders[0], straight), (folders[1], other)):
+        assert command(*weights, *everything, "OUTPUT_DIR", folder, test=data) == 0
+    assert "come in another order than those of the weights" in capsys.readouterr().out
+    assert detections(folders[0]) == detections(folders[1]) != []
+    assert command(*weights, "OUTPUT_DIR", folders[2], test=renamed) == 2
+    error = capsys.readouterr().err
+    assert "1: four in the first alone and 1: 4 in the second alone" in error
+    assert sorted(path.name for path in folders[2].iterdir()) == ["val.json"]
+
+
 @pytest.mark.slow
 def test_learns_to_detect(digits, tmp_path):
     """Eight images learned by heart: the loss falls by half and the boxes are found."""
