@@ -12,6 +12,7 @@ from ..checkpoint.sources import locate
 from .config_changes import check_changes
 from .errors import UsageError
 from .output_lock import output_lock
+from .wandb_run import WANDB_ID
 
 __all__ = [
     "Resume",
@@ -35,6 +36,7 @@ _RUN_FILES = (
     "model_*.pth",
     "events.out.tfevents.*",
     ".writing-*",
+    WANDB_ID,
     *_RESULTS,
 )
 

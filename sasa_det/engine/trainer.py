@@ -34,6 +34,7 @@ from .signals import StopSignals
 from .step import StepTrainer
 from .tasks import task_of
 from .validation_loss import validation_losses
+from .wandb_run import WandbRun
 
 __all__ = ["Trainer", "results_folder"]
 
@@ -135,13 +136,9 @@ class Trainer(DefaultTrainer):
 
     def build_writers(self) -> list:
         """Build detectron2's writers and, where ``WANDB_PROJECT`` is set, Weights & Biases'."""
+        run = [WandbRun(self.cfg)] if self.cfg.WANDB_PROJECT else []
         _, *others = super().build_writers()
-        writers = [ProgressPrinter(self.max_iter, self.cfg.SOLVER.IMS_PER_BATCH), *others]
-        if self.cfg.WANDB_PROJECT:
-            from .wandb_writer import WandbWriter
-
-            writers.append(WandbWriter(self.cfg))
-        return writers
+        return [ProgressPrinter(self.max_iter, self.cfg.SOLVER.IMS_PER_BATCH), *others, *run]
 
     def train(self) -> dict[str, Any]:
         """Train to the end.
