@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -261,6 +262,72 @@ def test_unreadable_image(skipped, command, digits, tmp_path, capsys):
         # The steps before are not lost.
         for path in checkpoints(tmp_path / "run"):
             assert int(path) < 3
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+@pytest.fixture
+def plain_torchscript():
+    """Keep TorchScript from specializing functions after some calls, which changes results."""
+    with torch.jit.optimized_execution(False):
+        yield
+
+
+def test_unreadable_image_in_an_evaluation(
+    command, digits, tmp_path, capsys, plain_torchscript, assert_equal_runs
+):
+    """The steps before it are saved as what they are, and the run goes on from them."""
+    images, folder = tmp_path / "images", tmp_path / "run"
+    shutil.copytree(digits / "val", images)
+    data = (tmp_path / "val.json", images)
+    shutil.copyfile(digits / "val.json", data[0])
+    options = ["SEED", 3, "SOLVER.CHECKPOINT_PERIOD", 100, "TEST.EVAL_PERIOD", 3]
+    assert command(*options, "OUTPUT_DIR", tmp_path / "unbroken", test=data) == 0
+    broken = sorted(images.iterdir())[1]
+    content = broken.read_bytes()
+    broken.write_bytes(content[:200])
+    assert command(*options, test=data) == 1
+    assert f"error: image {broken} cannot be read" in capsys.readouterr().err
+    assert checkpoints(folder) == ["0000002"]
+    state = read_checkpoint(folder / "model_0000002.pth")
+    assert state["iteration"] == 2
+    steps = state["trainer"]["_trainer"]["optimizer"]["state"].values()
+    assert {int(step["step"]) for step in steps} == {3}
+    broken.write_bytes(content)
+    assert command("--resume", *options, test=data) == 0
+    assert_equal_runs(tmp_path / "unbroken", folder)
+    # One line has the losses of the step and the evaluation that came after the resumption.
+    assert [line["iteration"] for line in lines(folder)] == [2, 3]
+    assert {"total_loss", "bbox/AP"} <= lines(folder)[0].keys()
+
+
+def test_statistics_of_batch_norms_after_a_resumption(
+    command, tmp_path, plain_torchscript, assert_equal_runs
+):
+    """They are averaged over the same images as those of an unbroken run."""
+    options = [
+        "SEED", 3, "SOLVER.CHECKPOINT_PERIOD", 1, "TEST.EVAL_PERIOD", 1,
+        "TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2,
+    ]  # fmt: skip
+    folders = [tmp_path / name for name in ("unbroken", "resumed")]
+    for folder in folders:
+        assert command(*options, "OUTPUT_DIR", folder) == 0
+    for name in ("model_final.pth", "model_0000003.pth", "model_0000002.pth"):
+        (folders[1] / name).unlink()
+    (folders[1] / "last_checkpoint").write_text("model_0000001.pth")
+    assert command("--resume", *options, "OUTPUT_DIR", folders[1]) == 0
+    assert_equal_runs(*folders)
+    one, other = (read_checkpoint(folders[0] / f"model_000000{i}.pth")["model"] for i in (2, 3))
+    means = [name for name in one if name.endswith("running_mean")]
+    assert means and all((one[name] != other[name]).any() for name in means)
+
+
+def test_a_finished_run_does_not_evaluate_again(command, capsys):
+    for flags, evaluations in (([], 1), (["--resume"], 0), (["--resume"], 0)):
+        assert command(*flags) == 0
+        assert capsys.readouterr().out.count("Start inference") == evaluations
 
 
 def test_lower_precision_and_recomputed_stages(command, tmp_path):
