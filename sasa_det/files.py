@@ -3,9 +3,6 @@
 import errno
 import fcntl
 import os
-import shutil
-import socket
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,30 +15,29 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """Give a path to write to, which is renamed to ``path`` when the block ends without error.
 
     What is written is on the disk, and not in memory alone, before it takes the place of an older
-    file: after a crash or a kill at any moment ``path`` is the old file or the new one. What a
-    killed process leaves beside ``path`` is removed when the next file is written there.
+    file: after a crash or a kill at any moment ``path`` is the old file or the new one. The next
+    file of this suffix in the folder replaces what a killed process has left. Other processes that
+    write to the folder in this way wait; so would a second file that is written in the block.
 
     Args:
         path: the file to write; its folder is made if it is not there.
 
     Yields:
-        Path: a file of the same name in a folder that is removed afterwards.
+        Path: a file of the same folder and suffix, which does not exist yet.
     """
     path = Path(os.path.abspath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".writing-{socket.gethostname()}-"
-    _remove_abandoned(path.parent, prefix)
-    folder, lock = _make_folder(path.parent, prefix)
-    try:
-        part = folder / path.name
-        yield part
-        _sync(part)
-        os.replace(part, path)
-        _sync(path.parent)
-    finally:
-        # What cannot be removed now is removed when the next file is written here.
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+    part = path.with_name(f".writing{path.suffix}")
+    with _locked(path.parent) as folder:
+        part.unlink(missing_ok=True)
+        try:
+            yield part
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
+            _sync_folder(folder)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -50,58 +46,26 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
-def _make_folder(parent: Path, prefix: str) -> tuple[Path, int]:
-    """Make a folder that this process holds locked as long as it lives."""
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+@contextmanager
+def _locked(folder: Path) -> Iterator[int]:
+    """Open a folder, and keep the lock of it in a block where its file system has locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
         try:
-            lock = _open_lock(folder)
-        except FileNotFoundError:
-            continue  # another process took it for abandoned before it was locked
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)  # as above
-            continue
-        except OSError:
-            # A file system without locks, where nobody can take the folder for abandoned.
-            return folder, lock
-        if folder.exists():
-            return folder, lock
-        os.close(lock)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            # NFS locks no folders.
+            if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
-def _remove_abandoned(parent: Path, prefix: str) -> None:
-    """Remove the folders of processes of this host that no longer live to hold their lock."""
-    with os.scandir(parent) as entries:
-        folders = [Path(entry) for entry in entries if entry.name.startswith(prefix)]
-    for folder in folders:
-        if "-" in folder.name.removeprefix(prefix):
-            continue  # of another host, whose name begins as this one's
-        try:
-            lock = _open_lock(folder)
-        except OSError:
-            continue  # gone by now, or another user's
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder)
-        except OSError:
-            pass  # its process lives, or the file system has no locks
-        finally:
-            os.close(lock)
-
-
-def _open_lock(folder: Path) -> int:
-    return os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _sync_folder(descriptor: int) -> None:
+    """Wait until the names in a folder are on the disk."""
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder
+        if error.errno != errno.EINVAL:  # some network file systems cannot
             raise
-    finally:
-        os.close(descriptor)

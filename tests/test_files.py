@@ -1,7 +1,8 @@
+import errno
+import fcntl
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -81,33 +82,40 @@ def test_a_failing_disk_leaves_the_old_file_alone(tmp_path):
     assert names(tmp_path) == ["a.txt"]
 
 
-def test_what_a_killed_process_left_is_removed_by_the_next_write(tmp_path):
+def test_what_a_killed_process_left_is_replaced_by_the_next_write(tmp_path):
     path = tmp_path / "a.txt"
     write_text(path, "old")
     with writer_of(path) as process:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     assert path.read_text() == "old"
-    assert len(names(tmp_path)) == 2
+    assert names(tmp_path) == [".writing.txt", "a.txt"]
     write_text(tmp_path / "b.txt", "")
     assert names(tmp_path) == ["a.txt", "b.txt"]
 
 
-def test_what_a_living_process_writes_stays(tmp_path):
-    with writer_of(tmp_path / "a.txt") as process:
-        write_text(tmp_path / "b.txt", "")
-        process.stdin.close()
-        assert process.wait() == 0
-    assert (tmp_path / "a.txt").read_text() == "half of it"
+def test_writers_of_one_folder_wait_for_each_other(tmp_path):
+    """The second one begins when the first one has ended, and both files are whole."""
+    with writer_of(tmp_path / "a.txt") as first:
+        command = [sys.executable, "-c", _WRITER, str(tmp_path / "b.txt")]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as second:
+            second.stdin.close()
+            with pytest.raises(subprocess.TimeoutExpired):
+                second.wait(timeout=0.5)
+            assert names(tmp_path) == [".writing.txt"]
+            first.stdin.close()
+            assert first.wait() == 0 and second.wait() == 0
+    assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["half of it"] * 2
     assert names(tmp_path) == ["a.txt", "b.txt"]
 
 
-def test_folders_of_other_hosts_and_of_other_kinds_stay(tmp_path):
-    others = [".writing-elsewhere-abcdefgh", f".writing-{socket.gethostname()}-2-abcdefgh", "other"]
-    for name in others:
-        (tmp_path / name).mkdir()
-    write_text(tmp_path / "a.txt", "")
-    assert names(tmp_path) == sorted([*others, "a.txt"])
+def test_a_folder_that_cannot_be_locked(tmp_path, monkeypatch):
+    def answer(descriptor, how):
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr(fcntl, "flock", answer)
+    write_text(tmp_path / "a.txt", "text")
+    assert (tmp_path / "a.txt").read_text() == "text"
 
 
 def test_content_reaches_the_disk_before_the_name(tmp_path, monkeypatch):

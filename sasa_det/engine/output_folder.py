@@ -1,6 +1,5 @@
 """Output folders: runs that are resumed, and none written over by accident."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +34,7 @@ _RUN_FILES = (
     "log.txt*",
     "model_*.pth",
     "events.out.tfevents.*",
-    ".writing-*",
+    ".writing*",
     WANDB_ID,
     *_RESULTS,
 )
@@ -74,7 +73,7 @@ def claim_output(
         resumed = check_output(cfg, eval_only=eval_only, resume=resume, overwrite=overwrite)
         if overwrite:
             for path in _removed(folder, eval_only):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                path.unlink()
         yield resumed
 
 
@@ -163,8 +162,7 @@ def refuse_existing(folder: Path, hint: str = "") -> None:
 
 def _files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     found = {path for pattern in patterns for path in folder.glob(pattern)}
-    # Files are written in folders of their own, which a process that was killed leaves there.
-    return sorted(p for p in found if p.is_file() or p.name.startswith(".writing-"))
+    return sorted(path for path in found if path.is_file())
 
 
 def _removed(folder: Path, eval_only: bool) -> list[Path]:

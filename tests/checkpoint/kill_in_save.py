@@ -58,7 +58,7 @@ def kill_within(folder, name, iteration, draw):
 
 def largest_part(folder):
     try:
-        return max((part.stat().st_size for part in folder.glob(".writing-*/*.pth")), default=0)
+        return max((part.stat().st_size for part in folder.glob(".writing.pth")), default=0)
     except FileNotFoundError:  # it was renamed meanwhile
         return 0
 
@@ -69,7 +69,7 @@ def main(folder, name, num_kills):
     for _ in range(num_kills):
         # Finished before the kill, so that a resumed run must not be behind it.
         finished = iteration + kill_within(folder, name, iteration, draw)
-        num_abandoned += any(folder.glob(".writing-*"))
+        num_abandoned += any(folder.glob(".writing.pth"))
         run = checkpointer(folder, -1)
         iteration = run.resume_or_load("", resume=True)["iteration"]
         assert finished <= iteration <= finished + 1, (finished, iteration)

@@ -51,13 +51,13 @@ def test_a_run_is_not_written_over(name, eval_only, config, tmp_path):
 
 def test_overwrite_removes_the_run_and_nothing_else(config, tmp_path):
     folder = tmp_path / "run"
-    fill(folder, *TRAINED, *RESULTS, ".writing-host-abc/model_final.pth")
+    fill(folder, *TRAINED, *RESULTS, ".writing.pth")
     # It may be what the new run is configured with, and is written anew.
     kept = fill(folder, "config.yaml", "notes.txt", "plots/loss.png")
     with claim_output(config(), overwrite=True) as resumed:
         assert not resumed
         assert files(folder) == kept
-    assert not list(folder.glob(".writing-*"))
+    assert not list(folder.glob(".writing.*"))
 
 
 def test_evaluation_removes_results_alone(config, tmp_path):
