@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 from ..ops import (
     block_attention,
+    mixed_values,
     pooled_stem_attention,
     relative_embedding,
     stem_attention,
 )
 from ..ops.local_attention import check_heads
+from .plain import is_plain_call, is_plain_pointwise
 
 __all__ = ["STEM_VALUES", "AttentionStem"]
 
@@ -127,21 +129,37 @@ class AttentionStem(nn.Module):
         Returns:
             (N, out_channels, ceil(H / block_size), ceil(W / block_size)).
         """
-        affine = None if torch.is_grad_enabled() else self._affine_norm()
-        if affine is not None and self.values != "convolution":
+        plain = self._is_plain()
+        affine = self._affine_norm() if plain and not torch.is_grad_enabled() else None
+        if affine is not None:
             return pooled_stem_attention(x, *self._tensors(), *affine, **self._options())
-        x = self.norm(self._attend(x))
+        if plain:
+            x = stem_attention(x, *self._tensors(), **self._options())
+        else:
+            x = self._attend(x)
         # ReLU and the maximum commute, and after it there is a sixteenth of the pixels.
-        return F.relu(F.max_pool2d(x, self.block_size, ceil_mode=True))
+        return F.relu(F.max_pool2d(self.norm(x), self.block_size, ceil_mode=True))
+
+    def _is_plain(self) -> bool:
+        """Tell whether the projections are no more than the weights that the operators take."""
+        if self.values == "convolution":
+            return False
+        layers = [self.query, self.key] + ([self.value] if self.values == "pointwise" else [])
+        return all(map(is_plain_pointwise, layers))
 
     def _attend(self, x: Tensor) -> Tensor:
-        if self.values != "convolution":
-            return stem_attention(x, *self._tensors(), **self._options())
-        # As "same" padding, so that a block's pixels see their surroundings alike.
-        before, after = (self.block_size - 1) // 2, self.block_size // 2
-        value = self.value(F.pad(x, (before, after, before, after)))
         embedding = relative_embedding(self.rel_rows, self.rel_cols, self.block_size)
+        value = self._project_values(x)
         return block_attention(self.query(x), self.key(x), value, embedding, **self._options())
+
+    def _project_values(self, x: Tensor) -> Tensor:
+        if self.values == "mixture":
+            return mixed_values(x, self.value_weight, self.mixing())
+        if self.values == "convolution":
+            # As "same" padding, so that a block's pixels see their surroundings alike.
+            before, after = (self.block_size - 1) // 2, self.block_size // 2
+            x = F.pad(x, (before, after, before, after))
+        return self.value(x)
 
     def _options(self) -> dict[str, int]:
         return {"block_size": self.block_size, "num_heads": self.num_heads}
@@ -156,12 +174,15 @@ class AttentionStem(nn.Module):
 
     def _affine_norm(self) -> tuple[Tensor, Tensor] | None:
         """Return scale and shift of a norm that is no more than that; None if it is more."""
-        norm = self.norm
-        if isinstance(norm, nn.Identity):
+        norm, kind = self.norm, type(self.norm)
+        if not is_plain_call(norm):
+            return None
+        if kind is nn.Identity:
             like = self.query.weight
             return like.new_ones(self.out_channels), like.new_zeros(self.out_channels)
-        frozen = type(norm).__name__ == "FrozenBatchNorm2d"  # detectron2's or torchvision's
-        batch_norm = isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)) and not norm.training
+        package = kind.__module__.partition(".")[0]
+        frozen = kind.__name__ == "FrozenBatchNorm2d" and package in ("detectron2", "torchvision")
+        batch_norm = kind in (nn.BatchNorm2d, nn.SyncBatchNorm) and not norm.training
         if not (frozen or batch_norm and norm.affine and norm.track_running_stats):
             return None
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()

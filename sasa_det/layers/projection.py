@@ -5,27 +5,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .plain import is_plain_pointwise
+
 __all__ = ["project"]
 
 
-def project(x: Tensor, layers: Sequence[nn.Conv2d]) -> tuple[Tensor, ...]:
-    """Apply pointwise convolutions without bias to one input, in the faster of two ways.
+def project(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    """Apply pointwise layers to one input, in the faster of two ways.
 
     On CPUs matrix products are up to four times as fast as PyTorch's 1x1 convolution, and the
-    gradients of the input are summed as they are made; elsewhere, under autocast, in traces and
-    where they have hooks the layers are called.
+    gradients of the input are summed as they are made. The layers are called elsewhere, under
+    autocast, in traces, and where one of them is more than its weight, see
+    :func:`sasa_det.layers.plain.is_plain_pointwise`.
 
     Args:
         x: (N, C_in, H, W).
-        layers: 1x1 convolutions without bias.
+        layers: 1x1 convolutions, or what stands in their place.
 
     Returns:
         tuple[Tensor, ...]: (N, C_out, H, W) of each layer.
     """
     # A trace, such as fvcore counts from, cannot see into the function below.
-    plain = torch.is_autocast_enabled("cpu") or torch.jit.is_tracing()
-    plain = plain or any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
-    if x.device.type != "cpu" or plain:
+    called = torch.is_autocast_enabled("cpu") or torch.jit.is_tracing()
+    if x.device.type != "cpu" or called or not all(map(is_plain_pointwise, layers)):
         return tuple(layer(x) for layer in layers)
     weights = [layer.weight.flatten(1) for layer in layers]
     return tuple(y.unflatten(2, x.shape[2:]) for y in _Products.apply(x.flatten(2), *weights))

@@ -5,10 +5,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..ops.aggregation import aggregate, reflect
 from ..ops.local_attention import check_kernel_size
-from ..ops.precision import accumulation_dtype
+from ..ops.precision import accumulation_dtype, autocast_disabled
 
 __all__ = [
     "PAIRWISE_RELATIONS",
@@ -189,13 +190,13 @@ class PairwiseAttention2d(_VectorAttention2d):
 
     def _relative_positions(self, height: int, width: int, like: Tensor) -> Tensor:
         """Return p_i - p_j for the places j of every pixel's window, (1, 2, kernel_size^2, H W)."""
-        # Half precision cannot tell the positions of neighbours apart; autocast, which would turn a
-        # convolution to it, leaves products of elements alone.
+        # Half precision cannot tell the positions of neighbours apart.
         dtype = accumulation_dtype(like.dtype)
         cols, rows = (self._coordinates(size, dtype, like.device) for size in (width, height))
         grid = torch.stack([cols.expand(height, width), rows[:, None].expand(height, width)])
-        weight, bias = (x.to(dtype) for x in (self.position.weight, self.position.bias))
-        positions = ((weight * grid).sum(1) + bias[:, None, None])[None]
+        weights = {name: weight.to(dtype) for name, weight in self.position.named_parameters()}
+        with autocast_disabled(like.device):
+            positions = functional_call(self.position, weights, grid[None])
         positions = positions.flatten(2).unsqueeze(2) - self._windows(positions)
         return positions.to(like.dtype)
 

@@ -2,15 +2,23 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-__all__ = ["accumulation_dtype", "without_autocast"]
+__all__ = ["accumulation_dtype", "autocast_disabled", "without_autocast"]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type of logits and sums: float32, or float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast_disabled(device: torch.device) -> AbstractContextManager:
+    """Return a context in which autocast is off, on devices that have it."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def without_autocast(function: Callable) -> Callable:
@@ -21,7 +29,7 @@ def without_autocast(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def wrapped(first, *args, **kwargs):
-        with torch.autocast(first.device.type, enabled=False):
+        with autocast_disabled(first.device):
             return function(first, *args, **kwargs)
 
     return wrapped

@@ -1,0 +1,45 @@
+"""When the weights of a layer may be used without calling the layer."""
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+__all__ = ["is_plain_call", "is_plain_pointwise"]
+
+
+def is_plain_call(module: nn.Module) -> bool:
+    """Tell whether calling a module runs the ``forward`` of its class and nothing else.
+
+    Args:
+        module: any module.
+
+    Returns:
+        bool: False if the module, or all modules, have hooks, or if its ``forward`` was replaced.
+    """
+    hooks = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    return not (any(hooks) or _has_any_global_hook() or "forward" in module.__dict__)
+
+
+def is_plain_pointwise(layer: nn.Module) -> bool:
+    """Tell whether a layer is no more than the product of its weight with every pixel.
+
+    Args:
+        layer: any module.
+
+    Returns:
+        bool: True for a 1x1 ``nn.Conv2d`` without bias, stride, padding, groups, hooks,
+        parametrizations or a weight of a tensor's subclass; False for a subclass, as of LoRA.
+    """
+    return (
+        type(layer) is nn.Conv2d  # parametrizations make a subclass
+        and layer.bias is None
+        and layer.kernel_size == layer.stride == (1, 1)
+        and layer.padding == (0, 0)
+        and layer.groups == 1
+        and type(layer.weight) in (nn.Parameter, Tensor)
+        and is_plain_call(layer)
+    )
