@@ -6,33 +6,11 @@ torch alone and import without detectron2.
 """
 
 import sys
+from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 
 __version__ = "0.1.0"
 __all__ = ["add_sasa_config"]
-
-_NO_DETECTRON2 = (
-    "sasa_det needs detectron2, which is not installed: run `python tools/install_detectron2.py` "
-    "from its source folder, or `pip install --no-build-isolation "
-    "git+https://github.com/facebookresearch/detectron2`."
-)
-
-
-def _imported_for(*parts: str) -> bool:
-    """Tell whether this package is being imported on the way to one of its parts.
-
-    Python runs a package before any of its parts and does not tell it which one is wanted; the
-    import machinery's frames do.
-    """
-    names = tuple(f"{__name__}.{part}" for part in parts)
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == "_find_and_load":
-            if str(frame.f_locals.get("name")).startswith(names):
-                return True
-        frame = frame.f_back
-    return False
-
 
 if find_spec("detectron2") is not None:
     from . import modeling  # noqa: F401
@@ -44,12 +22,24 @@ if find_spec("detectron2") is not None:
     register_digits()
     register_digit_crops()
     register_imagenet()
-elif _imported_for("ops", "layers"):
+else:
+    _NO_DETECTRON2 = (
+        "sasa_det needs detectron2, which is not installed: run "
+        "`python tools/install_detectron2.py` from its source folder, or `pip install "
+        "--no-build-isolation git+https://github.com/facebookresearch/detectron2`."
+    )
+
+    class _WithoutDetectron2(MetaPathFinder):
+        """Says what is to be done where a part of this package needs detectron2."""
+
+        def find_spec(self, name: str, path=None, target=None) -> None:
+            package, _, part = name.partition(".")
+            if package == __name__ and part.split(".")[0] not in ("ops", "layers", "_C"):
+                raise ImportError(_NO_DETECTRON2)
+
+    sys.meta_path.insert(0, _WithoutDetectron2())
 
     def __getattr__(name: str):
         if name in __all__:
             raise ImportError(_NO_DETECTRON2)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-else:
-    raise ImportError(_NO_DETECTRON2)

@@ -11,6 +11,7 @@ from sasa_det.data import write_digits
 from sasa_det.data.digit_crops import write_digit_crops
 from sasa_det.engine import argument_parser, run
 from sasa_det.engine.demo import run_demo
+from sasa_det.ops import cpu
 
 
 def call(*words, **kwargs):
@@ -24,15 +25,27 @@ HIDDEN = (
 HIDDEN += "u.find_spec = lambda name, *a: None if name == 'detectron2' else f(name, *a); "
 
 
-def test_without_detectron2_operators_and_layers_work_and_the_rest_says_what_to_do():
-    works = "from sasa_det.layers import AttentionStem; import sasa_det.ops; print('works'); "
-    result = call("-c", HIDDEN + works + "from sasa_det import add_sasa_config")
-    assert result.stdout == "works\n", result.stderr
-    assert "sasa_det needs detectron2" in result.stderr
-    result = call("-c", HIDDEN + "import sasa_det")
-    assert result.returncode == 1
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: sasa_det needs detectron2, which is not installed: run ")
+def test_operators_and_layers_work_without_detectron2():
+    works = (
+        "from sasa_det import ops, layers; import sasa_det.layers.position; "
+        "from sasa_det.layers import AttentionStem; from sasa_det.ops import cpu; "
+        "print('works', cpu.MISSING)"
+    )
+    result = call("-c", HIDDEN + works)
+    assert result.stdout == f"works {cpu.MISSING}\n", result.stderr
+
+
+def test_the_rest_says_what_to_do_without_detectron2():
+    for statement in (
+        "from sasa_det import add_sasa_config",
+        "import sasa_det; sasa_det.add_sasa_config",
+        "import sasa_det.engine",
+        "from sasa_det import modeling",
+    ):
+        result = call("-c", HIDDEN + statement)
+        assert result.returncode == 1, statement
+        last = result.stderr.strip().splitlines()[-1]
+        assert last.startswith("ImportError: sasa_det needs detectron2, which is not installed:")
 
 
 def test_analyze_model():
