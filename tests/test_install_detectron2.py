@@ -89,6 +89,44 @@ class TestApplyFixes:
         assert [fix for fix in installer.FIXES if fix.old in fix.new] == []
 
 
+class TestAddFixes:
+    @pytest.fixture
+    def package(self, installer, packages):
+        """An installed 0.6 of before the last fix."""
+        texts = {**RELEASE_FILES, "_C.py": installer.STUB}
+        for fix in installer.FIXES[:-1]:
+            texts[fix.file] = texts.get(fix.file, "") + fix.new * fix.count + "\n"
+        file, old, _, _ = installer.FIXES[-1]
+        return packages({**texts, file: f"x = 1\n{old}y = 2\n"})
+
+    @pytest.mark.parametrize("choice", ["", "existing", "0.6"])
+    def test_an_installation_of_before_gets_those_that_it_lacks(self, installer, package, choice):
+        before = snapshot(package)
+        result = run_script(choice)
+        file, _, new, _ = installer.FIXES[-1]
+        assert result.returncode == 0, result.stderr
+        assert f"in {file}: added." in result.stdout and result.stdout.count("added") == 1
+        assert (package / file).read_text() == f"x = 1\n{new}y = 2\n"
+        changed = {path for path, time in snapshot(package).items() if before.get(path) != time}
+        assert changed == {package / file}
+        assert "added" not in run_script(choice).stdout
+
+    def test_compiled_ones_are_left_alone(self, package):
+        (package / "_C.py").unlink()
+        (package / "_C").mkdir()
+        (package / "_C" / "__init__.py").touch()
+        before = snapshot(package)
+        assert run_script("existing").returncode == 0
+        assert snapshot(package) == before
+
+    def test_a_file_that_cannot_be_changed_is_named(self, package):
+        folder = package / "export"
+        (folder / "__init__.py.changed").mkdir()  # where the new text would be written
+        result = run_script("")
+        assert result.returncode == 1
+        assert f"ERROR: {folder / '__init__.py'} cannot be changed" in result.stderr
+
+
 class TestStub:
     @pytest.fixture
     def operators(self, installer):
@@ -241,3 +279,10 @@ def test_installed_release_carries_every_fix(installer):
     for file, old, new, _ in installer.FIXES:
         text = (Path(installed.folder) / file).read_text(encoding="utf-8")
         assert new in text and old not in text, file
+
+
+def test_export_imports_in_either_detectron2():
+    from detectron2.export import TracingAdapter, dump_torchscript_IR, scripting_with_instances
+    from detectron2.utils.analysis import FlopCountAnalysis
+
+    assert all((TracingAdapter, dump_torchscript_IR, scripting_with_instances, FlopCountAnalysis))

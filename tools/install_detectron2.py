@@ -71,6 +71,8 @@ FIXES = (
         "self._use_fast_impl = use_fast_impl",
         "self._use_fast_impl = False",
     ),
+    # Caffe2, which PyTorch no longer carries, kept all else of detectron2.export from importing.
+    Fix("export/__init__.py", "from .api import *\n", ""),
 )
 
 STUB = '''"""Stands in for the compiled operators, which this installation of detectron2 lacks."""
@@ -154,7 +156,31 @@ def apply_fixes(package, fixes=FIXES):
                 f"detectron2/{file} contains {old.strip()!r} {text.count(old)} time(s) where "
                 f"{count} was expected, so the fixes for v0.6 do not fit it."
             )
-        path.write_text(text.replace(old, new), encoding="utf-8")
+        try:
+            # Replaced whole: other programs may be importing it.
+            changed = path.with_suffix(".py.changed")
+            changed.write_text(text.replace(old, new), encoding="utf-8")
+            changed.replace(path)
+        except OSError as error:
+            raise InstallError(f"{path} cannot be changed ({error.strerror}).") from error
+
+
+def add_fixes(package):
+    """Apply the fixes that an installed v0.6 lacks, as one of an earlier version of this file.
+
+    Args:
+        package (Path): the installed package, without compiled operators.
+
+    Returns:
+        list of Fix: those that it lacked.
+    """
+    lacking = [
+        fix
+        for fix in FIXES
+        if (path := package / fix.file).is_file() and fix.old in path.read_text(encoding="utf-8")
+    ]
+    apply_fixes(package, lacking)
+    return lacking
 
 
 # ------------------------------------------------------------------- what is installed already
@@ -411,6 +437,9 @@ def provide(choice):
             + (f" ({problem})." if problem else ".")
         )
     if installed and choice in ("", "existing", installed.kind):
+        if installed.kind == "0.6" and not installed.compiled:
+            for fix in add_fixes(Path(installed.folder)):
+                say(f"detectron2 0.6 lacked a fix for today's libraries in {fix.file}: added.")
         return installed
     if choice == "main" and (reason := why_no_github()):
         raise InstallError(f"DETECTRON2=main, but {reason}.")
