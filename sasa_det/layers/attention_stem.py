@@ -77,6 +77,7 @@ class AttentionStem(nn.Module):
         self.key = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         head_width = out_channels // num_heads
         if values == "mixture":
+            self.value = None
             self.value_weight = nn.Parameter(torch.empty(num_mixtures, out_channels, in_channels))
             self.row_embedding = nn.Parameter(torch.empty(block_size, head_width))
             self.col_embedding = nn.Parameter(torch.empty(block_size, head_width))
@@ -129,16 +130,21 @@ class AttentionStem(nn.Module):
         Returns:
             (N, out_channels, ceil(H / block_size), ceil(W / block_size)).
         """
-        plain = self._is_plain()
-        affine = self._affine_norm() if plain and not torch.is_grad_enabled() else None
-        if affine is not None:
-            return pooled_stem_attention(x, *self._tensors(), *affine, **self._options())
-        if plain:
-            x = stem_attention(x, *self._tensors(), **self._options())
-        else:
-            x = self._attend(x)
+        if not torch.jit.is_scripting():  # alone, or TorchScript compiles what it cannot
+            if self._is_plain():
+                return self._run_fused(x)
+        return self._pool(self._attend(x))
+
+    def _pool(self, x: Tensor) -> Tensor:
         # ReLU and the maximum commute, and after it there is a sixteenth of the pixels.
         return F.relu(F.max_pool2d(self.norm(x), self.block_size, ceil_mode=True))
+
+    def _run_fused(self, x: Tensor) -> Tensor:
+        options = {"block_size": self.block_size, "num_heads": self.num_heads}
+        affine = None if torch.is_grad_enabled() else self._affine_norm()
+        if affine is not None:
+            return pooled_stem_attention(x, *self._tensors(), *affine, **options)
+        return self._pool(stem_attention(x, *self._tensors(), **options))
 
     def _is_plain(self) -> bool:
         """Tell whether the projections are no more than the weights that the operators take."""
@@ -148,21 +154,23 @@ class AttentionStem(nn.Module):
         return all(map(is_plain_pointwise, layers))
 
     def _attend(self, x: Tensor) -> Tensor:
-        embedding = relative_embedding(self.rel_rows, self.rel_cols, self.block_size)
-        value = self._project_values(x)
-        return block_attention(self.query(x), self.key(x), value, embedding, **self._options())
+        return block_attention(
+            self.query(x),
+            self.key(x),
+            self._project_values(x),
+            relative_embedding(self.rel_rows, self.rel_cols, self.block_size),
+            block_size=self.block_size,
+            num_heads=self.num_heads,
+        )
 
     def _project_values(self, x: Tensor) -> Tensor:
-        if self.values == "mixture":
+        if self.value is None:
             return mixed_values(x, self.value_weight, self.mixing())
         if self.values == "convolution":
             # As "same" padding, so that a block's pixels see their surroundings alike.
             before, after = (self.block_size - 1) // 2, self.block_size // 2
             x = F.pad(x, (before, after, before, after))
         return self.value(x)
-
-    def _options(self) -> dict[str, int]:
-        return {"block_size": self.block_size, "num_heads": self.num_heads}
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         if self.values == "mixture":

@@ -146,31 +146,56 @@ class LocalSelfAttention2d(nn.Module):
             (N, out_channels, ceil(H / stride), ceil(W / stride)).
         """
         query, key, value = self._project(x)
-        x = local_attention(
-            query,
-            key,
-            value,
-            self.rel_rows,
-            self.rel_cols,
-            kernel_size=self.kernel_size,
-            num_heads=self.num_heads,
-            border=self.border,
-            content=self.content,
-            backend=self.backend,
-        )
+        if torch.jit.is_scripting():  # which takes operators and no keyword-only defaults
+            x = torch.ops.sasa_det.local_attention(
+                query,
+                key,
+                value,
+                self.rel_rows,
+                self.rel_cols,
+                self.kernel_size,
+                self.num_heads,
+                self.border == "mask",
+                "" if self.backend is None else self.backend,
+            )[0]
+        else:
+            x = local_attention(
+                query,
+                key,
+                value,
+                self.rel_rows,
+                self.rel_cols,
+                kernel_size=self.kernel_size,
+                num_heads=self.num_heads,
+                border=self.border,
+                content=self.content,
+                backend=self.backend,
+            )
         if self.stride == 2:
             x = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
         return x
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        placed = x
+        if self.position == "absolute":
+            height, width = x.shape[2:]
+            placed = x + sinusoidal_encoding(
+                self.in_channels, height, width, dtype=x.dtype, device=x.device
+            )
+        if torch.jit.is_scripting():  # which passes no modules to functions
+            key: Tensor | None = None
+            if self.key is not None:
+                key = self.key(placed)
+            return self.query(placed), key, self.value(x)
+        else:
+            return self._project_together(x, placed)
+
+    def _project_together(self, x: Tensor, placed: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         if self.key is None:
             query, value = project(x, (self.query, self.value))
             return query, None, value
-        if self.position != "absolute":
+        if placed is x:
             return project(x, (self.query, self.key, self.value))
-        placed = x + sinusoidal_encoding(
-            self.in_channels, *x.shape[2:], dtype=x.dtype, device=x.device
-        )
         return (*project(placed, (self.query, self.key)), *project(x, (self.value,)))
 
     def extra_repr(self) -> str:

@@ -37,10 +37,11 @@ def sinusoidal_encoding(
     exponent = torch.arange(quarter, dtype=torch.float32, device=device) / quarter
     frequency = torch.exp(-math.log(10000.0) * exponent)
 
-    def encode(length: int) -> Tensor:
-        angle = frequency[:, None] * torch.arange(length, dtype=torch.float32, device=device)
-        return torch.cat([angle.sin(), angle.cos()])
-
-    rows = encode(height)[:, :, None].expand(-1, -1, width)
-    cols = encode(width)[:, None, :].expand(-1, height, -1)
+    rows = _encode(height, frequency)[:, :, None].expand(-1, -1, width)
+    cols = _encode(width, frequency)[:, None, :].expand(-1, height, -1)
     return torch.cat([rows, cols]).to(dtype)
+
+
+def _encode(length: int, frequency: Tensor) -> Tensor:
+    angle = frequency[:, None] * torch.arange(length, dtype=torch.float32, device=frequency.device)
+    return torch.cat([angle.sin(), angle.cos()])

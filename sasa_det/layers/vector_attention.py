@@ -192,11 +192,15 @@ class PairwiseAttention2d(_VectorAttention2d):
         """Return p_i - p_j for the places j of every pixel's window, (1, 2, kernel_size^2, H W)."""
         # Half precision cannot tell the positions of neighbours apart.
         dtype = accumulation_dtype(like.dtype)
-        cols, rows = (self._coordinates(size, dtype, like.device) for size in (width, height))
-        grid = torch.stack([cols.expand(height, width), rows[:, None].expand(height, width)])
-        weights = {name: weight.to(dtype) for name, weight in self.position.named_parameters()}
-        with autocast_disabled(like.device):
-            positions = functional_call(self.position, weights, grid[None])
+        cols = self._coordinates(width, dtype, like.device).expand(height, width)
+        rows = self._coordinates(height, dtype, like.device)[:, None].expand(height, width)
+        grid = torch.stack([cols, rows])[None]
+        if torch.jit.is_scripting():
+            positions = self.position(grid.to(like.dtype)).to(dtype)
+        else:
+            weights = {name: weight.to(dtype) for name, weight in self.position.named_parameters()}
+            with autocast_disabled(like.device):
+                positions = functional_call(self.position, weights, grid)
         positions = positions.flatten(2).unsqueeze(2) - self._windows(positions)
         return positions.to(like.dtype)
 

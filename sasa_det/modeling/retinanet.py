@@ -71,8 +71,8 @@ class AttentionRetinaNetHead(nn.Module):
         options["mixing_layer"] = cfg.MODEL.SASA.HEAD_MIXING_LAYER
         return options
 
-    def _make_tower(self, channels: list[int], norm: str, options: dict[str, Any]) -> nn.ModuleList:
-        tower = nn.ModuleList()
+    def _make_tower(self, channels: list[int], norm: str, options: dict[str, Any]) -> "_Tower":
+        tower = _Tower()
         for in_channels, out_channels in zip(channels, channels[1:], strict=False):
             layer = nn.ModuleDict(
                 {"attention": LocalSelfAttention2d(in_channels, out_channels, **options)}
@@ -96,19 +96,24 @@ class AttentionRetinaNetHead(nn.Module):
         """
         logits, deltas = [], []
         for level, feature in enumerate(features):
-            logits.append(self.cls_score(_run_tower(self.cls_subnet, feature, level)))
-            deltas.append(self.bbox_pred(_run_tower(self.bbox_subnet, feature, level)))
+            logits.append(self.cls_score(self.cls_subnet(feature, level)))
+            deltas.append(self.bbox_pred(self.bbox_subnet(feature, level)))
         return logits, deltas
 
 
-def _run_tower(tower: nn.ModuleList, x: Tensor, level: int) -> Tensor:
-    for layer in tower:
-        x = layer["attention"](x)
-        if "norms" in layer:
-            norms = layer["norms"]
-            x = norms[level % len(norms)](x)
-        x = torch.relu(x)
-    return x
+class _Tower(nn.ModuleList):
+    """Layers of attention, each with a norm, or one for each level, if at all."""
+
+    def forward(self, x: Tensor, level: int) -> Tensor:
+        for layer in self:
+            x = layer["attention"](x)
+            if "norms" in layer:
+                norms = layer["norms"]
+                for i, norm in enumerate(norms):  # TorchScript takes no variable as an index
+                    if i == level % len(norms):
+                        x = norm(x)
+            x = torch.relu(x)
+        return x
 
 
 def _prediction(

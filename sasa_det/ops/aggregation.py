@@ -25,7 +25,8 @@ def reflect(x: Tensor, padding: int) -> Tensor:
     """
     if padding < min(x.shape[2:]):
         return F.pad(x, [padding] * 4, mode="reflect")
-    rows, cols = (_reflected(size, padding, x.device) for size in x.shape[2:])
+    rows = _reflected(x.shape[2], padding, x.device)
+    cols = _reflected(x.shape[3], padding, x.device)
     return x[:, :, rows[:, None], cols]
 
 
@@ -55,6 +56,24 @@ def aggregate(value: Tensor, weights: Tensor, *, kernel_size: int) -> Tensor:
     Raises:
         ValueError: naming the argument, its value and what is allowed.
     """
+    # TorchScript knows no formatting of shapes.
+    if not torch.jit.is_scripting():
+        _check(value, weights, kernel_size)
+    channels, height, width = value.shape[1:]
+    groups = weights.shape[1]
+    dtype = accumulation_dtype(value.dtype)
+    shared = channels // groups
+    padded = reflect(value.to(dtype), kernel_size // 2).unflatten(1, (shared, groups))
+    output = torch.zeros_like(padded[..., :height, :width])
+    # Place by place: the unfolded window would be kernel_size^2 times as large as the value.
+    for place, weight in enumerate(weights.to(dtype).unsqueeze(1).unbind(3)):
+        row, col = divmod(place, kernel_size)
+        shifted = padded[..., row : row + height, col : col + width]
+        output = torch.addcmul(output, weight, shifted)
+    return output.flatten(1, 2).to(value.dtype)
+
+
+def _check(value: Tensor, weights: Tensor, kernel_size: int) -> None:
     check_kernel_size(kernel_size)
     n, channels, height, width = value.shape
     groups = weights.shape[1] if weights.ndim == 5 else 0
@@ -68,13 +87,3 @@ def aggregate(value: Tensor, weights: Tensor, *, kernel_size: int) -> Tensor:
             f"weights must be of shape {(n, groups, kernel_size**2, height, width)} for a value of "
             f"shape {tuple(value.shape)} and kernel_size {kernel_size}, got {tuple(weights.shape)}."
         )
-    dtype = accumulation_dtype(value.dtype)
-    shared = channels // groups
-    padded = reflect(value.to(dtype), kernel_size // 2).unflatten(1, (shared, groups))
-    output = padded.new_zeros(n, shared, groups, height, width)
-    # Place by place: the unfolded window would be kernel_size^2 times as large as the value.
-    for place, weight in enumerate(weights.to(dtype).unsqueeze(1).unbind(3)):
-        row, col = divmod(place, kernel_size)
-        shifted = padded[..., row : row + height, col : col + width]
-        output = torch.addcmul(output, weight, shifted)
-    return output.flatten(1, 2).to(value.dtype)

@@ -42,7 +42,7 @@ def block_attention(
     Returns:
         (N, C, H, W) in the type of ``value``.
     """
-    return _attend(query, key, value, embedding, block_size, num_heads)
+    return torch.ops.sasa_det.block_attention(query, key, value, embedding, block_size, num_heads)
 
 
 def mixed_values(x: Tensor, weight: Tensor, mixing: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def mixed_values(x: Tensor, weight: Tensor, mixing: Tensor) -> Tensor:
     Returns:
         (N, C, H, W) in the type of ``x``.
     """
-    return _mix(x, weight, mixing)
+    return torch.ops.sasa_det.mixed_values(x, weight, mixing)
 
 
 def _to_blocks(x: Tensor, block_size: int) -> Tensor:

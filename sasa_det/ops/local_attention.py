@@ -1,9 +1,5 @@
 """The public operation: its contract, its checks and the choice of a backend."""
 
-import logging
-from functools import lru_cache
-
-import torch
 from torch import Tensor
 
 from . import reference
@@ -17,8 +13,6 @@ __all__ = [
     "check_kernel_size",
     "local_attention",
 ]
-
-logger = logging.getLogger(__name__)
 
 BORDERS = ("mask", "zero")
 _NAMES = (*BACKENDS, "reference")
@@ -121,33 +115,9 @@ def local_attention(
             num_heads=num_heads,
             border=border,
         )
-    backend = _choose(backend, query, num_heads)
     mask = border == "mask"
-    return attend(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask, backend)[0]
-
-
-def _choose(backend: str | None, query: Tensor, num_heads: int) -> str:
-    """Return the backend to run, the one asked for or the fastest for tensors like ``query``."""
-    if backend is not None:
-        reason = BACKENDS[backend].why_not(query, num_heads, forced=True)
-        if reason:
-            raise RuntimeError(f"backend {backend!r} cannot run here: {reason}.")
-        return backend
-    reasons = []
-    for name, module in BACKENDS.items():
-        reason = module.why_not(query, num_heads)
-        if reason is None:
-            break
-        reasons.append(f"; {name} does not: {reason}")
-    if not torch.compiler.is_compiling():
-        _say_once(name, "".join(reasons))
-    return name
-
-
-@lru_cache(None)
-def _say_once(name: str, reasons: str) -> None:
-    summary = BACKENDS[name].SUMMARY
-    logger.info("local_attention runs on the %s backend (%s)%s.", name, summary, reasons)
+    tensors = (query, key, value, rel_rows, rel_cols)
+    return attend(*tensors, kernel_size, num_heads, mask, backend or "")[0]
 
 
 def _check(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, border, content):

@@ -4,6 +4,9 @@ The backward pass is an operator too: autograd on a plain loop would keep a C x 
 each of the k^2 offsets of the window.
 """
 
+import logging
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -16,6 +19,37 @@ __all__ = ["BACKENDS", "attend", "attend_backward"]
 # Fastest first. Each has SUMMARY, MISSING, why_not, and forward and backward with the arguments of
 # `attend` and `attend_backward` but the last.
 BACKENDS = {"cpu": cpu, "triton": triton, "loop": loop}
+
+logger = logging.getLogger(__name__)
+
+
+def _choose(name: str, query: Tensor, num_heads: int) -> str:
+    """Return the backend to run, the one asked for or the fastest for tensors like ``query``.
+
+    Raises:
+        RuntimeError: if the one that was asked for cannot run, with the reason.
+    """
+    if name:
+        reason = "it is no backend of the operator"
+        if name in BACKENDS:
+            reason = BACKENDS[name].why_not(query, num_heads, forced=True)
+        if reason:
+            raise RuntimeError(f"backend {name!r} cannot run here: {reason}.")
+        return name
+    reasons = []
+    for name, backend in BACKENDS.items():
+        reason = backend.why_not(query, num_heads)
+        if reason is None:
+            break
+        reasons.append(f"; {name} does not: {reason}")
+    _say_once(name, "".join(reasons))
+    return name
+
+
+@lru_cache(None)
+def _say_once(name: str, reasons: str) -> None:
+    summary = BACKENDS[name].SUMMARY
+    logger.info("local_attention runs on the %s backend (%s)%s.", name, summary, reasons)
 
 
 @torch.library.custom_op("sasa_det::local_attention", mutates_args=())
@@ -36,13 +70,13 @@ def attend(
     Args:
         key: None stands for ``content=False``.
         mask: True for border "mask", False for "zero".
-        backend: a name of :data:`BACKENDS`.
+        backend: a name of :data:`BACKENDS`, or "" for the first of them that can run.
 
     Returns:
         (output, log_sum): the output (N, C, H, W) and what the backend wants back for its
         backward pass, each window's log-sum-exp (N, num_heads, H, W) or an empty tensor.
     """
-    return BACKENDS[backend].forward(
+    return BACKENDS[_choose(backend, query, num_heads)].forward(
         query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask
     )
 
@@ -50,7 +84,9 @@ def attend(
 @attend.register_fake
 def _(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask, backend):
     n, _, height, width = query.shape
-    shape = (0,) if backend == "cpu" else (n, num_heads, height, width)
+    shape = (n, num_heads, height, width)
+    if _choose(backend, query, num_heads) == "cpu":
+        shape = (0,)
     log_sum = query.new_empty(shape, dtype=accumulation_dtype(query.dtype))
     return torch.empty_like(value, memory_format=torch.contiguous_format), log_sum
 
@@ -72,7 +108,9 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of query, key, value and both embeddings; empty for an absent one."""
     tensors = (grad, query, key, value, rel_rows, rel_cols, log_sum)
-    return BACKENDS[backend].backward(*tensors, kernel_size, num_heads, mask)
+    return BACKENDS[_choose(backend, query, num_heads)].backward(
+        *tensors, kernel_size, num_heads, mask
+    )
 
 
 @attend_backward.register_fake

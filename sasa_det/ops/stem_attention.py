@@ -121,13 +121,13 @@ def relative_embedding(
     Returns:
         (num_heads, B, B, width) with B = block_size^2 as :func:`block_attention` takes it, or None.
     """
-    if rel_rows is None:
+    if rel_rows is None or rel_cols is None:
         return None
     place = torch.arange(block_size, device=rel_rows.device)
     offset = place[None, :] - place[:, None] + block_size - 1
     rows = rel_rows[:, :, offset][:, :, :, None, :, None]
     cols = rel_cols[:, :, offset][:, :, None, :, None, :]
-    shape = (*rel_rows.shape[:2], *(block_size,) * 4)
+    shape = list(rel_rows.shape[:2]) + [block_size] * 4
     embedding = torch.cat([rows.expand(shape), cols.expand(shape)], 1)
     return embedding.flatten(4).flatten(2, 3).permute(0, 2, 3, 1)
 

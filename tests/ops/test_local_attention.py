@@ -1,7 +1,6 @@
 """The operation against equation 3, written as the loops it stands for."""
 
 import functools
-import importlib
 import itertools
 import re
 
@@ -10,10 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sasa_det.ops import available_backends, local_attention
+from sasa_det.ops import available_backends, local_attention, operator
 
 # The package's attribute of that name is the function.
-local_attention_module = importlib.import_module("sasa_det.ops.local_attention")
 
 # Triton has its own tests: without a GPU they need its interpreter.
 BACKENDS = [name for name in available_backends() if name != "triton"]
@@ -419,7 +417,7 @@ def test_exports_with_any_image_size():
 
 
 def test_the_fastest_backend_that_takes_the_inputs_runs(caplog):
-    local_attention_module._say_once.cache_clear()
+    operator._say_once.cache_clear()
     inputs = [x.detach() for x in make_inputs(1, 8, 4, 5, 3, 2)]
     with caplog.at_level("INFO"):
         for _ in range(2):

@@ -68,6 +68,9 @@ class _Stage(CNNBlockBase):
         self.out_norm = norm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:  # TorchScript has no super()
         x = self.transition(F.max_pool2d(x, 2, ceil_mode=True))
         return F.relu(self.out_norm(self.blocks(x)))
 
@@ -89,7 +92,7 @@ class _Stem(_Stage):
         self.norm = norm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.relu(self.norm(self.conv(x))))
+        return self._run(F.relu(self.norm(self.conv(x))))
 
 
 class SAN(Backbone):
@@ -216,12 +219,10 @@ class SAN(Backbone):
             ceil(W / stride)), and of linear (N, num_classes).
         """
         outputs = {}
-        for name in self.stage_names:
-            x = getattr(self, name)(x)
+        for name, module in self.named_children():  # as TorchScript can iterate over them
+            x = module(x.mean((2, 3)) if name == "linear" else x)
             if name in self._out_features:
                 outputs[name] = x
-        if self.linear is not None:
-            outputs["linear"] = self.linear(x.mean((2, 3)))
         return outputs
 
     def freeze(self, freeze_at: int = 0) -> "SAN":
