@@ -155,6 +155,7 @@ def test_classifier():
     ({"RESNETS.DEPTH": 18}, "MODEL.RESNETS.DEPTH.* must be one of .*got 18"),
     ({"RESNETS.OUT_FEATURES": ["res1"]}, "OUT_FEATURES.* must be one of .*got 'res1'"),
     ({"RESNETS.NUM_GROUPS": 32}, "MODEL.RESNETS.NUM_GROUPS must be 1 .*got 32"),
+    ({"RESNETS.STRIDE_IN_1X1": True}, "MODEL.RESNETS.STRIDE_IN_1X1 must be False .*got True"),
 ])  # fmt: skip
 def test_bad_values_are_named(change, message):
     cfg = config()

@@ -27,6 +27,16 @@ NUM_BLOCKS = {
     101: (3, 4, 23, 3),
     152: (3, 8, 36, 3),
 }
+# The only values of keys of detectron2's ResNet for what is not there with attention: grouped,
+# dilated and deformable convolutions, and strides in the pointwise ones.
+_RESNETS_ONLY = {
+    "NUM_GROUPS": 1,
+    "STRIDE_IN_1X1": False,
+    "RES5_DILATION": 1,
+    "DEFORM_ON_PER_STAGE": [False] * 4,
+    "DEFORM_MODULATED": False,
+    "DEFORM_NUM_GROUPS": 1,
+}
 
 
 class AttentionBottleneckBlock(CNNBlockBase):
@@ -228,16 +238,11 @@ class SASAResNet(ResNet):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         sasa, resnets = cfg.MODEL.SASA, cfg.MODEL.RESNETS
-        for key, allowed in {"NUM_GROUPS": 1, "RES5_DILATION": 1}.items():
+        for key, allowed in _RESNETS_ONLY.items():
             if resnets[key] != allowed:
                 raise ValueError(
                     f"MODEL.RESNETS.{key} must be {allowed} for a SASA ResNet, got {resnets[key]}."
                 )
-        if any(resnets.DEFORM_ON_PER_STAGE):
-            raise ValueError(
-                "MODEL.RESNETS.DEFORM_ON_PER_STAGE must be all False for a SASA ResNet, "
-                f"got {resnets.DEFORM_ON_PER_STAGE}."
-            )
         return {
             "depth": resnets.DEPTH,
             "stem": sasa.STEM,
