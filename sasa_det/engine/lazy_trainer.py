@@ -15,6 +15,7 @@ from detectron2.utils.registry import locate
 from torch import nn
 
 from ..data.loader import TrainLoader
+from ..modeling.rcnn import check_res5_heads
 from .errors import UsageError
 from .lazy_config import LazySettings
 from .model_check import BUILD_ERRORS, check_weights, explain_build_error
@@ -82,13 +83,16 @@ class LazyTrainer(Trainer):
             yield from instantiate({**_test_loader(self.cfg, name), "mapper": mapper})
 
 
-def check_calls(cfg: LazySettings, *, eval_only: bool, weights: str = "") -> None:
+def check_calls(
+    cfg: LazySettings, *, eval_only: bool, weights: str = "", num_processes: int = 1
+) -> None:
     """Make all that a LazyConfig describes but the data, on the CPU, to tell its mistakes.
 
     Args:
         cfg: the config of a run.
         eval_only: whether the run evaluates without training.
         weights: what the run starts from, which is loaded into the model; "" for nothing.
+        num_processes: of the run, on all machines.
 
     Raises:
         UsageError: in one sentence, from the error that was raised.
@@ -97,6 +101,7 @@ def check_calls(cfg: LazySettings, *, eval_only: bool, weights: str = "") -> Non
     loaders = cfg.lazy.dataloader
     try:
         model = instantiate(cfg.lazy.model).to("cpu")
+        check_res5_heads(model)
         checkpoint_stages(model.backbone, cfg.MODEL.ACTIVATION_CHECKPOINTING)
         for name in cfg.DATASETS.TEST[:1]:
             instantiate(loaders.test.mapper)

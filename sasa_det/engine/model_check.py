@@ -3,6 +3,7 @@
 import re
 
 from detectron2.config import CfgNode
+from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.modeling import (
     ANCHOR_GENERATOR_REGISTRY,
     BACKBONE_REGISTRY,
@@ -21,6 +22,8 @@ from torch import nn
 from ..checkpoint import Checkpointer
 from ..checkpoint.sources import locate
 from ..data.class_order import check_same_classes, classes_in
+from ..modeling.batch_norm import check_batch_norms
+from ..modeling.rcnn import check_res5_heads
 from .errors import UsageError, nearest
 from .model_options import checkpoint_stages
 from .optimizer import build_optimizer
@@ -55,13 +58,16 @@ BUILD_ERRORS = (
 )
 
 
-def check_model(cfg: CfgNode, *, eval_only: bool, weights: str = "") -> None:
+def check_model(
+    cfg: CfgNode, *, eval_only: bool, weights: str = "", num_processes: int = 1
+) -> None:
     """Build model, mappers and, for training, the optimizer of a config on the CPU.
 
     Args:
         cfg: the config of a run.
         eval_only: whether the run evaluates without training.
         weights: what the run starts from, which is loaded into the model; "" for nothing.
+        num_processes: of the run, on all machines.
 
     Raises:
         UsageError: in one sentence, from the error that building raised.
@@ -72,6 +78,9 @@ def check_model(cfg: CfgNode, *, eval_only: bool, weights: str = "") -> None:
     cfg.MODEL.DEVICE = "cpu"
     try:
         model = build_model(cfg)
+        check_res5_heads(model)
+        if not eval_only:
+            _check_single_values(cfg, model, num_processes)
         checkpoint_stages(model.backbone, cfg.MODEL.ACTIVATION_CHECKPOINTING)
         task_of(cfg).build_mappers(cfg, eval_only)
         if not eval_only:
@@ -79,6 +88,22 @@ def check_model(cfg: CfgNode, *, eval_only: bool, weights: str = "") -> None:
     except BUILD_ERRORS as error:
         raise UsageError(explain_build_error(error)) from error
     check_weights(cfg, model, weights, strict=eval_only)
+
+
+def _check_single_values(cfg: CfgNode, model: nn.Module, num_processes: int) -> None:
+    """Check the batch norms of a run whose images are all of one size."""
+    if cfg.MODEL.META_ARCHITECTURE == "Classifier":
+        side = cfg.INPUT.CLASSIFICATION.CROP_SIZE
+    elif cfg.INPUT.JITTER.ENABLED:
+        side = cfg.INPUT.JITTER.CROP_SIZE
+    else:
+        return
+    synchronized = (nn.SyncBatchNorm, NaiveSyncBatchNorm)
+    if num_processes > 1 and any(isinstance(m, synchronized) for m in model.modules()):
+        return
+    batch_size = cfg.SOLVER.IMS_PER_BATCH // (num_processes * cfg.SOLVER.ACCUMULATION_STEPS)
+    if batch_size == 1:  # or there is more than one value
+        check_batch_norms(model, batch_size, side)
 
 
 def check_weights(cfg: CfgNode, model: nn.Module, weights: str, *, strict: bool) -> None:

@@ -194,7 +194,7 @@ def check_run(
             f"WANDB_PROJECT is {cfg.WANDB_PROJECT} but wandb is not installed; install it or give "
             'WANDB_PROJECT "".'
         )
-    check(cfg, eval_only=eval_only, weights=weights)
+    check(cfg, eval_only=eval_only, weights=weights, num_processes=num_processes)
 
 
 def _check_batch(cfg: CfgNode, num_processes: int) -> None:

@@ -13,9 +13,11 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ..checkpoint.sharding import whole
+from ..modeling.batch_norm import SingleValueError, naming_batch_norms
 from ..seeding import seed_everything
 from ..wording import first_of
 from .distributed import shard_optimizer_state, unwrapped, without_sync
+from .errors import UsageError
 from .signals import StopSignals
 
 __all__ = ["NonFiniteError", "StepTrainer"]
@@ -109,7 +111,7 @@ class StepTrainer(SimpleTrainer):
                 with torch.autocast(
                     self._device.type, self.precision, enabled=self.precision is not None
                 ):
-                    losses = self.model(batches[-1])
+                    losses = self._losses(batches[-1])
                 if isinstance(losses, Tensor):
                     losses = {"total_loss": losses}
                 losses = {name: loss / self.accumulation_steps for name, loss in losses.items()}
@@ -117,6 +119,14 @@ class StepTrainer(SimpleTrainer):
             for name, loss in losses.items():
                 totals[name] = totals.get(name, 0) + loss.detach()
         return totals, batches, data_time
+
+    def _losses(self, batch: list[dict[str, Any]] | dict[str, Any]) -> dict[str, Tensor] | Tensor:
+        try:
+            with naming_batch_norms(unwrapped(self.model)):
+                return self.model(batch)
+        except SingleValueError as error:
+            images = ", ".join(_describe(batch))
+            raise UsageError(f"iteration {self.iter}, image {images}: {error}") from error
 
     def _agree(
         self, losses: dict[str, Tensor], norm: Tensor, data_time: float

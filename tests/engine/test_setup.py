@@ -299,3 +299,25 @@ def test_errors_of_the_program_show_where_they_come_from(config, monkeypatch, ca
     text = capsys.readouterr().err
     assert "Traceback" in text and "anchor_generator.py" in text
     assert text.splitlines()[-1].startswith("error: ")
+
+
+# ------------------------------------------------------------------- what no batch can be run with
+
+
+def test_one_image_of_one_pixel_after_the_strides_is_refused(config):
+    opts = ["SOLVER.IMS_PER_BATCH", 2, "INPUT.JITTER.ENABLED", True, "INPUT.JITTER.CROP_SIZE", 64]
+    opts += ["MODEL.RETINANET.NORM", "BN"]
+    check_model(config(*opts), eval_only=False)
+    message = told(lambda: check_model(config(*opts), eval_only=False, num_processes=2))
+    assert message.startswith("head.cls_subnet.0.norms.3 is a batch norm that has one value")
+    check_model(config(*opts), eval_only=True, num_processes=2)
+    check_model(config(*opts[:5], 256, *opts[6:]), eval_only=False, num_processes=2)
+
+
+def test_a_width_that_rcnn_heads_do_not_take_is_refused(config):
+    opts = ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "MODEL.RPN.IN_FEATURES", "['res4']"]
+    opts += ["MODEL.BACKBONE.NAME", "build_sasa_resnet_backbone", "MODEL.RESNETS.DEPTH", "26"]
+    opts += ["MODEL.RESNETS.OUT_FEATURES", "['res4']", "MODEL.ANCHOR_GENERATOR.SIZES", "[[32]]"]
+    opts += ["MODEL.SASA.WIDTH_MULTIPLIER", 0.5]
+    message = told(lambda: check_model(config(*opts), eval_only=False))
+    assert "Res5ROIHeads takes" in message and "set MODEL.SASA.WIDTH_MULTIPLIER 1.0" in message

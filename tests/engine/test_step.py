@@ -7,6 +7,7 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from sasa_det.engine import UsageError
 from sasa_det.engine.step import NonFiniteError, StepTrainer
 
 
@@ -158,6 +159,16 @@ def test_what_is_not_finite_stops_the_run_before_the_step(model, data, last, mes
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     after = [s["momentum_buffer"] for s in runner.optimizer.state.values()]
     assert all(torch.equal(a, b) for a, b in zip(after, momentum, strict=True))
+
+
+def test_a_batch_norm_with_one_value_is_named_with_the_image():
+    model = Regression()
+    model.linear = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)).double()
+    with pytest.raises(UsageError) as error:
+        steps(trainer(model, Batches(1)), 4, 5)
+    message = "iteration 4, image 0_0.png (id 0): linear.1 is a batch norm that has one value per"
+    assert str(error.value).startswith(message)
+    steps(trainer(model, Batches(2)), 0, 1)
 
 
 def test_resumed_steps_are_bit_equal():
