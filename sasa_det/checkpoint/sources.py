@@ -1,9 +1,11 @@
 """Where weights come from: this computer, or a server that is not trusted."""
 
+import logging
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.parse import parse_qsl, urlsplit
 
 from detectron2.utils.file_io import PathManager
@@ -12,6 +14,8 @@ from .errors import CheckpointError
 from .integrity import sha256
 
 __all__ = ["Source", "check_sha256", "locate"]
+
+logger = logging.getLogger(__name__)
 
 _DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/"
 
@@ -31,6 +35,9 @@ class Source:
 
 def locate(weights: str | os.PathLike) -> Source:
     """Find the file that a name of weights stands for, and download it if it is remote.
+
+    What was downloaded before is kept in detectron2's cache, and downloaded anew if its digest is
+    another one.
 
     Args:
         weights: a path, an ``https://`` address, or ``detectron2://`` and a path in detectron2's
@@ -56,10 +63,10 @@ def locate(weights: str | os.PathLike) -> Source:
     expected = _expected_digest(weights, parts.fragment)
     if parts.scheme == "":
         path = Path(address)
+        if expected is not None:
+            check_sha256(path, expected)
     else:
         path = _download(weights, parts.scheme, address, expected)
-    if expected is not None:
-        check_sha256(path, expected)
     return Source(path, heuristics)
 
 
@@ -73,15 +80,22 @@ def check_sha256(path: Path, expected: str) -> None:
     Raises:
         CheckpointError: if it differs or the file cannot be read.
     """
-    try:
-        with open(path, "rb") as file:
-            found = sha256(file, os.fstat(file.fileno()).st_size)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
+    _compare(path, _sha256_of(path), expected)
+
+
+def _compare(name: str | os.PathLike, found: str, expected: str) -> None:
     if found != expected:
         raise CheckpointError(
-            f"{path} has the SHA-256 {found}, not {expected} as its name in MODEL.WEIGHTS says."
+            f"{name} has the SHA-256 {found}, not {expected} as its name in MODEL.WEIGHTS says."
         )
+
+
+def _sha256_of(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return sha256(file, os.fstat(file.fileno()).st_size)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
 
 
 def _matching_heuristics(weights: str, query: str) -> bool:
@@ -114,6 +128,19 @@ def _download(weights: str, scheme: str, address: str, expected: str | None) -> 
     if scheme == "detectron2":
         address = _DETECTRON2 + address.removeprefix("detectron2://")
     try:
-        return Path(PathManager.get_local_path(address))
+        path = Path(PathManager.get_local_path(address))
+        if _sha256_of(path) != expected:
+            logger.warning(
+                "%s in the cache has not the SHA-256 that MODEL.WEIGHTS says: downloading %s anew.",
+                path,
+                address,
+            )
+            # Other processes may be reading the old file, or download a new one as well.
+            with TemporaryDirectory(dir=path.parent) as folder:
+                options = {"cache_dir": folder, "force": True}
+                fresh = Path(PathManager.get_local_path(address, **options))
+                _compare(address, _sha256_of(fresh), expected)
+                fresh.replace(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{address} cannot be downloaded ({error}).") from error
+    return path

@@ -1,5 +1,7 @@
 import hashlib
 import socket
+import urllib.error
+import urllib.request
 
 import pytest
 
@@ -57,23 +59,66 @@ def test_a_downloaded_file_is_checked(file):
         check_sha256(file, hashlib.sha256(b"content").hexdigest())
 
 
-@pytest.mark.parametrize(
-    ("address", "cached"),
-    [
-        ("https://example.com/folder/a.pth", "folder/a.pth"),
-        ("detectron2://ImageNet/R-50.pkl", "detectron2/ImageNet/R-50.pkl"),
-    ],
-)
-def test_what_was_downloaded_before_is_checked_too(tmp_path, monkeypatch, address, cached):
-    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
-    (tmp_path / cached).parent.mkdir(parents=True)
-    (tmp_path / cached).write_bytes(b"content")
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """What the network holds by address; lists what was downloaded."""
+    content, downloads = {}, []
+
+    def open_address(address, *args, **kwargs):
+        downloads.append(address)
+        if address not in content:
+            raise urllib.error.URLError("no such file")
+        path = tmp_path / "served"
+        path.write_bytes(content[address])
+        return urllib.request.OpenerDirector.open(opener, path.as_uri())
+
+    opener = urllib.request.build_opener()
+    monkeypatch.setattr(urllib.request, "urlopen", open_address)
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    return content, downloads
+
+
+ADDRESSES = [
+    ("https://example.com/folder/a.pth", "folder/a.pth", "https://example.com/folder/a.pth"),
+    (
+        "detectron2://ImageNet/R-50.pkl",
+        "detectron2/ImageNet/R-50.pkl",
+        "https://dl.fbaipublicfiles.com/detectron2/ImageNet/R-50.pkl",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "cached", "address"), ADDRESSES)
+def test_what_was_downloaded_before_is_used_or_downloaded_anew(
+    tmp_path, server, caplog, name, cached, address
+):
+    content, downloads = server
+    path = tmp_path / "cache" / cached
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"content")
     digest = hashlib.sha256(b"content").hexdigest()
-    source = locate(f"{address}?matching_heuristics=True#sha256={digest}")
-    assert source.path == tmp_path / cached and source.matching_heuristics
-    (tmp_path / cached).write_bytes(b"contend")
-    with pytest.raises(CheckpointError, match=f"{cached} has the SHA-256 .*, not {digest}"):
-        locate(f"{address}#sha256={digest}")
+    source = locate(f"{name}?matching_heuristics=True#sha256={digest}")
+    assert source.path == path and source.matching_heuristics
+    assert downloads == []
+
+    # The server's file has changed, and what MODEL.WEIGHTS says with it.
+    content[address] = b"changed"
+    changed = hashlib.sha256(b"changed").hexdigest()
+    with caplog.at_level("WARNING"):
+        assert locate(f"{name}#sha256={changed}").path == path
+    assert path.read_bytes() == b"changed" and downloads == [address]
+    assert f"{path} in the cache has not the SHA-256" in caplog.text and address in caplog.text
+    assert locate(f"{name}#sha256={changed}").path == path and downloads == [address]
+
+    # What is neither in the cache nor there is refused, and the cache is left as it was.
+    refusal = f"{address} has the SHA-256 {changed}, not {DIGEST} as its name"
+    with pytest.raises(CheckpointError, match=refusal):
+        locate(f"{name}#sha256={DIGEST}")
+    content.clear()
+    with pytest.raises(CheckpointError, match="cannot be downloaded"):
+        locate(f"{name}#sha256={DIGEST}")
+    kept = [p for p in path.parent.iterdir() if p.suffix != ".lock"]
+    assert kept == [path] and path.read_bytes() == b"changed"
 
 
 @pytest.mark.parametrize(
