@@ -63,11 +63,7 @@ def _contents(report):
         ["crowds among them", f"{report.num_crowds:,}"],
         ["classes", f"{len(report.categories):,}"],
     ]
-    use = {True: "training", False: "evaluation", None: "any use"}[report.training]
-    title = (
-        f"{printable(report.json_file)} with images in {printable(report.image_root)}, for {use}"
-    )
-    return f"{title}\n\n{tabulate(rows, tablefmt='plain', colalign=('left', 'right'))}"
+    return tabulate(rows, tablefmt="plain", colalign=("left", "right"))
 
 
 def _classes(report, everything):

@@ -17,6 +17,7 @@ def test_report_names_files_classes_and_problems(write, content):
     report = validate_coco(json_file, root)
     text = describe_report(report)
     assert text.startswith(f"{json_file} with images in {root}, for training or evaluation\n")
+    assert text.count(" with images in ") == 1
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     assert ["5", "ant", "1"] in cells and ["9", "cup", "0"] in cells
     assert ["error", "iscrowd other than 0 and 1", "1", "refused"] in cells
