@@ -14,12 +14,10 @@ from detectron2.evaluation import COCOEvaluator
 from ..data.coco import check_registered
 from ..data.loader import build_train_loader
 from ..data.mapper import DetectionMapper, build_test_mapper, build_train_mapper
-from ..evaluation.coco import coco_evaluator
+from ..evaluation.coco import coco_evaluator, coco_metrics
 from .task import Task
 
 __all__ = ["DETECTION", "image_options"]
-
-_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def image_options(cfg: CfgNode) -> dict[str, int | str]:
@@ -34,8 +32,12 @@ def _check_data(cfg: CfgNode, names: Sequence[str], training: bool) -> None:
 
 def _metrics(cfg: CfgNode, class_names: Sequence[str]) -> list[str]:
     asked = {"bbox": True, "segm": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
-    metrics = (*_METRICS, *(f"AP-{class_name}" for class_name in class_names))
-    return [f"{task}/{metric}" for task in asked if asked[task] for metric in metrics]
+    return [
+        f"{task}/{metric}"
+        for task in asked
+        if asked[task]
+        for metric in coco_metrics(task, class_names)
+    ]
 
 
 def _build_mappers(cfg: CfgNode, eval_only: bool) -> None:

@@ -34,14 +34,10 @@ class BestMetric:
     def update(self, metrics: dict[str, float]) -> bool:
         """Take an evaluation's metrics and tell whether they hold a better value.
 
-        Raises:
-            KeyError: if the metric is not among them.
+        A metric that is not there, as a class's AP before anything is detected, or that is not
+        finite is no better.
         """
-        if self.name not in metrics:
-            raise KeyError(
-                f"TEST.BEST_METRIC {self.name} is not among the metrics {', '.join(metrics)}."
-            )
-        value = float(metrics[self.name])
+        value = float(metrics.get(self.name, math.nan))
         sign = 1 if self.mode == "max" else -1
         better = math.isfinite(value) and (self.value is None or sign * value > sign * self.value)
         if better:
@@ -54,6 +50,22 @@ class BestMetric:
     def is_exhausted(self) -> bool:
         """Whether patience is at its end."""
         return 0 < self.patience <= self.since
+
+    def describe(self) -> str:
+        """Say for how many evaluations there has been no better value."""
+        if self.value is None:
+            return f"{self.name} has had no finite value in {self.since} evaluations"
+        return (
+            f"{self.name} has not become better than {self.value:.5g} in {self.since} evaluations"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "mode": self.mode, "value": self.value, "since": self.since}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, unless it is of another metric."""
+        if (state.get("name", self.name), state.get("mode", self.mode)) == (self.name, self.mode):
+            self.value, self.since = state["value"], state["since"]
 
 
 class Evaluation(HookBase):
@@ -133,18 +145,15 @@ class Evaluation(HookBase):
         if self._best is not None and self._best.is_exhausted:
             if save:
                 self._checkpoints.save_now()
-            raise StopTraining(
-                f"{self._best.name} has not become better than {self._best.value:.5g} in "
-                f"{self._best.since} evaluations"
-            )
+            raise StopTraining(self._best.describe())
 
     def state_dict(self) -> dict[str, Any]:
         state = {"evaluated": self._evaluated}
         if self._best is not None:
-            state["best"] = {"value": self._best.value, "since": self._best.since}
+            state["best"] = self._best.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._evaluated = state["evaluated"]
         if self._best is not None and "best" in state:
-            self._best.value, self._best.since = state["best"]["value"], state["best"]["since"]
+            self._best.load_state_dict(state["best"])

@@ -288,7 +288,7 @@ def _check_data(cfg: CfgNode, eval_only: bool) -> None:
                 f"{key} is {given} but {', '.join(datasets)} has {found} classes; set {key} "
                 f"{found}."
             )
-    check_metrics(cfg, MetadataCatalog.get(datasets[-1]).thing_classes)
+    check_metrics(cfg)
 
 
 def class_keys(cfg: CfgNode) -> list[str]:

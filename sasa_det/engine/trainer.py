@@ -23,6 +23,7 @@ from .config_values import check_schedule, warn_of_slow_averages
 from .distributed import distribute, unsharded
 from .ema import EmaUpdate, ModelEma
 from .evaluating import BestMetric, Evaluation
+from .metric_names import check_losses
 from .metrics_file import MetricWriters
 from .model_options import apply_options
 from .optimizer import build_optimizer, max_gradient_norm
@@ -60,7 +61,8 @@ class Trainer(DefaultTrainer):
 
         Raises:
             ValueError: if a value of the config does not fit the model or the processes.
-            UsageError: if warmup or steps of the learning rate lie beyond the end.
+            UsageError: if warmup or steps of the learning rate lie beyond the end, or
+                ``TEST.BEST_METRIC`` names a loss that the model does not have.
         """
         # Not DefaultTrainer's, which builds everything its own way.
         TrainerBase.__init__(self)
@@ -93,6 +95,7 @@ class Trainer(DefaultTrainer):
         self.checkpointer = Checkpointer(
             model, cfg.OUTPUT_DIR, allow=cfg.MODEL.WEIGHTS_ALLOW, **parts
         )
+        check_losses(cfg, model, self._validation_batches())
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self._in_step = False
         self.register_hooks(self.build_hooks())

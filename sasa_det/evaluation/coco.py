@@ -1,8 +1,13 @@
 """COCO's metrics."""
 
+import logging
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import numpy as np
 from detectron2.evaluation import COCOEvaluator
 
-__all__ = ["coco_evaluator"]
+__all__ = ["coco_evaluator", "coco_metrics"]
 
 
 def coco_evaluator(dataset_name: str, output_dir: str | None = None) -> COCOEvaluator:
@@ -25,6 +30,25 @@ class _Evaluator(COCOEvaluator):
         if class_names is not None and indices is not None:
             class_names = [class_names[indices[identity]] for identity in sorted(indices)]
         return super()._derive_coco_results(coco_eval, iou_type, class_names=class_names)
+
+
+def coco_metrics(task: str, class_names: Sequence[str]) -> list[str]:
+    """List the metrics that detectron2's evaluator has of a task once something was detected.
+
+    Args:
+        task: "bbox", "segm" or "keypoints".
+        class_names: of the data set.
+
+    Returns:
+        list[str]: names as in "AP50" and, where there is more than one class, "AP-cat".
+    """
+    evaluator = COCOEvaluator.__new__(COCOEvaluator)  # which would read the data set
+    evaluator._logger = logging.Logger(__name__, logging.CRITICAL)
+    # What COCO's evaluation leaves behind: twelve numbers, and precisions by IoU, recall, class,
+    # size and number of detections.
+    precision = np.zeros((1, 1, len(class_names), 1, 1))
+    evaluation = SimpleNamespace(stats=np.zeros(12), eval={"precision": precision})
+    return list(evaluator._derive_coco_results(evaluation, task, class_names))
 
 
 def _has_compiled_evaluation() -> bool:

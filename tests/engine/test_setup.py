@@ -3,11 +3,13 @@
 import pytest
 import torch
 import yaml
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 
 from sasa_det.checkpoint import CheckpointError
 from sasa_det.engine import UsageError, load_config
 from sasa_det.engine.errors import USAGE_ERRORS, tell
+from sasa_det.engine.metric_names import check_metrics
 from sasa_det.engine.model_check import check_model
 from sasa_det.engine.output_lock import output_lock
 from sasa_det.engine.setup import check_run
@@ -249,6 +251,43 @@ def test_metrics_that_evaluations_have(config):
     message = told(lambda: check_run(config("TEST.EXPECTED_RESULTS", expected)))
     assert message.startswith("TEST.EXPECTED_RESULTS must hold [task, metric, value, tolerance]")
     check_run(config("TEST.EXPECTED_RESULTS", expected.replace("bboxx", "bbox")))
+    for wrong in ("[1]", "[['bbox', ['AP'], 1.0, 1.0]]", "[['bbox', 'AP', 'x', 1.0]]"):
+        message = told(lambda opts=wrong: check_run(config("TEST.EXPECTED_RESULTS", opts)))
+        assert message.startswith("TEST.EXPECTED_RESULTS must hold [task, metric,")
+
+
+def test_metrics_follow_classes_and_data_sets(config):
+    cfg = config().clone()
+    cfg.defrost()
+
+    def refused(tests, best, *expected):
+        cfg.DATASETS.TEST, cfg.TEST.BEST_METRIC = tests, best
+        cfg.TEST.EXPECTED_RESULTS = list(expected)
+        try:
+            check_metrics(cfg)
+        except UsageError as error:
+            return str(error).split()[0]
+        return ""
+
+    classes = {"no": [], "one": ["cat"], "two": ["cat", "a/b"]}
+    for name, names in classes.items():
+        MetadataCatalog.get(name).set(thing_classes=names)
+    best, expected = "TEST.BEST_METRIC", ["bbox", "AP", 1.0, 0.1]
+    assert not refused(("one",), "bbox/AP") and refused(("one",), "bbox/AP-cat") == best
+    assert not refused(("two",), "bbox/AP-a/b") and refused(("two",), "two/bbox/AP") == best
+    assert not refused(("one", "two"), "two/bbox/AP-cat")
+    assert refused(("one", "two"), "one/bbox/AP-cat") == best
+    assert refused(("one", "two"), "bbox/AP") == best
+    # One data set, though it is named twice, as in the results.
+    assert not refused(("two", "two"), "bbox/AP-cat")
+    assert refused(("two", "two"), "two/bbox/AP") == best
+    assert not refused((), "") and refused((), "bbox/AP") == best
+    # detectron2 looks for them in the results of one data set.
+    assert not refused(("one",), "", expected)
+    assert refused(("one", "two"), "", expected) == "TEST.EXPECTED_RESULTS"
+    cfg.MODEL.MASK_ON = cfg.MODEL.KEYPOINT_ON = True
+    assert not refused(("one",), "segm/APs") and not refused(("one",), "keypoints/APm")
+    assert refused(("one",), "keypoints/APs") == best
 
 
 @pytest.mark.parametrize("device", ["meta", "mps", "xpu", "gpu"])

@@ -83,8 +83,42 @@ def test_best_of_a_metric():
     ]  # fmt: skip
     assert best.value == 2.0 and not best.is_exhausted
     assert not best.update({"bbox/AP": 2.0}) and best.is_exhausted
-    with pytest.raises(KeyError, match="TEST.BEST_METRIC bbox/AP is not among the metrics segm/AP"):
-        best.update({"segm/AP": 1.0})
+    # As before anything is detected.
+    assert not best.update({"bbox/AP50": 3.0}) and (best.value, best.since) == (2.0, 3)
+    again = BestMetric("bbox/AP", "max")
+    again.load_state_dict(best.state_dict())
+    assert (again.value, again.since) == (2.0, 3)
+    # A value of another metric is no value of this one.
+    for other in (BestMetric("bbox/AP50", "max"), BestMetric("bbox/AP", "min")):
+        other.load_state_dict(best.state_dict())
+        assert (other.value, other.since) == (None, 0)
+
+
+def test_a_metric_that_nothing_detected_leaves_out_is_no_better(command, tmp_path, capsys):
+    """AP is NaN then, and the APs of classes are missing."""
+    options = [
+        "MODEL.RETINANET.SCORE_THRESH_TEST", 1.0, "SOLVER.MAX_ITER", 4, "TEST.EVAL_PERIOD", 1,
+        "SOLVER.CHECKPOINT_PERIOD", 100, "TEST.BEST_METRIC", "bbox/AP-7",
+    ]  # fmt: skip
+    assert command(*options, "OUTPUT_DIR", tmp_path / "whole") == 0
+    assert checkpoints(tmp_path / "whole") == ["final"]
+    options += ["TEST.EARLY_STOPPING", 2]
+    for words in ([], ["--resume"]):
+        assert command(*words, *options) == 0
+        printed = capsys.readouterr().out
+        assert "bbox/AP-7 has had no finite value in 2 evaluations" in printed
+        assert checkpoints(tmp_path / "run") == ["0000001"]
+
+
+def test_a_loss_that_the_model_does_not_have(command, tmp_path, capsys):
+    options = ["TEST.VALIDATION_LOSS", True, "TEST.BEST_METRIC", "validation/loss_clss"]
+    assert command(*options) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1] == (
+        "error: TEST.BEST_METRIC must be one of the losses validation/loss_cls, "
+        "validation/loss_box_reg, validation/total_loss, got validation/loss_clss; did you mean "
+        "validation/loss_cls?"
+    )
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_a_run_that_diverges_saves_nothing_and_names_the_images(command, tmp_path, capsys):
