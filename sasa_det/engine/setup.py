@@ -1,5 +1,6 @@
 """The config of a run: put together, and checked before any work is done."""
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
@@ -25,7 +26,7 @@ from .output_lock import output_lock
 from .schedule import prefer_given
 from .tasks import task_of
 
-__all__ = ["check_run", "class_keys", "load_config", "register_datasets"]
+__all__ = ["check_processes", "check_run", "class_keys", "load_config", "register_datasets"]
 
 # More is a slip of the finger, and would be read for ever before the first step.
 _LARGEST_BATCH = 10**6
@@ -195,6 +196,45 @@ def check_run(
             'WANDB_PROJECT "".'
         )
     check(cfg, eval_only=eval_only, weights=weights, num_processes=num_processes)
+
+
+def check_processes(
+    cfg: CfgNode, num_gpus: int, num_machines: int = 1, dist_url: str = "auto"
+) -> None:
+    """Check that the processes of a run find their devices and each other.
+
+    Args:
+        cfg: the config of the run.
+        num_gpus: processes on this machine.
+        num_machines: machines that take part.
+        dist_url: address at which the processes meet; "auto" on one machine.
+
+    Raises:
+        UsageError: naming ``MODEL.DEVICE``, ``--num-gpus`` or ``--dist-url``.
+    """
+    _check_device(cfg)
+    device = cfg.MODEL.DEVICE
+    if device != "cpu" and num_gpus > torch.cuda.device_count():
+        raise UsageError(
+            f"--num-gpus must be at most the {torch.cuda.device_count()} GPUs of this machine, "
+            f"got {num_gpus}."
+        )
+    if num_gpus * num_machines == 1:
+        return
+    if torch.device(device).index is not None:
+        raise UsageError(
+            f"MODEL.DEVICE must be cpu or cuda for a run of several processes, got {device!r}."
+        )
+    if dist_url == "auto":
+        if num_machines > 1:
+            raise UsageError(
+                "--dist-url must be an address that all machines reach, as in tcp://host:port, if "
+                f"--num-machines is above 1, which is {num_machines}, got 'auto'."
+            )
+    elif not re.fullmatch(r"tcp://[^/\s]+:\d+|file:///\S+", dist_url):
+        raise UsageError(
+            f"--dist-url must be auto, tcp://host:port or file:///path, got {dist_url!r}."
+        )
 
 
 def _check_batch(cfg: CfgNode, num_processes: int) -> None:

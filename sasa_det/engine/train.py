@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ from .launch import first_to_say, is_elastic_restart, launch, started_by_torchru
 from .logs import log_to
 from .model_check import check_model
 from .output_folder import claim_output, discard_output
-from .setup import check_run, load_config, register_datasets
+from .setup import check_processes, check_run, load_config, register_datasets
 from .signals import StopTraining
 from .step import NonFiniteError
 from .trainer import Trainer
@@ -129,7 +130,9 @@ def run(args: argparse.Namespace, kind: ConfigKind = YAML) -> int:
     try:
         cfg = kind.load(args.config_file, args.opts, args.train, args.test)
         if started_by_torchrun():
+            check_processes(cfg, int(os.environ["LOCAL_WORLD_SIZE"]))
             return launch(_torchrun_worker, 1, device=cfg.MODEL.DEVICE, args=(kind, cfg, args))
+        check_processes(cfg, args.num_gpus, args.num_machines, args.dist_url)
         processes = args.num_gpus * args.num_machines
         leader = args.machine_rank == 0
         with _prepared(kind, cfg, args, leader, processes) as resume:

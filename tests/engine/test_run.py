@@ -136,6 +136,9 @@ MISTAKES = {
     "classes": (["MODEL.RETINANET.NUM_CLASSES", "3"], "MODEL.RETINANET.NUM_CLASSES is 3"),
     "weights": (["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS nowhere.pth does not exist"),
     "processes": (["--num-gpus", "3"], "SOLVER.IMS_PER_BATCH must be a multiple of the number of"),
+    "machines": (["--num-machines", "2"], "--dist-url must be an address that all machines reach"),
+    "address": (["--num-gpus", "2", "--dist-url", "host"], "--dist-url must be auto, tcp://host"),
+    "gpu": (["MODEL.DEVICE", "cuda:99"], "MODEL.DEVICE is cuda:99 but"),
     "nothing to resume": (["--resume"], "holds no checkpoint to resume"),
     "both": (["--resume", "auto", "--overwrite"], "--resume and --overwrite exclude each other"),
 }

@@ -12,7 +12,7 @@ from sasa_det.engine.errors import USAGE_ERRORS, tell
 from sasa_det.engine.metric_names import check_metrics
 from sasa_det.engine.model_check import check_model
 from sasa_det.engine.output_lock import output_lock
-from sasa_det.engine.setup import check_run
+from sasa_det.engine.setup import check_processes, check_run
 
 CONFIG = "configs/quick/retinanet_SASA.yaml"
 MASK_RCNN = "configs/COCO-InstanceSegmentation/mask_rcnn_SASA_R_50_FPN.yaml"
@@ -234,6 +234,26 @@ def test_a_gpu_that_is_not_there(config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     message = told(lambda: check_run(config("MODEL.DEVICE", "cuda:2")))
     assert "MODEL.DEVICE is cuda:2 but 2 GPUs are visible" in message
+
+
+def test_processes_that_cannot_start_or_meet(config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    cpu, gpu, second = (config("MODEL.DEVICE", name) for name in ("cpu", "cuda", "cuda:1"))
+    check_processes(cpu, 8)
+    check_processes(gpu, 2)
+    check_processes(second, 1)
+    check_processes(gpu, 1, 2, "tcp://10.0.0.1:29500")
+    check_processes(gpu, 1, 2, "file:///shared/meeting")
+    message = told(lambda: check_processes(gpu, 3))
+    assert message == "--num-gpus must be at most the 2 GPUs of this machine, got 3."
+    message = told(lambda: check_processes(second, 2))
+    assert message.startswith("MODEL.DEVICE must be cpu or cuda for a run of several processes")
+    message = told(lambda: check_processes(cpu, 1, 2))
+    assert message.startswith("--dist-url must be an address that all machines reach")
+    for url in ("10.0.0.1:29500", "tcp://10.0.0.1", "http://host:80", "tcp://host:port", ""):
+        message = told(lambda url=url: check_processes(cpu, 2, 1, url))
+        assert message.endswith(f"auto, tcp://host:port or file:///path, got {url!r}.")
 
 
 def test_metrics_that_evaluations_have(config):
