@@ -8,7 +8,16 @@ from detectron2.layers import get_norm
 
 from .schedule import WARMUP_THEN_COSINE
 
-__all__ = ["INCREASING", "MAY_BE_INFINITE", "MAY_BE_NONE", "NOT_EMPTY", "RULES", "Rule"]
+__all__ = [
+    "EXAMPLES",
+    "INCREASING",
+    "MAY_BE_FLAT",
+    "MAY_BE_INFINITE",
+    "MAY_BE_NONE",
+    "NOT_EMPTY",
+    "RULES",
+    "Rule",
+]
 
 
 class Rule(NamedTuple):
@@ -143,6 +152,21 @@ RULES: dict[Rule, str] = {
     _one_of("linear", "constant"): "SOLVER.WARMUP_METHOD",
     _one_of("max", "min"): "TEST.BEST_MODE",
 }
+
+# A value is a list, or a list of lists, of strings or of numbers as its default is. Where that does
+# not show it, a value that does; TEST.EXPECTED_RESULTS, whose lists are of both, is checked with the
+# metrics.
+EXAMPLES = {
+    ("",): """
+        DATASETS.PROPOSAL_FILES_* DATASETS.TEST DATASETS.TRAIN MODEL.FPN.IN_FEATURES
+        MODEL.ACTIVATION_CHECKPOINTING MODEL.WEIGHTS_ALLOW
+    """,
+    (0.0,): "SOLVER.STEP_EPOCHS TEST.KEYPOINT_OKS_SIGMAS",
+    0.0: "SOLVER.WEIGHT_DECAY_BIAS",
+    None: "TEST.EXPECTED_RESULTS",
+}
+# detectron2 takes one list for all levels as well.
+MAY_BE_FLAT = "MODEL.ANCHOR_GENERATOR.*S"
 
 # Lists that need a value, and lists whose values must increase.
 NOT_EMPTY = """

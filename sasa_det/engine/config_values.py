@@ -7,15 +7,27 @@ from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 
+from ..config import add_sasa_config
 from .config_keys import flatten
-from .config_rules import INCREASING, MAY_BE_INFINITE, MAY_BE_NONE, NOT_EMPTY, RULES, Rule
+from .config_rules import (
+    EXAMPLES,
+    INCREASING,
+    MAY_BE_FLAT,
+    MAY_BE_INFINITE,
+    MAY_BE_NONE,
+    NOT_EMPTY,
+    RULES,
+    Rule,
+)
 from .errors import UsageError, nearest
 
 __all__ = ["check_schedule", "check_values", "warn_of_slow_averages"]
 
 logger = logging.getLogger(__name__)
+
+_KINDS = {bool: "truth value", int: "number", float: "number", str: "string"}
 
 
 def check_values(cfg: CfgNode) -> None:
@@ -28,9 +40,15 @@ def check_values(cfg: CfgNode) -> None:
         UsageError: in one sentence that names the key, its value and what is allowed.
     """
     values = flatten(cfg)
-    for key, value in values.items():
+    defaults = get_cfg()
+    add_sasa_config(defaults)
+    for key, default in flatten(defaults).items():
+        if key not in values:
+            raise UsageError(f"{key} must be a value, got a section of keys.")
+        value = values[key]
         for part in _parts(value):
             _check_plain(key, part)
+        _check_kind(key, value, default)
         for rule, keys in RULES.items():
             if _is_among(key, keys):
                 _check_rule(key, value, rule)
@@ -117,11 +135,39 @@ def _check_plain(key: str, value: Any) -> None:
         raise UsageError(f"{key} must have a value, got None.")
     if not isinstance(value, (bool, int, float, str, type(None))):
         raise UsageError(f"{key} must hold numbers, strings, True and False, got {value!r}.")
+    if isinstance(value, str) and "\0" in value:
+        raise UsageError(f"{key} must not hold a null character, got {value!r}.")
     if isinstance(value, int) and abs(value) >= 2**63:
         raise UsageError(f"{key} must be an integer of 64 bits, got a longer one.")
     if isinstance(value, float) and not math.isfinite(value):
         if math.isnan(value) or not _is_among(key, MAY_BE_INFINITE):
             raise UsageError(f"{key} must be finite, got {value}.")
+
+
+def _check_kind(key: str, value: Any, default: Any) -> None:
+    """Check that a value nests lists as the default does, and holds numbers where it does."""
+    for example, keys in EXAMPLES.items():
+        if _is_among(key, keys):
+            default = example
+    examples = [default, default[0]] if _is_among(key, MAY_BE_FLAT) else [default]
+    if default is not None and not any(_is_of_kind(value, example) for example in examples):
+        raise UsageError(f"{key} must be {_describe(default)}, got {value!r}.")
+
+
+def _is_of_kind(value: Any, example: Any) -> bool:
+    if isinstance(example, list | tuple):
+        is_list = isinstance(value, list | tuple)
+        return is_list and all(_is_of_kind(part, example[0]) for part in value)
+    return value is None or _KINDS.get(type(value)) == _KINDS[type(example)]
+
+
+def _describe(example: Any) -> str:
+    if not isinstance(example, list | tuple):
+        return f"a {_KINDS[type(example)]}"
+    depth, part = 1, example[0]
+    while isinstance(part, list | tuple):
+        depth, part = depth + 1, part[0]
+    return f"a list of {'lists of ' * (depth - 1)}{_KINDS[type(part)]}s"
 
 
 def _check_rule(key: str, value: Any, rule: Rule) -> None:
@@ -142,6 +188,16 @@ def _check_lengths(values: dict[str, Any]) -> None:
     for section in ("RETINANET", "ROI_HEADS", "RPN"):
         thresholds = values[f"MODEL.{section}.IOU_THRESHOLDS"]
         lengths[f"MODEL.{section}.IOU_LABELS"] = len(thresholds) + 1
+    # A box has four coordinates, and an angle where it is rotated.
+    rotated = {
+        "MODEL.RPN": values["MODEL.PROPOSAL_GENERATOR.NAME"] == "RRPN",
+        "MODEL.ROI_BOX_HEAD": values["MODEL.ROI_HEADS.NAME"] == "RROIHeads",
+        "MODEL.RETINANET": False,
+    }
+    lengths |= {f"{section}.BBOX_REG_WEIGHTS": 4 + angle for section, angle in rotated.items()}
     for key, length in lengths.items():
         if len(values[key]) != length:
             raise UsageError(f"{key} must hold {length} values, got {values[key]!r}.")
+    key = "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS"
+    if any(len(weights) != 4 for weights in values[key]):
+        raise UsageError(f"each list of {key} must hold 4 values, got {values[key]!r}.")
