@@ -2,13 +2,17 @@
 """Count a model's parameters and FLOPs, or those of the paper's models, as tables or a picture."""
 
 import argparse
+import os
+import signal
 import sys
 from pathlib import Path
 
+# Until run_command takes Ctrl-C over: the imports take seconds.
+signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 from sasa_det.engine import load_config
-from sasa_det.engine.arguments import positive_int
+from sasa_det.engine.arguments import positive_int, run_command
 from sasa_det.engine.counting import count_model, usual_size
-from sasa_det.engine.errors import USAGE_ERRORS, tell
 from sasa_det.engine.paper import draw_figure_5, paper_report
 from sasa_det.modeling.report import parts_report
 
@@ -81,7 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except USAGE_ERRORS as error:
-        sys.exit(tell(error))
+    sys.exit(run_command(main))

@@ -2,13 +2,18 @@
 """Write the backbone of a checkpoint to a file that any model with this backbone can start from."""
 
 import argparse
+import os
+import signal
 import sys
+
+# Until run_command takes Ctrl-C over: the imports take seconds.
+signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from sasa_det.checkpoint.convert import WEIGHTS
 from sasa_det.checkpoint.errors import TransferError
 from sasa_det.engine import UsageError
+from sasa_det.engine.arguments import run_command
 from sasa_det.engine.conversion import build_target, convert_backbone
-from sasa_det.engine.errors import USAGE_ERRORS, tell
 
 _EPILOG = """
 The backbone is that of the model of --config-file or, by default, of the config that SOURCE holds;
@@ -18,7 +23,8 @@ nothing is written, unless --allow names it. What attention a ResNet of torchvis
 is told and no error.
 """
 
-if __name__ == "__main__":
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument(
         "source",
@@ -70,7 +76,9 @@ if __name__ == "__main__":
             report = convert_backbone(args.source, args.target, model, allow=args.allow, **options)
     except TransferError as error:
         print(error.report)
-        sys.exit(tell(error))
-    except USAGE_ERRORS as error:
-        sys.exit(tell(error))
+        raise
     print(report)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

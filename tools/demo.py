@@ -2,20 +2,27 @@
 """Train attentional RetinaNets, pretrained or not, and their convolutional twin on digits."""
 
 import argparse
+import os
+import signal
 import sys
 from pathlib import Path
 
-from sasa_det.engine.demo import run_demo
-from sasa_det.engine.errors import USAGE_ERRORS, tell
+# Until run_command takes Ctrl-C over: the imports take seconds.
+signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-if __name__ == "__main__":
+from sasa_det.engine.arguments import run_command
+from sasa_det.engine.demo import run_demo
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", default="output/demo", help="a folder that does not exist yet")
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, help="config overrides for the detectors, KEY VALUE pairs"
     )
     args = parser.parse_args()
-    try:
-        run_demo(Path(__file__).parents[1] / "configs" / "Digits", Path(args.output), args.opts)
-    except USAGE_ERRORS as error:
-        sys.exit(tell(error))
+    run_demo(Path(__file__).parents[1] / "configs" / "Digits", Path(args.output), args.opts)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -4,9 +4,15 @@
 Flags are those of tools/train_net.py; overrides are key=value.
 """
 
+import os
+import signal
 import sys
 
+# Until run_command takes Ctrl-C over: the imports take seconds.
+signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+from sasa_det.engine.arguments import run_command
 from sasa_det.engine.lazy import lazy_argument_parser, run_lazy
 
 if __name__ == "__main__":
-    sys.exit(run_lazy(lazy_argument_parser(__doc__).parse_args()))
+    sys.exit(run_command(lambda: run_lazy(lazy_argument_parser(__doc__).parse_args())))

@@ -1,9 +1,15 @@
 #!/usr/bin/env python
 """Train or evaluate an image classifier: detectron2's flags and KEY VALUE overrides, see --help."""
 
+import os
+import signal
 import sys
 from pathlib import Path
 
+# Until run_command takes Ctrl-C over: the imports take seconds.
+signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+from sasa_det.engine.arguments import run_command
 from sasa_det.engine.pretraining import classifier_argument_parser, run_classifier
 
 _DEFAULT = Path(__file__).parents[1] / "configs" / "ImageNet" / "SASA_R_50_full.yaml"
@@ -11,4 +17,4 @@ _DEFAULT = Path(__file__).parents[1] / "configs" / "ImageNet" / "SASA_R_50_full.
 if __name__ == "__main__":
     parser = classifier_argument_parser(__doc__)
     parser.set_defaults(config_file=str(_DEFAULT))
-    sys.exit(run_classifier(parser.parse_args()))
+    sys.exit(run_command(lambda: run_classifier(parser.parse_args())))

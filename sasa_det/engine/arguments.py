@@ -1,12 +1,48 @@
-"""The command line of a run."""
+"""The command line of a run, and how a command ends."""
 
 import argparse
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from detectron2.engine import default_argument_parser
 
-__all__ = ["argument_parser", "positive_int"]
+from .errors import USAGE_ERRORS, tell
+from .signals import StopTraining
+
+__all__ = ["argument_parser", "positive_int", "run_command"]
+
+
+def run_command(main: Callable[[], int | None]) -> int:
+    """Carry out a command of tools/, whatever the locale, and end it without a traceback.
+
+    In a locale that is not UTF-8 the command starts again in Python's UTF-8 mode, for libraries
+    open text files in the encoding of the locale. Characters that the terminal does not have are
+    printed as escapes.
+
+    Args:
+        main: reads the command line and returns the exit status; None is 0.
+
+    Returns:
+        int: the exit status: that of ``main``, 2 after a mistake, which is printed in one sentence,
+        130 after Ctrl-C, and that of the signal where one stopped a training.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode:
+        os.environ["PYTHONUTF8"] = "1"  # for the processes that it starts
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return main() or 0
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except StopTraining as stop:
+        print(f"The command ends: {stop}.", file=sys.stderr)
+        return stop.status
+    except USAGE_ERRORS as error:
+        return tell(error)
 
 
 def argument_parser(*, coco: bool = True) -> argparse.ArgumentParser:

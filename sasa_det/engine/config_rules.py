@@ -153,9 +153,8 @@ RULES: dict[Rule, str] = {
     _one_of("max", "min"): "TEST.BEST_MODE",
 }
 
-# A value is a list, or a list of lists, of strings or of numbers as its default is. Where that does
-# not show it, a value that does; TEST.EXPECTED_RESULTS, whose lists are of both, is checked with the
-# metrics.
+# A value nests lists, and holds strings or numbers, as its default does. These are examples where
+# the default does not show it; TEST.EXPECTED_RESULTS, with both, is checked with the metrics.
 EXAMPLES = {
     ("",): """
         DATASETS.PROPOSAL_FILES_* DATASETS.TEST DATASETS.TRAIN MODEL.FPN.IN_FEATURES

@@ -1,5 +1,6 @@
 """Where the log goes."""
 
+import io
 import logging
 import sys
 from collections.abc import Callable
@@ -30,5 +31,10 @@ def log_to(
         # As default_setup calls it, so that its own call adds nothing.
         named = {} if name == "detectron2" else {"name": name}
         for handler in setup_logger(folder, distributed_rank=rank, **named).handlers:
-            if shown is not None and getattr(handler, "stream", None) is sys.stdout:
+            on_terminal = handler.stream is sys.stdout
+            if isinstance(handler.stream, io.TextIOWrapper):
+                # Names may have characters that the locale lacks.
+                encoding = None if on_terminal else "utf-8"
+                handler.stream.reconfigure(encoding=encoding, errors="backslashreplace")
+            if shown is not None and on_terminal:
                 handler.addFilter(shown)

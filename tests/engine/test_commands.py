@@ -1,17 +1,24 @@
 """The commands as processes, and the package where detectron2 is missing."""
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from sasa_det.checkpoint import read_checkpoint
 from sasa_det.data import write_digits
 from sasa_det.data.digit_crops import write_digit_crops
-from sasa_det.engine import argument_parser, run
+from sasa_det.engine import UsageError, argument_parser, run
+from sasa_det.engine.arguments import run_command
 from sasa_det.engine.demo import run_demo
 from sasa_det.ops import cpu
+from sasa_det.engine.signals import StopTraining
 
 
 def call(*words, **kwargs):
@@ -70,6 +77,91 @@ def test_a_hostile_config_executes_nothing(tmp_path):
         f"error: {base}, line 1: a value of type !!python/object/apply:os.system"
     )
     assert not marker.exists()
+
+
+def test_how_commands_end(capsys):
+    def ending(error):
+        def main():
+            raise error
+
+        return run_command(main), capsys.readouterr().err
+
+    assert run_command(lambda: None) == 0 and run_command(lambda: 1) == 1
+    assert ending(KeyboardInterrupt()) == (130, "")
+    status, told = ending(StopTraining("SIGTERM was received", 143))
+    assert status == 143 and "SIGTERM was received" in told
+    assert ending(UsageError("SEED must be an integer.")) == (
+        2,
+        "error: SEED must be an integer.\n",
+    )
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: 1 // 0)
+
+
+TOOLS = sorted(set(Path("tools").glob("*.py")) - {Path("tools/install_detectron2.py")})
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_a_command_is_imported(start, read_until):
+    assert len(TOOLS) == 8
+    processes = [start(launcher=("-X", "importtime"), tool=tool, data=["--help"]) for tool in TOOLS]
+    for process in processes:
+        output = read_until(process, "numpy")
+        process.send_signal(signal.SIGINT)
+        output += process.communicate()[0]
+        assert process.returncode == 130 and "Traceback" not in output, output[-2000:]
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_demo(start, read_until, tmp_path):
+    process = start(tool="tools/demo.py", data=["--output", tmp_path / "demo"])
+    output = read_until(process, "Starting training")
+    process.send_signal(signal.SIGINT)
+    output += process.communicate()[0]
+    assert process.returncode == 130 and "Traceback" not in output, output[-2000:]
+    assert "The command ends: SIGINT was received" in output
+    # The step that ran is saved, and nothing of the comparison is there.
+    folder = tmp_path / "demo" / "classifier"
+    assert read_checkpoint(folder / (folder / "last_checkpoint").read_text())["iteration"] >= 0
+    assert [path.name for path in (tmp_path / "demo").iterdir()] == ["classifier"]
+
+
+@pytest.mark.slow
+def test_names_outside_ascii_in_any_locale(digits, tmp_path):
+    """In files, in the log and on a terminal that has no characters for them."""
+    content = json.loads((digits / "val.json").read_text())
+    names = [f"größe {category['id']}" for category in content["categories"]]
+    for category, name in zip(content["categories"], names, strict=True):
+        category["name"] = name
+    shutil.copytree(digits / "val", tmp_path / "bilder")
+    image = content["images"][0]
+    (tmp_path / "bilder" / image["file_name"]).rename(tmp_path / "bilder" / "größe.png")
+    image["file_name"] = "größe.png"
+    json_file = tmp_path / "größe.json"
+    json_file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    data, folder = [json_file, tmp_path / "bilder"], tmp_path / "läufe"
+    arguments = ["--train", *data, "--test", *data, "SOLVER.MAX_ITER", 2, "OUTPUT_DIR", folder]
+    arguments += [
+        "MODEL.RETINANET.SCORE_THRESH_TEST",
+        0.0,
+        "TEST.BEST_METRIC",
+        f"bbox/AP-{names[0]}",
+    ]
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    result = call(
+        *("tools/train_net.py", "--config-file", "configs/quick/retinanet_SASA.yaml", *arguments),
+        env={**os.environ, **locale},
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    for text in (result.stdout, result.stderr):
+        assert "Traceback" not in text and "Logging error" not in text and text.isascii()
+    assert r"gr\xf6\xdfe 1" in result.stdout
+    assert all(name in (folder / "log.txt").read_text(encoding="utf-8") for name in names)
+    (last,) = (folder / "metrics.json").read_text(encoding="utf-8").splitlines()[-1:]
+    assert f"bbox/AP-{names[0]}" in json.loads(last)
+    stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    assert stored["DATASETS"]["TEST_JSON"] == str(json_file)
+    assert read_checkpoint(folder / "model_final.pth")["trainer"]["classes"] == names
 
 
 @pytest.mark.slow
@@ -158,5 +250,5 @@ def test_demo_compares_and_draws(tmp_path, capsys):
     assert "the model convolution" not in (output / "attention" / "log.txt").read_text()
     printed = capsys.readouterr().out
     assert (output / "results.md").read_text() in printed
-    with pytest.raises(Exception, match="output .* exists already; name another one"):
+    with pytest.raises(UsageError, match="output .* exists already; name another one"):
         run_demo(Path("configs/Digits"), output, opts)
