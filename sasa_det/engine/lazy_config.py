@@ -68,6 +68,10 @@ KEYS = {
     "SOLVER.REFERENCE_BATCH": "train.reference_batch",
     "SOLVER.MAX_ITER": "train.max_iter",
     "SOLVER.MAX_EPOCHS": "train.max_epochs",
+    "SOLVER.WARMUP_ITERS": "lr_multiplier.warmup_iters",
+    "SOLVER.WARMUP_EPOCHS": "lr_multiplier.warmup_epochs",
+    "SOLVER.WARMUP_FACTOR": "lr_multiplier.warmup_factor",
+    "SOLVER.WARMUP_METHOD": "lr_multiplier.warmup_method",
     "SOLVER.ACCUMULATION_STEPS": "train.accumulation_steps",
     "SOLVER.AMP.ENABLED": "train.amp.enabled",
     "SOLVER.AMP.DTYPE": "train.amp.dtype",
@@ -260,7 +264,7 @@ def _settings(lazy: DictConfig) -> LazySettings:
     add_sasa_config(defaults)
     cfg.update(defaults)
     object.__setattr__(cfg, "lazy", lazy)  # a CfgNode's own would take it for a key
-    # The learning rate follows lr_multiplier.
+    # The learning rate follows lr_multiplier, which need not have a warmup in iterations.
     cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.STEPS = 0, ()
     target = lazy.model.get("_target_", "")
     cfg.MODEL.META_ARCHITECTURE = getattr(target, "__name__", str(target).rpartition(".")[2])

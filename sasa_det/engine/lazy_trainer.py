@@ -12,12 +12,13 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import LRMultiplier
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils.registry import locate
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..data.loader import TrainLoader
 from ..modeling.rcnn import check_res5_heads
 from .errors import UsageError
-from .lazy_config import LazySettings
+from .lazy_config import KEYS, LazySettings
 from .model_check import BUILD_ERRORS, check_weights, explain_build_error
 from .model_options import apply_options, checkpoint_stages
 from .optimizer import max_gradient_norm
@@ -39,10 +40,7 @@ class LazyTrainer(Trainer):
 
     @classmethod
     def build_optimizer(cls, cfg: LazySettings, model: nn.Module) -> torch.optim.Optimizer:
-        lazy = copy.deepcopy(cfg.lazy)
-        if "lr" in lazy.optimizer:
-            # It may be scaled to the batch, and with it what refers to it in the config.
-            lazy.optimizer.lr = cfg.SOLVER.BASE_LR
+        lazy = _worked_out(cfg)
         if cfg.MODEL.FSDP and "fused" in lazy.optimizer:
             lazy.optimizer.fused = False  # as build_optimizer has it
         lazy.optimizer.params.model = model
@@ -55,7 +53,10 @@ class LazyTrainer(Trainer):
     def build_lr_scheduler(
         cls, cfg: LazySettings, optimizer: torch.optim.Optimizer
     ) -> LRMultiplier:
-        multiplier = instantiate(cfg.lazy.lr_multiplier)
+        try:
+            multiplier = instantiate(_worked_out(cfg).lr_multiplier)
+        except BUILD_ERRORS as error:  # as of steps beyond the end, which epochs may give
+            raise UsageError(explain_build_error(error)) from error
         return LRMultiplier(optimizer, multiplier, max_iter=cfg.SOLVER.MAX_ITER)
 
     @classmethod
@@ -116,6 +117,19 @@ def check_calls(
     except BUILD_ERRORS as error:
         raise UsageError(explain_build_error(error)) from error
     check_weights(cfg, model, weights, strict=eval_only)
+
+
+def _worked_out(cfg: LazySettings) -> DictConfig:
+    """Return the LazyConfig with the rate of the batch and the lengths in iterations.
+
+    What refers to them in the config follows.
+    """
+    lazy = copy.deepcopy(cfg.lazy)
+    for key in ("BASE_LR", "MAX_ITER", "WARMUP_ITERS"):
+        name = KEYS[f"SOLVER.{key}"]
+        if OmegaConf.select(lazy, name) is not None:
+            OmegaConf.update(lazy, name, cfg.SOLVER[key])
+    return lazy
 
 
 def _train_loader(cfg: LazySettings) -> dict[str, Any]:

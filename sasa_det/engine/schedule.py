@@ -6,12 +6,13 @@ from collections.abc import Collection
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
-from detectron2.solver import LRMultiplier
+from detectron2.solver import LRMultiplier, WarmupParamScheduler
 from detectron2.solver import build_lr_scheduler as build_detectron2_scheduler
 from fvcore.common.param_scheduler import (
     CompositeParamScheduler,
     CosineParamScheduler,
     LinearParamScheduler,
+    ParamScheduler,
 )
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -22,6 +23,7 @@ __all__ = [
     "in_iterations",
     "prefer_given",
     "scale_learning_rate",
+    "warmup_scheduler",
 ]
 
 logger = logging.getLogger(__name__)
@@ -131,6 +133,30 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRSche
             [rise, schedule], [warmup, 1 - warmup], ["rescaled", "rescaled"]
         )
     return LRMultiplier(optimizer, schedule, max_iter=solver.MAX_ITER)
+
+
+def warmup_scheduler(
+    scheduler: ParamScheduler,
+    *,
+    max_iter: int,
+    warmup_iters: int,
+    warmup_epochs: float = 0.0,
+    warmup_factor: float = 0.001,
+    warmup_method: str = "linear",
+) -> WarmupParamScheduler:
+    """Let a schedule begin with a warmup of some iterations, as yaml configs do; for LazyConfigs.
+
+    Args:
+        scheduler: of the rate without warmup.
+        max_iter: iterations of the run.
+        warmup_iters: those of the warmup.
+        warmup_epochs: the same in epochs, which :class:`sasa_det.engine.Trainer` turns into
+            ``warmup_iters``; 0 leaves it at that.
+        warmup_factor: what the rate begins with, as a factor.
+        warmup_method: "linear" or "constant".
+    """
+    length = min(warmup_iters / max_iter, 1.0)
+    return WarmupParamScheduler(scheduler, warmup_factor, length, warmup_method)
 
 
 class LearningRate(HookBase):

@@ -50,7 +50,7 @@ _train.total_batch_size, _train.num_workers = 2, 0
 _test.mapper.augmentations[0].short_edge_length = _test.mapper.augmentations[0].max_size = 64
 
 optimizer.lr, optimizer.params.logit_lr_factor, optimizer.params.weight_decay = 0.006, 0.05, 0.01
-lr_multiplier.warmup_length = 1 / 4
+lr_multiplier.warmup_iters, lr_multiplier.warmup_epochs = 1, 0.0
 model.test_score_thresh = 0.0  # nothing is learned
 train.device, train.max_iter, train.eval_period, train.checkpointer.period = "cpu", 4, 0, 2
 train.max_epochs = train.eval_epochs = train.checkpointer.epochs = train.reference_batch = 0
@@ -135,7 +135,7 @@ def test_trains_resumes_and_evaluates(lazy, tmp_path, capsys):
     # --overwrite never removes what the run starts from, and removes the rest.
     assert lazy("--overwrite", weights) == 2
     assert "train.init_checkpoint" in capsys.readouterr().err
-    assert lazy("--overwrite", "train.max_iter=1") == 0
+    assert lazy("--overwrite", "train.max_iter=1", "lr_multiplier.warmup_iters=0") == 0
     assert read_checkpoint(folder / "model_final.pth")["iteration"] == 0
 
 
@@ -287,7 +287,7 @@ def test_a_yaml_config_is_for_the_other_command(tmp_path, capsys):
 
 
 def test_a_resumed_run_keeps_model_and_data(lazy, tmp_path, capsys):
-    assert lazy("train.max_iter=1") == 0
+    assert lazy("train.max_iter=1", "lr_multiplier.warmup_iters=0") == 0
     stored = (tmp_path / "run" / "config.yaml").read_text()
     capsys.readouterr()
     changes = [

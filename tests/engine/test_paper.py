@@ -126,7 +126,8 @@ def test_command_refuses_what_it_cannot_write(tmp_path, command):
 def test_command_counts_a_classifier_on_its_crop(monkeypatch, capsys):
     words = ["analyze_model.py", "--config-file", "configs/Ablations/table6_qr.yaml"]
     monkeypatch.setattr(sys, "argv", words)
-    runpy.run_path("tools/analyze_model.py", run_name="__main__")
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path("tools/analyze_model.py", run_name="__main__")
     printed = capsys.readouterr().out
     assert "One image of 224 x 224" in printed
     last = [cell.strip() for cell in printed.strip().splitlines()[-1].split("|")[1:-1]]

@@ -77,7 +77,7 @@ def test_every_key_of_a_run_has_a_lazy_key():
     add_sasa_config(cfg)
     # What is said by calls.
     calls = ("MODEL.SASA.", "INPUT.JITTER.", "SOLVER.OPTIMIZER", "SOLVER.LOGIT_LR_FACTOR")
-    calls += ("SOLVER.WARMUP_EPOCHS", "SOLVER.STEP_EPOCHS", "SOLVER.WEIGHT_DECAY_EMBEDDING")
+    calls += ("SOLVER.STEP_EPOCHS", "SOLVER.WEIGHT_DECAY_EMBEDDING")
     calls += ("MODEL.SAN.", "MODEL.BN_DECAY")
     # Classifiers have yaml configs alone.
     calls += ("MODEL.CLASSIFIER.", "INPUT.CLASSIFICATION.", "TEST.IMS_PER_BATCH")
@@ -125,6 +125,50 @@ def test_models_and_optimizers_are_equal(path):
              for scheduler in schedulers]  # fmt: skip
     assert rates[0] == rates[1]
     assert len({tuple(rate) for rate in rates[0]}) > 5
+
+
+# Overrides of detectors in epochs of 3000 images, and of the 3x schedule.
+LENGTHS = {
+    "SOLVER.MAX_EPOCHS": (12.0, 1700.0),
+    "SOLVER.MAX_ITER": (2000, 260000),
+    "SOLVER.IMS_PER_BATCH": (16, 8),
+    "SOLVER.WARMUP_EPOCHS": (2.5, 3.0),
+    "SOLVER.WARMUP_ITERS": (100, 10),
+    "SOLVER.WARMUP_FACTOR": (0.5, 0.1),
+    "SOLVER.WARMUP_METHOD": ("constant", "constant"),
+}
+CHANGES = [
+    *([key] for key in LENGTHS),
+    ["SOLVER.MAX_EPOCHS", "SOLVER.IMS_PER_BATCH"],
+    ["SOLVER.MAX_ITER", "SOLVER.WARMUP_ITERS", "SOLVER.IMS_PER_BATCH"],
+]
+
+
+@pytest.mark.parametrize("keys", CHANGES, ids=lambda keys: "-".join(keys).replace("SOLVER.", ""))
+@pytest.mark.parametrize("path", [CONFIGS[-1], CONFIGS[0]], ids=lambda path: path.stem)
+def test_schedules_are_equal_whatever_is_overridden(path, keys):
+    column = int("mask_rcnn" in path.stem)
+    given = {key: str(LENGTHS[key][column]) for key in keys}
+    cfg, lazy = load_pair(
+        path,
+        [word for pair in given.items() for word in pair],
+        [f"{KEYS[key]}={value}" for key, value in given.items()],
+    )
+    cfg, lazy = (in_iterations(scale_learning_rate(c), 3000) for c in (cfg, lazy))
+    end = cfg.SOLVER.MAX_ITER
+    assert end == lazy.SOLVER.MAX_ITER and cfg.SOLVER.BASE_LR == lazy.SOLVER.BASE_LR
+    rates = []
+    for build, config in ((Trainer, cfg), (LazyTrainer, lazy)):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], config.SOLVER.BASE_LR)
+        multiplier = build.build_lr_scheduler(config, optimizer)._multiplier
+        rates.append([multiplier(i / end) for i in range(end)])
+    assert rates[0] == rates[1]
+    # The warmup is as long as it says, to the iteration.
+    warmup = cfg.SOLVER.WARMUP_ITERS
+    assert 0 < warmup < end
+    rising = [rates[0][i] < rates[0][i + 1] for i in range(warmup + 1)]
+    expected = [cfg.SOLVER.WARMUP_METHOD == "linear"] * warmup
+    assert rising[: warmup - 1] == expected[1:] and not rising[warmup]
 
 
 def parameter_settings(optimizer, model):
