@@ -80,9 +80,7 @@ def explain(error: Exception, cfg: Mapping[str, Any], given: Mapping[str, Any]) 
     missing = _MISSING.fullmatch(message)
     if missing:
         return unknown_key(missing[1], cfg)
-    mismatch = re.match(
-        r"Type mismatch \(<class '([\w.]+)'>.* for config key: (\S+)$", message, re.S
-    )
+    mismatch = _MISMATCH.fullmatch(message)
     if mismatch:
         needed = _TYPES.get(mismatch[1], "a section of keys")
         got = repr(given[mismatch[2]]) if mismatch[2] in given else "a section of keys"
