@@ -5,13 +5,17 @@ import math
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.solver import build_lr_scheduler
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from sasa_det import add_sasa_config
 from sasa_det.engine import load_config
-from sasa_det.engine.schedule import LearningRate, in_iterations, scale_learning_rate
+from sasa_det.engine.schedule import (
+    LearningRate,
+    build_lr_scheduler,
+    in_iterations,
+    scale_learning_rate,
+)
 
 
 def config(**values):
@@ -92,6 +96,23 @@ def test_resumed_rates_are_the_closed_form_and_bit_equal():
         assert rate == pytest.approx(expected, abs=1e-12)
         assert double == pytest.approx(2 * expected, abs=1e-12)
     assert rates(cfg, 37, 100) == unbroken[37:]
+
+
+@pytest.mark.parametrize("name", ["WarmupThenCosineLR", "WarmupCosineLR", "WarmupMultiStepLR"])
+def test_warmup_starts_at_its_factor(name):
+    cfg = config(
+        SOLVER__BASE_LR=0.5,
+        SOLVER__MAX_ITER=100,
+        SOLVER__WARMUP_ITERS=10,
+        SOLVER__WARMUP_FACTOR=0.2,
+        SOLVER__STEPS=(50,),
+        SOLVER__LR_SCHEDULER_NAME=name,
+    )
+    (first, _), (second, _) = rates(cfg, 0, 2)
+    # detectron2's cosine has begun to fall by the end of the warmup.
+    end = (1 + math.cos(math.pi * 0.1)) / 2 if name == "WarmupCosineLR" else 1.0
+    assert first == pytest.approx(0.5 * 0.2, rel=1e-12)
+    assert second == pytest.approx(0.5 * (0.2 + (end - 0.2) / 10), rel=1e-12)
 
 
 def test_the_last_word_on_a_length_counts():
