@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from ..checkpoint.errors import CheckpointError
 from ..data.errors import DatasetError
+from ..wording import printable
 
 __all__ = ["USAGE_ERRORS", "UsageError", "nearest", "tell"]
 
@@ -45,5 +46,5 @@ def tell(error: Exception) -> int:
     """
     if os.environ.get("SASA_DET_TRACEBACK"):
         traceback.print_exception(error)
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {printable(str(error))}", file=sys.stderr)
     return 2

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from detectron2.utils import comm
 from torch import multiprocessing
 
+from ..wording import printable
+
 __all__ = ["first_to_say", "is_elastic_restart", "launch", "started_by_torchrun"]
 
 logger = logging.getLogger(__name__)
@@ -113,7 +115,7 @@ def _wait(context: multiprocessing.ProcessContext) -> int:
         # A process that a signal ended has the signal's negative number.
         return error.exit_code if error.exit_code > 0 else 128 - error.exit_code
     except multiprocessing.ProcessRaisedException as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error), keep="\n\t"), file=sys.stderr)
         return 1
     finally:
         for number, handler in before.items():
