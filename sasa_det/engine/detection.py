@@ -51,7 +51,12 @@ def _test_loader(cfg: CfgNode, name: str):
 
 
 def _evaluator(cfg: CfgNode, name: str, folder: str) -> COCOEvaluator:
-    return coco_evaluator(name, folder)
+    return coco_evaluator(
+        name,
+        folder,
+        max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+        kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+    )
 
 
 def _validation_batches(cfg: CfgNode) -> Iterator[list[dict[str, Any]]]:

@@ -10,15 +10,30 @@ from detectron2.evaluation import COCOEvaluator
 __all__ = ["coco_evaluator", "coco_metrics"]
 
 
-def coco_evaluator(dataset_name: str, output_dir: str | None = None) -> COCOEvaluator:
+def coco_evaluator(
+    dataset_name: str,
+    output_dir: str | None = None,
+    *,
+    max_dets_per_image: int = 100,
+    kpt_oks_sigmas: Sequence[float] = (),
+) -> COCOEvaluator:
     """Make detectron2's evaluator, with its compiled matching where detectron2 has it.
 
     Args:
         dataset_name: a registered data set.
         output_dir: folder of the detections that are written; None to write none.
+        max_dets_per_image: how many detections the model gives for an image at most. AP counts
+            all of them, and is COCO's, which counts 100, unless they are more.
+        kpt_oks_sigmas: of the keypoints, as ``TEST.KEYPOINT_OKS_SIGMAS``; COCO's if empty.
     """
-    fast = _has_compiled_evaluation()
-    return _Evaluator(dataset_name, output_dir=output_dir, use_fast_impl=fast)
+    return _Evaluator(
+        dataset_name,
+        output_dir=output_dir,
+        # Of less than COCO's 100 there are none to cut off.
+        max_dets_per_image=max(max_dets_per_image, 100),
+        use_fast_impl=_has_compiled_evaluation(),
+        kpt_oks_sigmas=kpt_oks_sigmas,
+    )
 
 
 class _Evaluator(COCOEvaluator):

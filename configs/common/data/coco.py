@@ -9,6 +9,12 @@ from sasa_det.data import DetectionMapper
 from sasa_det.data.loader import detection_train_loader
 from sasa_det.evaluation.coco import coco_evaluator
 
+# What the model gives for each image: RetinaNet, or the heads of an R-CNN.
+_DETECTIONS = (
+    "${oc.select:model.max_detections_per_image,"
+    "${oc.select:model.roi_heads.box_predictor.test_topk_per_image,100}}"
+)
+
 dataloader = dict(
     # COCO-format json and image folder, in place of the names below.
     train_json="",
@@ -55,5 +61,5 @@ dataloader = dict(
         num_workers="${..train.num_workers}",
     ),
     # Called for each of the data sets that are tested on.
-    evaluator=L(coco_evaluator)(),
+    evaluator=L(coco_evaluator)(max_dets_per_image=_DETECTIONS),
 )
