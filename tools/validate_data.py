@@ -12,12 +12,13 @@ signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 from sasa_det.data.report import describe_report
 from sasa_det.data.validation import validate_coco
 from sasa_det.engine.arguments import run_command
+from sasa_det.wording import printable
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Exit status: 0 without errors, 1 if the data have errors, 2 for a wrong command.",
+        epilog="Exit status: 0 if the data can be used, 1 if they are refused, 2 for a mistake.",
     )
     parser.add_argument("json", help="COCO instances json")
     parser.add_argument("images", help="the folder of its images")
@@ -26,6 +27,9 @@ def main() -> int:
     use.add_argument("--test", action="store_true", help="check for evaluation")
     parser.add_argument(
         "--masks", choices=("polygon", "bitmask"), help="check for masks of this INPUT.MASK_FORMAT"
+    )
+    parser.add_argument(
+        "--keypoints", type=int, default=0, metavar="N", help="check for N keypoints of each object"
     )
     parser.add_argument("--pixels", action="store_true", help="decode every image as well")
     parser.add_argument("--all", action="store_true", help="list every problem and every class")
@@ -39,14 +43,15 @@ def main() -> int:
             args.images,
             training=True if args.train else False if args.test else None,
             mask_format=args.masks or "",
+            num_keypoints=args.keypoints,
             limit=None if args.all else 5,
             pixels=args.pixels,
         )
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     print(describe_report(report, everything=args.all))
-    return 1 if report.count("error") else 0
+    return 0 if report.is_accepted(report.training) else 1
 
 
 if __name__ == "__main__":

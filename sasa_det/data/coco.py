@@ -3,15 +3,17 @@
 import difflib
 import logging
 import os
+from functools import partial
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
+from ..wording import printable
 from .builtin import root_hint
+from .coco_records import load_coco
 from .errors import DatasetError
-from .problems import MISSING_FILE
-from .report import printable, summarize_warnings
+from .problems import MISSING_FILE, NO_POLYGON, UNUSED_KEYPOINTS, UNUSED_MASK
+from .report import summarize_warnings
 from .validation import check_exists, validate_coco
 
 __all__ = [
@@ -40,7 +42,7 @@ def check_coco(json_file, image_root, *, training=None, **options):
         training (bool or None): True for a training set, which must hold annotations; False for an
             evaluation set, whose annotations must have the `area` and `iscrowd` that the COCO
             metrics need; None where the use is not known yet.
-        **options: `max_pixels` and `mask_format` of `validate_coco`.
+        **options: `max_pixels`, `mask_format` and `num_keypoints` of `validate_coco`.
 
     Returns:
         CocoReport: what the file holds, and warnings.
@@ -75,17 +77,19 @@ def register_coco(name, json_file, image_root, *, check=True, **options):
     if name in DatasetCatalog:
         known = MetadataCatalog.get(name)
         found = (known.get("json_file"), known.get("image_root"))
-        if found != (json_file, image_root):
+        if None in found or _real(*found) != _real(json_file, image_root):
             raise DatasetError(
                 f"dataset {name!r} is already registered with json_file and image_root {found}, "
                 f"not {(json_file, image_root)}: give the new data another name"
             )
         return
     report = _check_once(json_file, image_root, **options) if check else None
-    register_coco_instances(name, {}, json_file, image_root)
+    DatasetCatalog.register(name, partial(load_coco, json_file, image_root, name))
+    metadata = MetadataCatalog.get(name)
+    metadata.set(json_file=json_file, image_root=image_root, evaluator_type="coco")
     if report is not None:
-        # detectron2 sets this when it loads the data; here it is known before.
-        MetadataCatalog.get(name).thing_classes = list(report.class_names)
+        # It is set when the data are loaded as well; here it is known before.
+        metadata.thing_classes = list(report.class_names)
 
 
 def num_classes_of(dataset_names):
@@ -155,6 +159,7 @@ def check_registered(names, training, **options):
                 f"dataset {name!r}: {error} (looked in {os.path.abspath(json_file)} and "
                 f"{os.path.abspath(image_root)}; {root_hint()})"
             ) from error
+        _check_loading(name, report)
         classes = metadata.get("thing_classes")
         if classes is not None and not are_same_classes(classes, report.class_names):
             raise DatasetError(
@@ -163,6 +168,26 @@ def check_registered(names, training, **options):
             )
         for sentence in summarize_warnings(report):
             logger.warning(sentence)
+
+
+def _check_loading(name, report):
+    """Refuse what `load_coco` leaves alone where detectron2's own `load_coco_json` is called."""
+    if getattr(DatasetCatalog[name], "func", None) is load_coco:
+        return
+    kinds = [kind for kind in (UNUSED_MASK, UNUSED_KEYPOINTS) if kind in report.counts]
+    dropped = report.counts.get(NO_POLYGON, 0)
+    if report.training and dropped and dropped == report.num_annotations - report.num_crowds:
+        kinds.append(NO_POLYGON)
+    if kinds:
+        first = report.examples(kinds[0])[0]
+        raise DatasetError(
+            f"{report.json_file}: {first.message}, which detectron2's load_coco_json cannot leave "
+            f"alone: register dataset {name!r} with sasa_det.data.register_coco"
+        )
+
+
+def _real(*paths):
+    return [os.path.realpath(path) for path in paths]
 
 
 def _check_once(json_file, image_root, training=None, **options):

@@ -5,6 +5,7 @@ import os
 from collections import Counter
 
 from detectron2.utils.file_io import PathManager
+from pycocotools.mask import frPyObjects
 from tqdm import tqdm
 
 from . import problems
@@ -12,6 +13,8 @@ from .coco_entries import (
     ANNOTATION_FIELDS,
     CATEGORY_FIELDS,
     IMAGE_FIELDS,
+    are_corners,
+    are_fractions,
     area_problem,
     box_problem,
     crowd_problem,
@@ -21,10 +24,12 @@ from .coco_entries import (
     is_file_name,
     is_id,
     is_name,
-    mask_problem,
+    keypoints_problem,
+    numbers_problem,
     shown,
     size_of,
 )
+from .coco_masks import mask_problem
 from .errors import ImageError
 from .image_files import check_image_files
 from .problems import Problem
@@ -33,6 +38,9 @@ from .reading import check_pixels
 __all__ = ["CocoContent"]
 
 _SECTIONS = ("images", "annotations", "categories")
+# The share of the boxes from which on those that fit their image as two corners only are told: some
+# boxes of many data sets are a little too large.
+_CORNERS_SHARE = 0.05
 
 
 class CocoContent:
@@ -40,24 +48,34 @@ class CocoContent:
 
     Attributes:
         num_images, num_annotations, num_crowds (int): counts of entries.
+        num_left_out (int): annotations that training leaves out.
         names (dict[int, str]): names of the categories by id.
         boxes (Counter[int]): annotations, without crowds, by id of the category.
         sizes (dict[int, tuple or None]): (height, width) of the images by id, if valid.
         annotated (set[int]): ids of the images that have annotations.
     """
 
-    def __init__(self, image_root, max_pixels, mask_format):
+    def __init__(self, image_root, max_pixels, mask_format, num_keypoints):
         """
         Args:
-            image_root, max_pixels, mask_format: as for `validate_coco`.
+            image_root, max_pixels, mask_format, num_keypoints: as for `validate_coco`.
         """
-        self.image_root, self.max_pixels, self.mask_format = image_root, max_pixels, mask_format
-        self.num_images = self.num_annotations = self.num_crowds = 0
+        self.image_root, self.max_pixels = image_root, max_pixels
+        self.mask_format, self.num_keypoints = mask_format, num_keypoints
+        self.num_images = self.num_annotations = self.num_crowds = self.num_left_out = 0
         self.names = {}
         self.boxes = Counter()
         self.sizes = {}
         self.annotated = set()
+        # Where training leaves out all annotations it has nothing to learn from.
+        self._left_out = {problems.EMPTY_BOX, problems.OUTSIDE_BOX, problems.NO_VISIBLE_KEYPOINT}
+        if mask_format:
+            self._left_out.add(problems.NO_POLYGON)
+        if mask_format == "bitmask":
+            self._left_out.add(problems.EMPTY_MASK)
         self._annotation_ids = set()
+        self._objects = set()
+        self._corners = []  # problems of boxes that fit their image as two corners only
         self._readable = []  # (id, name in messages, path, size) of images whose file is there
 
     def examine(self, json_file):
@@ -139,19 +157,33 @@ class CocoContent:
     def _annotations(self, section):
         self.num_annotations = len(section)
         for index, entry in enumerate(section):
+            is_left_out = False
             for kind, clause in self._annotation(entry):
                 image_id = entry.get("image_id") if isinstance(entry, dict) else None
                 if not is_id(image_id) or image_id not in self.sizes:
                     image_id = None
                 where = _where("annotations", index, entry, image_id)
-                yield Problem(kind, f"{where} {clause}", image_id, id_of(entry))
+                problem = Problem(kind, f"{where} {clause}", image_id, id_of(entry))
+                if kind == problems.CORNER_BOX:
+                    self._corners.append(problem)
+                else:
+                    yield problem
+                is_left_out |= kind in self._left_out
+            is_crowd = isinstance(entry, dict) and entry.get("iscrowd") == 1
+            self.num_left_out += is_left_out or is_crowd
+        if len(self._corners) > _CORNERS_SHARE * len(section):
+            yield from self._corners
         if not section:
             clause = "'annotations' is empty; a training set needs at least one annotation"
             yield Problem(problems.NOTHING_TO_TRAIN_ON, clause)
-            yield Problem(problems.NO_AP, "'annotations' is empty: AP cannot be computed")
+            kind = problems.BAD_KEYPOINTS_FOR_AP if self.num_keypoints else problems.NO_AP
+            yield Problem(kind, "'annotations' is empty: AP cannot be computed")
             return
-        if self.num_crowds == len(section):
-            clause = "all 'annotations' are crowds, which training leaves out"
+        if self.num_left_out == len(section):
+            what = "crowds"
+            if self.num_crowds < len(section):
+                what += ", or without a box in their image and the mask or keypoints to be trained"
+            clause = f"all 'annotations' are {what}: training leaves them out"
             yield Problem(problems.NOTHING_TO_TRAIN_ON, clause)
         for identity, name in self.names.items():
             if not self.boxes[identity]:
@@ -165,7 +197,9 @@ class CocoContent:
             return
         identity = id_of(entry)
         self._annotation_ids.add(identity)
-        if identity == 0:
+        if identity is not None and identity < 0:
+            yield problems.NEGATIVE_ID, f"has the id {identity}; it must be >= 0"
+        elif identity == 0:
             yield problems.ID_ZERO, "has the id 0, which pycocotools takes for none"
 
         size, image_id = None, entry.get("image_id")
@@ -189,8 +223,8 @@ class CocoContent:
             elif not crowd:
                 self.boxes[category_id] += 1
 
-        if "bbox" in entry and (problem := box_problem(entry["bbox"], size)):
-            yield problem
+        if "bbox" in entry:
+            yield from self._box(entry, size, crowd)
 
         if entry.get("ignore", 0) != 0:
             yield problems.IGNORED, f"has ignore {shown(entry['ignore'])}; it must be 0 or absent"
@@ -201,16 +235,64 @@ class CocoContent:
             yield problems.MISSING_FOR_AP, f"lacks {keys}, which the COCO metrics need"
         if "area" in entry and (problem := area_problem(entry["area"])):
             yield problem
+        yield from self._mask(entry.get("segmentation"), size, crowd)
+        yield from self._keypoints(entry)
 
-        segmentation = entry.get("segmentation")
-        if segmentation:
-            if problem := mask_problem(segmentation, size):
+    def _box(self, entry, size, crowd):
+        box = entry["bbox"]
+        problem = box_problem(box, size)
+        if problem:
+            yield problem
+            if problem[0].severity == "error":
+                return
+        if "bbox_mode" in entry:
+            yield problems.BOX_MODE, f"has bbox_mode {shown(entry['bbox_mode'])}"
+        if are_fractions(box):
+            yield problems.FRACTION_BOX, f"has bbox {shown(box)} within 0..1"
+        if problem and size and problem[0] != problems.EMPTY_BOX and are_corners(box, size):
+            clause = f"has bbox {shown(box)}, which fits the image as two corners alone"
+            yield problems.CORNER_BOX, clause
+        if entry.get("area") == 0 and (not problem or problem[0] != problems.EMPTY_BOX):
+            yield problems.ZERO_AREA, f"has area 0 and bbox {shown(box)}"
+        ids = entry.get("image_id"), entry.get("category_id")
+        if all(map(is_id, ids)):
+            # Of a million annotations the objects themselves would take too much memory.
+            key = hash((*ids, crowd, *box))
+            if key in self._objects:
+                yield problems.DUPLICATE, f"has image, class and bbox {shown(box)} of another one"
+            self._objects.add(key)
+
+    def _mask(self, segmentation, size, crowd):
+        # Training leaves crowds out before it looks at their masks.
+        if not segmentation:
+            if self.mask_format:
+                kind = problems.MISSING_MASK_FOR_AP if crowd else problems.MISSING_MASK
+                yield kind, "lacks 'segmentation'; masks are trained (MODEL.MASK_ON)"
+            return
+        problem = mask_problem(segmentation, size)
+        if problem and problem[0] == problems.BAD_MASK and not self.mask_format:
+            problem = problems.UNUSED_MASK, problem[1]
+        if problem and (self.mask_format or problem[0] != problems.EMPTY_MASK):
+            yield problem
+        if not self.mask_format or (problem and problem[0] == problems.BAD_MASK):
+            return
+        if self.mask_format == "polygon" and isinstance(segmentation, dict) and not crowd:
+            yield problems.MASK_NOT_POLYGON, "has an RLE mask; set INPUT.MASK_FORMAT bitmask"
+        if problem and size and isinstance(segmentation, list):
+            try:
+                frPyObjects(segmentation, *size)
+            except Exception as error:  # pycocotools raises bare ones
+                clause = f"has a segmentation that pycocotools refuses: {error}"
+                yield problems.MISSING_MASK_FOR_AP, clause
+
+    def _keypoints(self, entry):
+        if self.num_keypoints:
+            if problem := keypoints_problem(entry, self.num_keypoints):
                 yield problem
-            # Training leaves crowds out before it looks at their masks.
-            elif self.mask_format == "polygon" and isinstance(segmentation, dict) and not crowd:
-                yield problems.MASK_NOT_POLYGON, "has an RLE mask; set INPUT.MASK_FORMAT bitmask"
-        elif self.mask_format:
-            yield problems.MISSING_MASK, "lacks 'segmentation'; masks are trained (MODEL.MASK_ON)"
+            elif not any(entry["keypoints"][2::3]):
+                yield problems.NO_VISIBLE_KEYPOINT, "has no labelled keypoint"
+        elif entry.get("keypoints") and (clause := numbers_problem(entry["keypoints"])):
+            yield problems.UNUSED_KEYPOINTS, f"has keypoints {clause}"
 
     def _files(self, section):
         names = {

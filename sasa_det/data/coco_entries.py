@@ -1,5 +1,6 @@
 """What is wrong with a part of a COCO json file, as the kind of a problem and a clause about it."""
 
+import re
 import reprlib
 
 from . import problems
@@ -9,6 +10,8 @@ __all__ = [
     "CATEGORY_FIELDS",
     "IMAGE_FIELDS",
     "area_problem",
+    "are_corners",
+    "are_fractions",
     "box_problem",
     "crowd_problem",
     "described",
@@ -17,17 +20,22 @@ __all__ = [
     "is_file_name",
     "is_id",
     "is_name",
-    "mask_problem",
+    "is_side",
+    "keypoints_problem",
+    "numbers_problem",
     "shown",
     "size_of",
 ]
 
 _ABSENT = object()
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _NUMBERS = frozenset((int, float))
-# Beyond it are infinity and integers that no float can hold; NaN compares as neither.
-_LARGEST = 1e300
+# Beyond it are infinity and what the float32 of a box cannot hold; NaN compares as neither.
+_LARGEST = 1e30
 # What a box may exceed its image by: COCO's own are rounded.
 _TOLERANCE = 0.5
+# Training drops boxes of this width or height or less, what is outside of the image being cut off.
+_SMALLEST = 1e-5
 
 
 def is_id(value):
@@ -35,21 +43,22 @@ def is_id(value):
 
 
 def is_name(value):
-    return isinstance(value, str) and value != ""
+    # TensorBoard fails on half of a surrogate pair, which no UTF-8 can hold.
+    return isinstance(value, str) and value != "" and not _SURROGATE.search(value)
 
 
 def is_file_name(value):
-    return is_name(value) and len(value) <= 4096
+    return isinstance(value, str) and 0 < len(value) <= 4096
 
 
-def _is_side(value):
+def is_side(value):
     return type(value) is int and 0 < value < 2**31
 
 
 # For each key a test of its value and what the value must be; None where a function below tests it.
 _ID = (is_id, "an integer of 64 bits")
-_SIDE = (_is_side, "an integer > 0")
-CATEGORY_FIELDS = {"id": _ID, "name": (is_name, "a string that is not empty")}
+_SIDE = (is_side, "an integer > 0")
+CATEGORY_FIELDS = {"id": _ID, "name": (is_name, "a string of Unicode characters that is not empty")}
 IMAGE_FIELDS = {
     "id": _ID,
     "file_name": (is_file_name, "a string of 1 to 4096 characters"),
@@ -83,7 +92,7 @@ def id_of(entry):
 def size_of(image):
     """Return an image's (height, width), or None if they are not valid."""
     size = image.get("height"), image.get("width")
-    return size if all(map(_is_side, size)) else None
+    return size if all(map(is_side, size)) else None
 
 
 def box_problem(box, size):
@@ -93,16 +102,19 @@ def box_problem(box, size):
         return problems.BAD_BOX, clause
     for value in box:
         if not -_LARGEST < value < _LARGEST:
-            return problems.INFINITE_BOX, f"has bbox {shown(box)}, which is not finite"
+            return problems.INFINITE_BOX, f"has bbox {shown(box)}, which float32 cannot hold"
     x, y, width, height = box
     if width < 0 or height < 0:
         return problems.NEGATIVE_BOX, f"has bbox {shown(box)} of negative width or height"
-    if width == 0 or height == 0:
+    if width <= _SMALLEST or height <= _SMALLEST:
         return problems.EMPTY_BOX, f"has bbox {shown(box)} of no width or height"
     if size is None:
         return None
     bottom, right = size
-    if x >= right or y >= bottom or x + width <= 0 or y + height <= 0:
+    if (
+        min(x + width, right) - max(x, 0) <= _SMALLEST
+        or min(y + height, bottom) - max(y, 0) <= _SMALLEST
+    ):
         clause = f"has bbox {shown(box)} outside of the {right} x {bottom} image"
         return problems.OUTSIDE_BOX, clause
     if (
@@ -114,6 +126,17 @@ def box_problem(box, size):
         clause = f"has bbox {shown(box)} partly outside of the {right} x {bottom} image"
         return problems.PARTLY_OUTSIDE_BOX, clause
     return None
+
+
+def are_fractions(box):
+    """Tell whether the numbers of a valid box lie within 0..1 and are not all of them integers."""
+    return 0 <= min(box) and max(box) <= 1 and any(value % 1 for value in box)
+
+
+def are_corners(box, size):
+    """Tell whether a valid box would lie in its image if its numbers were x0, y0, x1, y1."""
+    x, y, right, bottom = box
+    return 0 <= x < right <= size[1] and 0 <= y < bottom <= size[0]
 
 
 def crowd_problem(crowd):
@@ -128,58 +151,36 @@ def area_problem(area):
     """Return the problem of a value of `area`, or None."""
     if type(area) in _NUMBERS and 0 <= area < _LARGEST:
         return None
-    return problems.BAD_AREA, f"has area {shown(area)}; it must be a finite number >= 0"
+    return problems.BAD_AREA, f"has area {shown(area)}; it must be a number >= 0, and below 1e30"
 
 
-def mask_problem(segmentation, size):
-    """Return the problem of a segmentation in an image of a (height, width), or None."""
-    if isinstance(segmentation, list):
-        return _polygon_problem(segmentation)
-    if not isinstance(segmentation, dict):
-        clause = f"has segmentation {shown(segmentation)}; it must be polygons or an RLE object"
-        return problems.BAD_MASK, clause
-    if not _is_rle(segmentation, size):
-        return problems.BAD_MASK, (
-            "has an RLE segmentation that is unusable: it needs 'size', the image's [height, "
-            "width], and 'counts', a string or non-negative integers that sum to its pixels"
-        )
-    return None
-
-
-def _polygon_problem(polygons):
-    for polygon in polygons:
-        if not isinstance(polygon, list) or not _NUMBERS.issuperset(map(type, polygon)):
-            clause = f"has a polygon {shown(polygon)}; it must be a list of numbers"
-            return problems.BAD_MASK, clause
-        if not _has_finite_sum(polygon):
-            return problems.BAD_MASK, "has a polygon with numbers that are not finite"
-    for polygon in polygons:
-        if len(polygon) % 2 or len(polygon) < 6:
-            return problems.BAD_POLYGON, (
-                f"has a polygon of {len(polygon)} numbers; without another one detectron2 drops "
-                "the annotation"
-            )
-    return None
-
-
-def _has_finite_sum(numbers):
+def numbers_problem(values):
+    """Return a clause about a value that is no list of finite numbers, or None."""
+    if not isinstance(values, list) or not _NUMBERS.issuperset(map(type, values)):
+        return f"{shown(values)}; it must be a list of numbers"
     # Far quicker than to look at each of COCO's millions of numbers, and no finite one is so large.
     try:
-        return -_LARGEST < sum(numbers) < _LARGEST
+        is_finite = -_LARGEST < sum(values) < _LARGEST
     except OverflowError:
-        return False
+        is_finite = False
+    return None if is_finite else "with numbers that float32 cannot hold"
 
 
-def _is_rle(segmentation, size):
-    counts, rle_size = segmentation.get("counts"), segmentation.get("size")
-    if not isinstance(rle_size, list) or len(rle_size) != 2 or not all(map(_is_side, rle_size)):
-        return False
-    if size is not None and tuple(rle_size) != size:
-        return False
-    if isinstance(counts, list):
-        counts_are_valid = all(type(count) is int and count >= 0 for count in counts)
-        return counts_are_valid and sum(counts) == rle_size[0] * rle_size[1]
-    return isinstance(counts, str)
+def keypoints_problem(entry, number):
+    """Return the problem of an annotation that must have so many keypoints, or None."""
+    keypoints, visible = entry.get("keypoints"), entry.get("num_keypoints")
+    clause = numbers_problem(keypoints)
+    if clause is None and len(keypoints) != 3 * number:
+        clause = f"of {len(keypoints)} numbers; there must be x, y and visibility of {number}"
+    if clause is None and not {0, 1, 2}.issuperset(keypoints[2::3]):
+        clause = "of a visibility other than 0, 1 and 2"
+    if clause is not None:
+        return problems.BAD_KEYPOINTS, f"has keypoints {clause}"
+    if type(visible) is not int or visible < 0:
+        return problems.BAD_KEYPOINTS_FOR_AP, (
+            f"has num_keypoints {shown(visible)}; it must be how many of its keypoints are labelled"
+        )
+    return None
 
 
 # What a file holds is never shown raw in a message, but short and escaped.

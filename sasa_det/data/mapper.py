@@ -97,7 +97,12 @@ class DetectionMapper(DatasetMapper):
         path = dataset_dict["file_name"]
         check_image(path, self.max_pixels)
         if self.is_train and "annotations" in dataset_dict:
-            annotations = [_box_in_image(a, dataset_dict) for a in dataset_dict["annotations"]]
+            annotations = [
+                _box_in_image(annotation, dataset_dict)
+                for annotation in dataset_dict["annotations"]
+                # detectron2's own loading drops those whose masks cannot be used.
+                if "segmentation" in annotation or not self.use_instance_mask
+            ]
             dataset_dict = {**dataset_dict, "annotations": annotations}
         try:
             with pixel_limit(self.max_pixels):

@@ -2,9 +2,10 @@
 
 from tabulate import tabulate
 
+from ..wording import printable
 from .problems import NOT_COCO
 
-__all__ = ["describe_report", "printable", "summarize_warnings"]
+__all__ = ["describe_report", "summarize_warnings"]
 
 _CLASSES_SHOWN = 40
 _COLUMNS = 3
@@ -35,24 +36,26 @@ def summarize_warnings(report):
     """Return a sentence for each kind of warning, with its count and the first ids."""
     sentences = []
     for kind in report.kinds("warning"):
-        count = report.counts[kind]
         shown = ", ".join(map(_identity, report.examples(kind)[:_IDS_SHOWN]))
-        more = ", ..." if count > _IDS_SHOWN else ""
+        more = ", ..." if report.counts[kind] > _IDS_SHOWN else ""
         sentences.append(
-            f"{report.json_file}: {kind.title}: {count:,} ({shown}{more}); {kind.effect}"
+            f"{report.json_file}: {kind.title}: {_count(report, kind)} ({shown}{more}); "
+            f"{kind.effect}"
         )
     return sentences
-
-
-def printable(text):
-    """Return a text that cannot steer a terminal: escaped if it holds anything but characters."""
-    return text if text.isprintable() else ascii(text)
 
 
 def _identity(problem):
     if problem.annotation_id is not None:
         return f"annotation {problem.annotation_id}"
     return f"image {problem.image_id}" if problem.image_id is not None else problem.message
+
+
+def _count(report, kind):
+    count = report.counts[kind]
+    if not kind.has_share:
+        return f"{count:,}"
+    return f"{count:,} of {report.num_annotations:,}, {count / report.num_annotations:.1%}"
 
 
 def _contents(report):
@@ -101,7 +104,7 @@ def _kinds(report):
 
 def _overview(report):
     rows = [
-        [severity, kind.title, f"{report.counts[kind]:,}", _effect(report, severity, kind)]
+        [severity, kind.title, _count(report, kind), _effect(report, severity, kind)]
         for severity, kind in _kinds(report)
     ]
     headers = ["", "problem", "count", "what follows"]
@@ -119,7 +122,7 @@ def _details(report):
     blocks = []
     for severity, kind in _kinds(report):
         count, examples = report.counts[kind], report.examples(kind)
-        lines = [f"{severity}: {kind.title} ({count:,})"]
+        lines = [f"{severity}: {kind.title} ({_count(report, kind)})"]
         lines += [f"  {printable(problem.message)}" for problem in examples]
         if count > len(examples):
             lines.append(f"  ... and {count - len(examples):,} more, which --all lists")
@@ -132,4 +135,11 @@ def _verdict(report):
         f"{report.count(severity):,} {severity}{'' if report.count(severity) == 1 else 's'}"
         for severity in ("error", "warning")
     )
-    return f"{found}: these data {'are refused' if report.count('error') else 'can be used'}."
+    uses = {True: "training", False: "evaluation"}
+    accepted = [name for use, name in uses.items() if report.is_accepted(use)]
+    if not accepted or not report.is_accepted(report.training):
+        return f"{found}: these data are refused."
+    if report.training is not None:
+        accepted = [uses[report.training]]
+    unseen = "" if report.has_decoded else ", if their images can be read, which --pixels looks at"
+    return f"{found}: these data can be used for {' and '.join(accepted)}{unseen}."

@@ -38,6 +38,7 @@ class CocoReport:
         categories (tuple[Category]): in the order of their ids, which is the order of detectron2's
             contiguous class indices.
         counts (dict[Kind, int]): number of problems of each kind, for any use.
+        has_decoded (bool): whether every image was decoded.
         problems (tuple[Problem]): all of them, or the first ones of each kind, for any use.
     """
 
@@ -50,6 +51,7 @@ class CocoReport:
     num_unannotated: int
     categories: tuple
     counts: dict
+    has_decoded: bool
     problems: tuple
 
     @property
@@ -70,6 +72,12 @@ class CocoReport:
         """Return the number of problems that have a severity."""
         return sum(self.counts[kind] for kind in self.kinds(severity))
 
+    def is_accepted(self, training):
+        """Tell whether the data can be used for training, for evaluation, or for one of them."""
+        if training is None:
+            return self.is_accepted(True) or self.is_accepted(False)
+        return self.for_use(training).count("error") == 0
+
     def examples(self, kind):
         """Return the problems of a kind that were kept."""
         return [problem for problem in self.problems if problem.kind == kind]
@@ -86,6 +94,7 @@ def validate_coco(
     training=None,
     max_pixels=MAX_PIXELS,
     mask_format="",
+    num_keypoints=0,
     limit=None,
     pixels=False,
 ):
@@ -99,6 +108,8 @@ def validate_coco(
             metrics need; None where the use is not known, which makes such problems warnings.
         max_pixels (int): largest product of an image's height and width.
         mask_format (str): "polygon" or "bitmask", as `INPUT.MASK_FORMAT`, where masks are used.
+        num_keypoints (int): as `MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS` where keypoints are used,
+            else 0.
         limit (int or None): problems of each kind to keep; all are counted.
         pixels (bool): decode every image as well, with a progress bar.
 
@@ -109,7 +120,7 @@ def validate_coco(
         FileNotFoundError: the json file or the folder is missing.
     """
     check_exists(json_file, image_root)
-    content = CocoContent(image_root, max_pixels, mask_format)
+    content = CocoContent(image_root, max_pixels, mask_format, num_keypoints)
     counts, problems = Counter(), []
 
     def collect(found):
@@ -135,6 +146,7 @@ def validate_coco(
             for identity, name in sorted(content.names.items())
         ),
         counts=dict(counts),
+        has_decoded=pixels,
         problems=tuple(problems),
     )
 

@@ -23,7 +23,12 @@ __all__ = ["DETECTION", "image_options"]
 def image_options(cfg: CfgNode) -> dict[str, int | str]:
     """Return what checks of COCO-format data must know of the config."""
     mask_format = cfg.INPUT.MASK_FORMAT if cfg.MODEL.MASK_ON else ""
-    return {"max_pixels": cfg.INPUT.MAX_PIXELS, "mask_format": mask_format}
+    num_keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0
+    return {
+        "max_pixels": cfg.INPUT.MAX_PIXELS,
+        "mask_format": mask_format,
+        "num_keypoints": num_keypoints,
+    }
 
 
 def _check_data(cfg: CfgNode, names: Sequence[str], training: bool) -> None:
