@@ -54,7 +54,7 @@ setup(
         "numpy>=1.26",
         "opencv-python>=4.8",
         "Pillow>=12.3",
-        "pycocotools>=2.0.6",
+        "pycocotools>=2.0.6,!=2.0.9,!=2.0.10",  # which fail on a json without "info"
         "PyYAML>=6",
         "safetensors>=0.4",
         "scikit-learn>=1.3",
