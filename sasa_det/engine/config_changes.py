@@ -37,9 +37,10 @@ _MAY_CHANGE = {
     "SOLVER.OPTIMIZER": False,
     "SOLVER.WEIGHT_DECAY*": False,
     "SOLVER.*_LR_FACTOR": False,
-    # The order of the data.
+    # The order of the data. Where files are may change: the checkpoint has a digest of the records.
     "SEED": False,
     "DATASETS.TRAIN_IMAGES": True,
+    "DATASETS.TRAIN_JSON": True,
     "DATASETS.*TRAIN*": False,
     "DATALOADER.ASPECT_RATIO_GROUPING": False,
     "DATALOADER.FILTER_EMPTY_ANNOTATIONS": False,
@@ -56,7 +57,6 @@ _MAY_CHANGE = {
     "optimizer.weight_decay": False,
     "train.seed": False,
     "dataloader.train.dataset.*": False,
-    "dataloader.train_json": False,
     "dataloader.train.sampler": False,
     "dataloader.train.repeat_threshold": False,
     "dataloader.train.aspect_ratio_grouping": False,
@@ -152,5 +152,12 @@ def _comparable(key: str, value: Any) -> Any:
 def _may_change(change: _Change) -> bool:
     if change.new is _NO_KEY:
         return True
+    if change.key in _DATASETS and _are_paths(change.old) and _are_paths(change.new):
+        return True
     fitting = (may for pattern, may in _MAY_CHANGE.items() if fnmatchcase(change.key, pattern))
     return next(fitting, True)
+
+
+def _are_paths(names: Any) -> bool:
+    """Tell whether data sets are named by where their files are, which may have moved."""
+    return bool(names) and all(os.sep in name or name.endswith(".json") for name in names)

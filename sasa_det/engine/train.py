@@ -195,6 +195,7 @@ def _worker(kind: ConfigKind, cfg: CfgNode, eval_only: bool, resume: bool) -> in
         loaded = (_filled if eval_only else _ready)(cfg, resume, kind.trainer)
     except USAGE_ERRORS as error:
         return _tell_once(kind, error)
+    _store_config(cfg, eval_only)
     try:
         if eval_only:
             _evaluate(cfg, loaded, kind.trainer)
@@ -214,16 +215,20 @@ def _tell_once(kind: ConfigKind, error: Exception) -> int:
     return kind.tell(error) if first_to_say(str(error)) else 2
 
 
+def _store_config(cfg: CfgNode, eval_only: bool) -> None:
+    """Write config.yaml, once it is known that the checkpoint is of the config's data."""
+    stored = Path(cfg.OUTPUT_DIR, "config.yaml")
+    # The config of a run that is evaluated stays: it is what the run is resumed with.
+    if comm.is_main_process() and not (eval_only and stored.exists()):
+        write_text(stored, cfg.dump())
+
+
 def _begin(cfg: CfgNode, eval_only: bool, resume: bool) -> None:
     """Log what runs where, and seed what is random before the first step."""
     logger.info("Environment:\n%s", collect_env_info())
     logger.info("Config:\n%s", cfg.dump())
-    stored = Path(cfg.OUTPUT_DIR, "config.yaml")
-    # The config of a run that is evaluated stays: it is what the run is resumed with.
-    if comm.is_main_process() and not (eval_only and stored.exists()):
-        if resume:
-            log_changes(cfg)
-        write_text(stored, cfg.dump())
+    if comm.is_main_process() and resume and not eval_only:
+        log_changes(cfg)
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     if precision := cfg.get("FLOAT32_PRECISION"):  # later detectron2

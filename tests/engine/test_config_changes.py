@@ -115,18 +115,42 @@ def test_keys_of_another_version(config, stored, caplog):
         check_changes(config("MODEL.SASA.HEAD_MIXING_LAYER", True))
 
 
-def test_two_ways_to_write_a_path(config, tmp_path, monkeypatch):
+@pytest.fixture
+def data_config(tmp_path):
+    """Return a function that makes a config which names its training data by their files."""
+
+    def make(json_file, images="images"):
+        cfg = load_config(opts=["OUTPUT_DIR", str(tmp_path)])
+        cfg.defrost()
+        cfg.DATASETS.TRAIN_JSON, cfg.DATASETS.TRAIN = json_file, (json_file,)
+        cfg.DATASETS.TRAIN_IMAGES = images
+        return cfg
+
+    return make
+
+
+def test_two_ways_to_write_a_path(data_config, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
-    cfg = load_config(opts=["OUTPUT_DIR", str(tmp_path)])
-    cfg.defrost()
-    cfg.DATASETS.TRAIN_JSON, cfg.DATASETS.TRAIN = "train.json", ("train.json",)
-    (tmp_path / "config.yaml").write_text(cfg.dump())
-    path = str(tmp_path / "train.json")
-    cfg.DATASETS.TRAIN_JSON, cfg.DATASETS.TRAIN = path, (path,)
-    check_changes(cfg)
-    cfg.DATASETS.TRAIN_JSON = str(tmp_path / "other.json")
-    with pytest.raises(UsageError, match=r"DATASETS.TRAIN_JSON \(from 'train.json' to "):
-        check_changes(cfg)
+    (tmp_path / "config.yaml").write_text(data_config("train.json").dump())
+    same = data_config(str(tmp_path / "train.json"), f"{tmp_path}/images/")
+    check_changes(same)
+    with caplog.at_level(logging.INFO, "sasa_det"):
+        log_changes(same)
+    assert not caplog.records
+
+
+def test_files_may_move_but_named_data_may_not_change(data_config, tmp_path, caplog):
+    """Whether the records are the same the checkpoint knows, which has a digest of them."""
+    (tmp_path / "config.yaml").write_text(data_config("/old/train.json", "/old/images").dump())
+    moved = data_config("/new/train.json", "/new/images")
+    check_changes(moved)
+    with caplog.at_level(logging.INFO, "sasa_det"):
+        log_changes(moved)
+    assert "DATASETS.TRAIN_JSON, from '/old/train.json' to '/new/train.json'" in caplog.text
+    named = data_config("", "")
+    named.DATASETS.TRAIN = ("digits_train",)
+    with pytest.raises(UsageError, match=r"change of DATASETS.TRAIN \(from "):
+        check_changes(named)
 
 
 def test_a_folder_without_a_config(config, caplog):
