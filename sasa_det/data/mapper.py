@@ -1,12 +1,15 @@
 """From a record to the model's input; in training multiscale jitter and crop (appendix A.3)."""
 
+import copy
+
+import numpy as np
+import torch
 from detectron2.config import configurable
-from detectron2.data import DatasetMapper
+from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import build_augmentation
 from detectron2.structures import BoxMode
 
-from .reading import check_image, check_pixels, pixel_limit, unreadable
+from .reading import check_size, read_image
 
 __all__ = [
     "DetectionMapper",
@@ -36,7 +39,7 @@ def jitter_and_crop_augmentations(cfg, is_train):
         ValueError: a config value is out of range; the message names the key.
     """
     if not is_train:
-        return build_augmentation(cfg, is_train=False)
+        return detection_utils.build_augmentation(cfg, is_train=False)
     jitter, flip = cfg.INPUT.JITTER, cfg.INPUT.RANDOM_FLIP
     if not 0 < jitter.MIN_SCALE <= jitter.MAX_SCALE:
         raise ValueError(
@@ -94,38 +97,49 @@ class DetectionMapper(DatasetMapper):
             ImageError: the image is missing, truncated, broken, too large, of more than 8 bits, or
                 of another size than the record says.
         """
+        dataset_dict = copy.deepcopy(dataset_dict)
         path = dataset_dict["file_name"]
-        check_image(path, self.max_pixels)
-        if self.is_train and "annotations" in dataset_dict:
-            annotations = [
-                _box_in_image(annotation, dataset_dict)
-                for annotation in dataset_dict["annotations"]
-                # detectron2's own loading drops those whose masks cannot be used.
-                if "segmentation" in annotation or not self.use_instance_mask
-            ]
-            dataset_dict = {**dataset_dict, "annotations": annotations}
-        try:
-            with pixel_limit(self.max_pixels):
-                return super().__call__(dataset_dict)
-        except OSError as error:
-            raise unreadable(path, error) from error
-        except Exception:
-            # Whether the image or its annotations are at fault, the image alone tells.
-            size = dataset_dict.get("height"), dataset_dict.get("width")
-            check_pixels(
-                path,
-                self.max_pixels,
-                size=None if None in size else size,
-                image_format=self.image_format,
+        image = read_image(path, self.max_pixels, self.image_format)
+        height, width = image.shape[:2]
+        size = dataset_dict.setdefault("height", height), dataset_dict.setdefault("width", width)
+        check_size(path, image, size)
+        sem_seg = None
+        if "sem_seg_file_name" in dataset_dict:
+            sem_seg = read_image(dataset_dict.pop("sem_seg_file_name"), self.max_pixels, "L")
+            sem_seg = sem_seg.squeeze(2)
+        inputs = T.AugInput(image, sem_seg=sem_seg)
+        transforms = self.augmentations(inputs)
+        image_shape = inputs.image.shape[:2]
+        # As in detectron2, tensors: worker processes share them with the training process.
+        pixels = np.ascontiguousarray(inputs.image.transpose(2, 0, 1))
+        dataset_dict["image"] = torch.as_tensor(pixels)
+        if sem_seg is not None:
+            dataset_dict["sem_seg"] = torch.as_tensor(inputs.sem_seg.astype("long"))
+        if self.proposal_topk is not None:
+            detection_utils.transform_proposals(
+                dataset_dict, image_shape, transforms, proposal_topk=self.proposal_topk
             )
-            raise
+        if not self.is_train:
+            dataset_dict.pop("annotations", None)
+        elif "annotations" in dataset_dict:
+            self._transform_annotations(dataset_dict, transforms, image_shape)
+        return dataset_dict
+
+    def _transform_annotations(self, dataset_dict, transforms, image_shape):
+        dataset_dict["annotations"] = [
+            _box_in_image(annotation, dataset_dict)
+            for annotation in dataset_dict["annotations"]
+            # detectron2's own loading drops those whose masks cannot be used.
+            if "segmentation" in annotation or not self.use_instance_mask
+        ]
+        super()._transform_annotations(dataset_dict, transforms, image_shape)
 
 
 def _box_in_image(annotation, record):
     """Return an annotation with a box of floats in X0, Y0, X1, Y1, none of it outside the image."""
     box = [float(value) for value in annotation["bbox"]]
     box = BoxMode.convert(box, annotation["bbox_mode"], BoxMode.XYXY_ABS)
-    limits = [float(record.get(side, "inf")) for side in ("width", "height")] * 2
+    limits = [float(record[side]) for side in ("width", "height")] * 2
     box = [min(max(value, 0.0), limit) for value, limit in zip(box, limits, strict=True)]
     return {**annotation, "bbox": box, "bbox_mode": BoxMode.XYXY_ABS}
 

@@ -2,22 +2,26 @@
 
 import logging
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import BinaryIO
 
-from detectron2.data.detection_utils import read_image
+import numpy as np
+from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE
 from torch.utils.data import get_worker_info
-from torchvision.datasets.folder import pil_loader
 
 from ..wording import first_of
 from .errors import DatasetError, ImageError
 
 __all__ = [
     "UnreadableImages",
-    "check_image",
     "check_pixels",
+    "check_size",
     "pixel_limit",
+    "read_image",
     "read_rgb",
     "unreadable",
 ]
@@ -29,56 +33,50 @@ _DEEP_MODES = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")
 _SHOWN = 10
 
 
-def check_image(path, max_pixels):
-    """Check an image by its header, before any pixel is decoded.
+def read_image(path: str, max_pixels: int, image_format: str = "RGB") -> np.ndarray:
+    """Read an image as detectron2 does, after a look at its header, and turn it as EXIF says.
 
     Args:
-        path (str): the image file.
-        max_pixels (int): largest product of height and width.
+        path: the image file.
+        max_pixels: largest product of height and width.
+        image_format: as `INPUT.FORMAT`.
+
+    Returns:
+        numpy.ndarray: (H, W, C), uint8 unless the format is YUV.
 
     Raises:
-        ImageError: the file is missing or no image, it has more pixels, or pixels of more than 8
-            bits, which a conversion to RGB would clip or cut, or it is a PostScript program.
+        ImageError: the file is missing, truncated, broken or no image, it has more pixels, or
+            pixels of more than 8 bits, which a conversion to RGB would clip or cut, or it is a
+            PostScript program.
     """
-    # Without Pillow's own limit the size can be told, and a higher `max_pixels` has its way.
-    with _told(path), pixel_limit(None), PathManager.open(path, "rb") as file:
-        with Image.open(file) as image:
-            (width, height), mode, kind = image.size, image.mode, image.format
-            # Of colours of 16 bits Pillow says so in how they are stored alone.
-            is_deep = mode in _DEEP_MODES or ";16" in str([tile[3] for tile in image.tile])
-    if kind == "EPS":
-        # Pillow runs it through Ghostscript, where there is one: an image is no program.
-        raise ImageError(f"image {path} is a PostScript program, which is never run", path)
-    if width * height > max_pixels:
-        raise ImageError(
-            f"image {path} has {width} x {height} pixels, more than the {max_pixels:,} that "
-            "INPUT.MAX_PIXELS allows",
-            path,
-        )
-    if is_deep:
-        raise ImageError(
-            f"image {path} has pixels of more than 8 bits, which would be cut down to 8: convert "
-            "it to 8 bits first",
-            path,
-        )
+    with _opened(path, max_pixels) as image:
+        # Pillow turns a TIFF while it decodes it, and its orientation is gone then. detectron2 asks
+        # for the orientation before.
+        image.load()
+        image = detection_utils._apply_exif_orientation(image)
+        return detection_utils.convert_PIL_to_numpy(image, image_format)
 
 
-def check_pixels(path, max_pixels, *, size=None, image_format="RGB"):
+def check_pixels(
+    path: str, max_pixels: int, *, size: tuple[int, int] | None = None, image_format: str = "RGB"
+) -> None:
     """Check an image by decoding all of it, as training does.
 
     Args:
-        path (str): the image file.
-        max_pixels (int): see `check_image`.
-        size (tuple[int, int] or None): the height and width that it must have, orientation by EXIF
-            applied; None for any.
-        image_format (str): as `INPUT.FORMAT`.
+        path: the image file.
+        max_pixels: see `read_image`.
+        size: the height and width that it must have, orientation by EXIF applied; None for any.
+        image_format: as `INPUT.FORMAT`.
 
     Raises:
-        ImageError: as `check_image`, or the file is truncated or broken, or of another size.
+        ImageError: as `read_image`, or the image has another size.
     """
-    check_image(path, max_pixels)
-    with _told(path), pixel_limit(max_pixels):
-        height, width = read_image(path, image_format).shape[:2]
+    check_size(path, read_image(path, max_pixels, image_format), size)
+
+
+def check_size(path: str, image: np.ndarray, size: tuple[int, int] | None) -> None:
+    """Raise ImageError if the pixels of an image are not of the height and width given."""
+    height, width = image.shape[:2]
     if size is not None and size != (height, width):
         raise ImageError(
             f"image {path} has {width} x {height} pixels, but its annotations are for "
@@ -87,22 +85,96 @@ def check_pixels(path, max_pixels, *, size=None, image_format="RGB"):
         )
 
 
-def read_rgb(path, max_pixels):
+def read_rgb(path: str, max_pixels: int) -> Image.Image:
     """Read an image as torchvision's data sets do, which leave its orientation by EXIF alone.
 
     Args:
-        path (str): the image file.
-        max_pixels (int): see `check_image`.
+        path: the image file.
+        max_pixels: see `read_image`.
 
     Returns:
         PIL.Image.Image: in RGB; other modes are converted.
 
     Raises:
-        ImageError: as `check_image`, or the file is truncated or broken.
+        ImageError: as `read_image`.
     """
-    check_image(path, max_pixels)
-    with _told(path), pixel_limit(max_pixels):
-        return pil_loader(path)
+    with _opened(path, max_pixels) as image:
+        if image.format == "TIFF":
+            # Pillow would turn it, unlike all other formats, while it decodes it.
+            image.getexif()[ExifTags.Base.Orientation] = 1
+        return image.convert("RGB")
+
+
+@contextmanager
+def _opened(path: str, max_pixels: int) -> Iterator[Image.Image]:
+    """Open an image to be decoded in a block; what is wrong with its header is raised before."""
+    try:
+        # Without Pillow's own limit the size can be told, and a higher `max_pixels` has its way.
+        with pixel_limit(None), PathManager.open(path, "rb") as file, Image.open(file) as image:
+            _check_header(path, image, file, max_pixels)
+            with pixel_limit(max_pixels):
+                yield image
+    except ImageError:
+        raise
+    # Over a broken file Pillow's many plugins raise almost anything, SyntaxError among it.
+    except Exception as error:
+        raise unreadable(path, error) from error
+
+
+def _check_header(path: str, image: Image.Image, file: BinaryIO, max_pixels: int) -> None:
+    width, height = image.size
+    if image.format == "EPS":
+        # Pillow runs it through Ghostscript, where there is one: an image is no program.
+        raise ImageError(f"image {path} is a PostScript program, which is never run", path)
+    if width * height > max_pixels:
+        raise ImageError(
+            f"image {path} has {width} x {height} pixels, more than the {max_pixels:,} that "
+            "INPUT.MAX_PIXELS allows",
+            path,
+        )
+    if _is_deep(image, file):
+        raise ImageError(
+            f"image {path} has pixels of more than 8 bits, which would be cut down to 8: convert "
+            "it to 8 bits first",
+            path,
+        )
+
+
+def _is_deep(image: Image.Image, file: BinaryIO) -> bool:
+    """Tell whether pixels have more than 8 bits, which Pillow cuts down to 8 in these formats."""
+    match image.format:
+        case "PPM":
+            arguments = image.tile[0].args
+            is_deep = isinstance(arguments, tuple) and arguments[1] > 255
+        case "PNG" | "SGI":
+            is_deep = "16" in str([(tile.codec_name, tile.args) for tile in image.tile])
+        case "TIFF":
+            is_deep = max(image.tag_v2.get(BITSPERSAMPLE, (1,))) > 8
+        case "DDS":
+            codec, *_, arguments = image.tile[0]
+            is_deep = codec == "bcn" and arguments[1].startswith("BC6H")
+            is_deep |= codec == "dds_rgb" and max(map(int.bit_count, arguments[1])) > 8
+        case "JPEG2000":
+            # Each component has three bytes at the end of the first segment of the codestream.
+            segment = _content(file).partition(b"\xff\x4f\xff\x51")[2]
+            sizes = segment[38 : int.from_bytes(segment[:2]) : 3]
+            is_deep = any((size & 0x7F) + 1 > 8 for size in sizes)
+        case "AVIF":
+            # Each configuration of the codec has a flag for 10 or 12 bits.
+            configurations = _content(file).split(b"av1C")[1:]
+            is_deep = any(part[2:3] and part[2] & 0x40 for part in configurations)
+        case _:
+            is_deep = False
+    return is_deep or image.mode in _DEEP_MODES
+
+
+def _content(file: BinaryIO) -> bytes:
+    position = file.tell()
+    try:
+        file.seek(0)
+        return file.read()
+    finally:
+        file.seek(position)
 
 
 @contextmanager
@@ -130,15 +202,6 @@ def unreadable(path, error):
         return ImageError(f"image {path} is {'empty' if empty else 'no image'}", path)
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return ImageError(f"image {path} cannot be read: {reason.splitlines()[0]}", path)
-
-
-@contextmanager
-def _told(path):
-    try:
-        yield
-    # Over a broken file Pillow's many plugins raise almost anything, SyntaxError among it.
-    except Exception as error:
-        raise unreadable(path, error) from error
 
 
 class UnreadableImages:
