@@ -107,7 +107,7 @@ class DetectionMapper(DatasetMapper):
         if "sem_seg_file_name" in dataset_dict:
             sem_seg = read_image(dataset_dict.pop("sem_seg_file_name"), self.max_pixels, "L")
             sem_seg = sem_seg.squeeze(2)
-        inputs = T.AugInput(image, sem_seg=sem_seg)
+        inputs = _Inputs(image, sem_seg=sem_seg)
         transforms = self.augmentations(inputs)
         image_shape = inputs.image.shape[:2]
         # As in detectron2, tensors: worker processes share them with the training process.
@@ -133,6 +133,22 @@ class DetectionMapper(DatasetMapper):
             if "segmentation" in annotation or not self.use_instance_mask
         ]
         super()._transform_annotations(dataset_dict, transforms, image_shape)
+
+
+class _Inputs(T.AugInput):
+    """What augmentations transform, which keeps at least one pixel of height and of width.
+
+    detectron2 rounds the shorter side of a long thin image to 0 when it resizes or crops it.
+    """
+
+    def transform(self, tfm):
+        if isinstance(tfm, T.ResizeTransform):
+            tfm.new_h, tfm.new_w = max(tfm.new_h, 1), max(tfm.new_w, 1)
+        elif isinstance(tfm, T.CropTransform):
+            height, width = self.image.shape[:2]
+            tfm.h, tfm.w = max(tfm.h, 1), max(tfm.w, 1)
+            tfm.y0, tfm.x0 = min(tfm.y0, height - 1), min(tfm.x0, width - 1)
+        super().transform(tfm)
 
 
 def _box_in_image(annotation, record):

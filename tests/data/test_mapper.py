@@ -9,7 +9,13 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from sasa_det.config import add_sasa_config
-from sasa_det.data import DatasetError, build_train_mapper, jitter_and_crop_augmentations
+from sasa_det.data import (
+    ClassificationMapper,
+    DatasetError,
+    build_test_mapper,
+    build_train_mapper,
+    jitter_and_crop_augmentations,
+)
 
 
 def config(scale=(1.0, 1.0), crop=40, flip="none"):
@@ -165,6 +171,49 @@ def test_flip_follows_the_config(tmp_path, flip, both):
     sample = dataset_dict(tmp_path / "a.png", pixels)
     seen = {tuple(torch.nonzero(mapper(sample)["image"][0])[0].tolist()) for _ in range(30)}
     assert seen == {(0, 0), corner} and len(seen) == both
+
+
+def thin_config(jitter, crop_type=""):
+    cfg = config(crop=640)
+    cfg.INPUT.JITTER.ENABLED, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TEST = jitter, 640, 640
+    if crop_type:
+        cfg.INPUT.CROP.ENABLED, cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE = True, crop_type, [0.3, 1]
+    return cfg
+
+
+@pytest.mark.parametrize("upright", [False, True])
+@pytest.mark.parametrize("length, size", [(300, (2, 640)), (1500, (1, 640)), (9000, (1, 640))])
+def test_long_thin_images_keep_a_pixel_of_their_shorter_side(tmp_path, length, size, upright):
+    # The longer side becomes 640; half of the image is the object.
+    size, shape, box = size, (1, length), (0, 0, length // 2, 1)
+    expected = [0, 0, 320, size[0]]
+    if upright:
+        size, shape, box = size[::-1], shape[::-1], (0, 0, 1, length // 2)
+        expected = [0, 0, size[1], 320]
+    sample = dataset_dict(tmp_path / "a.png", noise(*shape), [box])
+    mapped = build_train_mapper(thin_config(jitter=False))(sample)
+    assert mapped["image"].shape == (3, *size)
+    assert mapped["instances"].gt_boxes.tensor.tolist() == [expected]
+    assert build_test_mapper(thin_config(jitter=False))(sample)["image"].shape == (3, *size)
+    mapped = build_train_mapper(thin_config(jitter=True))(sample)
+    assert mapped["image"].shape == (3, 640, 640)
+    assert mapped["instances"].gt_boxes.tensor.tolist() == [expected]
+    padding = mapped["image"][:, size[0] :, size[1] :]
+    assert (padding == 128).all() and not (mapped["image"][:, : size[0], : size[1]] == 128).all()
+    for is_train in (True, False):
+        mapper = ClassificationMapper(is_train=is_train, crop_size=32, resize_test=32)
+        record = {**sample, "label": 0}
+        assert mapper(record)["image"].shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("shape", [(1, 300), (1, 1), (2, 1)])
+def test_crops_of_long_thin_images_keep_a_pixel(tmp_path, shape):
+    sample = dataset_dict(tmp_path / "a.png", noise(*shape), [(0, 0, *shape[::-1])])
+    mapper = build_train_mapper(thin_config(jitter=False, crop_type="relative"))
+    np.random.seed(0)
+    for _ in range(10):
+        mapped = mapper(sample)
+        assert len(mapped["instances"]) == 1 and min(mapped["image"].shape) >= 1
 
 
 def test_inference_resizes_as_detectron2_does():
