@@ -7,7 +7,7 @@ import torch
 from detectron2.config import configurable
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
-from detectron2.structures import BoxMode
+from detectron2.structures import BitMasks, BoxMode, Keypoints, PolygonMasks
 
 from .reading import check_size, read_image
 
@@ -126,13 +126,26 @@ class DetectionMapper(DatasetMapper):
         return dataset_dict
 
     def _transform_annotations(self, dataset_dict, transforms, image_shape):
-        dataset_dict["annotations"] = [
+        annotations = dataset_dict["annotations"] = [
             _box_in_image(annotation, dataset_dict)
             for annotation in dataset_dict["annotations"]
             # detectron2's own loading drops those whose masks cannot be used.
             if "segmentation" in annotation or not self.use_instance_mask
         ]
-        super()._transform_annotations(dataset_dict, transforms, image_shape)
+        if any(annotation.get("iscrowd", 0) == 0 for annotation in annotations):
+            super()._transform_annotations(dataset_dict, transforms, image_shape)
+            return
+        # detectron2 leaves out masks and keypoints where there is no annotation that has them.
+        del dataset_dict["annotations"]
+        instances = detection_utils.annotations_to_instances([], image_shape)
+        if self.use_instance_mask and self.instance_mask_format == "polygon":
+            instances.gt_masks = PolygonMasks([])
+        elif self.use_instance_mask:
+            instances.gt_masks = BitMasks(torch.empty(0, *image_shape))
+        if self.use_keypoint:
+            number = len(self.keypoint_hflip_indices or ())
+            instances.gt_keypoints = Keypoints(torch.empty(0, number, 3))
+        dataset_dict["instances"] = instances
 
 
 class _Inputs(T.AugInput):

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
-from detectron2.structures import BoxMode
+from detectron2.structures import BitMasks, BoxMode, PolygonMasks
 from PIL import Image
 
 from sasa_det.config import add_sasa_config
@@ -214,6 +215,52 @@ def test_crops_of_long_thin_images_keep_a_pixel(tmp_path, shape):
     for _ in range(10):
         mapped = mapper(sample)
         assert len(mapped["instances"]) == 1 and min(mapped["image"].shape) >= 1
+
+
+def mask_and_keypoint_config(jitter, mask_format):
+    cfg = config(crop=40)
+    cfg.INPUT.JITTER.ENABLED, cfg.INPUT.MASK_FORMAT = jitter, mask_format
+    cfg.MODEL.MASK_ON = cfg.MODEL.KEYPOINT_ON = True
+    cfg.DATASETS.TRAIN = ("keypoints_of_test_mapper",)
+    MetadataCatalog.get("keypoints_of_test_mapper").set(
+        keypoint_names=["left", "right"], keypoint_flip_map=[("left", "right")]
+    )
+    return cfg
+
+
+@pytest.fixture
+def keypoint_names(unregister):
+    unregister.append("keypoints_of_test_mapper")
+
+
+@pytest.mark.parametrize("objects", ["none", "crowds", "all cropped away", "one"])
+@pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])
+@pytest.mark.parametrize("jitter", [False, True])
+def test_images_have_masks_and_keypoints_with_any_number_of_objects(
+    tmp_path, keypoint_names, monkeypatch, jitter, mask_format, objects
+):
+    # With jitter the crop begins at half of the width, where the object, 1..5 of 20, has ended.
+    monkeypatch.setattr(np.random, "uniform", lambda low=0.0, high=1.0, size=None: high)
+    cfg = mask_and_keypoint_config(jitter, mask_format)
+    if objects == "all cropped away":
+        cfg.INPUT.JITTER.MIN_SCALE = cfg.INPUT.JITTER.MAX_SCALE = 2.0
+    sample = dataset_dict(
+        tmp_path / "a.png", noise(10, 20), [] if objects == "none" else [(1, 2, 4, 4)]
+    )
+    for annotation in sample["annotations"]:
+        annotation["segmentation"] = [[1, 2, 5, 2, 5, 6, 1, 6]]
+        annotation["keypoints"] = [2, 3, 2, 4, 5, 1]
+        annotation["iscrowd"] = int(objects == "crowds")
+    mapped = build_train_mapper(cfg)(sample)
+    instances = mapped["instances"]
+    number = int(objects == "one" or (objects == "all cropped away" and not jitter))
+    assert set(instances.get_fields()) == {"gt_boxes", "gt_classes", "gt_masks", "gt_keypoints"}
+    assert len(instances) == number and "annotations" not in mapped
+    masks = instances.gt_masks
+    assert type(masks) is {"polygon": PolygonMasks, "bitmask": BitMasks}[mask_format]
+    if mask_format == "bitmask":
+        assert masks.tensor.shape == (number, *mapped["image"].shape[1:])
+    assert instances.gt_keypoints.tensor.shape == (number, 2, 3)
 
 
 def test_inference_resizes_as_detectron2_does():
