@@ -9,8 +9,9 @@ from functools import cache, partial
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.logger import log_first_n
 from torch.utils.data import Subset
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..wording import first_of
 from .builtin import SPLITS, builtin_path, root_hint
@@ -30,6 +31,11 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _SHOWN = 5
+# Folders that other programs leave among data: macOS' archives, Synology's thumbnails, Python, and
+# file systems. Hidden ones, as .ipynb_checkpoints, begin with a dot.
+_NO_DATA = frozenset(
+    ("__MACOSX", "@eaDir", "__pycache__", "lost+found", "$RECYCLE.BIN", "System Volume Information")
+)
 
 
 class ImageRecords(Sequence):
@@ -252,18 +258,23 @@ def _read(folder):
     if not os.path.isdir(folder):
         raise FileNotFoundError(_missing(folder))
     # Whoever links train to another disk names that place; the data may not name others.
-    roots = {os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))}
-    _check_entries(folder, roots)
-    try:
-        classes, numbers = find_classes(folder)
-    except FileNotFoundError as error:
+    places = {os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))}
+    images, left_out = [], []
+    _list_images(folder, "", places, images, left_out)
+    if left_out:
+        message = f"{folder}: left out {_named(sorted(left_out))}, hidden or made by other programs"
+        log_first_n(logging.WARNING, message, key="message")
+    with os.scandir(folder) as entries:
+        classes = sorted(entry.name for entry in entries if entry.is_dir() and _is_data(entry.name))
+    if not classes:
         raise DatasetError(
             f"{folder!r} holds no class folders: each class is a folder of its images"
-        ) from error
-    samples = make_dataset(folder, numbers, IMG_EXTENSIONS, allow_empty=True)
-    start = len(os.path.join(folder, ""))
-    names = np.array([os.fsencode(path[start:]) for path, _ in samples])
-    labels = np.array([label for _, label in samples], dtype=np.int64)
+        )
+    numbers = {name: number for number, name in enumerate(classes)}
+    # The order of torchvision's ImageFolder.
+    images.sort(key=lambda path: (path.split(os.sep)[0], *os.path.split(path)))
+    names = np.array([os.fsencode(path) for path in images])
+    labels = np.array([numbers[path.split(os.sep)[0]] for path in images], dtype=np.int64)
     empty = [classes[label] for label in np.setdiff1d(np.arange(len(classes)), labels)]
     if empty:
         raise DatasetError(
@@ -273,24 +284,42 @@ def _read(folder):
     return classes, ImageRecords(folder, names, labels)
 
 
-def _check_entries(folder, roots, above=()):
-    """Refuse links that lead out of the data or around in it, and what is no file to read."""
+def _is_data(name):
+    """Tell whether a file or folder is neither hidden nor made by another program."""
+    return not name.startswith(".") and name not in _NO_DATA
+
+
+def _list_images(root, inner, places, images, left_out, above=()):
+    """List the images in a folder's class folders and what is left out, by their paths in it.
+
+    Refuses links that lead out of the places of the data or around in them, and what is no file to
+    read. What is left out is not looked into.
+    """
+    folder = os.path.join(root, inner)
     own = os.path.realpath(folder)
     if own in above:
         raise DatasetError(f"{folder!r} is a link to a folder that it is in itself")
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
+                path = os.path.join(inner, entry.name)
+                is_image = entry.name.lower().endswith(IMG_EXTENSIONS)
+                if not _is_data(entry.name):
+                    if is_image or entry.is_dir():
+                        left_out.append(path)
+                    continue
                 if entry.is_symlink():
                     target = os.path.realpath(entry.path)
-                    if not any(is_inside(target, root) for root in roots):
+                    if not any(is_inside(target, place) for place in places):
                         raise DatasetError(
                             f"{entry.path!r} is a link to {target!r}, out of the image folder"
                         )
                 if entry.is_dir():
-                    _check_entries(entry.path, roots, (*above, own))
+                    _list_images(root, path, places, images, left_out, (*above, own))
                 elif not entry.is_file() and os.path.exists(entry.path):
                     raise DatasetError(f"{entry.path!r} is no regular file")
+                elif is_image and inner:
+                    images.append(path)
     except OSError as error:
         raise DatasetError(f"{folder!r} cannot be listed: {error.strerror}") from error
 

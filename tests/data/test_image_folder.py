@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from sasa_det.data import (
     DatasetError,
@@ -67,6 +68,50 @@ def test_folders_are_registered_under_their_paths_with_sorted_classes(root):
     assert register_image_folder(f"{root}/") == names
 
 
+def test_hidden_files_and_those_of_other_programs_are_no_data(root, caplog):
+    names = [f"{root}/train", f"{root}/val"]
+    expected = []
+    for name in register_image_folder(root):
+        expected.append([dict(record) for record in DatasetCatalog.get(name)])
+    for split in ("train", "val"):
+        fill(
+            root / split,
+            [
+                ".ipynb_checkpoints/a-checkpoint.png",
+                ".git/a.png",
+                "__MACOSX/cat/._a.png",
+                "@eaDir/thumb.jpg",
+                "cat/.ipynb_checkpoints/a-checkpoint.png",
+                "cat/.hidden.png",
+                "cat/._2.png",
+                "cat/@eaDir/2.png/SYNOPHOTO_THUMB_M.jpg",
+                "ant/deep/__MACOSX/er/._c.jpg",
+            ],
+        )
+        for name in (".DS_Store", "Thumbs.db", "cat/.DS_Store", "cat/Thumbs.db", "cat/desktop.ini"):
+            (root / split / name).touch()
+        # What is not read may be anything.
+        (root / split / "cat" / ".link.png").symlink_to("/etc/passwd")
+        (root / split / ".link").symlink_to("/etc")
+        (root / split / "cat" / ".around").symlink_to(root / split)
+    with caplog.at_level("WARNING", "sasa_det"):
+        check_image_folders(names)
+    for name, records in zip(names, expected, strict=True):
+        assert [dict(record) for record in DatasetCatalog.get(name)] == records
+        assert MetadataCatalog.get(name).thing_classes == ["ant", "cat"]
+    assert [message for message in caplog.messages if message.startswith(names[0])] == [
+        f"{names[0]}: left out '.git', '.ipynb_checkpoints', '.link', '@eaDir', '__MACOSX' and 7 "
+        "more, hidden or made by other programs"
+    ]
+
+
+def test_a_folder_may_be_in_a_hidden_one(root, tmp_path):
+    os.makedirs(tmp_path / ".cache" / "__MACOSX")
+    os.rename(root, tmp_path / ".cache" / "__MACOSX" / "set")
+    names = register_image_folder(tmp_path / ".cache" / "__MACOSX" / "set")
+    assert [len(DatasetCatalog.get(name)) for name in names] == [4, 2]
+
+
 def test_without_a_check_nothing_is_read_before_it_is_asked_for(tmp_path, root):
     late = tmp_path / "late"
     train, val = register_image_folder(late, check=False)
@@ -75,6 +120,17 @@ def test_without_a_check_nothing_is_read_before_it_is_asked_for(tmp_path, root):
     assert MetadataCatalog.get(val).thing_classes == ["ant", "cat"]
     with pytest.raises(DatasetError, match="no 'thing_classes'"):
         num_classes_of([train])
+
+
+def test_order_is_that_of_torchvision(root):
+    fill(root / "train", ["ant/deep.png", "ant/deep-er/a.png", "ant/deep/z.png", "ant-lion/a.png"])
+    fill(root / "val", ["ant-lion/a.png"])
+    train, _ = register_image_folder(root)
+    expected = ImageFolder(train)
+    assert MetadataCatalog.get(train).thing_classes == expected.classes
+    records = DatasetCatalog.get(train)
+    assert [(r["file_name"], r["label"]) for r in records] == expected.samples
+    assert len(records) == 8
 
 
 def test_names_of_any_bytes_are_kept(root):
@@ -130,6 +186,14 @@ MISTAKES = {
         "'{root}/val' is no folder",
     ),
     "no class folders": (without_classes, "'{root}/train' holds no class folders"),
+    "hidden class folders": (
+        lambda root: (shutil.rmtree(root / "train"), fill(root / "train", [".a/a.png"])),
+        "'{root}/train' holds no class folders",
+    ),
+    "class of hidden images": (
+        lambda root: (empty(root), fill(root / "train" / "cat", ["._a.png", ".b/c.png"])),
+        "'{root}/train' has class folders without an image: 'cat' (of 2;",
+    ),
     "empty class": (empty, "'{root}/train' has class folders without an image: 'cat' (of 2;"),
     "class only in val": (
         lambda root: fill(root / "val", ["dog/3.png"]),
