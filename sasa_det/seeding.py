@@ -11,7 +11,11 @@ __all__ = ["seed_everything", "seeded"]
 
 
 def seed_everything(*key: int) -> None:
-    """Seed Python, NumPy and torch on all devices with a key of non-negative integers."""
+    """Seed Python, NumPy and torch on all devices with a key of non-negative integers.
+
+    Keys of two integers, as of samples, and of four, as of steps, never give the same numbers if
+    the first one, the seed, is the same.
+    """
     torch.manual_seed(_seed_python_and_numpy(key))
 
 
@@ -30,7 +34,20 @@ def seeded(*key: int) -> Iterator[None]:
 
 def _seed_python_and_numpy(key: tuple[int, ...]) -> int:
     """Seed the two and return 64 bits for torch."""
-    words = np.random.SeedSequence(key).generate_state(4)
+    words = np.random.SeedSequence(_told_apart(key)).generate_state(4)
     random.seed(int(words[0]))
     np.random.seed(words[1])
     return int(words[2]) << 32 | int(words[3])
+
+
+def _told_apart(key: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a key that no key of another length and the same first number equals in NumPy.
+
+    NumPy writes numbers as words of 32 bits and fills up to four of them with zeros, so that
+    (seed, 1) of a sample and (seed, 1, 0, 0) of a step would be the same. Where zeros or numbers of
+    several words hide the length, it is written behind them. All other keys stay as they are, for
+    the runs that go on from earlier checkpoints.
+    """
+    if (len(key) > 2 and not any(key[2:])) or any(number >= 2**32 for number in key[1:]):
+        return (*key, 0, len(key))
+    return key

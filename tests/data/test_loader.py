@@ -12,7 +12,6 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSample
 from sasa_det.data import loader as loader_module
 from sasa_det.data.errors import DatasetError, ImageError
 from sasa_det.data.loader import TrainLoader, detection_train_loader
-from sasa_det.seeding import seed_everything, seeded
 
 RECORDS = [
     {"file_name": f"{i}.png", "width": 10 + i % 3 * 10, "height": 20, "image_id": i}
@@ -190,15 +189,3 @@ def test_order_is_that_of_detectron2(sampler):
     )  # fmt: skip
     ids = [x["image_id"] for batch in take(loader, 40) for x in batch]
     assert ids == list(itertools.islice(expected, 80))
-
-
-def test_seeded_blocks():
-    before = random.random, np.random.rand, lambda: float(torch.rand(()))
-    seed_everything(1, 2)
-    first = [draw() for draw in before]
-    seed_everything(1, 2)
-    with seeded(1, 2):
-        inside = [draw() for draw in before]
-    assert inside == first == [draw() for draw in before]
-    with seeded(1, 3):
-        assert all(draw() != number for draw, number in zip(before, first, strict=True))
