@@ -17,8 +17,8 @@ from sasa_det.data.digit_crops import write_digit_crops
 from sasa_det.engine import UsageError, argument_parser, run
 from sasa_det.engine.arguments import run_command
 from sasa_det.engine.demo import run_demo
-from sasa_det.ops import cpu
 from sasa_det.engine.signals import StopTraining
+from sasa_det.ops import cpu
 
 
 def call(*words, **kwargs):
