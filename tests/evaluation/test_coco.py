@@ -61,19 +61,19 @@ def test_ap_counts_what_the_model_gives(crowded, allowed, counted):
         assert results[metric] == pytest.approx(expected), metric
 
 
-def test_configs_pass_on_their_number_of_detections(crowded):
+def test_configs_pass_on_their_number_of_detections(crowded, tmp_path):
     yaml = "configs/quick/retinanet_SASA.yaml"
     lazy = "configs/COCO-Detection/retinanet_SASA_R_50_full.py"
     mask = "configs/COCO-InstanceSegmentation/mask_rcnn_SASA_R_50_FPN"
     heads = "model.roi_heads.box_predictor.test_topk_per_image"
-    found = [
-        Trainer.build_evaluator(load_config(yaml, ["TEST.DETECTIONS_PER_IMAGE", number]), "crowded")
-        for number in ("150", "100")
-    ]
+    folder, found = str(tmp_path), []
+    for number in ("150", "100"):
+        cfg = load_config(yaml, ["TEST.DETECTIONS_PER_IMAGE", number])
+        found.append(Trainer.build_evaluator(cfg, "crowded", folder))
     for file, key in ((lazy, "model.max_detections_per_image"), (f"{mask}.py", heads)):
         for number in (150, 100):
             cfg = load_lazy_config(file, [f"{key}={number}"])
-            found.append(LazyTrainer.build_evaluator(cfg, "crowded"))
+            found.append(LazyTrainer.build_evaluator(cfg, "crowded", folder))
     full = pytest.approx(100)
     cut = pytest.approx(100 * 67 / 101)
     assert [results_of(evaluator, crowded)["AP"] for evaluator in found] == [full, cut] * 3

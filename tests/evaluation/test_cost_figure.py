@@ -79,10 +79,11 @@ def test_the_picture_shows_the_stars(tmp_path):
 def test_texts_stay_in_the_picture():
     figure = drawn(MODELS)
     figure.draw_without_rendering()
-    for axes in figure.axes:
-        for text in axes.texts:
-            box = text.get_window_extent()
-            assert axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1, text.get_text()
+    texts = [(axes.bbox, text) for axes in figure.axes for text in axes.texts]
+    assert texts
+    for bounds, text in texts:
+        box = text.get_window_extent()
+        assert bounds.x0 <= box.x0 and box.x1 <= bounds.x1, text.get_text()
 
 
 def test_measured_alone_and_nothing_at_all(tmp_path):

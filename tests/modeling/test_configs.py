@@ -94,5 +94,5 @@ def test_every_key_has_a_comment():
 
 
 def test_yaml_files_carry_no_python():
-    for path in Path("configs").rglob("*.yaml"):
-        assert "!!" not in path.read_text(), path
+    texts = {path: path.read_text() for path in Path("configs").rglob("*.yaml")}
+    assert len(texts) > 60 and [path for path, text in texts.items() if "!!" in text] == []

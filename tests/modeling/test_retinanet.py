@@ -60,15 +60,17 @@ def test_initial_weights_and_prior():
     assert head.cls_score[-1].bias[0].item() == pytest.approx(-math.log(0.98 / 0.02))
 
 
+def kernel_sizes(module):
+    return {m.kernel_size for m in module.modules() if isinstance(m, torch.nn.Conv2d)}
+
+
 def test_prediction_is_attention_and_the_pointwise_layer_that_mixes_heads():
     kinds = [type(m) for m in make_head().cls_score]
     assert kinds == [LocalSelfAttention2d, torch.nn.Conv2d]
     mixing = make_head(mixing_layer=True).bbox_pred
     assert [type(m) for m in mixing] == [LocalSelfAttention2d, torch.nn.Conv2d, torch.nn.Conv2d]
     assert mixing[1].weight.shape == (32, 32, 1, 1)
-    for module in make_head(mixing_layer=True).modules():
-        if isinstance(module, torch.nn.Conv2d):
-            assert module.kernel_size == (1, 1)
+    assert kernel_sizes(make_head(mixing_layer=True)) == {(1, 1)}
 
 
 def test_attention_fpn_has_no_spatial_convolution_and_equals_its_formula():
@@ -79,9 +81,7 @@ def test_attention_fpn_has_no_spatial_convolution_and_equals_its_formula():
     top_block = LastLevelP6P7Attention(32, 32, "p5", ATTENTION)
     fpn = AttentionFPN(bottom_up, ["res4", "res5"], 32, top_block=top_block, attention=ATTENTION)
     fpn.eval()
-    for name, module in fpn.named_modules():
-        if isinstance(module, torch.nn.Conv2d):
-            assert module.kernel_size == (1, 1), name
+    assert kernel_sizes(fpn) == {(1, 1)}
     x = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         features, output = bottom_up(x), fpn(x)
