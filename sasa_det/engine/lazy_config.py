@@ -159,6 +159,9 @@ def load_lazy_config(
     """
     lazy = _load(config_file)
     overridden = _override(lazy, [word for word in overrides if word != "--"])
+    for section in _SECTIONS:
+        if not OmegaConf.is_dict(lazy[section]):
+            raise UsageError(f"{section} must be a section of keys, got {lazy[section]!r}.")
     for split, source in (("train", train), ("test", test)):
         if source:
             lazy.dataloader[f"{split}_json"], lazy.dataloader[f"{split}_images"] = source

@@ -38,6 +38,19 @@ def test_any_flipped_byte_is_refused(ours, tmp_path):
             pytest.fail(f"byte {index}")
 
 
+def test_a_flipped_byte_of_a_large_file_is_refused(tmp_path):
+    """Which is read in parts of a mebibyte."""
+    path = tmp_path / "large.pth"
+    write_checkpoint({"model": {"weight": torch.zeros(3 << 18)}}, path)
+    data = path.read_bytes()
+    assert len(data) > 3 << 20
+    for place in (1 << 10, (1 << 20) + 7, (5 << 19) + 7, len(data) - 400):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(CheckpointError):
+            check_file(path)
+            pytest.fail(f"byte {place}")
+
+
 def test_a_flipped_byte_is_refused_by_reading(ours, tmp_path):
     path = tmp_path / "flipped.pth"
     data = bytearray(ours.read_bytes())

@@ -224,6 +224,8 @@ MISTAKES = {
     ),
     "grammar": (["train.max_iter=[4"], "'train.max_iter=[4' is no override"),
     "type": (["train.max_iter=four"], "train.max_iter must be an integer, got 'four'."),
+    "section": (["model=null"], "model must be a section of keys, got None."),
+    "list": (["train.weights_allow=[[a]]"], "train.weights_allow must be a list of strings"),
     "value": (["train.max_iter=0"], "train.max_iter must be at least 1, got 0."),
     "interpolation": (["train.max_iter=${train.end}"], "train.end"),
     "argument": (["+dataloader.train.num_wokers=4"], "dataloader.train: got an unexpected key"),

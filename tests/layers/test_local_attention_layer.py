@@ -23,6 +23,14 @@ def test_parameters_have_their_public_names_and_shapes():
     assert names == ["rel_rows", "rel_cols", "query.weight", "value.weight"]
 
 
+def test_values_start_with_the_variance_of_their_input():
+    torch.manual_seed(0)
+    weight = LocalSelfAttention2d(400, 64, num_heads=4).value.weight
+    # The standard deviation of so many is known to 1%.
+    assert weight.std().item() == pytest.approx(400**-0.5, rel=0.02)
+    assert abs(weight.mean().item()) < 0.02 * 400**-0.5
+
+
 def test_is_the_operation_on_projections_followed_by_a_pool():
     layer = LocalSelfAttention2d(6, 8, kernel_size=3, num_heads=2, stride=2).double()
     x = torch.randn(2, 6, 5, 7, dtype=torch.float64)
