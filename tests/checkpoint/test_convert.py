@@ -168,12 +168,15 @@ def test_a_conversion_that_is_killed_leaves_nothing(source, tmp_path, state, suf
 
 
 def run_tool(monkeypatch, *words):
+    """Run the command and return its exit status."""
     monkeypatch.setattr(sys, "argv", [TOOL, *map(str, words)])
-    runpy.run_path(TOOL, run_name="__main__")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(TOOL, run_name="__main__")
+    return end.value.code
 
 
 def test_the_command(source, tmp_path, monkeypatch, capsys):
-    run_tool(monkeypatch, "--whole", source, tmp_path / "a.pth")
+    assert run_tool(monkeypatch, "--whole", source, tmp_path / "a.pth") == 0
     config = read_checkpoint(source)["config"]
     report = convert(source, tmp_path / "b.pth", config=config)
     assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
@@ -185,10 +188,9 @@ def test_the_command(source, tmp_path, monkeypatch, capsys):
 
 def test_the_command_tells_a_mistake_in_one_sentence(tmp_path, hostile, monkeypatch, capsys):
     torch.save(hostile, tmp_path / "a.pth")
-    with pytest.raises(SystemExit) as end:
-        run_tool(monkeypatch, tmp_path / "a.pth", tmp_path / "b.pth")
+    assert run_tool(monkeypatch, tmp_path / "a.pth", tmp_path / "b.pth") == 2
     output = capsys.readouterr()
-    assert end.value.code == 2 and output.out == ""
+    assert output.out == ""
     assert output.err.startswith("error: ") and output.err.count("\n") == 1
     assert "posix.system" in output.err
     assert os.listdir(tmp_path) == ["a.pth"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sasa_det.checkpoint import read_checkpoint
+from sasa_det.checkpoint import read_checkpoint, write_checkpoint
 from sasa_det.engine import Trainer, load_config
 
 RECORDED = Path(__file__).with_name("recorded")
@@ -46,6 +46,12 @@ def test_what_is_loaded_is_what_was_saved(folder, digits, assert_equal_runs):
     trainer.checkpointer.save_dir = str(folder / "again")
     assert trainer.start_iter == 4
     trainer.checkpointer.save("model_0000003", iteration=trainer.iter, config="")
+    path = folder / "again" / "model_0000003.pth"
+    again = read_checkpoint(path)
+    # Which metric is meant has come to the record since.
+    best = again["trainer"]["hooks"]["Evaluation"]["best"]
+    assert (best.pop("name"), best.pop("mode")) == ("validation/total_loss", "min")
+    write_checkpoint(again, path)
     assert_equal_runs(folder, folder / "again", name="model_0000003")
 
 

@@ -16,6 +16,7 @@ def classifier(features, *opts):
             "MODEL.META_ARCHITECTURE", "Classifier", "MODEL.DEVICE", "cpu",
             "MODEL.BACKBONE.NAME", "build_sasa_resnet_backbone", "MODEL.BACKBONE.FREEZE_AT", 0,
             "MODEL.RESNETS.DEPTH", 26, "MODEL.RESNETS.NORM", "BN",
+            "MODEL.RESNETS.STRIDE_IN_1X1", False,
             "MODEL.RESNETS.OUT_FEATURES", features, "MODEL.SASA.WIDTH_MULTIPLIER", 0.25,
             "MODEL.CLASSIFIER.NUM_CLASSES", 7, *opts,
         ]
