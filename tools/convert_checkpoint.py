@@ -46,6 +46,13 @@ def main() -> None:
         help="those of the last step, raw, or their moving average, ema; raw by default",
     )
     parser.add_argument(
+        "--prefix",
+        default="",
+        help="what the names of the network's weights begin with, where those of other weights do "
+        "not, as model. of Lightning; what all names begin with is found without, and so are "
+        "the parts that torch.compile, DDP and FSDP put into names",
+    )
+    parser.add_argument(
         "--allow",
         metavar="PATTERN",
         action="append",
@@ -61,7 +68,7 @@ def main() -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace TARGET if it exists")
     args = parser.parse_intermixed_args()
-    options = {"weights": args.weights, "overwrite": args.overwrite}
+    options = {"weights": args.weights, "prefix": args.prefix, "overwrite": args.overwrite}
     try:
         if args.opts and not args.config_file:
             raise UsageError(

@@ -58,6 +58,7 @@ def convert(
     target: str | os.PathLike,
     *,
     weights: str = "raw",
+    prefix: str = "",
     preprocessing: dict[str, Any] | None = None,
     config: str = "",
     overwrite: bool = False,
@@ -71,28 +72,37 @@ def convert(
         source: a file that :func:`read_checkpoint` accepts.
         target: the file to write, which ends in ``.pth`` or ``.safetensors``.
         weights: "raw", or "ema" for averages in the place of the weights that were averaged.
+        prefix: see :func:`read_contents`.
         preprocessing, config: what the file shall tell of the weights, as of
             :func:`write_backbone`. Of a source that was converted already, what it tells is kept.
         overwrite: whether ``target`` may exist.
 
     Returns:
-        Report: all weights are loaded under their own names.
+        Report: all weights are loaded under their own names, which are those without the parts of
+        wrappers and the prefix, where the layout of the names is known.
 
     Raises:
         CheckpointError: if the source cannot be used, its weights are not finite or not averaged,
             or the target exists, is the source, has another suffix or cannot be written.
     """
     check_target(source, target, overwrite=overwrite)
-    contents = read_contents(source, weights)
+    contents = read_contents(source, weights, prefix)
     rest = contents.rest
     # A file that was converted already is copied.
     kept = (*_NAMING, *_FACTS) if "config_digest" in rest else _NAMING
     facts = {key: rest[key] for key in kept if key in rest}
     if config and "config_digest" not in rest:
         facts |= _facts(preprocessing, config)
-    write_checkpoint({"model": contents.weights, **facts}, target)
-    names = {name: name for name in contents.weights}
-    return Report(names, _state_of_training(rest), preprocessing=preprocessing_in(facts))
+    found = contents.weights
+    bare = contents.layout.bare(found) if contents.layout else {name: name for name in found}
+    names = {short: name for name, short in bare.items()}
+    if len(names) < len(bare):
+        raise CheckpointError(f"{contents.path}: some names differ by the part of a wrapper alone.")
+    moved = {short: found[name] for short, name in names.items()}
+    write_checkpoint({"model": moved, **facts}, target)
+    dropped = {name: "outside the prefix" for name in found if name not in bare}
+    dropped |= _state_of_training(rest)
+    return Report(names, dropped, preprocessing=preprocessing_in(facts))
 
 
 def preprocessing_in(rest: dict[str, Any]) -> dict[str, Any] | None:
@@ -114,12 +124,14 @@ def check_target(
         raise CheckpointError(f"the target {target} exists; it is replaced with --overwrite only.")
 
 
-def read_contents(source: str | os.PathLike, weights: str = "raw") -> Contents:
+def read_contents(source: str | os.PathLike, weights: str = "raw", prefix: str = "") -> Contents:
     """Read what is to be converted.
 
     Args:
         source: a file that :func:`read_checkpoint` accepts.
         weights: as of :func:`convert`.
+        prefix: what the names of the network's weights begin with, where those of others do not,
+            as "model."; what all names begin with is found without.
 
     Raises:
         CheckpointError: as of :func:`convert`.
@@ -131,7 +143,13 @@ def read_contents(source: str | os.PathLike, weights: str = "raw") -> Contents:
         tensors = {**tensors, **_averages(checkpoint.pop("ema", None), tensors, path)}
     check_finite(tensors, path)
     tensors = {name: _without_surroundings(tensor) for name, tensor in tensors.items()}
-    return Contents(path, tensors, checkpoint, recognize(tensors))
+    try:
+        layout = recognize(tensors, prefix)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}.") from error
+    if layout is None and prefix:
+        raise _unknown(path, tensors)
+    return Contents(path, tensors, checkpoint, layout)
 
 
 def write_backbone(
@@ -162,10 +180,7 @@ def write_backbone(
     """
     path, weights, rest, layout = contents
     if layout is None:
-        raise CheckpointError(
-            f"{path}: weights named as {sorted(weights)[0]} are none of this project, detectron2, "
-            "torchvision, timm or the official SAN release."
-        )
+        raise _unknown(path, weights)
     try:
         report = transfer(weights, layout, model, allow)
     except TransferError as error:
@@ -177,6 +192,14 @@ def write_backbone(
     moved = {name: weights[source] for name, source in report.loaded.items()}
     write_checkpoint({"model": moved, **facts}, target)
     return _completed(report, rest, preprocessing)
+
+
+def _unknown(path: Path, weights: dict[str, Tensor]) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: weights named as {sorted(weights)[0]} are none of this project, detectron2, "
+        "torchvision, timm or the official SAN release; where the network is a part of something "
+        "larger, --prefix names what its weights' names begin with."
+    )
 
 
 def _facts(preprocessing: dict[str, Any] | None, config: str) -> dict[str, Any]:

@@ -4,7 +4,9 @@ import re
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
+from .errors import CheckpointError
 from .matching import backbone_names
+from .prefixes import common_prefixes, without_wrappers
 from .preprocessing import IMAGENET
 
 __all__ = ["Layout", "recognize"]
@@ -41,48 +43,69 @@ class Layout(NamedTuple):
 
     Attributes:
         owner: whose checkpoints they are, for messages.
+        marks: beginnings of names by which it is recognized.
         patterns: of names, and what stands for them in a backbone of this project; None if they
             are the same but for what a model puts before them.
         preprocessing: of images, where the layout alone tells it.
         convolutional: whether it is a ResNet without attention.
+        prefix: what a trainer put before the names of the network.
     """
 
     owner: str
+    marks: tuple[str, ...]
     patterns: dict[str, str] | None = None
     preprocessing: dict[str, Any] | None = None
     convolutional: bool = False
+    prefix: str = ""
 
     @property
     def foreign(self) -> bool:
         """Whether it is of a project whose models are not those of this one."""
         return self.patterns is not None
 
+    def bare(self, names: Collection[str]) -> dict[str, str]:
+        """Name the weights of the network without the prefix and the parts of wrappers."""
+        clean = {name: without_wrappers(name) for name in names}
+        return {
+            name: short.removeprefix(self.prefix)
+            for name, short in clean.items()
+            if short.startswith(self.prefix)
+        }
+
     def rename(self, names: Collection[str]) -> dict[str, str]:
         """Name weights as a backbone of this project, those that are known to the layout."""
-        short = _without_wrapper(names)
+        bare = self.bare(names)
         if self.patterns is None:
-            renamed = backbone_names(short.values())
+            renamed = backbone_names(bare.values())
         else:
-            renamed = _renamed(short.values(), self.patterns)
-        return {name: renamed[s] for name, s in short.items() if s in renamed}
+            renamed = _renamed(bare.values(), self.patterns)
+        return {name: renamed[short] for name, short in bare.items() if short in renamed}
 
 
-def recognize(names: Collection[str]) -> Layout | None:
-    """Tell the layout of a checkpoint from the names of its weights; None if it is unknown."""
-    names = set(_without_wrapper(names).values())
-    if "conv_in.weight" in names:
-        return _SAN
-    if "layer1.0.conv1.weight" in names:
-        return _RESNET
-    if any(name.startswith(("backbone.", "stem.", "res2.")) for name in names):
-        return _OWN
+def recognize(names: Collection[str], prefix: str = "") -> Layout | None:
+    """Tell the layout of a checkpoint from the names of its weights; None if it is unknown.
+
+    Args:
+        names: of all its weights.
+        prefix: what the names of its network begin with, those of other weights not; "" for
+            whatever all names begin with.
+
+    Raises:
+        CheckpointError: if no name has the prefix.
+    """
+    clean = [without_wrappers(name) for name in names]
+    prefixes = list(common_prefixes(clean))
+    if prefix:
+        prefix = without_wrappers(prefix.rstrip(".")) + "."
+        prefixes = [prefix.removeprefix(".")]
+        if not any(name.startswith(prefixes[0]) for name in clean):
+            raise CheckpointError(f"none of its weights has a name with the prefix {prefix}")
+    for layout in (_SAN, _RESNET, _OWN):
+        for found in prefixes:
+            bare = [name.removeprefix(found) for name in clean if name.startswith(found)]
+            if any(name.startswith(layout.marks) for name in bare):
+                return layout._replace(prefix=found)
     return None
-
-
-def _without_wrapper(names: Collection[str]) -> dict[str, str]:
-    """Take off what the wrapper of a model on several GPUs puts before all names."""
-    wrapped = all(name.startswith("module.") for name in names)
-    return {name: name.removeprefix("module.") if wrapped else name for name in names}
 
 
 def _renamed(names: Collection[str], patterns: dict[str, str]) -> dict[str, str]:
@@ -97,6 +120,8 @@ def _renamed(names: Collection[str], patterns: dict[str, str]) -> dict[str, str]
     return renamed
 
 
-_OWN = Layout("this project or detectron2")
-_RESNET = Layout("torchvision or timm", _RESNET_NAMES, IMAGENET, convolutional=True)
-_SAN = Layout("the official SAN release", _SAN_NAMES, IMAGENET)
+_OWN = Layout("this project or detectron2", ("backbone.", "stem.", "res2."))
+_RESNET = Layout(
+    "torchvision or timm", ("layer1.0.conv1.",), _RESNET_NAMES, IMAGENET, convolutional=True
+)
+_SAN = Layout("the official SAN release", ("conv_in.",), _SAN_NAMES, IMAGENET)

@@ -14,6 +14,7 @@ from detectron2.checkpoint.c2_model_loading import (
 
 from ..wording import first_of
 from .errors import CheckpointError
+from .prefixes import named_as
 
 __all__ = ["OPTIONAL", "align_names", "backbone_names", "check_filled"]
 
@@ -35,6 +36,8 @@ _shorten = partial(first_of, most=3)
 def align_names(model: dict[str, torch.Tensor], checkpoint: dict[str, Any]) -> None:
     """Give a checkpoint's weights the model's names, by detectron2's heuristics if it asks so.
 
+    Wrappers of modules, and a prefix of all names, are seen through in any case.
+
     Args:
         model: the model's state dict.
         checkpoint: what :func:`read_checkpoint` returns, changed in place; its weights get the name
@@ -43,6 +46,7 @@ def align_names(model: dict[str, torch.Tensor], checkpoint: dict[str, Any]) -> N
     Raises:
         CheckpointError: if a weight could be several of the model's.
     """
+    checkpoint["model"] = named_as(model, checkpoint["model"])
     if not checkpoint.pop("matching_heuristics", False):
         return
     weights = checkpoint["model"]

@@ -119,16 +119,16 @@ def transfer(
     attention = _instead_of_convolution(model, state) if layout.convolutional else ()
     if layout.convolutional:
         _check_strides(model)
-    names = layout.rename(weights)
+    names, bare = layout.rename(weights), layout.bare(weights)
     loaded: dict[str, str] = {}
     dropped: dict[str, str] = {}
     mismatched: dict[str, tuple[str, str]] = {}
     for source, weight in weights.items():
         name = names.get(source)
-        if (name or source).startswith("linear."):
+        if (name or bare.get(source, "")).startswith("linear."):
             dropped[source] = _CLASSIFIER
         elif name is None:
-            dropped[source] = _NO_PART if layout.foreign else _OUTSIDE
+            dropped[source] = _NO_PART if layout.foreign and source in bare else _OUTSIDE
         elif name not in shapes:
             dropped[source] = _why_no_place(name, shapes, attention)
         elif name in loaded or name in mismatched:

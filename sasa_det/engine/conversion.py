@@ -43,6 +43,7 @@ def convert_backbone(
     model: nn.Module | None = None,
     *,
     weights: str = "raw",
+    prefix: str = "",
     allow: Sequence[str] = (),
     whole: bool = False,
     overwrite: bool = False,
@@ -61,6 +62,7 @@ def convert_backbone(
         model: whose backbone is to be filled. By default, that of the config that the source
             holds; if it holds none, all its weights are written as they are.
         weights: "raw", or "ema" for averages in the place of the weights that were averaged.
+        prefix: see :func:`sasa_det.checkpoint.convert.read_contents`.
         allow: shell patterns of weights that may be missing, of another shape or left over, see
             :func:`sasa_det.checkpoint.transfer.transfer`.
         whole: write all weights as they are, under their own names.
@@ -75,7 +77,7 @@ def convert_backbone(
         UsageError: if there is no model for weights that need one.
     """
     check_target(source, target, overwrite=overwrite)
-    contents = read_contents(source, weights)
+    contents = read_contents(source, weights, prefix)
     layout = contents.layout
     foreign = layout is not None and layout.foreign
     config = contents.rest.get("config", "")
@@ -84,8 +86,9 @@ def convert_backbone(
     values = parse_config(f"the config in {source}", config) if config else {}
     preprocessing = layout.preprocessing if foreign else preprocessing_in(contents.rest)
     facts = {"preprocessing": preprocessing or preprocessing_of(values), "config": config}
+    options = {"weights": weights, "prefix": prefix, "overwrite": overwrite}
     if whole:
-        return convert(source, target, weights=weights, **facts, overwrite=overwrite)
+        return convert(source, target, **options, **facts)
     if model is None:
         if foreign:
             raise UsageError(
@@ -98,7 +101,7 @@ def convert_backbone(
                     f"{source} holds no config: --allow takes the config of a model, given with "
                     "--config-file."
                 )
-            return convert(source, target, weights=weights, overwrite=overwrite)
+            return convert(source, target, **options)
         model = _build(_model_config(values, source))
     return write_backbone(contents, target, model, **facts, allow=allow)
 

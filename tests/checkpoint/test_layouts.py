@@ -1,6 +1,7 @@
 import pytest
 import torchvision
 
+from sasa_det.checkpoint import CheckpointError
 from sasa_det.checkpoint.layouts import recognize
 
 
@@ -75,6 +76,57 @@ def test_names_of_this_project(prefix):
     names = ["stem.query.weight", "res2.0.conv1.norm.weight", "res5.0.attention.key.weight"]
     renamed = recognize([prefix + name for name in names]).rename([prefix + name for name in names])
     assert renamed == {prefix + name: name for name in names}
+
+
+WRAPPED = {
+    "torch.compile": "_orig_mod.",
+    "DDP of torch.compile": "module._orig_mod.",
+    "torch.compile of DDP": "_orig_mod.module.",
+    "Lightning": "model.",
+    "Lightning of torch.compile": "model._orig_mod.",
+    "FSDP": "_fsdp_wrapped_module.module.",
+    "another": "student.encoder.",
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_names_behind_one_prefix(resnet50, kind):
+    sources = {
+        "ResNet": (resnet50, recognize(resnet50).rename(resnet50)),
+        "SAN": (["conv_in.weight"], {"conv_in.weight": "stem.conv.weight"}),
+        "own": (
+            ["backbone.bottom_up.stem.query.weight", "head.bias"],
+            {"backbone.bottom_up.stem.query.weight": "stem.query.weight"},
+        ),
+    }
+    for names, expected in sources.values():
+        wrapped = [WRAPPED[kind] + name for name in names]
+        layout = recognize(wrapped)
+        assert layout.owner == recognize(names).owner
+        renamed = layout.rename(wrapped)
+        assert renamed == {WRAPPED[kind] + name: new for name, new in expected.items()}
+        assert list(layout.bare(wrapped).values()) == names
+
+
+def test_wrappers_of_parts():
+    names = ["backbone._orig_mod.res2._checkpoint_wrapped_module.0.a", "head._orig_mod.bias"]
+    assert recognize(names).rename(names) == {names[0]: "res2.0.a"}
+
+
+def test_one_prefix_of_several(resnet50):
+    names = [f"model.{name}" for name in resnet50] + ["criterion.weight", "ema.conv1.weight"]
+    assert recognize(names) is None
+    for prefix in ("model", "model."):
+        layout = recognize(names, prefix)
+        assert layout.rename(names) == {
+            f"model.{name}": new for name, new in recognize(resnet50).rename(resnet50).items()
+        }
+        assert "criterion.weight" not in layout.bare(names)
+    compiled = [f"model._orig_mod.{name}" for name in resnet50] + ["criterion.weight"]
+    assert list(recognize(compiled, "model._orig_mod.").bare(compiled).values()) == resnet50
+    with pytest.raises(CheckpointError, match="none of its weights .* prefix teacher."):
+        recognize(names, "teacher.")
+    assert recognize(names, "criterion.") is None
 
 
 def test_names_outside_the_backbone():

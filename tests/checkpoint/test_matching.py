@@ -9,6 +9,7 @@ from detectron2.modeling import build_model
 
 from sasa_det.checkpoint import Checkpointer, CheckpointError
 from sasa_det.checkpoint.matching import check_filled
+from sasa_det.checkpoint.prefixes import named_as
 
 MODEL = [
     "pixel_mean",
@@ -234,3 +235,16 @@ def test_weights_that_are_too_many_are_told(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         Checkpointer(model, strict=True).load(str(tmp_path / "a.pth"))
     assert "fc.weight" in caplog.text
+
+
+def test_names_that_differ_by_wrappers_and_a_prefix():
+    weight = torch.zeros(1)
+    model = ["backbone.a", "head._orig_mod.b"]
+    assert named_as(model, {"module.backbone._orig_mod.a": weight, "module.x": weight}) == {
+        "backbone.a": weight,
+        "x": weight,
+    }
+    assert list(named_as(model, {"head._orig_mod.b": weight})) == ["head._orig_mod.b"]
+    assert list(named_as(model, {"other.a": weight, "other.b": weight})) == ["other.a", "other.b"]
+    with pytest.raises(CheckpointError, match="differ in their names by a wrapper"):
+        named_as(model, {"a": weight, "_orig_mod.a": weight})

@@ -174,6 +174,44 @@ def test_resnets_of_torchvision(tmp_path, tool):
 # -------------------------------------------------------------------------- sources without config
 
 
+def wrapped(run, path, prefix, **others):
+    """Write the run's weights as a trainer does that puts a prefix before their names."""
+    source = torch.load(run, weights_only=True)
+    weights = {prefix + name: weight for name, weight in source["model"].items()}
+    return saved(path, state_dict={**weights, **others}, config=source["config"])
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "model.", "a.b."])
+def test_weights_behind_one_prefix(run, tmp_path, tool, prefix):
+    source = wrapped(run, tmp_path / "wrapped.ckpt", prefix)
+    assert tool(run, tmp_path / "a.pth")[0] == 0
+    status, output, _ = tool(source, tmp_path / "b.pth")
+    assert status == 0 and f"{prefix}backbone.stem." in output
+    expected, read = (read_checkpoint(tmp_path / f"{name}.pth")["model"] for name in "ab")
+    assert read.keys() == expected.keys()
+    assert all(torch.equal(read[name], weight) for name, weight in expected.items())
+    # As a whole it is the model's, which starts from the wrapped file as well.
+    assert tool("--whole", source, tmp_path / "whole.pth")[0] == 0
+    model = build_model(load_config(CLASSIFIER))
+    for path in (tmp_path / "whole.pth", source):
+        torch.nn.init.zeros_(model.backbone.linear.weight)
+        Checkpointer(model, strict=True).load(str(path))
+        for name, weight in torch.load(run, weights_only=True)["model"].items():
+            assert torch.equal(model.state_dict()[name], weight), name
+
+
+def test_a_prefix_that_is_named(run, tmp_path, tool):
+    source = wrapped(run, tmp_path / "w.ckpt", "model.", **{"loss.weight": torch.ones(2)})
+    refused(tool(source, tmp_path / "a.pth"), "w.ckpt: weights named as loss.weight", "--prefix")
+    refused(tool(source, tmp_path / "a.pth", "--prefix", "net."), "with the prefix net.")
+    refused(tool(source, tmp_path / "a.pth", "--prefix", "loss."), "w.ckpt: weights named as")
+    status, output, _ = tool(source, tmp_path / "a.pth", "--prefix", "model.")
+    assert status == 0 and "| dropped | loss.weight" in output
+    assert tool(source, tmp_path / "b.pth", "--prefix", "model", "--whole")[0] == 0
+    expected = torch.load(run, weights_only=True)["model"]
+    assert read_checkpoint(tmp_path / "b.pth")["model"].keys() == expected.keys()
+
+
 def test_without_any_config_all_weights_are_written(run, tmp_path, tool):
     weights = torch.load(run, weights_only=True)["model"]
     source = saved(tmp_path / "a.pth", model=weights, optimizer={})
