@@ -154,6 +154,26 @@ def test_values_out_of_range(key, value, allowed):
         assert "got " in message
 
 
+ODD = [
+    [], [[]], [[], 1], [None], ((1, 2), 3), [[1, 2], [3]], ["a", 1], [["a"], ["b"]], [True, 2.5],
+    [[[1]]], [float("nan")], [2**70], [-1], [0],
+]  # fmt: skip
+
+
+def test_odd_lists_are_fine_or_refused_and_never_an_error():
+    lists = [k for k, v in flatten(defaults()).items() if isinstance(v, list | tuple)]
+    assert len(lists) > 35
+    refused = 0
+    for key in lists:
+        for value in ODD:
+            try:
+                check_values(changed(key, value))
+            except UsageError as error:
+                assert key in str(error)
+                refused += 1
+    assert refused > len(lists) * len(ODD) / 2
+
+
 def test_names_are_suggested():
     with pytest.raises(UsageError, match=r"got 'AdamV'; did you mean AdamW\?$"):
         check_values(changed("SOLVER.OPTIMIZER", "AdamV"))
