@@ -122,7 +122,7 @@ def register_class_folders(name, folder, *, class_names=None, prepare=None):
     folder = os.fspath(folder)
     if name in DatasetCatalog:
         known = MetadataCatalog.get(name).get("image_root")
-        if known != folder:
+        if known is None or os.path.realpath(known) != os.path.realpath(folder):
             raise DatasetError(
                 f"dataset {name!r} is already registered with image_root {known!r}, not "
                 f"{folder!r}: give the new data another name"

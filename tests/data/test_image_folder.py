@@ -289,6 +289,7 @@ def test_a_link_to_nothing_is_an_image_that_cannot_be_read(root):
 def test_a_name_stands_for_one_folder_and_its_classes(root):
     register_class_folders("pets", root / "train", class_names=["ant", "dog"])
     register_class_folders("pets", root / "train")
+    register_class_folders("pets", f"{root}/val/../train/")
     with pytest.raises(DatasetError, match=f"'pets' is already registered .*'{root}/train'"):
         register_class_folders("pets", root / "val")
     with pytest.raises(DatasetError, match=r"\(2: 'ant', 'cat'\) are not .*\(2: 'ant', 'dog'\)"):
