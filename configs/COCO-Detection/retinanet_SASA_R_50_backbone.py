@@ -1,6 +1,6 @@
 """Table 2, row 3: fully attentional backbone; convolutional FPN and heads."""
 
-from ..common.models.retinanet import model
+from ..Common.models.retinanet import model
 from .retinanet_SASA_R_50_full import dataloader, lr_multiplier, optimizer, train
 
 __all__ = ["dataloader", "lr_multiplier", "model", "optimizer", "train"]

@@ -1,10 +1,10 @@
 """Table 2, row 5: attention everywhere, with the recipe of appendix A.3."""
 
-from ..common.coco_schedule import lr_multiplier_150ep as lr_multiplier
-from ..common.data.coco_jitter import dataloader
-from ..common.models.retinanet_SASA import model
-from ..common.optim import SGD as optimizer
-from ..common.train import train
+from ..Common.coco_schedule import lr_multiplier_150ep as lr_multiplier
+from ..Common.data.coco_jitter import dataloader
+from ..Common.models.retinanet_SASA import model
+from ..Common.optim import SGD as optimizer
+from ..Common.train import train
 
 __all__ = ["dataloader", "lr_multiplier", "model", "optimizer", "train"]
 

@@ -1,10 +1,10 @@
 """detectron2's own Mask R-CNN on an attention backbone; its FPN and heads stay convolutional."""
 
-from ..common.coco_schedule import lr_multiplier_3x as lr_multiplier
-from ..common.data.coco import dataloader
-from ..common.models.mask_rcnn import model
-from ..common.optim import SGD as optimizer
-from ..common.train import train
+from ..Common.coco_schedule import lr_multiplier_3x as lr_multiplier
+from ..Common.data.coco import dataloader
+from ..Common.models.mask_rcnn import model
+from ..Common.optim import SGD as optimizer
+from ..Common.train import train
 
 __all__ = ["dataloader", "lr_multiplier", "model", "optimizer", "train"]
 

@@ -11,7 +11,7 @@ from sasa_det.checkpoint import read_checkpoint
 from sasa_det.data import write_digits
 from sasa_det.engine import argument_parser, run
 
-CONFIG = "configs/quick/retinanet_SASA.yaml"
+CONFIG = "configs/Quick/retinanet_SASA.yaml"
 
 
 @pytest.fixture(scope="session")

@@ -87,7 +87,7 @@ def check_retinanet(folder):
     opts = ["MODEL.RETINANET.NUM_CLASSES", "3", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"]
     for part in ("FPN", "RETINANET"):  # which see single pixels
         opts += [f"MODEL.{part}.NORM", "FrozenBN"]
-    cfg = load_config("configs/quick/retinanet_SASA.yaml", opts)
+    cfg = load_config("configs/Quick/retinanet_SASA.yaml", opts)
     copied, sharded = built(cfg)
     rank = comm.get_rank()
     assert_equal_training(copied, sharded, samples(2, rank, 3))

@@ -8,7 +8,7 @@ import pytest
 from sasa_det.checkpoint import read_checkpoint
 from sasa_det.engine import argument_parser, run
 
-CONFIG = "configs/quick/retinanet_SASA.yaml"
+CONFIG = "configs/Quick/retinanet_SASA.yaml"
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def test_the_rest_says_what_to_do_without_detectron2():
 
 
 def test_analyze_model():
-    config = "configs/quick/retinanet_SASA.yaml"
+    config = "configs/Quick/retinanet_SASA.yaml"
     result = call("tools/analyze_model.py", "--config-file", config, "--size", 64, 96)
     assert result.returncode == 0, result.stderr
     assert "One image of 64 x 96" in result.stdout and "| head " in result.stdout
@@ -149,7 +149,7 @@ def test_names_outside_ascii_in_any_locale(digits, tmp_path):
     ]
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
     result = call(
-        *("tools/train_net.py", "--config-file", "configs/quick/retinanet_SASA.yaml", *arguments),
+        *("tools/train_net.py", "--config-file", "configs/Quick/retinanet_SASA.yaml", *arguments),
         env={**os.environ, **locale},
     )
     assert result.returncode == 0, result.stderr[-2000:]
@@ -168,7 +168,7 @@ def test_names_outside_ascii_in_any_locale(digits, tmp_path):
 def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
     """The second is refused while the first lives, and goes on where that was killed."""
     digits = write_digits(tmp_path / "digits", num_train=4, num_val=2, image_size=64)
-    words = ["--config-file", "configs/quick/retinanet_SASA.yaml"]
+    words = ["--config-file", "configs/Quick/retinanet_SASA.yaml"]
     for split, name in (("train", "train"), ("test", "val")):
         words += [f"--{split}", digits / f"{name}.json", digits / name]
     folder = tmp_path / "run"

@@ -8,7 +8,7 @@ import yaml
 from sasa_det.engine import UsageError, load_config
 from sasa_det.engine.config_changes import check_changes, log_changes
 
-CONFIG = "configs/quick/retinanet_SASA.yaml"
+CONFIG = "configs/Quick/retinanet_SASA.yaml"
 
 
 @pytest.fixture

@@ -302,7 +302,7 @@ def test_averages_that_outlast_a_run_are_told(caplog):
     def told(steps):
         caplog.clear()
         opts = ["MODEL.BN_DECAY", "0.99", "MODEL.EMA.DECAY", "0.999", "SOLVER.MAX_ITER", str(steps)]
-        warn_of_slow_averages(load_config("configs/quick/classifier_SASA.yaml", opts))
+        warn_of_slow_averages(load_config("configs/Quick/classifier_SASA.yaml", opts))
         return caplog.messages
 
     # What is left of the beginning after 1 / (1 - decay) steps is 37%.

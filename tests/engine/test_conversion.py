@@ -18,8 +18,8 @@ from sasa_det.engine.conversion import build_target, convert_backbone
 from sasa_det.engine.ema import ModelEma
 
 TOOL = "tools/convert_checkpoint.py"
-CLASSIFIER = "configs/quick/classifier_SASA.yaml"
-DETECTOR = "configs/quick/retinanet_SASA.yaml"
+CLASSIFIER = "configs/Quick/classifier_SASA.yaml"
+DETECTOR = "configs/Quick/retinanet_SASA.yaml"
 RGB = {
     "format": "RGB",
     "pixel_mean": [123.675, 116.28, 103.53],

@@ -46,7 +46,7 @@ def assert_close_runs(one, other):
 def alone(digits, tmp_path_factory):
     """The folder of a run in one process."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    words = ["--config-file", "configs/quick/retinanet_SASA.yaml"]
+    words = ["--config-file", "configs/Quick/retinanet_SASA.yaml"]
     for split, name in (("train", "train"), ("test", "val")):
         words += [f"--{split}", digits / f"{name}.json", digits / name]
     words = [str(word) for word in [*words, *OPTIONS, "OUTPUT_DIR", folder]]

@@ -100,6 +100,6 @@ def test_shards_are_what_a_whole_model_is(tmp_path):
 def test_what_cannot_be_sharded(digits, tmp_path, opts, num_processes, message):
     sources = [(str(digits / f"{name}.json"), str(digits / name)) for name in ("train", "val")]
     opts = ["MODEL.FSDP", "True", "OUTPUT_DIR", str(tmp_path / "run"), *opts]
-    cfg = load_config("configs/quick/retinanet_SASA.yaml", opts, *sources)
+    cfg = load_config("configs/Quick/retinanet_SASA.yaml", opts, *sources)
     with pytest.raises(UsageError, match=message):
         check_run(cfg, num_processes=num_processes)

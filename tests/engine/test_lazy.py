@@ -19,7 +19,7 @@ from sasa_det.engine.lazy import lazy_argument_parser, run_lazy
 from sasa_det.engine.lazy_config import KEYS
 
 DATA = {"train": "train", "test": "val"}
-YAML = "configs/quick/retinanet_SASA.yaml"
+YAML = "configs/Quick/retinanet_SASA.yaml"
 # The same in Python.
 LAZY = """
 from pathlib import Path
@@ -29,7 +29,7 @@ from detectron2.config import LazyConfig
 _PARENT = Path("configs/COCO-Detection/retinanet_SASA_R_50_full.py").resolve()
 _SECTIONS = ("dataloader", "lr_multiplier", "model", "train")
 dataloader, lr_multiplier, model, train = LazyConfig.load(str(_PARENT), _SECTIONS)
-optimizer = LazyConfig.load(str(_PARENT.parents[1] / "common" / "optim.py"), "AdamW")
+optimizer = LazyConfig.load(str(_PARENT.parents[1] / "Common" / "optim.py"), "AdamW")
 
 _bottom_up = model.backbone.bottom_up
 _bottom_up.depth, _bottom_up.norm, _bottom_up.width_multiplier = 26, "BN", 0.25

@@ -11,7 +11,7 @@ from sasa_det.engine.output_folder import (
 )
 from sasa_det.engine.output_lock import output_lock
 
-CONFIG = "configs/quick/retinanet_SASA.yaml"
+CONFIG = "configs/Quick/retinanet_SASA.yaml"
 TRAINED = (
     "config.yaml", "log.txt", "log.txt.rank1", "metrics.json", "last_checkpoint",
     "model_0000001.pth", "model_best.pth", "model_final.pth", "events.out.tfevents.1.host",

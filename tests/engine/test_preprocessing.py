@@ -96,7 +96,7 @@ def test_of_a_config():
 
 
 def test_a_run_tells_it_once(command, tmp_path):
-    model = build_model(load_config("configs/quick/retinanet_SASA.yaml"))
+    model = build_model(load_config("configs/Quick/retinanet_SASA.yaml"))
     weights = {"model": model.state_dict(), "preprocessing": RGB}
     write_checkpoint(weights, tmp_path / "a.pth")
     options = ("SOLVER.MAX_ITER", 1, "SOLVER.WARMUP_ITERS", 0, "INPUT.FORMAT", "BGR")

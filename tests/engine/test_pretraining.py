@@ -15,7 +15,7 @@ from sasa_det.engine.distributed import _parts
 from sasa_det.engine.pretraining import classifier_argument_parser, run_classifier
 from sasa_det.engine.step import StepTrainer
 
-CONFIG = "configs/quick/classifier_SASA.yaml"
+CONFIG = "configs/Quick/classifier_SASA.yaml"
 CLASSES = [f"{shape}_{angle}" for shape in ("lines", "waves") for angle in (0, 45, 90, 135)]
 
 
@@ -232,7 +232,7 @@ def test_mistakes_in_the_command(command, folder, tmp_path, capsys):
         return error
 
     assert "MODEL.CLASSIFIER.NUM_CLASSES is 10" in told("MODEL.CLASSIFIER.NUM_CLASSES", 10)
-    detector = "configs/quick/retinanet_SASA.yaml"
+    detector = "configs/Quick/retinanet_SASA.yaml"
     assert "must be Classifier here, got AttentionRetinaNet" in told("--config-file", detector)
     assert "did you mean classification/top1" in told("TEST.BEST_METRIC", "clasification/top1")
 

@@ -2,7 +2,7 @@
 
 Of a RetinaNet of some 20,000 parameters, after four iterations on the digits of these tests:
 
-    tools/train_net.py --config-file configs/quick/retinanet_SASA.yaml \
+    tools/train_net.py --config-file configs/Quick/retinanet_SASA.yaml \
         --train digits/train.json digits/train --test digits/val.json digits/val OPTIONS
 """
 
@@ -41,7 +41,7 @@ def test_what_is_loaded_is_what_was_saved(folder, digits, assert_equal_runs):
     """Weights, averages, momenta, place in the data, best metric: all of it, bit for bit."""
     data = ((str(digits / f"{name}.json"), str(digits / name)) for name in ("train", "val"))
     opts = [str(word) for word in [*OPTIONS, "OUTPUT_DIR", folder]]
-    trainer = Trainer(load_config("configs/quick/retinanet_SASA.yaml", opts, *data))
+    trainer = Trainer(load_config("configs/Quick/retinanet_SASA.yaml", opts, *data))
     trainer.resume_or_load()
     trainer.checkpointer.save_dir = str(folder / "again")
     assert trainer.start_iter == 4

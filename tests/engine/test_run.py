@@ -9,7 +9,7 @@ import torch
 
 from sasa_det.engine import argument_parser, run
 
-CONFIG = "configs/quick/retinanet_SASA.yaml"
+CONFIG = "configs/Quick/retinanet_SASA.yaml"
 
 
 def metrics(folder):

@@ -14,7 +14,7 @@ from sasa_det.engine.model_check import check_model
 from sasa_det.engine.output_lock import output_lock
 from sasa_det.engine.setup import check_processes, check_run
 
-CONFIG = "configs/quick/retinanet_SASA.yaml"
+CONFIG = "configs/Quick/retinanet_SASA.yaml"
 MASK_RCNN = "configs/COCO-InstanceSegmentation/mask_rcnn_SASA_R_50_FPN.yaml"
 
 

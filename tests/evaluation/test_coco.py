@@ -62,7 +62,7 @@ def test_ap_counts_what_the_model_gives(crowded, allowed, counted):
 
 
 def test_configs_pass_on_their_number_of_detections(crowded, tmp_path):
-    yaml = "configs/quick/retinanet_SASA.yaml"
+    yaml = "configs/Quick/retinanet_SASA.yaml"
     lazy = "configs/COCO-Detection/retinanet_SASA_R_50_full.py"
     mask = "configs/COCO-InstanceSegmentation/mask_rcnn_SASA_R_50_FPN"
     heads = "model.roi_heads.box_predictor.test_topk_per_image"

@@ -10,7 +10,7 @@ from detectron2.modeling import build_model
 from sasa_det import add_sasa_config
 from sasa_det.modeling.batch_norm import SingleValueError, check_batch_norms, naming_batch_norms
 
-CLASSIFIER = "configs/quick/classifier_SASA.yaml"
+CLASSIFIER = "configs/Quick/classifier_SASA.yaml"
 RETINANET = "configs/COCO-Detection/retinanet_SASA_R_50_full.yaml"
 MODELS = {
     "SASA": (CLASSIFIER, ()),

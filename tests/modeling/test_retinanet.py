@@ -119,7 +119,7 @@ def test_fpn_and_head_are_chosen_apart(fpn, head, norm):
     from sasa_det.engine import load_config
 
     cfg = load_config(
-        "configs/quick/retinanet_SASA.yaml",
+        "configs/Quick/retinanet_SASA.yaml",
         ["MODEL.SASA.FPN", fpn, "MODEL.SASA.HEAD", head, "MODEL.RETINANET.NORM", norm],
     )
     model = build_model(cfg)
@@ -143,4 +143,4 @@ def test_bad_values_are_named(key, message):
     from sasa_det.engine import load_config
 
     with pytest.raises(ValueError, match=message):
-        build_model(load_config("configs/quick/retinanet_SASA.yaml", [key, "dense"]))
+        build_model(load_config("configs/Quick/retinanet_SASA.yaml", [key, "dense"]))
