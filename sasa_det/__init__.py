@@ -15,8 +15,7 @@ __all__ = ["add_sasa_config"]
 if find_spec("detectron2") is not None:
     from . import modeling  # noqa: F401
     from .config import add_sasa_config
-    from .data.digit_crops import register_digit_crops
-    from .data.digits import register_digits
+    from .data.digits import register_digit_crops, register_digits
     from .data.image_folder import register_imagenet
 
     register_digits()

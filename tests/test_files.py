@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from sasa_det.files import whole_file, write_text
+from sasa_det.utils.files import whole_file, write_text
 
 # Begins to write the file of its argument, says so and waits.
+_FILES = Path("sasa_det/utils/files.py").resolve()
 _WRITER = f"""
 import importlib.util, sys
-spec = importlib.util.spec_from_file_location("files", {str(Path("sasa_det/files.py").resolve())!r})
+spec = importlib.util.spec_from_file_location("files", {str(_FILES)!r})
 files = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(files)
 with files.whole_file(sys.argv[1]) as part:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sasa_det.seeding import seed_everything, seeded
+from sasa_det.utils.seeding import seed_everything, seeded
 
 
 def draw():

@@ -10,11 +10,10 @@ from pathlib import Path
 # Until run_command takes Ctrl-C over: the imports take seconds.
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
+from sasa_det.analysis.complexity import count_model, parts_report, usual_size
+from sasa_det.analysis.paper import draw_figure_5, paper_report
 from sasa_det.engine import load_config
-from sasa_det.engine.arguments import positive_int, run_command
-from sasa_det.engine.counting import count_model, usual_size
-from sasa_det.engine.paper import draw_figure_5, paper_report
-from sasa_det.modeling.report import parts_report
+from sasa_det.engine.defaults import positive_int, run_command
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

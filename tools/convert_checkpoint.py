@@ -9,11 +9,10 @@ import sys
 # Until run_command takes Ctrl-C over: the imports take seconds.
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-from sasa_det.checkpoint.convert import WEIGHTS
-from sasa_det.checkpoint.errors import TransferError
+from sasa_det.checkpoint.convert import WEIGHTS, build_target, convert_backbone
 from sasa_det.engine import UsageError
-from sasa_det.engine.arguments import run_command
-from sasa_det.engine.conversion import build_target, convert_backbone
+from sasa_det.engine.defaults import run_command
+from sasa_det.errors import TransferError
 
 _EPILOG = """
 The backbone is that of the model of --config-file or, by default, of the config that SOURCE holds;

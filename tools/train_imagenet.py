@@ -9,8 +9,7 @@ from pathlib import Path
 # Until run_command takes Ctrl-C over: the imports take seconds.
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-from sasa_det.engine.arguments import run_command
-from sasa_det.engine.pretraining import classifier_argument_parser, run_classifier
+from sasa_det.engine.defaults import classifier_argument_parser, run_classifier, run_command
 
 _DEFAULT = Path(__file__).parents[1] / "configs" / "ImageNet" / "SASA_R_50_full.yaml"
 

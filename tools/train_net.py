@@ -9,7 +9,7 @@ import sys
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from sasa_det.engine import argument_parser, run
-from sasa_det.engine.arguments import run_command
+from sasa_det.engine.defaults import run_command
 
 if __name__ == "__main__":
     sys.exit(run_command(lambda: run(argument_parser().parse_args())))

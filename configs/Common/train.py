@@ -1,4 +1,4 @@
-"""How a run is carried out; sasa_det/config.py says what the keys do, under their yaml names."""
+"""How a run is carried out; sasa_det/config/defaults.py describes the keys by their yaml names."""
 
 train = dict(
     output_dir="./output",

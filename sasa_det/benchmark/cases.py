@@ -16,8 +16,8 @@ from ..config import add_sasa_config
 from ..layers import AttentionStem, LocalSelfAttention2d
 from ..ops import local_attention
 from . import others
-from .case import Case, Contender, Run, Settings
-from .trainer import trainer_cases
+from .measure import Case, Contender, Run, Settings
+from .training import trainer_cases
 
 __all__ = ["GROUPS", "make_cases"]
 

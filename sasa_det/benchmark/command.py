@@ -12,15 +12,21 @@ from pathlib import Path
 
 import torch
 
-from ..engine.arguments import positive_int
-from ..engine.errors import UsageError, tell
-from ..engine.logs import log_to
+from ..engine.defaults import log_to, positive_int
 from ..engine.output_folder import refuse_existing
-from ..files import write_text
-from ..machine import describe_machine
-from .case import Case, Contender, Result, Settings
+from ..errors import UsageError, tell
+from ..utils.files import write_text
+from ..utils.machine import describe_machine
 from .cases import GROUPS, make_cases
-from .measure import extra_peak_memory, median_seconds, use_exact_memory
+from .measure import (
+    Case,
+    Contender,
+    Result,
+    Settings,
+    extra_peak_memory,
+    median_seconds,
+    use_exact_memory,
+)
 from .report import draw_results, tabulate_results
 
 __all__ = ["main"]

@@ -7,8 +7,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from ..files import whole_file
-from .case import Case, Result
+from ..utils.files import whole_file
+from .measure import Case, Result
 
 __all__ = ["draw_results", "tabulate_results"]
 

@@ -9,8 +9,8 @@ from typing import Any
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from ..files import write_text
-from .errors import CheckpointError
+from ..errors import CheckpointError
+from ..utils.files import write_text
 from .matching import align_names, check_filled
 from .reading import check_file, check_finite, iteration_of, read_checkpoint, read_iteration
 from .sharding import is_sharded, whole_state

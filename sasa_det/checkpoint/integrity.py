@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 __all__ = ["check_integrity", "seal", "sha256"]
 

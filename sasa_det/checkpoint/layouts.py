@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 from .matching import backbone_names
 from .prefixes import common_prefixes, without_wrappers
 from .preprocessing import IMAGENET

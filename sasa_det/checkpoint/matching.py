@@ -12,8 +12,8 @@ from detectron2.checkpoint.c2_model_loading import (
     convert_c2_detectron_names,
 )
 
-from ..wording import first_of
-from .errors import CheckpointError
+from ..errors import CheckpointError
+from ..utils.text import first_of
 from .prefixes import named_as
 
 __all__ = ["OPTIONAL", "align_names", "backbone_names", "check_filled"]

@@ -1,9 +1,18 @@
-"""How images are prepared for a network, as files of weights tell it."""
+"""How images are prepared for a network, as files of weights and configs tell it."""
 
+import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["IMAGENET", "is_preprocessing"]
+from detectron2.config import CfgNode
+from omegaconf import OmegaConf
+
+from ..config.keys import flatten
+
+__all__ = ["IMAGENET", "is_preprocessing", "preprocessing_of", "warn_of_preprocessing"]
+
+logger = logging.getLogger(__name__)
 
 # Channels of an image, by the names that detectron2 and Pillow have for their orders.
 _CHANNELS = {"L": 1, **dict.fromkeys(("BGR", "RGB", "HSV", "LAB", "YCbCr", "YUV-BT.601"), 3)}
@@ -31,4 +40,80 @@ def _are_numbers(values: Any, count: int | None) -> bool:
         isinstance(values, (list, tuple))
         and len(values) == count
         and all(type(value) in (int, float) and math.isfinite(value) for value in values)
+    )
+
+
+# The keys of yaml configs and of LazyConfigs that say how images are prepared.
+_YAML = {
+    "format": "INPUT.FORMAT",
+    "pixel_mean": "MODEL.PIXEL_MEAN",
+    "pixel_std": "MODEL.PIXEL_STD",
+}
+
+_LAZY = {
+    "format": "dataloader.train.mapper.image_format",
+    "pixel_mean": "model.pixel_mean",
+    "pixel_std": "model.pixel_std",
+}
+
+# Relative difference of means and deviations that makes none to a network: digits that were
+# rounded off.
+_TOLERANCE = 1e-3
+
+
+def preprocessing_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return how a config prepares images.
+
+    Args:
+        config: nested values of a yaml config or of a LazyConfig, as a run stores them.
+
+    Returns:
+        dict: ``"format"``, the order of channels, and ``"pixel_mean"`` and ``"pixel_std"`` by
+        channel, in units of 0 to 255; None if the config does not say all of it.
+    """
+    values = flatten(config)
+    for keys in (_YAML, _LAZY):
+        found = {name: values.get(key) for name, key in keys.items()}
+        if is_preprocessing(found):
+            return {name: v if name == "format" else [*map(float, v)] for name, v in found.items()}
+    return None
+
+
+def warn_of_preprocessing(cfg: CfgNode, loaded: Mapping[str, Any]) -> None:
+    """Log one warning if weights expect images that are prepared in another way than a config's.
+
+    Args:
+        cfg: the config of a run. Of a LazyConfig, what its model and mapper do not say is not
+            compared.
+        loaded: what :meth:`sasa_det.checkpoint.Checkpointer.load` returned.
+    """
+    expected = loaded.get("preprocessing")
+    if expected is None:
+        return
+    if not is_preprocessing(expected):
+        logger.warning("The weights carry a preprocessing that is not understood: %.100r", expected)
+        return
+    lazy = getattr(cfg, "lazy", None)
+    if lazy is None:
+        keys, values, form = _YAML, flatten(cfg), '{} "{}"'
+    else:
+        values = {key: OmegaConf.select(lazy, key) for key in _LAZY.values()}
+        keys, form = _LAZY, '"{}={}"'
+    changes = [
+        form.format(key, expected[name])
+        for name, key in keys.items()
+        if values[key] is not None and not _same(values[key], expected[name])
+    ]
+    if changes:
+        logger.warning(
+            "The weights were trained on images that were prepared in another way: set %s.",
+            " ".join(changes),
+        )
+
+
+def _same(given: Any, expected: Any) -> bool:
+    if isinstance(expected, str):
+        return given == expected
+    return len(given) == len(expected) and all(
+        math.isclose(a, b, rel_tol=_TOLERANCE) for a, b in zip(given, expected, strict=True)
     )

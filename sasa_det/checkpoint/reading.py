@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 from .integrity import check_integrity
 from .pickles import read_pickle
 from .safetensors_file import read_safetensors

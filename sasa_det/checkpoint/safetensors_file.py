@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 import safetensors.torch
 import torch
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 __all__ = ["read_safetensors", "safetensors_bytes"]
 

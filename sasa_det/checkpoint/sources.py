@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from detectron2.utils.file_io import PathManager
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 from .integrity import sha256
 
 __all__ = ["Source", "check_sha256", "locate"]

@@ -9,10 +9,10 @@ from typing import Any
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from ..errors import CheckpointError, TransferError
 from ..layers import AttentionStem
 from ..modeling.backbone import AttentionBottleneckBlock
-from ..wording import first_of
-from .errors import CheckpointError, TransferError
+from ..utils.text import first_of
 from .layouts import Layout
 from .matching import OPTIONAL, backbone_names
 

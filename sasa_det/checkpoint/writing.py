@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..files import whole_file
-from .errors import CheckpointError
+from ..errors import CheckpointError
+from ..utils.files import whole_file
 from .integrity import seal
 from .safetensors_file import safetensors_bytes
 

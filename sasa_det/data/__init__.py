@@ -1,22 +1,23 @@
 """Data sets and the mapping of their images to the model's input."""
 
+from ..errors import DatasetError, ImageError
+from .catalog import num_classes_of
 from .classification import (
     ClassificationMapper,
     build_classification_test_loader,
     build_classification_train_loader,
 )
-from .coco import check_coco, check_registered, num_classes_of, register_coco
-from .digit_crops import register_digit_crops, write_digit_crops
-from .digits import DIGIT_NAMES, register_digits, split_digits, write_digits
-from .errors import DatasetError, ImageError
+from .coco import check_coco, check_registered, register_coco
+from .digit_drawing import DIGIT_NAMES, split_digits
+from .digits import register_digit_crops, register_digits, write_digit_crops, write_digits
 from .image_folder import check_image_folders, hold_out, register_image_folder
+from .images import UnreadableImages
 from .mapper import (
     DetectionMapper,
     build_test_mapper,
     build_train_mapper,
     jitter_and_crop_augmentations,
 )
-from .reading import UnreadableImages
 from .validation import CocoReport, validate_coco
 
 __all__ = [

@@ -11,10 +11,9 @@ from detectron2.data.samplers import InferenceSampler
 from torch.utils.data import ConcatDataset, DataLoader, default_collate
 from torchvision.transforms import v2
 
-from ..config import MAX_PIXELS
-from .errors import ImageError
+from ..errors import ImageError
+from .images import MAX_PIXELS, read_rgb
 from .loader import TrainLoader, sampled_epochs
-from .reading import read_rgb
 
 __all__ = [
     "ClassificationMapper",

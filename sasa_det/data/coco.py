@@ -1,6 +1,5 @@
 """Data sets in COCO's json format: checked before training, and registered with detectron2."""
 
-import difflib
 import logging
 import os
 from functools import partial
@@ -8,27 +7,21 @@ from functools import partial
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from ..wording import printable
+from ..errors import DatasetError
 from .builtin import root_hint
+from .catalog import are_same_classes, metadata_of, shortened
+from .coco_entries import MISSING_FILE, NO_POLYGON, UNUSED_KEYPOINTS, UNUSED_MASK
 from .coco_records import load_coco
-from .errors import DatasetError
-from .problems import MISSING_FILE, NO_POLYGON, UNUSED_KEYPOINTS, UNUSED_MASK
-from .report import summarize_warnings
 from .validation import check_exists, validate_coco
+from .validation_report import summarize_warnings
 
-__all__ = [
-    "DatasetError",
-    "check_coco",
-    "check_registered",
-    "metadata_of",
-    "num_classes_of",
-    "register_coco",
-]
+__all__ = ["check_coco", "check_registered", "register_coco"]
 
 logger = logging.getLogger(__name__)
 
 # Problems of a kind that are kept, as examples.
 _KEPT = 10
+
 # Reports on files without errors, so that a process reads each only once.
 _known_reports = {}
 
@@ -90,40 +83,6 @@ def register_coco(name, json_file, image_root, *, check=True, **options):
     if report is not None:
         # It is set when the data are loaded as well; here it is known before.
         metadata.thing_classes = list(report.class_names)
-
-
-def num_classes_of(dataset_names):
-    """Number of classes of registered data sets, known without loading them.
-
-    Args:
-        dataset_names (sequence[str]): names as in `cfg.DATASETS.TRAIN`, at least one.
-
-    Returns:
-        int: the number of classes.
-
-    Raises:
-        DatasetError: there are no names, a name is not registered, its classes are not known, or
-            the data sets do not have the same classes.
-    """
-    if not dataset_names:
-        raise DatasetError("no dataset is named: at least one registered dataset is needed")
-    classes = {name: metadata_of(name).get("thing_classes") for name in dataset_names}
-    for name, names in classes.items():
-        if names is None:
-            raise DatasetError(
-                f"dataset {name!r} has no 'thing_classes' in its metadata: register it with "
-                "sasa_det.data.register_coco or set them"
-            )
-    first = dataset_names[0]
-    for name, names in classes.items():
-        if not are_same_classes(names, classes[first]):
-            raise DatasetError(
-                f"datasets {first!r} ({shortened(classes[first])}) and {name!r} "
-                f"({shortened(names)}) have different classes"
-                f"{class_differences(classes[first], names)}: data sets that are used together "
-                "must have the same classes"
-            )
-    return len(classes[first])
 
 
 def check_registered(names, training, **options):
@@ -218,36 +177,3 @@ def _refuse_errors(report):
         more = report.count("error") - 1
         rest = f" (and {more:,} more errors, which tools/validate_data.py lists)" if more else ""
         raise DatasetError(f"{report.json_file}: {first.message}{rest}")
-
-
-def metadata_of(name):
-    """Return the metadata of a registered data set.
-
-    Raises:
-        DatasetError: the name is not registered; the message has the nearest ones that are.
-    """
-    if name not in DatasetCatalog:
-        nearest = difflib.get_close_matches(name, DatasetCatalog.keys())
-        hint = f", did you mean {' or '.join(map(repr, nearest))}" if nearest else ""
-        raise DatasetError(f"dataset {name!r} is not registered{hint}")
-    return MetadataCatalog.get(name)
-
-
-def are_same_classes(names, others):
-    """Tell whether classes have the same names, in any order if no name stands for two."""
-    same = sorted(names) == sorted(others)
-    return list(names) == list(others) or (same and len(set(names)) == len(names))
-
-
-def shortened(names):
-    """Say how many classes there are, and the names of the first ones."""
-    shown = ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")
-    return f"{len(names)}: {shown}"
-
-
-def class_differences(names, others):
-    """Say which classes only one of two data sets has, or nothing if it is their order alone."""
-    first, second = sorted(set(names) - set(others)), sorted(set(others) - set(names))
-    sides = {"first": first, "second": second}
-    parts = [f"{shortened(only)} in the {side} alone" for side, only in sides.items() if only]
-    return f", {' and '.join(parts)}" if parts else ""

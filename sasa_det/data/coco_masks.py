@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from . import problems
+from . import coco_entries as problems
 from .coco_entries import is_side, numbers_problem, shown
 
 __all__ = ["mask_problem", "run_lengths", "usable_polygons"]

@@ -9,7 +9,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from pycocotools.mask import frPyObjects
 
-from . import problems
+from . import coco_entries as problems
 from .coco_entries import numbers_problem
 from .coco_masks import mask_problem, usable_polygons
 

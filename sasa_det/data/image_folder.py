@@ -13,11 +13,11 @@ from detectron2.utils.logger import log_first_n
 from torch.utils.data import Subset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ..wording import first_of
+from ..errors import DatasetError
+from ..utils.text import first_of
 from .builtin import SPLITS, builtin_path, root_hint
-from .coco import metadata_of, num_classes_of
-from .errors import DatasetError
-from .image_files import is_inside
+from .catalog import metadata_of, num_classes_of
+from .images import is_inside
 
 __all__ = [
     "ImageRecords",

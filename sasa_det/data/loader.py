@@ -20,10 +20,10 @@ from detectron2.utils import comm
 from torch import Tensor, multiprocessing
 from torch.utils.data import DataLoader, Dataset
 
-from ..seeding import seeded
-from .errors import DatasetError, ImageError
+from ..errors import DatasetError, ImageError
+from ..utils.seeding import seeded
+from .images import UnreadableImages
 from .mapper import build_train_mapper
-from .reading import UnreadableImages
 
 __all__ = [
     "TrainLoader",

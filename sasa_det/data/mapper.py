@@ -9,7 +9,7 @@ from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, BoxMode, Keypoints, PolygonMasks
 
-from .reading import check_size, read_image
+from .images import check_size, read_image
 
 __all__ = [
     "DetectionMapper",

@@ -14,16 +14,16 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.env import seed_all_rng
 from tabulate import tabulate
 
+from ..analysis.complexity import count_config, total
+from ..checkpoint.convert import convert_backbone
+from ..config.load import load_config
 from ..data.mapper import build_test_mapper
 from ..evaluation.drawing import draw_curves, draw_detections
-from ..files import write_text
-from ..machine import describe_machine
-from ..modeling.complexity import count_config, total
-from .conversion import convert_backbone
-from .denormals import flush_denormals
-from .logs import log_to
+from ..utils.files import write_text
+from ..utils.machine import describe_machine
+from .checks import check_run
+from .defaults import flush_denormals, log_to
 from .output_folder import claim_output, refuse_existing
-from .setup import check_run, load_config
 from .trainer import Trainer
 
 __all__ = ["run_demo"]

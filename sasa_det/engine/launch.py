@@ -13,7 +13,7 @@ import torch.distributed as dist
 from detectron2.utils import comm
 from torch import multiprocessing
 
-from ..wording import printable
+from ..utils.text import printable
 
 __all__ = ["first_to_say", "is_elastic_restart", "launch", "started_by_torchrun"]
 

@@ -1,7 +1,6 @@
 """Lengths in epochs, and the learning rate of a batch and of an iteration."""
 
 import logging
-from collections.abc import Collection
 
 import torch
 from detectron2.config import CfgNode
@@ -16,45 +15,18 @@ from fvcore.common.param_scheduler import (
 )
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..config.keys import EPOCH_KEYS
+from ..config.values import WARMUP_THEN_COSINE
+
 __all__ = [
-    "WARMUP_THEN_COSINE",
     "LearningRate",
     "build_lr_scheduler",
     "in_iterations",
-    "prefer_given",
     "scale_learning_rate",
     "warmup_scheduler",
 ]
 
 logger = logging.getLogger(__name__)
-
-# The name of this project's own schedule.
-WARMUP_THEN_COSINE = "WarmupThenCosineLR"
-
-# The key in epochs, and the key in iterations that it stands in for.
-_EPOCHS = {
-    "SOLVER.MAX_EPOCHS": "SOLVER.MAX_ITER",
-    "SOLVER.WARMUP_EPOCHS": "SOLVER.WARMUP_ITERS",
-    "SOLVER.CHECKPOINT_EPOCHS": "SOLVER.CHECKPOINT_PERIOD",
-    "SOLVER.STEP_EPOCHS": "SOLVER.STEPS",
-    "TEST.EVAL_EPOCHS": "TEST.EVAL_PERIOD",
-}
-
-
-def prefer_given(cfg: CfgNode, given: Collection[str]) -> None:
-    """Let a length in iterations or a learning rate that is given stand as it is.
-
-    Without this, a length in epochs or a batch of reference from an earlier file would change it.
-
-    Args:
-        cfg: a config with sasa_det's keys, changed in place.
-        given: full keys that a config file or the overrides have just set.
-    """
-    overruled = {**_EPOCHS, "SOLVER.REFERENCE_BATCH": "SOLVER.BASE_LR"}
-    for key, by in overruled.items():
-        if by in given and key not in given:
-            section, name = key.split(".")
-            cfg[section][name] = type(cfg[section][name])()
 
 
 def in_iterations(cfg: CfgNode, num_images: int) -> CfgNode:
@@ -70,7 +42,7 @@ def in_iterations(cfg: CfgNode, num_images: int) -> CfgNode:
     """
     cfg = cfg.clone()
     cfg.defrost()
-    for epochs_key, key in _EPOCHS.items():
+    for epochs_key, key in EPOCH_KEYS.items():
         section, in_epochs = epochs_key.split(".")
         epochs = cfg[section][in_epochs]
         if not epochs:

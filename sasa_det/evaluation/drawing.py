@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from ..files import whole_file
+from ..utils.files import whole_file
 
 __all__ = ["draw_curves", "draw_detections"]
 

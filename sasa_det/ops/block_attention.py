@@ -10,11 +10,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .absent import fake_gradients, present_gradients
-from .mixture import mixture_gradients, place_matrices
+from .operator import fake_gradients, present_gradients
 from .precision import accumulation_dtype, without_autocast
 
-__all__ = ["block_attention", "mixed_values"]
+__all__ = ["block_attention", "mixed_values", "mixture_gradients", "place_matrices"]
+
+
+def place_matrices(weight: Tensor, mixing: Tensor) -> Tensor:
+    """Mix the matrices of every place of a block.
+
+    Args:
+        weight: (M, C, C_in), the matrices W_V^m.
+        mixing: (M, b, b), the weights p(a, b, m), in the type of ``weight``.
+
+    Returns:
+        (b * b, C, C_in).
+    """
+    return torch.einsum("mp,mci->pci", mixing.flatten(1), weight)
+
+
+def mixture_gradients(
+    grad_matrices: Tensor, weight: Tensor, mixing: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of weight and mixing from those of :func:`place_matrices`."""
+    grad_weight = torch.einsum("mp,pci->mci", mixing.flatten(1), grad_matrices)
+    grad_mixing = torch.einsum("pci,mci->mp", grad_matrices, weight)
+    return grad_weight, grad_mixing.reshape(mixing.shape)
+
 
 _SPAN = 512
 

@@ -5,22 +5,22 @@ each of the k^2 offsets of the window.
 """
 
 import logging
+from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from . import cpu, loop, triton
-from .absent import fake_gradients, present_gradients
 from .precision import accumulation_dtype, without_autocast
 
-__all__ = ["BACKENDS", "attend", "attend_backward"]
+__all__ = ["BACKENDS", "attend", "attend_backward", "fake_gradients", "present_gradients"]
+
+logger = logging.getLogger(__name__)
 
 # Fastest first. Each has SUMMARY, MISSING, why_not, and forward and backward with the arguments of
 # `attend` and `attend_backward` but the last.
 BACKENDS = {"cpu": cpu, "triton": triton, "loop": loop}
-
-logger = logging.getLogger(__name__)
 
 
 def _choose(name: str, query: Tensor, num_heads: int) -> str:
@@ -136,3 +136,23 @@ def _autograd(ctx, grad, _):
 
 
 attend.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def fake_gradients(tensors: Iterable[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """Return what a backward operator returns, without values.
+
+    Args:
+        tensors: the tensors that gradients are of; None for an absent one.
+        like: has the type and device of an absent one's empty gradient.
+
+    Returns:
+        tuple[Tensor, ...]: contiguous, of the tensors' shapes, (0,) for an absent one.
+    """
+    return tuple(like.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
+
+
+def present_gradients(
+    grads: Iterable[Tensor], tensors: Iterable[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Return what autograd wants of a backward operator's gradients: None for absent tensors."""
+    return tuple(None if x is None else g for g, x in zip(grads, tensors, strict=True))

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu
-from .absent import fake_gradients, present_gradients
-from .block_attention import block_attention, mixed_values
-from .mixture import mixture_gradients, place_matrices
+from .block_attention import block_attention, mixed_values, mixture_gradients, place_matrices
+from .operator import fake_gradients, present_gradients
 from .precision import without_autocast
 
 __all__ = ["pooled_stem_attention", "relative_embedding", "stem_attention"]

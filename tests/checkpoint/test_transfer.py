@@ -10,8 +10,8 @@ from detectron2.modeling import build_backbone, build_model
 
 from sasa_det.checkpoint import Checkpointer, CheckpointError, read_checkpoint, write_checkpoint
 from sasa_det.checkpoint.convert import read_contents, write_backbone
-from sasa_det.checkpoint.errors import TransferError
 from sasa_det.config import add_sasa_config
+from sasa_det.errors import TransferError
 
 ALL = ["res2", "res3", "res4", "res5"]
 DETECTORS = {

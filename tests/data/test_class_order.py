@@ -8,7 +8,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 
 from sasa_det.data import DatasetError, register_coco
-from sasa_det.data.class_order import check_same_classes, classes_in, follow_classes
+from sasa_det.data.catalog import check_same_classes, classes_in, follow_classes
 from sasa_det.evaluation.coco import coco_evaluator
 
 IDS = {"cat": 3, "dog": 5, "owl": 9}

@@ -20,7 +20,7 @@ from sasa_det.data import (
     register_image_folder,
 )
 from sasa_det.data.classification import build_mapper, collate_classification
-from sasa_det.seeding import seeded
+from sasa_det.utils.seeding import seeded
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
 

@@ -9,9 +9,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from sasa_det.data import check_image_folders, num_classes_of, register_digit_crops, split_digits
-from sasa_det.data import digit_crops as digit_crops_module
-from sasa_det.data.digit_crops import compose_crop, write_digit_crops
+from sasa_det.data import digits as digit_crops_module
 from sasa_det.data.digit_drawing import draw_background, load_digits
+from sasa_det.data.digits import compose_crop, write_digit_crops
 
 SMALL = {"num_train": 24, "num_val": 12, "seed": 3}
 

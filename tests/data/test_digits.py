@@ -15,7 +15,8 @@ from pycocotools.coco import COCO
 from sasa_det.data import check_coco, check_registered, digits, register_digits
 from sasa_det.data.builtin import SPLITS
 from sasa_det.data.digit_drawing import load_digits as load_source
-from sasa_det.data.digits import compose_scene, split_digits, write_digits
+from sasa_det.data.digit_drawing import split_digits
+from sasa_det.data.digits import compose_scene, write_digits
 
 SMALL = {"num_train": 6, "num_val": 4, "seed": 3}
 MEAN_COLOURS = [117.8, 104.7, 84.3, 133.9, 87.2, 140.1, 69.5, 60.5, 74.5, 116.2]

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from sasa_det.data.image_files import check_image_files
+from sasa_det.data.images import check_image_files
 
 
 @pytest.fixture

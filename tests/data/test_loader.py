@@ -10,8 +10,8 @@ import torch
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 
 from sasa_det.data import loader as loader_module
-from sasa_det.data.errors import DatasetError, ImageError
 from sasa_det.data.loader import TrainLoader, detection_train_loader
+from sasa_det.errors import DatasetError, ImageError
 
 RECORDS = [
     {"file_name": f"{i}.png", "width": 10 + i % 3 * 10, "height": 20, "image_id": i}

@@ -13,7 +13,7 @@ from sasa_det.data import (
     build_test_mapper,
     build_train_mapper,
 )
-from sasa_det.data.reading import check_pixels
+from sasa_det.data.images import check_pixels
 
 HEIGHT, WIDTH = 32, 48
 # An object in no symmetric place; the colours are those of the palette in "palette.tif".

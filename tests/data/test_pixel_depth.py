@@ -10,7 +10,7 @@ from PIL import Image
 
 from sasa_det.config import add_sasa_config
 from sasa_det.data import ClassificationMapper, ImageError, build_test_mapper, build_train_mapper
-from sasa_det.data.reading import check_pixels
+from sasa_det.data.images import check_pixels
 
 HEIGHT, WIDTH = 40, 60
 COLOUR = np.random.default_rng(0).integers(0, 2**16, (HEIGHT, WIDTH, 3), dtype=np.uint16)

@@ -21,7 +21,7 @@ from sasa_det.data import (
     build_test_mapper,
     build_train_mapper,
 )
-from sasa_det.data.reading import check_pixels
+from sasa_det.data.images import check_pixels
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 

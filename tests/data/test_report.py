@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from sasa_det.data import validate_coco
-from sasa_det.data.report import describe_report, summarize_warnings
+from sasa_det.data.validation_report import describe_report, summarize_warnings
 
 
 def test_report_names_files_classes_and_problems(write, content):

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sasa_det.config import add_sasa_config
+from sasa_det.config.load import image_options
 from sasa_det.data import build_train_mapper, check_registered, register_coco, validate_coco
-from sasa_det.engine.detection import image_options
 from sasa_det.evaluation.coco import coco_evaluator
 
 NAN, INF, HUGE = float("nan"), float("inf"), 10**400

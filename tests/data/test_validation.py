@@ -13,7 +13,8 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 from pycocotools.mask import encode
 
-from sasa_det.data import problems, validate_coco, write_digits
+from sasa_det.data import coco_entries as problems
+from sasa_det.data import validate_coco, write_digits
 from sasa_det.data.coco_masks import run_lengths
 
 

@@ -10,9 +10,9 @@ from detectron2.utils import comm
 from torch import nn
 
 from sasa_det.checkpoint import Checkpointer
-from sasa_det.checkpoint.errors import CheckpointError
-from sasa_det.engine.checkpointing import Checkpoints
+from sasa_det.engine.hooks import Checkpoints
 from sasa_det.engine.launch import first_to_say, launch
+from sasa_det.errors import CheckpointError
 
 
 class SlowCheckpointer(Checkpointer):

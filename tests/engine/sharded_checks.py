@@ -18,10 +18,10 @@ from sasa_det.checkpoint import Checkpointer, read_checkpoint
 from sasa_det.checkpoint.sharding import whole, whole_state
 from sasa_det.engine import load_config
 from sasa_det.engine.distributed import distribute, unsharded, without_sync
-from sasa_det.engine.ema import ModelEma
+from sasa_det.engine.hooks import ModelEma
 from sasa_det.engine.launch import launch
-from sasa_det.engine.step import NonFiniteError, StepTrainer
-from sasa_det.seeding import seed_everything
+from sasa_det.engine.train_loop import NonFiniteError, StepTrainer
+from sasa_det.utils.seeding import seed_everything
 
 
 def check(folder: str) -> int:

@@ -13,11 +13,11 @@ import yaml
 
 from sasa_det.checkpoint import read_checkpoint
 from sasa_det.data import write_digits
-from sasa_det.data.digit_crops import write_digit_crops
+from sasa_det.data.digits import write_digit_crops
 from sasa_det.engine import UsageError, argument_parser, run
-from sasa_det.engine.arguments import run_command
+from sasa_det.engine.defaults import run_command
 from sasa_det.engine.demo import run_demo
-from sasa_det.engine.signals import StopTraining
+from sasa_det.engine.hooks import StopTraining
 from sasa_det.ops import cpu
 
 

@@ -5,8 +5,8 @@ import logging
 import pytest
 import yaml
 
+from sasa_det.config.changes import check_changes, log_changes
 from sasa_det.engine import UsageError, load_config
-from sasa_det.engine.config_changes import check_changes, log_changes
 
 CONFIG = "configs/Quick/retinanet_SASA.yaml"
 

@@ -7,8 +7,8 @@ from contextlib import suppress
 import pytest
 import yaml
 
-from sasa_det.engine.config_file import read_config_file
-from sasa_det.engine.errors import UsageError
+from sasa_det.config.yaml_file import read_config_file
+from sasa_det.errors import UsageError
 
 
 def refused(path):

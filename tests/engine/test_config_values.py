@@ -6,16 +6,18 @@ import pytest
 from detectron2.config import get_cfg
 
 from sasa_det import add_sasa_config
-from sasa_det.engine import UsageError, load_config
-from sasa_det.engine.config_keys import flatten
-from sasa_det.engine.config_rules import (
+from sasa_det.config.keys import flatten
+from sasa_det.config.values import (
     INCREASING,
     MAY_BE_INFINITE,
     MAY_BE_NONE,
     NOT_EMPTY,
     RULES,
+    check_schedule,
+    check_values,
+    warn_of_slow_averages,
 )
-from sasa_det.engine.config_values import check_schedule, check_values, warn_of_slow_averages
+from sasa_det.engine import UsageError, load_config
 
 # Keys that detectron2's release 0.6 lacks.
 LATER = {

@@ -13,9 +13,9 @@ import yaml
 from detectron2.modeling import build_model
 
 from sasa_det.checkpoint import Checkpointer, CheckpointError, read_checkpoint
+from sasa_det.checkpoint.convert import build_target, convert_backbone
 from sasa_det.engine import UsageError, load_config
-from sasa_det.engine.conversion import build_target, convert_backbone
-from sasa_det.engine.ema import ModelEma
+from sasa_det.engine.hooks import ModelEma
 
 TOOL = "tools/convert_checkpoint.py"
 CLASSIFIER = "configs/Quick/classifier_SASA.yaml"

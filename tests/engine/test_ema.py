@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sasa_det.engine.ema import ModelEma
+from sasa_det.engine.hooks import ModelEma
 
 
 def build():

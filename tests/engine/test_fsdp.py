@@ -12,8 +12,8 @@ import torch
 
 from sasa_det.checkpoint import read_checkpoint
 from sasa_det.engine import load_config
-from sasa_det.engine.errors import UsageError
-from sasa_det.engine.setup import check_run
+from sasa_det.engine.checks import check_run
+from sasa_det.errors import UsageError
 
 # As in test_distributed.py: plain SGD, and norms that need no other image than their own.
 OPTIONS = [

@@ -14,9 +14,9 @@ import yaml
 from detectron2.config import LazyConfig
 
 from sasa_det.checkpoint import read_checkpoint
+from sasa_det.config.lazy import KEYS
 from sasa_det.engine import Trainer, load_config
-from sasa_det.engine.lazy import lazy_argument_parser, run_lazy
-from sasa_det.engine.lazy_config import KEYS
+from sasa_det.engine.defaults import lazy_argument_parser, run_lazy
 
 DATA = {"train": "train", "test": "val"}
 YAML = "configs/Quick/retinanet_SASA.yaml"

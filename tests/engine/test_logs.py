@@ -4,8 +4,8 @@ import logging
 
 import pytest
 
-from sasa_det.engine.errors import UsageError, tell
-from sasa_det.engine.logs import log_to
+from sasa_det.engine.defaults import log_to
+from sasa_det.errors import UsageError, tell
 
 HOSTILE = "cup\x1b[2J\x1b]0;title\x07\x9b31m\u202e\r\nerror: forged"
 SHOWN = "cup\\x1b[2J\\x1b]0;title\\x07\\x9b31m\\u202e\\r"

@@ -7,9 +7,9 @@ from sasa_det.engine.output_folder import (
     check_output,
     claim_output,
     is_resumed,
+    output_lock,
     refuse_existing,
 )
-from sasa_det.engine.output_lock import output_lock
 
 CONFIG = "configs/Quick/retinanet_SASA.yaml"
 TRAINED = (

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sasa_det.engine import UsageError
-from sasa_det.engine.output_lock import output_lock
+from sasa_det.engine.output_folder import output_lock
 
 
 def hold(folder, pipe, with_child):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from sasa_det.analysis.paper import draw_figure_5
 from sasa_det.engine import UsageError
-from sasa_det.engine.paper import draw_figure_5
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

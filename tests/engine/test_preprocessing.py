@@ -5,9 +5,9 @@ import yaml
 from detectron2.modeling import build_model
 
 from sasa_det.checkpoint import write_checkpoint
+from sasa_det.checkpoint.preprocessing import preprocessing_of, warn_of_preprocessing
+from sasa_det.config.lazy import load_lazy_config
 from sasa_det.engine import load_config
-from sasa_det.engine.lazy_config import load_lazy_config
-from sasa_det.engine.preprocessing import preprocessing_of, warn_of_preprocessing
 
 RGB = {
     "format": "RGB",

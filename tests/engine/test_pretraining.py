@@ -11,9 +11,9 @@ from detectron2.utils.events import EventStorage
 from PIL import Image
 
 from sasa_det.engine import load_config
+from sasa_det.engine.defaults import classifier_argument_parser, run_classifier
 from sasa_det.engine.distributed import _parts
-from sasa_det.engine.pretraining import classifier_argument_parser, run_classifier
-from sasa_det.engine.step import StepTrainer
+from sasa_det.engine.train_loop import StepTrainer
 
 CONFIG = "configs/Quick/classifier_SASA.yaml"
 CLASSES = [f"{shape}_{angle}" for shape in ("lines", "waves") for angle in (0, 45, 90, 135)]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sasa_det.engine import load_config
-from sasa_det.engine.ema import ModelEma
+from sasa_det.engine.hooks import ModelEma
 from sasa_det.engine.optimizer import build_optimizer
 from sasa_det.engine.schedule import build_lr_scheduler, in_iterations, scale_learning_rate
 

@@ -8,11 +8,9 @@ from detectron2.modeling import build_model
 
 from sasa_det.checkpoint import CheckpointError
 from sasa_det.engine import UsageError, load_config
-from sasa_det.engine.errors import USAGE_ERRORS, tell
-from sasa_det.engine.metric_names import check_metrics
-from sasa_det.engine.model_check import check_model
-from sasa_det.engine.output_lock import output_lock
-from sasa_det.engine.setup import check_processes, check_run
+from sasa_det.engine.checks import check_metrics, check_model, check_processes, check_run
+from sasa_det.engine.output_folder import output_lock
+from sasa_det.errors import USAGE_ERRORS, tell
 
 CONFIG = "configs/Quick/retinanet_SASA.yaml"
 MASK_RCNN = "configs/COCO-InstanceSegmentation/mask_rcnn_SASA_R_50_FPN.yaml"

@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from sasa_det.engine import signals as signals_module
-from sasa_det.engine.ema import ModelEma
-from sasa_det.engine.signals import StopSignals, StopTraining
+from sasa_det.engine import hooks as signals_module
+from sasa_det.engine.hooks import ModelEma, StopSignals, StopTraining
 from sasa_det.engine.trainer import Trainer
-from sasa_det.engine.validation_loss import validation_losses
+from sasa_det.evaluation.validation_loss import validation_losses
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from sasa_det.engine import UsageError
-from sasa_det.engine.step import NonFiniteError, StepTrainer
+from sasa_det.engine.train_loop import NonFiniteError, StepTrainer
 
 
 class Regression(nn.Module):

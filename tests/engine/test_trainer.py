@@ -12,8 +12,8 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from sasa_det.checkpoint import read_checkpoint
-from sasa_det.engine.conversion import convert_backbone
-from sasa_det.engine.evaluating import BestMetric
+from sasa_det.checkpoint.convert import convert_backbone
+from sasa_det.engine.hooks import BestMetric
 
 FROZEN = [
     "MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", "FrozenBN",

@@ -5,7 +5,7 @@ import torch
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 
-from sasa_det.engine.validation_loss import validation_losses
+from sasa_det.evaluation.validation_loss import validation_losses
 
 
 class Detector(nn.Module):

@@ -5,7 +5,7 @@ import pytest
 from sasa_det.checkpoint import write_checkpoint
 from sasa_det.engine import load_config
 from sasa_det.engine.output_folder import claim_output
-from sasa_det.engine.wandb_run import wandb_id
+from sasa_det.engine.writers import wandb_id
 
 
 def test_a_resumed_run_goes_on_and_a_fresh_one_begins(tmp_path):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import multiprocessing
 
-from sasa_det.data.errors import DatasetError, ImageError
-from sasa_det.evaluation.classification import ClassificationEvaluator
+from sasa_det.errors import DatasetError, ImageError
+from sasa_det.evaluation.accuracy import ClassificationEvaluator
 
 LABELS = [0, 1, 2, 3, 4, 5, 6]
 # For each image the classes from best to worst score.

@@ -9,10 +9,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
+from sasa_det.config.lazy import load_lazy_config
 from sasa_det.data import register_coco
 from sasa_det.engine import Trainer, load_config
-from sasa_det.engine.lazy_config import load_lazy_config
-from sasa_det.engine.lazy_trainer import LazyTrainer
+from sasa_det.engine.trainer import LazyTrainer
 from sasa_det.evaluation.coco import coco_evaluator
 
 # Objects of one image, none of which overlaps another one.

@@ -3,8 +3,8 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from sasa_det.evaluation import cost_figure
-from sasa_det.evaluation.cost_figure import CostedModel, draw_cost_figure
+from sasa_det.analysis import cost_figure
+from sasa_det.analysis.cost_figure import CostedModel, draw_cost_figure
 
 WORDS = {"title": "A title", "circles": "published", "strip": "widths"}
 MODELS = [

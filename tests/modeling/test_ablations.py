@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sasa_det.analysis.complexity import count_config, total
+from sasa_det.analysis.paper_tables import ABLATIONS, PAPER_TABLES
 from sasa_det.engine import load_config
-from sasa_det.modeling.complexity import count_config, total
-from sasa_det.modeling.paper_tables import ABLATIONS, PAPER_TABLES
 
 FOLDER = Path(__file__).parents[2] / "configs" / ABLATIONS
 PRINTED = {

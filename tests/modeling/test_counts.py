@@ -8,11 +8,11 @@ import torch
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import nn
 
-from sasa_det.engine import load_config, paper
-from sasa_det.engine.paper import count_row
-from sasa_det.modeling.complexity import count_config, total
-from sasa_det.modeling.paper_tables import PAPER_TABLES
-from sasa_det.modeling.report import parts_report
+from sasa_det.analysis import paper
+from sasa_det.analysis.complexity import count_config, parts_report, total
+from sasa_det.analysis.paper import count_row
+from sasa_det.analysis.paper_tables import PAPER_TABLES
+from sasa_det.engine import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

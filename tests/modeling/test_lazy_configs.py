@@ -11,12 +11,12 @@ from omegaconf import ListConfig
 from torch import nn
 
 from sasa_det import add_sasa_config
+from sasa_det.config.keys import flatten
+from sasa_det.config.lazy import KEYS, load_lazy_config
 from sasa_det.data import build_test_mapper, build_train_mapper, write_digits
 from sasa_det.engine import Trainer, load_config
-from sasa_det.engine.config_keys import flatten
-from sasa_det.engine.lazy_config import KEYS, load_lazy_config
-from sasa_det.engine.lazy_trainer import LazyTrainer
 from sasa_det.engine.schedule import in_iterations, scale_learning_rate
+from sasa_det.engine.trainer import LazyTrainer
 
 CONFIGS = sorted(Path(__file__).parents[2].glob("configs/COCO-*/*.yaml"))
 each_pair = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

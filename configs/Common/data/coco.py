@@ -4,8 +4,8 @@ from detectron2.config import LazyCall as L
 from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.data import transforms as T
 
-from sasa_det.config import MAX_PIXELS
 from sasa_det.data import DetectionMapper
+from sasa_det.data.images import MAX_PIXELS
 from sasa_det.data.loader import detection_train_loader
 from sasa_det.evaluation.coco import coco_evaluator
 

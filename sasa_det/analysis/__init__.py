@@ -1,0 +1,1 @@
+"""What models cost, beside what the papers print."""

@@ -1,0 +1,231 @@
+"""What the parts of a model cost: parameters and FLOPs."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import FPN, build_model
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..config.load import BUILD_ERRORS, explain_build_error
+from ..errors import UsageError
+from ..modeling.classifier import Classifier
+from .paper_tables import Table
+
+__all__ = [
+    "Part",
+    "billions",
+    "count_config",
+    "count_model",
+    "markdown",
+    "millions",
+    "parts_report",
+    "table_report",
+    "total",
+    "usual_size",
+]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a model.
+
+    Attributes:
+        name: a part of the backbone, as stem, res2 to res5 and linear, or FPN or head.
+        parameters: number of parameters, frozen ones included, buffers not.
+        flops: floating-point operations for one image; None where they depend on its content.
+    """
+
+    name: str
+    parameters: int
+    flops: int | None
+
+
+def total(parts: list[Part]) -> Part:
+    """Add up the parts of a model; its FLOPs are None if those of a part are."""
+    flops = [part.flops for part in parts]
+    return Part(
+        "total", sum(part.parameters for part in parts), None if None in flops else sum(flops)
+    )
+
+
+def count_config(cfg: CfgNode, height: int, width: int) -> list[Part]:
+    """Count the model that a config builds.
+
+    The FLOPs of an R-CNN's heads depend on its proposals and are not counted.
+
+    Args:
+        cfg: a config of a model with a backbone.
+        height, width: size of the image in pixels; padded as the backbone asks.
+
+    Returns:
+        list[Part]: the children of the backbone, or of what its FPN stands on, by their names;
+        FPN; and head, or linear for a classifier's own. What a backbone does outside its children
+        is called other.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        model = build_model(cfg).eval()
+    divisor = max(1, model.backbone.size_divisibility)
+    height, width = (-(-size // divisor) * divisor for size in (height, width))
+    image = torch.empty(1, len(cfg.MODEL.PIXEL_MEAN), height, width, device="meta")
+    parts, features = _count_backbone(model.backbone, image)
+    return parts + _count_head(model, features)
+
+
+def _count_backbone(backbone: nn.Module, image: Tensor) -> tuple[list[Part], dict[str, Tensor]]:
+    flops, features = _flops(backbone, image)
+    trunk, path = backbone, type(backbone).__name__
+    whole = Part("whole", _parameters(backbone), flops[path])
+    fpn = []
+    if isinstance(backbone, FPN):
+        trunk, path = backbone.bottom_up, f"{path}.bottom_up"
+        below = Part("below", _parameters(trunk), flops[path])
+        fpn = [_difference("FPN", whole, below)]
+        whole = below
+    parts = [
+        Part(name, _parameters(child), flops.get(f"{path}.{name}", 0))
+        for name, child in trunk.named_children()
+        if _parameters(child)
+    ]
+    other = _difference("other", whole, total(parts))
+    if other.parameters or other.flops:
+        parts.append(other)
+    return parts + fpn, features
+
+
+def _count_head(model: nn.Module, features: dict[str, Tensor]) -> list[Part]:
+    parameters = _parameters(model) - _parameters(model.backbone)
+    if isinstance(model, Classifier):
+        if model.linear is None:
+            return []
+        name, head, inputs = "linear", model.linear, features[model.in_feature].mean(dim=(2, 3))
+    elif hasattr(model, "head"):
+        name, head = "head", model.head
+        inputs = [features[feature] for feature in model.head_in_features]
+    else:
+        return [Part("head", parameters, None)]
+    return [Part(name, parameters, _flops(head, inputs)[0][type(head).__name__])]
+
+
+def _flops(module: nn.Module, inputs: Any) -> tuple[dict[str, int], Any]:
+    """Run a module; return the FLOPs of it and of its descendants by path, and its output."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        output = module(inputs)
+    counts = counter.get_flop_counts()
+    return {path: sum(operations.values()) for path, operations in counts.items()}, output
+
+
+def _difference(name: str, whole: Part, part: Part) -> Part:
+    return Part(name, whole.parameters - part.parameters, whole.flops - part.flops)
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+# The side of the images that the paper counts detectors on.
+_DETECTOR_SIZE = 640
+
+
+def count_model(cfg: CfgNode, height: int, width: int) -> list[Part]:
+    """Count the model that a config builds, as :func:`count_config` does.
+
+    Args:
+        cfg: a config of a model with a backbone.
+        height, width: size of the image in pixels.
+
+    Returns:
+        list[Part]: the parts of the model.
+
+    Raises:
+        UsageError: from the error that building or running the model raised.
+    """
+    try:
+        return count_config(cfg, height, width)
+    except BUILD_ERRORS as error:
+        raise UsageError(explain_build_error(error)) from error
+
+
+def usual_size(cfg: CfgNode) -> tuple[int, int]:
+    """Return height and width of the images that a config's model is counted on by default."""
+    is_classifier = cfg.MODEL.META_ARCHITECTURE == "Classifier"
+    side = cfg.INPUT.CLASSIFICATION.CROP_SIZE if is_classifier else _DETECTOR_SIZE
+    return side, side
+
+
+def parts_report(parts: list[Part], height: int, width: int) -> str:
+    """Tabulate the parts of a model and their sum.
+
+    Args:
+        parts: from :func:`sasa_det.analysis.complexity.count_config`.
+        height, width: size of the image they were counted on, in pixels.
+
+    Returns:
+        str: a table in Markdown.
+    """
+    rows = [
+        (part.name, millions(part.parameters), billions(part.flops))
+        for part in [*parts, total(parts)]
+    ]
+    title = f"One image of {height} x {width}; a multiply-add is 2 FLOPs."
+    return f"{title}\n\n{markdown(rows, ['part', 'params (M)', 'FLOPs (B)'])}"
+
+
+def table_report(table: Table, counts: Iterable[Part]) -> str:
+    """Tabulate what a table of the paper prints beside what this code counts.
+
+    Args:
+        table: of the paper.
+        counts: the whole of each of its models, in the order of its rows.
+
+    Returns:
+        str: a table in Markdown.
+    """
+    rows = [
+        (
+            f"{row.name} {row.series}".rstrip(),
+            _printed(row.flops),
+            billions(count.flops),
+            _printed(row.parameters),
+            millions(count.parameters),
+            _printed(row.accuracy),
+        )
+        for row, count in zip(table.rows, counts, strict=True)
+    ]
+    headers = [
+        "model",
+        "FLOPs (B), paper",
+        "counted",
+        "params (M), paper",
+        "counted",
+        f"{table.metric}, paper",
+    ]
+    return markdown(rows, headers)
+
+
+def millions(parameters: int) -> str:
+    """Write a number of parameters in 10^6."""
+    return f"{parameters / 1e6:.2f}"
+
+
+def billions(flops: int | None) -> str:
+    """Write a number of FLOPs in 10^9, or that it was not counted."""
+    return "not counted" if flops is None else f"{flops / 1e9:.2f}"
+
+
+def markdown(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
+    """Tabulate texts in Markdown."""
+    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def _printed(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"

@@ -1,0 +1,185 @@
+"""A picture of what models reach against what they cost, as Figure 5 of the paper."""
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+
+from ..utils.files import whole_file
+
+__all__ = ["CostedModel", "draw_cost_figure"]
+
+
+Cost = Callable[["CostedModel"], float]
+
+_DPI = 120
+
+_FONT_SIZE = 7.5
+
+# Told apart with any kind of colour vision (Okabe and Ito).
+_COLOURS = ("#555555", "#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")
+
+_OF_NO_SERIES = "#009E73"
+
+_PRINTED = {"marker": "o", "markersize": 13, "markerfacecolor": "white", "markeredgewidth": 1.5}
+
+_MEASURED = {"marker": "*", "markersize": 14, "markeredgecolor": "white", "markeredgewidth": 0.8}
+
+
+@dataclass(frozen=True)
+class CostedModel:
+    """A model of the picture.
+
+    Attributes:
+        name: what tells it from others of its series, by the number at its end.
+        series: models that are compared with those of other series; "" for none.
+        flops: for one image.
+        parameters: their number.
+        printed: its published accuracy in percent, None if there is none.
+        measured: its measured accuracy in percent, None if there is none.
+    """
+
+    name: str
+    series: str
+    flops: int
+    parameters: int
+    printed: float | None = None
+    measured: float | None = None
+
+
+def draw_cost_figure(
+    models: Sequence[CostedModel],
+    path: str | os.PathLike,
+    *,
+    title: str,
+    circles: str,
+    strip: str,
+) -> None:
+    """Draw accuracies against FLOPs and against parameters into one PNG.
+
+    Published accuracies of a series are circles on a line, measured ones are stars. Models of a
+    series without a published one have their place, by cost alone, in a strip below.
+
+    Args:
+        models: at least one of them with an accuracy.
+        path: the PNG to write.
+        title: of the picture.
+        circles: what the circles are, for the legend.
+        strip: what the models in the strip are.
+
+    Raises:
+        ValueError: no model has an accuracy.
+    """
+    figure = _figure(models, title, circles, strip)
+    with whole_file(path) as part:
+        FigureCanvasAgg(figure).print_png(part)
+
+
+def _figure(models: Sequence[CostedModel], title: str, circles: str, strip: str) -> Figure:
+    if all(model.printed is None and model.measured is None for model in models):
+        raise ValueError("models must hold one with an accuracy, published or measured.")
+    series = dict.fromkeys(model.series for model in models if model.series)
+    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(series)}
+    figure = Figure(figsize=(12, 6.8), dpi=_DPI, layout="constrained")
+    figure.suptitle(title)
+    panels, strips = figure.subplots(2, 2, height_ratios=(4, 1))
+    costs: dict[str, Cost] = {
+        "FLOPs of one image (billions)": lambda model: model.flops / 1e9,
+        "parameters (millions)": lambda model: model.parameters / 1e6,
+    }
+    for panel, below, (label, cost) in zip(panels, strips, costs.items(), strict=True):
+        _draw_accuracies(panel, models, cost, colours)
+        _draw_costs(below, models, cost, colours)
+        below.set_title(strip, fontsize=9)
+        for axes in (panel, below):
+            axes.set_xlabel(label)
+            axes.grid(alpha=0.3)
+    handles = _legend(models, colours, circles)
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    return figure
+
+
+def _draw_accuracies(
+    axes: Axes, models: Sequence[CostedModel], cost: Cost, colours: dict[str, str]
+) -> None:
+    for name, colour in colours.items():
+        printed = [m for m in models if m.series == name and m.printed is not None]
+        places = [(cost(model), model.printed) for model in printed]
+        axes.plot(*zip(*places, strict=True), color=colour, **_PRINTED)
+        for model, place in zip(printed, places, strict=True):
+            _write(axes, _number(model), place, colour, ha="center", va="center_baseline")
+    axes.margins(0.08)
+    axes.set_ylabel("top-1 (%)")
+    measured = [model for model in models if model.measured is not None]
+    for model in measured:
+        colour = colours.get(model.series, _OF_NO_SERIES)
+        axes.plot(cost(model), model.measured, ls="", color=colour, **_MEASURED)
+    left, right = axes.get_xlim()
+    for model in measured:
+        colour = colours.get(model.series, _OF_NO_SERIES)
+        # To the side where there is room.
+        side = 1 if cost(model) < 0.7 * right + 0.3 * left else -1
+        _write(
+            axes,
+            model.name,
+            (cost(model), model.measured),
+            colour,
+            offset=(8 * side, 0),
+            ha="left" if side == 1 else "right",
+            va="center_baseline",
+        )
+
+
+def _draw_costs(
+    axes: Axes, models: Sequence[CostedModel], cost: Cost, colours: dict[str, str]
+) -> None:
+    for row, (name, colour) in enumerate(colours.items()):
+        for model in models:
+            if model.series == name and model.printed is None:
+                place = (cost(model), -row)
+                axes.plot(*place, "o", color=colour, markersize=4)
+                _write(axes, _number(model), place, colour, offset=(0, 4), ha="center")
+    axes.set_ylim(0.5 - len(colours), 0.8)
+    axes.set_yticks([])
+
+
+def _legend(models: Sequence[CostedModel], colours: dict[str, str], circles: str) -> list[Line2D]:
+    handles = [Line2D([], [], color=colour, lw=3, label=name) for name, colour in colours.items()]
+    measured = [model for model in models if model.measured is not None]
+    if not all(model.series for model in measured):
+        handles.append(Line2D([], [], color=_OF_NO_SERIES, lw=3, label="other models"))
+    handles.append(Line2D([], [], color="black", ls="", label=circles, **_PRINTED))
+    if measured:
+        handles.append(Line2D([], [], color="black", ls="", label="measured", **_MEASURED))
+    return handles
+
+
+def _number(model: CostedModel) -> str:
+    return re.search(r"[\d.]*$", model.name)[0]
+
+
+def _write(
+    axes: Axes,
+    text: str,
+    place: tuple[float, float],
+    colour: str,
+    *,
+    offset: tuple[float, float] = (0, 0),
+    **alignment: str,
+) -> None:
+    axes.annotate(
+        text,
+        place,
+        xytext=offset,
+        textcoords="offset points",
+        fontsize=_FONT_SIZE,
+        color=colour,
+        path_effects=[withStroke(linewidth=2, foreground="white")],
+        **alignment,
+    )

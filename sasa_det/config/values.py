@@ -1,0 +1,373 @@
+"""The values that this project's keys may have, and those keys of detectron2's that fail late."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import detectron2.solver.build
+from detectron2.config import CfgNode, get_cfg
+from detectron2.layers import get_norm
+
+from ..errors import UsageError, nearest
+from .defaults import add_sasa_config
+from .keys import flatten
+
+__all__ = [
+    "EXAMPLES",
+    "INCREASING",
+    "MAY_BE_FLAT",
+    "MAY_BE_INFINITE",
+    "MAY_BE_NONE",
+    "NOT_EMPTY",
+    "RULES",
+    "Rule",
+    "WARMUP_THEN_COSINE",
+    "check_schedule",
+    "check_values",
+    "warn_of_slow_averages",
+]
+
+logger = logging.getLogger(__name__)
+
+# The name of this project's own schedule.
+WARMUP_THEN_COSINE = "WarmupThenCosineLR"
+
+
+class Rule(NamedTuple):
+    """What a value may be.
+
+    Attributes:
+        allowed: ends the sentence "KEY must be".
+        holds: tells whether a value is allowed.
+        names: the allowed names, or the usual ones, if the value is a name.
+    """
+
+    allowed: str
+    holds: Callable[[Any], bool]
+    names: tuple[str, ...] = ()
+
+
+def _number(allowed: str, holds: Callable[[float], bool]) -> Rule:
+    def holds_for_a_number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and holds(value)
+
+    return Rule(allowed, holds_for_a_number)
+
+
+def _at_least(low: int) -> Rule:
+    return _number(f"at least {low}", lambda value: value >= low)
+
+
+def _one_of(*names: str) -> Rule:
+    return Rule(f"one of {', '.join(names)}", lambda value: value in names, names)
+
+
+def _is_norm(value: Any) -> bool:
+    try:
+        get_norm(value, 32)
+    except KeyError:
+        return False
+    return True
+
+
+_SCHEDULERS = ["WarmupMultiStepLR", "WarmupCosineLR", WARMUP_THEN_COSINE]
+
+if hasattr(detectron2.solver.build, "StepWithFixedGammaParamScheduler"):
+    _SCHEDULERS.append("WarmupStepWithFixedGammaLR")
+
+# A rule, and the keys whose value it is for, or every value in their lists. Keys may be patterns,
+# and some are those of one version of detectron2. What is missing is checked where the model is
+# built from it, as MODEL.SASA is.
+RULES: dict[Rule, str] = {
+    _at_least(0): """
+        DATALOADER.NUM_WORKERS DATALOADER.SKIP_UNREADABLE
+        INPUT.MIN_SIZE_TEST INPUT.MIN_SIZE_TRAIN
+        MODEL.*.SMOOTH_L1_*BETA MODEL.*LOSS_WEIGHT MODEL.BACKBONE.FREEZE_AT
+        MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT MODEL.PROPOSAL_GENERATOR.MIN_SIZE
+        MODEL.RETINANET.FOCAL_LOSS_GAMMA MODEL.RETINANET.NUM_CONVS
+        MODEL.ROI_*_HEAD.NUM_CONV MODEL.ROI_*_HEAD.NUM_FC MODEL.ROI_*_HEAD.POOLER_SAMPLING_RATIO
+        MODEL.ROI_BOX_HEAD.FED_LOSS_FREQ_WEIGHT_POWER
+        MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+        SOLVER.*_EPOCHS SOLVER.BASE_LR_END SOLVER.BIAS_LR_FACTOR SOLVER.MAX_CHECKPOINTS
+        SOLVER.NUM_DECAYS SOLVER.REFERENCE_BATCH SOLVER.REFERENCE_WORLD_SIZE SOLVER.WARMUP_ITERS
+        SOLVER.WEIGHT_DECAY*
+        TEST.EARLY_STOPPING TEST.EVAL_* VIS_PERIOD
+    """,
+    _at_least(1): """
+        DATASETS.PRECOMPUTED_PROPOSAL_TOPK_*
+        INPUT.CLASSIFICATION.CROP_SIZE INPUT.CLASSIFICATION.RESIZE_TEST
+        INPUT.JITTER.CROP_SIZE INPUT.MAX_PIXELS INPUT.MAX_SIZE_*
+        MODEL.*.BATCH_SIZE_PER_IMAGE MODEL.*.CONVS_DIM MODEL.*.NUM_CLASSES MODEL.*TOPK_*
+        MODEL.FPN.OUT_CHANNELS
+        MODEL.RESNETS.*_OUT_CHANNELS MODEL.RESNETS.DEFORM_NUM_GROUPS MODEL.RESNETS.NUM_GROUPS
+        MODEL.RESNETS.RES5_DILATION MODEL.RESNETS.WIDTH_PER_GROUP
+        MODEL.ROI_*_HEAD.CONV_DIM* MODEL.ROI_*_HEAD.FC_DIM MODEL.ROI_*_HEAD.POOLER_RESOLUTION
+        MODEL.ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+        MODEL.SEM_SEG_HEAD.COMMON_STRIDE
+        SOLVER.ACCUMULATION_STEPS SOLVER.CHECKPOINT_PERIOD SOLVER.IMS_PER_BATCH SOLVER.MAX_ITER
+        SOLVER.STEPS
+        TEST.AUG.*_SIZE* TEST.DETECTIONS_PER_IMAGE TEST.IMS_PER_BATCH TEST.PRECISE_BN.NUM_ITER
+    """,
+    _number("above 0", lambda value: value > 0): """
+        INPUT.CROP.SIZE INPUT.JITTER.*_SCALE
+        MODEL.*.BBOX_REG_WEIGHTS MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS MODEL.ANCHOR_GENERATOR.SIZES
+        MODEL.PIXEL_STD
+        SOLVER.BASE_LR SOLVER.CLIP_GRADIENTS.CLIP_VALUE SOLVER.CLIP_GRADIENTS.NORM_TYPE
+        SOLVER.GAMMA SOLVER.LOGIT_LR_FACTOR
+        TEST.KEYPOINT_OKS_SIGMAS
+    """,
+    _number("within [0, 1]", lambda value: 0 <= value <= 1): """
+        DATALOADER.REPEAT_THRESHOLD DATALOADER.SKIP_UNREADABLE_FRACTION
+        MODEL.*.NMS_THRESH* MODEL.*.POSITIVE_FRACTION MODEL.*.SCORE_THRESH_TEST
+        MODEL.PANOPTIC_FPN.COMBINE.*_THRESH
+        SOLVER.WARMUP_FACTOR
+    """,
+    _number("above 0 and at most 1", lambda value: 0 < value <= 1): """
+        INPUT.CLASSIFICATION.MIN_AREA MODEL.*.IOU_THRESHOLDS MODEL.ROI_BOX_CASCADE_HEAD.IOUS
+    """,
+    _number("above 0 and below 1", lambda value: 0 < value < 1): "MODEL.RETINANET.PRIOR_PROB",
+    _number("above 0 and below 1, or 0 for none", lambda value: 0 <= value < 1): """
+        DATASETS.HOLDOUT
+    """,
+    _number("at least 0 and below 1", lambda value: 0 <= value < 1): """
+        MODEL.ANCHOR_GENERATOR.OFFSET MODEL.BN_DECAY MODEL.CLASSIFIER.LABEL_SMOOTHING
+        MODEL.EMA.DECAY SOLVER.MOMENTUM
+    """,
+    _number("within [0, 1], or -1 for none", lambda value: value == -1 or 0 <= value <= 1): """
+        MODEL.RETINANET.FOCAL_LOSS_ALPHA
+    """,
+    _number("at least 1, or -1 for that of the input", lambda value: value == -1 or value >= 1): """
+        MODEL.RPN.CONV_DIMS
+    """,
+    _number("-1, 0 or 1", lambda value: value in (-1, 0, 1)): "MODEL.*.IOU_LABELS",
+    _number("a number", lambda value: True): "MODEL.ANCHOR_GENERATOR.ANGLES MODEL.PIXEL_MEAN",
+    # The seeds of the processes follow on it; NumPy takes 32 bits.
+    _number("within [-1, 2147483647]", lambda value: -1 <= value < 2**31): "SEED",
+    _number("2", lambda value: value == 2): "VERSION",
+    Rule(
+        "a norm of detectron2 (BN, SyncBN, FrozenBN, GN, ...) or empty",
+        _is_norm,
+        ("BN", "SyncBN", "FrozenBN", "GN", "LN"),
+    ): "MODEL.*.NORM",
+    Rule("a folder on the disk", lambda value: bool(value) and "://" not in value): "OUTPUT_DIR",
+    _one_of("TrainingSampler", "RepeatFactorTrainingSampler"): "DATALOADER.SAMPLER_TRAIN",
+    _one_of("relative", "relative_range", "absolute", "absolute_range"): "INPUT.CROP.TYPE",
+    _one_of("BGR", "RGB", "L", "HSV", "LAB", "YCbCr", "YUV-BT.601"): "INPUT.FORMAT",
+    _one_of("polygon", "bitmask"): "INPUT.MASK_FORMAT",
+    _one_of("choice", "range"): "INPUT.MIN_SIZE_TRAIN_SAMPLING",
+    _one_of("horizontal", "vertical", "none"): "INPUT.RANDOM_FLIP",
+    _one_of("smooth_l1", "giou", "diou", "ciou"): "MODEL.*.BBOX_REG_LOSS_TYPE",
+    _one_of("ROIAlign", "ROIAlignV2", "ROIAlignRotated", "ROIPool"): "MODEL.*.POOLER_TYPE",
+    _one_of("sum", "avg"): "MODEL.FPN.FUSE_TYPE",
+    _one_of("float16", "bfloat16"): "SOLVER.AMP.DTYPE",
+    _one_of("value", "norm", "full_model"): "SOLVER.CLIP_GRADIENTS.CLIP_TYPE",
+    _one_of(*_SCHEDULERS): "SOLVER.LR_SCHEDULER_NAME",
+    _one_of("SGD", "AdamW"): "SOLVER.OPTIMIZER",
+    _one_of("linear", "constant"): "SOLVER.WARMUP_METHOD",
+    _one_of("max", "min"): "TEST.BEST_MODE",
+}
+
+# A value nests lists, and holds strings or numbers, as its default does. These are examples where
+# the default does not show it; TEST.EXPECTED_RESULTS, with both, is checked with the metrics.
+EXAMPLES = {
+    ("",): """
+        DATASETS.PROPOSAL_FILES_* DATASETS.TEST DATASETS.TRAIN MODEL.FPN.IN_FEATURES
+        MODEL.ACTIVATION_CHECKPOINTING MODEL.WEIGHTS_ALLOW
+    """,
+    (0.0,): "SOLVER.STEP_EPOCHS TEST.KEYPOINT_OKS_SIGMAS",
+    0.0: "SOLVER.WEIGHT_DECAY_BIAS",
+    None: "TEST.EXPECTED_RESULTS",
+}
+
+# detectron2 takes one list for all levels as well.
+MAY_BE_FLAT = "MODEL.ANCHOR_GENERATOR.*S"
+
+# Lists that need a value, and lists whose values must increase.
+NOT_EMPTY = """
+    INPUT.MIN_SIZE_TRAIN MODEL.*.IOU_THRESHOLDS MODEL.ANCHOR_GENERATOR.*S TEST.AUG.MIN_SIZES
+"""
+
+INCREASING = "MODEL.*.IOU_THRESHOLDS SOLVER.STEPS SOLVER.STEP_EPOCHS"
+
+# All other keys must have finite values.
+MAY_BE_NONE = "SOLVER.WEIGHT_DECAY_BIAS"
+
+MAY_BE_INFINITE = "SOLVER.CLIP_GRADIENTS.NORM_TYPE"
+
+_KINDS = {bool: "truth value", int: "number", float: "number", str: "string"}
+
+
+def check_values(cfg: CfgNode) -> None:
+    """Check every value of a config against what its key allows.
+
+    Args:
+        cfg: a config with sasa_det's keys.
+
+    Raises:
+        UsageError: in one sentence that names the key, its value and what is allowed.
+    """
+    values = flatten(cfg)
+    defaults = get_cfg()
+    add_sasa_config(defaults)
+    for key, default in flatten(defaults).items():
+        if key not in values:
+            raise UsageError(f"{key} must be a value, got a section of keys.")
+        value = values[key]
+        for part in _parts(value):
+            _check_plain(key, part)
+        _check_kind(key, value, default)
+        for rule, keys in RULES.items():
+            if _is_among(key, keys):
+                _check_rule(key, value, rule)
+        nested = value if isinstance(value, list | tuple) else ()
+        is_empty = not value or any(part in ([], ()) for part in nested)
+        if is_empty and _is_among(key, NOT_EMPTY):
+            raise UsageError(f"{key} must hold at least one value, got {value!r}.")
+        if _is_among(key, INCREASING) and any(a >= b for a, b in pairwise(value)):
+            raise UsageError(f"the values of {key} must increase, got {value!r}.")
+    _check_lengths(values)
+    patience = cfg.TEST.EARLY_STOPPING
+    if patience and not cfg.TEST.BEST_METRIC:
+        raise UsageError(f"TEST.EARLY_STOPPING must be 0 without TEST.BEST_METRIC, got {patience}.")
+
+
+def check_schedule(cfg: CfgNode) -> None:
+    """Check that warmup, steps and end of the learning rate fit the run.
+
+    Args:
+        cfg: a config with sasa_det's keys. Lengths in epochs are compared with lengths in epochs,
+            and those in iterations with those in iterations.
+
+    Raises:
+        UsageError: in one sentence that names the key, its value and what is allowed.
+    """
+    solver = cfg.SOLVER
+    in_epochs = solver.MAX_EPOCHS > 0
+    total = "MAX_EPOCHS" if in_epochs else "MAX_ITER"
+    lengths = {"WARMUP_EPOCHS": "WARMUP_ITERS"}
+    if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        lengths["STEP_EPOCHS"] = "STEPS"
+    for epochs, iterations in lengths.items():
+        if in_epochs != bool(solver[epochs]):
+            continue
+        key = epochs if in_epochs else iterations
+        if any(part >= solver[total] for part in _parts(solver[key])):
+            raise UsageError(
+                f"SOLVER.{key} must be below SOLVER.{total}, which is {solver[total]}, got "
+                f"{solver[key]}."
+            )
+    # Later detectron2 lets the cosine end above 0.
+    if (
+        solver.LR_SCHEDULER_NAME == "WarmupCosineLR"
+        and solver.get("BASE_LR_END", 0) > solver.BASE_LR
+    ):
+        raise UsageError(
+            f"SOLVER.BASE_LR_END must be at most SOLVER.BASE_LR, which is {solver.BASE_LR}, got "
+            f"{solver.BASE_LR_END}."
+        )
+
+
+def warn_of_slow_averages(cfg: CfgNode) -> None:
+    """Log a warning for each moving average that a run is too short for.
+
+    Args:
+        cfg: a config with sasa_det's keys, lengths in iterations.
+    """
+    steps = cfg.SOLVER.MAX_ITER
+    decays = {"MODEL.BN_DECAY": cfg.MODEL.BN_DECAY, "MODEL.EMA.DECAY": cfg.MODEL.EMA.DECAY}
+    for key, decay in decays.items():
+        if 0 < steps * (1 - decay) < 1:
+            logger.warning(
+                "%s %g averages over some %.0f steps and the run has %d: it will be evaluated with "
+                "what it began with rather than with what it learnt; %.4g or less would do.",
+                *(key, decay, 1 / (1 - decay), steps, max(0.5, 1 - 10 / steps)),
+            )
+
+
+def _is_among(key: str, patterns: str) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns.split())
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """Iterate over the values in nested lists, or over one value."""
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _parts(part)
+    else:
+        yield value
+
+
+def _check_plain(key: str, value: Any) -> None:
+    if value is None and not _is_among(key, MAY_BE_NONE):
+        raise UsageError(f"{key} must have a value, got None.")
+    if not isinstance(value, (bool, int, float, str, type(None))):
+        raise UsageError(f"{key} must hold numbers, strings, True and False, got {value!r}.")
+    if isinstance(value, str) and "\0" in value:
+        raise UsageError(f"{key} must not hold a null character, got {value!r}.")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise UsageError(f"{key} must be an integer of 64 bits, got a longer one.")
+    if isinstance(value, float) and not math.isfinite(value):
+        if math.isnan(value) or not _is_among(key, MAY_BE_INFINITE):
+            raise UsageError(f"{key} must be finite, got {value}.")
+
+
+def _check_kind(key: str, value: Any, default: Any) -> None:
+    """Check that a value nests lists as the default does, and holds numbers where it does."""
+    for example, keys in EXAMPLES.items():
+        if _is_among(key, keys):
+            default = example
+    examples = [default, default[0]] if _is_among(key, MAY_BE_FLAT) else [default]
+    if default is not None and not any(_is_of_kind(value, example) for example in examples):
+        raise UsageError(f"{key} must be {_describe(default)}, got {value!r}.")
+
+
+def _is_of_kind(value: Any, example: Any) -> bool:
+    if isinstance(example, list | tuple):
+        is_list = isinstance(value, list | tuple)
+        return is_list and all(_is_of_kind(part, example[0]) for part in value)
+    return value is None or _KINDS.get(type(value)) == _KINDS[type(example)]
+
+
+def _describe(example: Any) -> str:
+    if not isinstance(example, list | tuple):
+        return f"a {_KINDS[type(example)]}"
+    depth, part = 1, example[0]
+    while isinstance(part, list | tuple):
+        depth, part = depth + 1, part[0]
+    return f"a list of {'lists of ' * (depth - 1)}{_KINDS[type(part)]}s"
+
+
+def _check_rule(key: str, value: Any, rule: Rule) -> None:
+    for part in _parts(value):
+        if part is None or rule.holds(part):
+            continue
+        subject = key if part is value else f"every value of {key}"
+        hint = nearest(part, rule.names) if isinstance(part, str) else "."
+        raise UsageError(f"{subject} must be {rule.allowed}, got {value!r}{hint}")
+
+
+def _check_lengths(values: dict[str, Any]) -> None:
+    """Check lists whose length other keys give."""
+    channels = 1 if values["INPUT.FORMAT"] == "L" else 3
+    lengths = {"INPUT.CROP.SIZE": 2, "MODEL.PIXEL_MEAN": channels, "MODEL.PIXEL_STD": channels}
+    if values["INPUT.MIN_SIZE_TRAIN_SAMPLING"] == "range":
+        lengths["INPUT.MIN_SIZE_TRAIN"] = 2
+    for section in ("RETINANET", "ROI_HEADS", "RPN"):
+        thresholds = values[f"MODEL.{section}.IOU_THRESHOLDS"]
+        lengths[f"MODEL.{section}.IOU_LABELS"] = len(thresholds) + 1
+    # A box has four coordinates, and an angle where it is rotated.
+    rotated = {
+        "MODEL.RPN": values["MODEL.PROPOSAL_GENERATOR.NAME"] == "RRPN",
+        "MODEL.ROI_BOX_HEAD": values["MODEL.ROI_HEADS.NAME"] == "RROIHeads",
+        "MODEL.RETINANET": False,
+    }
+    lengths |= {f"{section}.BBOX_REG_WEIGHTS": 4 + angle for section, angle in rotated.items()}
+    for key, length in lengths.items():
+        if len(values[key]) != length:
+            raise UsageError(f"{key} must hold {length} values, got {values[key]!r}.")
+    key = "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS"
+    if any(len(weights) != 4 for weights in values[key]):
+        raise UsageError(f"each list of {key} must hold 4 values, got {values[key]!r}.")

@@ -1,0 +1,238 @@
+"""Registered data sets: their classes, and the order of these."""
+
+import difflib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from ..errors import DatasetError
+from ..utils.text import printable
+
+__all__ = [
+    "check_same_classes",
+    "classes_in",
+    "follow_classes",
+    "metadata_of",
+    "num_classes_of",
+    "warn_of_classes",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def num_classes_of(dataset_names):
+    """Number of classes of registered data sets, known without loading them.
+
+    Args:
+        dataset_names (sequence[str]): names as in `cfg.DATASETS.TRAIN`, at least one.
+
+    Returns:
+        int: the number of classes.
+
+    Raises:
+        DatasetError: there are no names, a name is not registered, its classes are not known, or
+            the data sets do not have the same classes.
+    """
+    if not dataset_names:
+        raise DatasetError("no dataset is named: at least one registered dataset is needed")
+    classes = {name: metadata_of(name).get("thing_classes") for name in dataset_names}
+    for name, names in classes.items():
+        if names is None:
+            raise DatasetError(
+                f"dataset {name!r} has no 'thing_classes' in its metadata: register it with "
+                "sasa_det.data.register_coco or set them"
+            )
+    first = dataset_names[0]
+    for name, names in classes.items():
+        if not are_same_classes(names, classes[first]):
+            raise DatasetError(
+                f"datasets {first!r} ({shortened(classes[first])}) and {name!r} "
+                f"({shortened(names)}) have different classes"
+                f"{class_differences(classes[first], names)}: data sets that are used together "
+                "must have the same classes"
+            )
+    return len(classes[first])
+
+
+def metadata_of(name):
+    """Return the metadata of a registered data set.
+
+    Raises:
+        DatasetError: the name is not registered; the message has the nearest ones that are.
+    """
+    if name not in DatasetCatalog:
+        nearest = difflib.get_close_matches(name, DatasetCatalog.keys())
+        hint = f", did you mean {' or '.join(map(repr, nearest))}" if nearest else ""
+        raise DatasetError(f"dataset {name!r} is not registered{hint}")
+    return MetadataCatalog.get(name)
+
+
+def are_same_classes(names, others):
+    """Tell whether classes have the same names, in any order if no name stands for two."""
+    same = sorted(names) == sorted(others)
+    return list(names) == list(others) or (same and len(set(names)) == len(names))
+
+
+def shortened(names):
+    """Say how many classes there are, and the names of the first ones."""
+    shown = ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")
+    return f"{len(names)}: {shown}"
+
+
+def class_differences(names, others):
+    """Say which classes only one of two data sets has, or nothing if it is their order alone."""
+    first, second = sorted(set(names) - set(others)), sorted(set(others) - set(names))
+    sides = {"first": first, "second": second}
+    parts = [f"{shortened(only)} in the {side} alone" for side, only in sides.items() if only]
+    return f", {' and '.join(parts)}" if parts else ""
+
+
+# The metadata that belong to class indices.
+_INDEXED = ("thing_classes", "thing_dataset_id_to_contiguous_id", "thing_colors")
+
+
+def classes_in(checkpoint: Mapping[str, Any]) -> list[str] | None:
+    """Return the names of the classes that a model was trained for, in the order of its indices.
+
+    Args:
+        checkpoint: what :meth:`sasa_det.checkpoint.Checkpointer.load` returned, or a whole one.
+
+    Returns:
+        list[str]: None if the checkpoint does not hold them, as one of another project.
+    """
+    trainer = checkpoint.get("trainer", {})
+    classes = checkpoint.get("classes") or trainer.get("classes")
+    return list(classes) if classes else None
+
+
+def warn_of_classes(loaded: Mapping[str, Any], classes: Sequence[str]) -> None:
+    """Log a warning if a run starts from weights for as many classes that are not its own."""
+    known = classes_in(loaded)
+    if known is not None and len(known) == len(classes) and known != list(classes):
+        logger.warning(
+            "The weights were trained for the classes %s, and the training data have %s: what "
+            "they know of a class counts for the one in its place.",
+            shortened(known),
+            shortened(classes),
+        )
+
+
+def check_same_classes(names: Sequence[str], classes: Sequence[str], owner: str) -> None:
+    """Check that data sets have the classes of a model, in any order.
+
+    Args:
+        names: registered data sets; one whose classes are not known yet is left out.
+        classes: of the model.
+        owner: whose they are, for the sentence.
+
+    Raises:
+        DatasetError: naming the classes that only one of the two has.
+    """
+    for name in names:
+        own = metadata_of(name).get("thing_classes")
+        if own is not None and not are_same_classes(own, classes):
+            raise DatasetError(
+                f"dataset {name!r} ({shortened(own)}) and {owner} ({shortened(classes)}) have "
+                f"different classes{class_differences(own, classes)}: they must have the same ones"
+            )
+
+
+def follow_classes(
+    names: Sequence[str], classes: Sequence[str] | None = None, owner: str = ""
+) -> None:
+    """Let the class indices of data sets be those of a model, whenever the data are loaded.
+
+    Where a data set has the same classes in another order, its annotations and metadata are
+    changed as it is loaded, and the log says so.
+
+    Args:
+        names: registered data sets.
+        classes: of the model in the order of its indices; None for those of the first data set.
+        owner: whose they are, for the log.
+
+    Raises:
+        DatasetError: as :func:`check_same_classes`; also when the data are loaded.
+    """
+    if classes is None:
+        if not names:
+            return
+        first, *names = names
+        owner, order = f"dataset {first!r}", partial(_classes_of, first)
+    else:
+        order = partial(list, classes)
+    for name in names:
+        if name not in DatasetCatalog:
+            metadata_of(name)  # which says so
+        load = DatasetCatalog.pop(name)
+        own = {key: vars(MetadataCatalog.get(name)).get(key) for key in _INDEXED}
+        if isinstance(load, partial) and load.func is _load_in_order:
+            _, load, own, *_ = load.args
+        DatasetCatalog.register(name, partial(_load_in_order, name, load, own, order, owner))
+
+
+def _load_in_order(
+    name: str,
+    load: Callable[[], Sequence[dict[str, Any]]],
+    own: Mapping[str, Any],
+    order: Callable[[], Sequence[str] | None],
+    owner: str,
+) -> Sequence[dict[str, Any]]:
+    # Not through setattr, by which detectron2 refuses to change metadata.
+    metadata = vars(MetadataCatalog.get(name))
+    for key, value in own.items():
+        metadata.pop(key, None)
+        if value is not None:
+            metadata[key] = value
+    records = load()
+    classes, names = order(), metadata.get("thing_classes")
+    if classes is None or names is None or list(names) == list(classes):
+        return records
+    check_same_classes([name], classes, owner)
+    logger.warning(
+        "The classes of dataset %r come in another order than those of %s: its class indices are "
+        "mapped to the latter.",
+        name,
+        owner,
+    )
+    index = [classes.index(class_name) for class_name in names]
+    ids = metadata.get("thing_dataset_id_to_contiguous_id")
+    if ids is not None:
+        ids = {identity: index[number] for identity, number in ids.items()}
+        metadata["thing_dataset_id_to_contiguous_id"] = ids
+    for key in {"thing_classes", "thing_colors"} & metadata.keys():
+        metadata[key] = [metadata[key][index.index(number)] for number in range(len(index))]
+    if isinstance(records, list):
+        return [_reindexed(record, index) for record in records]
+    return _Reindexed(records, index)
+
+
+def _reindexed(record: dict[str, Any], index: Sequence[int]) -> dict[str, Any]:
+    record = dict(record)
+    if "label" in record:
+        record["label"] = index[record["label"]]
+    if "annotations" in record:
+        record["annotations"] = [
+            {**annotation, "category_id": index[annotation["category_id"]]}
+            for annotation in record["annotations"]
+        ]
+    return record
+
+
+class _Reindexed(Sequence):
+    """Records with other class indices, made as they are asked for."""
+
+    def __init__(self, records: Sequence[dict[str, Any]], index: Sequence[int]):
+        self._records, self._index = records, index
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return _reindexed(self._records[number], self._index)
+
+
+def _classes_of(name: str) -> list[str] | None:
+    return MetadataCatalog.get(name).get("thing_classes")

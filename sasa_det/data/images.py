@@ -1,0 +1,383 @@
+"""Image files: found in their folder, looked at, and read."""
+
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+
+import numpy as np
+from detectron2.data import detection_utils
+from detectron2.utils.file_io import PathManager
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE
+from torch.utils.data import get_worker_info
+
+from ..errors import DatasetError, ImageError
+from ..utils.text import first_of
+
+__all__ = [
+    "MAX_PIXELS",
+    "UnreadableImages",
+    "check_image_files",
+    "check_pixels",
+    "check_size",
+    "is_inside",
+    "pixel_limit",
+    "read_image",
+    "read_rgb",
+    "unreadable",
+]
+
+logger = logging.getLogger(__name__)
+
+# Default of INPUT.MAX_PIXELS.
+MAX_PIXELS = 100_000_000
+
+# Pillow's modes of more than 8 bits, which it clips to 0..255 in a conversion to RGB.
+_DEEP_MODES = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")
+
+_SHOWN = 10
+
+
+def read_image(path: str, max_pixels: int, image_format: str = "RGB") -> np.ndarray:
+    """Read an image as detectron2 does, after a look at its header, and turn it as EXIF says.
+
+    Args:
+        path: the image file.
+        max_pixels: largest product of height and width.
+        image_format: as `INPUT.FORMAT`.
+
+    Returns:
+        numpy.ndarray: (H, W, C), uint8 unless the format is YUV.
+
+    Raises:
+        ImageError: the file is missing, truncated, broken or no image, it has more pixels, or
+            pixels of more than 8 bits, which a conversion to RGB would clip or cut, or it is a
+            PostScript program.
+    """
+    with _opened(path, max_pixels) as image:
+        # Pillow turns a TIFF while it decodes it, and its orientation is gone then. detectron2 asks
+        # for the orientation before.
+        image.load()
+        image = detection_utils._apply_exif_orientation(image)
+        return detection_utils.convert_PIL_to_numpy(image, image_format)
+
+
+def check_pixels(
+    path: str, max_pixels: int, *, size: tuple[int, int] | None = None, image_format: str = "RGB"
+) -> None:
+    """Check an image by decoding all of it, as training does.
+
+    Args:
+        path: the image file.
+        max_pixels: see `read_image`.
+        size: the height and width that it must have, orientation by EXIF applied; None for any.
+        image_format: as `INPUT.FORMAT`.
+
+    Raises:
+        ImageError: as `read_image`, or the image has another size.
+    """
+    check_size(path, read_image(path, max_pixels, image_format), size)
+
+
+def check_size(path: str, image: np.ndarray, size: tuple[int, int] | None) -> None:
+    """Raise ImageError if the pixels of an image are not of the height and width given."""
+    height, width = image.shape[:2]
+    if size is not None and size != (height, width):
+        raise ImageError(
+            f"image {path} has {width} x {height} pixels, but its annotations are for "
+            f"{size[1]} x {size[0]}",
+            path,
+        )
+
+
+def read_rgb(path: str, max_pixels: int) -> Image.Image:
+    """Read an image as torchvision's data sets do, which leave its orientation by EXIF alone.
+
+    Args:
+        path: the image file.
+        max_pixels: see `read_image`.
+
+    Returns:
+        PIL.Image.Image: in RGB; other modes are converted.
+
+    Raises:
+        ImageError: as `read_image`.
+    """
+    with _opened(path, max_pixels) as image:
+        if image.format == "TIFF":
+            # Pillow would turn it, unlike all other formats, while it decodes it.
+            image.getexif()[ExifTags.Base.Orientation] = 1
+        return image.convert("RGB")
+
+
+@contextmanager
+def _opened(path: str, max_pixels: int) -> Iterator[Image.Image]:
+    """Open an image to be decoded in a block; what is wrong with its header is raised before."""
+    try:
+        # Without Pillow's own limit the size can be told, and a higher `max_pixels` has its way.
+        with pixel_limit(None), PathManager.open(path, "rb") as file, Image.open(file) as image:
+            _check_header(path, image, file, max_pixels)
+            with pixel_limit(max_pixels):
+                yield image
+    except ImageError:
+        raise
+    # Over a broken file Pillow's many plugins raise almost anything, SyntaxError among it.
+    except Exception as error:
+        raise unreadable(path, error) from error
+
+
+def _check_header(path: str, image: Image.Image, file: BinaryIO, max_pixels: int) -> None:
+    width, height = image.size
+    if image.format == "EPS":
+        # Pillow runs it through Ghostscript, where there is one: an image is no program.
+        raise ImageError(f"image {path} is a PostScript program, which is never run", path)
+    if width * height > max_pixels:
+        raise ImageError(
+            f"image {path} has {width} x {height} pixels, more than the {max_pixels:,} that "
+            "INPUT.MAX_PIXELS allows",
+            path,
+        )
+    if _is_deep(image, file):
+        raise ImageError(
+            f"image {path} has pixels of more than 8 bits, which would be cut down to 8: convert "
+            "it to 8 bits first",
+            path,
+        )
+
+
+def _is_deep(image: Image.Image, file: BinaryIO) -> bool:
+    """Tell whether pixels have more than 8 bits, which Pillow cuts down to 8 in these formats."""
+    match image.format:
+        case "PPM":
+            arguments = image.tile[0].args
+            is_deep = isinstance(arguments, tuple) and arguments[1] > 255
+        case "PNG" | "SGI":
+            is_deep = "16" in str([(tile.codec_name, tile.args) for tile in image.tile])
+        case "TIFF":
+            is_deep = max(image.tag_v2.get(BITSPERSAMPLE, (1,))) > 8
+        case "DDS":
+            codec, *_, arguments = image.tile[0]
+            is_deep = codec == "bcn" and arguments[1].startswith("BC6H")
+            is_deep |= codec == "dds_rgb" and max(map(int.bit_count, arguments[1])) > 8
+        case "JPEG2000":
+            # Each component has three bytes at the end of the first segment of the codestream.
+            segment = _content(file).partition(b"\xff\x4f\xff\x51")[2]
+            sizes = segment[38 : int.from_bytes(segment[:2]) : 3]
+            is_deep = any((size & 0x7F) + 1 > 8 for size in sizes)
+        case "AVIF":
+            # Each configuration of the codec has a flag for 10 or 12 bits.
+            configurations = _content(file).split(b"av1C")[1:]
+            is_deep = any(part[2:3] and part[2] & 0x40 for part in configurations)
+        case _:
+            is_deep = False
+    return is_deep or image.mode in _DEEP_MODES
+
+
+def _content(file: BinaryIO) -> bytes:
+    position = file.tell()
+    try:
+        file.seek(0)
+        return file.read()
+    finally:
+        file.seek(position)
+
+
+@contextmanager
+def pixel_limit(max_pixels):
+    """Set Pillow's own limit on pixels, which holds for the whole process, in a block."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max_pixels
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def unreadable(path, error):
+    """Return the ImageError that tells, with the path, why an image could not be read.
+
+    Args:
+        path (str): the image file.
+        error (Exception): what reading raised.
+    """
+    if isinstance(error, FileNotFoundError):
+        return ImageError(f"image {path} does not exist", path)
+    if isinstance(error, UnidentifiedImageError):
+        empty = os.path.isfile(path) and os.path.getsize(path) == 0
+        return ImageError(f"image {path} is {'empty' if empty else 'no image'}", path)
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return ImageError(f"image {path} cannot be read: {reason.splitlines()[0]}", path)
+
+
+class UnreadableImages:
+    """The images that training goes on without, up to a limit.
+
+    Reading happens in worker processes, counting in the training process: a worker returns the
+    errors it met beside the sample that stands in, and the training process passes each of them to
+    `skip`. So images are counted and logged in one place with any number of workers, and what ends
+    the run is the error itself, not torch's report of a worker's traceback.
+
+        # in the worker                        # in the training process
+        errors = []                            for errors, sample in batch:
+        while True:                                for error in errors:
+            try:                                       unreadable_images.skip(error)
+                return errors, mapper(record)
+            except ImageError as error:
+                errors.append(error)
+            record = ...  # another one
+
+    Where several processes train, each tells the others what it has `unshared`, so that all of them
+    count all images.
+    """
+
+    def __init__(self, limit, *, fraction=0.0, num_images=0):
+        """
+        Args:
+            limit (int): `DATALOADER.SKIP_UNREADABLE`; 0 skips none.
+            fraction (float): `DATALOADER.SKIP_UNREADABLE_FRACTION`, which counts if that is more.
+            num_images (int): images of the training data.
+
+        Raises:
+            ValueError: the limit is negative, or the fraction not within [0, 1].
+        """
+        if limit < 0:
+            raise ValueError(f"DATALOADER.SKIP_UNREADABLE must be >= 0, got {limit}")
+        if not 0 <= fraction <= 1:
+            raise ValueError(
+                f"DATALOADER.SKIP_UNREADABLE_FRACTION must be within [0, 1], got {fraction}"
+            )
+        share = int(fraction * num_images)
+        self.limit = max(limit, share)
+        self.source = "DATALOADER.SKIP_UNREADABLE"
+        if share > limit:
+            self.source += f"_FRACTION {fraction:g} of {num_images:,} images"
+        self.paths, self.unshared = [], []
+
+    def skip(self, error):
+        """Log and count an image if it is a new one; to be called in the training process.
+
+        Args:
+            error (ImageError): what reading the image raised.
+
+        Raises:
+            ImageError: the same, if no image may be skipped.
+            DatasetError: it is one image too many; the message lists the first ones and the log
+                all of them.
+        """
+        if get_worker_info() is not None:
+            raise RuntimeError("UnreadableImages.skip counts in the training process, not a worker")
+        if self.limit == 0:
+            raise error
+        if error.path not in self.paths:
+            self._count(error.path, error)
+            self.unshared.append(error.path)
+
+    def merge(self, paths):
+        """Count what other processes have skipped.
+
+        Args:
+            paths (sequence[str]): the image files.
+
+        Raises:
+            DatasetError: as `skip`.
+        """
+        for path in paths:
+            if path not in self.paths:
+                self._count(path, f"image {path} (by another process)")
+
+    def _count(self, path, message):
+        if len(self.paths) == self.limit:
+            lines = "\n".join([*self.paths, path])
+            logger.error("Unreadable images, of which the last is one too many:\n%s", lines)
+            raise DatasetError(
+                f"{message}, after the {self.limit} that {self.source} allows to skip: "
+                f"{first_of(self.paths, _SHOWN)}"
+            )
+        self.paths.append(path)
+        logger.warning(
+            "Skipped: %s (%d of at most %d, %s)", message, len(self.paths), self.limit, self.source
+        )
+
+
+def check_image_files(image_root, file_names):
+    """Look for image files, and for names that lead out of their folder.
+
+    Folders are listed once, which is much cheaper than to ask for every image.
+
+    Args:
+        image_root (str or path): the folder that the names are relative to.
+        file_names (dict[int, str]): names by any key.
+
+    Yields:
+        tuple[int, bool, str]: for each file that cannot be used its key, whether it is unsafe (it
+            is missing otherwise), and a clause that says why.
+    """
+    root = os.path.realpath(image_root)
+    folders = defaultdict(lambda: defaultdict(list))
+    for key, name in file_names.items():
+        reason = _unsafe_name(name)
+        if reason:
+            yield key, True, f"file_name {name!r} {reason}"
+        else:
+            folder, base = os.path.split(name)
+            folders[folder][base].append(key)
+
+    for folder, wanted in folders.items():
+        path = os.path.join(image_root, folder)
+        if not is_inside(os.path.realpath(path), root):
+            for base, keys in wanted.items():
+                for key in keys:
+                    name = os.path.join(folder, base)
+                    yield key, True, f"file_name {name!r} leads out of the image folder"
+            continue
+        try:
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if entry.name in wanted:
+                        keys = wanted.pop(entry.name)
+                        problem = _file_problem(entry, root)
+                        for key in keys if problem else ():
+                            yield key, *problem
+            reason = "does not exist"
+        except (FileNotFoundError, NotADirectoryError):
+            reason = "does not exist"
+        except OSError as error:
+            reason = f"cannot be looked for: {error.strerror}"
+        for base, keys in wanted.items():
+            for key in keys:
+                yield key, False, f"{os.path.join(path, base)!r} {reason}"
+
+
+def _unsafe_name(name):
+    """Return why a name is refused whatever the files are, or None."""
+    if os.path.isabs(name):
+        return "is absolute; it must be relative to the image folder"
+    if os.path.normpath(name).split(os.sep)[0] == os.pardir:
+        return "leads out of the image folder"
+    try:
+        if b"\0" not in os.fsencode(name):
+            return None
+    except UnicodeEncodeError:
+        pass
+    return "is not possible for a file"
+
+
+def _file_problem(entry, root):
+    # What a plain file needs is known from the listing: only links take further calls.
+    if not entry.is_symlink():
+        if entry.is_file():
+            return None
+    elif not is_inside(os.path.realpath(entry.path), root):
+        target = os.path.realpath(entry.path)
+        return True, f"{entry.path!r} is a link to {target!r}, out of the image folder"
+    elif os.path.isfile(entry.path):
+        return None
+    return False, f"{entry.path!r} is no regular file"
+
+
+def is_inside(path, root):
+    """Tell whether a path is a folder or in it; both are real paths."""
+    return path == root or path.startswith(os.path.join(root, ""))

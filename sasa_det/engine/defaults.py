@@ -1,0 +1,538 @@
+"""From the arguments of a command to its exit status."""
+
+import argparse
+import io
+import logging
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.logger import setup_logger
+from torch import nn
+
+from ..checkpoint import Checkpointer
+from ..config.changes import log_changes
+from ..config.lazy import load_lazy_config, tell_in_lazy_keys
+from ..config.load import load_config, register_datasets
+from ..data.catalog import classes_in, follow_classes
+from ..errors import USAGE_ERRORS, UsageError, tell
+from ..utils.files import write_text
+from ..utils.text import printable
+from .checks import check_model, check_processes, check_run
+from .hooks import StopTraining
+from .launch import first_to_say, is_elastic_restart, launch, started_by_torchrun
+from .output_folder import claim_output, discard_output
+from .train_loop import NonFiniteError
+from .trainer import LazyTrainer, Trainer, check_calls
+
+__all__ = [
+    "CLASSIFIER",
+    "ConfigKind",
+    "LAZY",
+    "YAML",
+    "argument_parser",
+    "classifier_argument_parser",
+    "evaluate",
+    "flush_denormals",
+    "lazy_argument_parser",
+    "log_to",
+    "positive_int",
+    "run",
+    "run_classifier",
+    "run_command",
+    "run_lazy",
+    "train",
+]
+
+logger = logging.getLogger(__name__)
+
+
+class ConfigKind(NamedTuple):
+    """What runs of one kind of config do in a way of their own.
+
+    Attributes:
+        load: makes the config of config file, overrides and the data named on the command line.
+        check: tells mistakes in what the config builds, as :func:`check_model`.
+        tell: prints a mistake and returns the exit status, as :func:`sasa_det.errors.tell`.
+        trainer: of the config.
+    """
+
+    load: Callable[..., CfgNode]
+    check: Callable[..., None]
+    tell: Callable[[Exception], int]
+    trainer: type[Trainer]
+
+
+YAML = ConfigKind(load_config, check_model, tell, Trainer)
+
+
+def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
+    """Train the model of a config and evaluate it as ``TEST.EVAL_PERIOD`` and at the end.
+
+    Args:
+        cfg: the config of the run; its output folder receives config.yaml, log.txt, metrics.json,
+            TensorBoard events and checkpoints.
+        resume: continue from the newest valid checkpoint in the output folder, if there is one.
+
+    Returns:
+        dict: results of the last evaluation; empty if there was none.
+
+    Raises:
+        CheckpointError: if there is no valid checkpoint, or ``MODEL.WEIGHTS`` does not fit.
+        StopTraining, NonFiniteError: as :meth:`Trainer.train`.
+    """
+    return _ready(cfg, resume, Trainer).train()
+
+
+def _ready(cfg: CfgNode, resume: bool, kind: type[Trainer]) -> Trainer:
+    """Build a trainer and load what it starts from."""
+    trainer = kind(cfg)
+    trainer.resume_or_load(resume=resume)
+    return trainer
+
+
+def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
+    """Evaluate the weights of ``MODEL.WEIGHTS`` on ``DATASETS.TEST``.
+
+    Args:
+        cfg: the config of the run.
+        resume: evaluate the newest valid checkpoint of the output folder instead.
+
+    Returns:
+        dict: results by task and metric.
+
+    Raises:
+        CheckpointError: if the weights cannot be used or do not fill the whole model.
+    """
+    return _evaluate(cfg, _filled(cfg, resume, Trainer), Trainer)
+
+
+def _filled(cfg: CfgNode, resume: bool, trainer: type[Trainer]) -> nn.Module:
+    """Build a model and fill it with the weights to evaluate."""
+    model = trainer.build_model(cfg)
+    checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR, strict=True)
+    loaded = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    follow_classes(cfg.DATASETS.TEST, classes_in(loaded), "the weights")
+    return model
+
+
+def _evaluate(cfg: CfgNode, model: nn.Module, trainer: type[Trainer]) -> dict[str, Any]:
+    results = trainer.test(cfg, model)
+    verify_results(cfg, results)
+    return results
+
+
+def run(args: argparse.Namespace, kind: ConfigKind = YAML) -> int:
+    """Carry out a command line of :func:`sasa_det.engine.argument_parser`.
+
+    Args:
+        args: the parsed command line.
+        kind: of the config that it names.
+
+    Returns:
+        int: exit status: 0; 1 if the run failed; 2 after a mistake told in one sentence; 143 or
+        130 if SIGTERM, SIGUSR1 or Ctrl-C ended it with everything saved.
+    """
+    flush_denormals()
+    log_to(None)
+    if is_elastic_restart():
+        # torchrun repeats the command that it was given.
+        args.resume, args.overwrite = "auto", False
+    try:
+        cfg = kind.load(args.config_file, args.opts, args.train, args.test)
+        if started_by_torchrun():
+            check_processes(cfg, int(os.environ["LOCAL_WORLD_SIZE"]))
+            return launch(_torchrun_worker, 1, device=cfg.MODEL.DEVICE, args=(kind, cfg, args))
+        check_processes(cfg, args.num_gpus, args.num_machines, args.dist_url)
+        processes = args.num_gpus * args.num_machines
+        leader = args.machine_rank == 0
+        with _prepared(kind, cfg, args, leader, processes) as resume:
+            status = launch(
+                _worker,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                device=cfg.MODEL.DEVICE,
+                args=(kind, cfg, args.eval_only, resume),
+            )
+            return _ended(status, cfg, args) if leader else status
+    except USAGE_ERRORS as error:
+        return kind.tell(error)
+
+
+@contextmanager
+def _prepared(
+    kind: ConfigKind, cfg: CfgNode, args: argparse.Namespace, leader: bool, num_processes: int
+) -> Iterator[bool]:
+    """Check a run and have its output folder in a block; yields whether it is resumed."""
+    options = {"eval_only": args.eval_only, "resume": args.resume, "overwrite": args.overwrite}
+    check_run(cfg, **options, leader=leader, num_processes=num_processes, check=kind.check)
+    with claim_output(cfg, **options, leader=leader) as resume:
+        yield resume
+
+
+def _torchrun_worker(kind: ConfigKind, cfg: CfgNode, args: argparse.Namespace) -> int:
+    """Check the run in the first process, whose word the others take."""
+    with ExitStack() as stack:
+        status, resume = 0, False
+        if comm.is_main_process():
+            try:
+                prepared = _prepared(kind, cfg, args, True, comm.get_world_size())
+                resume = stack.enter_context(prepared)
+            except USAGE_ERRORS as error:
+                status = kind.tell(error)
+        status, resume = comm.all_gather((status, resume))[0]
+        if status:
+            return status
+        status = _worker(kind, cfg, args.eval_only, resume)
+        return _ended(status, cfg, args) if comm.is_main_process() else status
+
+
+def _ended(status: int, cfg: CfgNode, args: argparse.Namespace) -> int:
+    """Let a mistake that was found too late leave no run behind that would refuse the next one."""
+    if status == 2 and not (args.resume or args.overwrite):
+        discard_output(Path(cfg.OUTPUT_DIR))
+    return status
+
+
+def _worker(kind: ConfigKind, cfg: CfgNode, eval_only: bool, resume: bool) -> int:
+    """Do the work of one process and return its exit status."""
+    flush_denormals()
+    register_datasets(cfg, check=False)
+    log_to(cfg.OUTPUT_DIR, comm.get_rank())
+    _begin(cfg, eval_only, resume)
+    try:
+        loaded = (_filled if eval_only else _ready)(cfg, resume, kind.trainer)
+    except USAGE_ERRORS as error:
+        return _tell_once(kind, error)
+    _store_config(cfg, eval_only)
+    try:
+        if eval_only:
+            _evaluate(cfg, loaded, kind.trainer)
+        else:
+            loaded.train()
+    except StopTraining as stop:
+        logger.info("Training ends before its last iteration: %s; everything is saved.", stop)
+        return stop.status
+    except (NonFiniteError, *USAGE_ERRORS) as error:
+        _tell_once(kind, error)
+        return 1
+    return 0
+
+
+def _tell_once(kind: ConfigKind, error: Exception) -> int:
+    """Tell an error that several processes of the run may have met, and return the status 2."""
+    return kind.tell(error) if first_to_say(str(error)) else 2
+
+
+def _store_config(cfg: CfgNode, eval_only: bool) -> None:
+    """Write config.yaml, once it is known that the checkpoint is of the config's data."""
+    stored = Path(cfg.OUTPUT_DIR, "config.yaml")
+    # The config of a run that is evaluated stays: it is what the run is resumed with.
+    if comm.is_main_process() and not (eval_only and stored.exists()):
+        write_text(stored, cfg.dump())
+
+
+def _begin(cfg: CfgNode, eval_only: bool, resume: bool) -> None:
+    """Log what runs where, and seed what is random before the first step."""
+    logger.info("Environment:\n%s", collect_env_info())
+    logger.info("Config:\n%s", cfg.dump())
+    if comm.is_main_process() and resume and not eval_only:
+        log_changes(cfg)
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+    if precision := cfg.get("FLOAT32_PRECISION"):  # later detectron2
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = precision != "highest"
+
+
+def run_command(main: Callable[[], int | None]) -> int:
+    """Carry out a command of tools/, whatever the locale, and end it without a traceback.
+
+    In a locale that is not UTF-8 the command starts again in Python's UTF-8 mode, for libraries
+    open text files in the encoding of the locale. Characters that the terminal does not have are
+    printed as escapes.
+
+    Args:
+        main: reads the command line and returns the exit status; None is 0.
+
+    Returns:
+        int: the exit status: that of ``main``, 2 after a mistake, which is printed in one sentence,
+        130 after Ctrl-C, and that of the signal where one stopped a training.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode:
+        os.environ["PYTHONUTF8"] = "1"  # for the processes that it starts
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return main() or 0
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except StopTraining as stop:
+        print(f"The command ends: {stop}.", file=sys.stderr)
+        return stop.status
+    except USAGE_ERRORS as error:
+        return tell(error)
+
+
+def argument_parser(*, coco: bool = True) -> argparse.ArgumentParser:
+    """Return detectron2's argument parser with this project's flags.
+
+    Args:
+        coco: whether there are ``--train`` and ``--test``.
+
+    Returns:
+        argparse.ArgumentParser: beside detectron2's flags, ``--train`` and ``--test`` name a
+        COCO-format json and its image folder, and ``--overwrite`` allows to write over a run.
+        ``--resume`` gives "always" and ``--resume auto`` gives "auto"; without it, ``resume`` is
+        None.
+    """
+    base = default_argument_parser()
+    parser = _Parser(
+        epilog=base.epilog,
+        formatter_class=base.formatter_class,
+        parents=[base],
+        add_help=False,
+        conflict_handler="resolve",
+    )
+    parser.add_argument(
+        "--num-gpus",
+        type=positive_int,
+        default=1,
+        help="processes on this machine, each with a GPU of its own unless it runs on the CPU",
+    )
+    parser.add_argument(
+        "--num-machines", type=positive_int, default=1, help="machines that take part"
+    )
+    parser.add_argument(
+        "--resume",
+        choices=("always", "auto"),
+        metavar="[auto]",
+        help="continue the run in the output folder, which must hold a checkpoint; with auto, as "
+        "for jobs that are preempted and started again, begin the run if it holds none",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="remove what an earlier run left in the output folder; without it, that is an error",
+    )
+    parser.add_argument(
+        "--dist-url",
+        default="auto",
+        help="where the processes of several machines meet, as in tcp://host:port; those of one "
+        "machine find each other",
+    )
+    for split in ("train", "test") if coco else ():
+        parser.add_argument(
+            f"--{split}",
+            nargs=2,
+            metavar=("JSON", "IMAGES"),
+            help=f"COCO-format json and image folder to {split} on, in place of the config's",
+        )
+    return parser
+
+
+def positive_int(text: str) -> int:
+    """Read an argument that must be an integer of at least 1; a type for argparse."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Takes the word after ``--resume`` for its value only if it is ``auto``.
+
+    argparse alone would take the first KEY of the overrides for it.
+    """
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
+        # The words are the command's own if none are given, as argparse has it.
+        words = list(sys.argv[1:] if args is None else args)
+        for i, word in enumerate(words):
+            if word == "--resume":
+                auto = words[i + 1 : i + 2] == ["auto"]
+                words[i : i + 1 + auto] = ["--resume=auto" if auto else "--resume=always"]
+        parsed, rest = super().parse_known_args(words, namespace)
+        if not 0 <= parsed.machine_rank < parsed.num_machines:
+            self.error(
+                f"argument --machine-rank: must be at least 0 and below --num-machines, which is "
+                f"{parsed.num_machines}, got {parsed.machine_rank}"
+            )
+        return parsed, rest
+
+
+_LOGGERS = ("detectron2", "fvcore", "sasa_det")
+
+# By which detectron2 colours its tables.
+_COLOUR = re.compile("\x1b\\[[0-9;]*m")
+
+
+def log_to(
+    folder: str | None, rank: int = 0, shown: Callable[[logging.LogRecord], bool] | None = None
+) -> None:
+    """Send the log to the terminal and to a folder's log.txt, in place of where it went before.
+
+    Args:
+        folder: folder of log.txt; None for the terminal alone.
+        rank: rank of the process; the terminal shows rank 0.
+        shown: tells which records the terminal shows; all if None.
+    """
+    setup_logger.cache_clear()
+    for name in _LOGGERS:
+        logger = logging.getLogger(name)
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+            handler.close()
+        # As default_setup calls it, so that its own call adds nothing.
+        named = {} if name == "detectron2" else {"name": name}
+        for handler in setup_logger(folder, distributed_rank=rank, **named).handlers:
+            handler.addFilter(_escape)
+            on_terminal = handler.stream is sys.stdout
+            if isinstance(handler.stream, io.TextIOWrapper):
+                # Names may have characters that the locale lacks.
+                encoding = None if on_terminal else "utf-8"
+                handler.stream.reconfigure(encoding=encoding, errors="backslashreplace")
+            if shown is not None and on_terminal:
+                handler.addFilter(shown)
+
+
+def _escape(record: logging.LogRecord) -> bool:
+    """Escape what names from data hold to steer the terminal that shows the log."""
+    record.msg, record.args = _escaped(record.getMessage()), ()
+    if record.exc_info:
+        record.exc_text = _escaped(logging.Formatter().formatException(record.exc_info))
+    return True
+
+
+def _escaped(text: str) -> str:
+    return printable(_COLOUR.sub("", text), keep="\n\t")
+
+
+def flush_denormals() -> None:
+    """Let the processor take numbers below 1e-38 for zero.
+
+    Softmax weights of distant pixels and their gradients become that small in training and would
+    slow it down. To be called first in a process: torch's threads inherit the setting when they
+    start.
+    """
+    torch.set_flush_denormal(True)
+
+
+LAZY = ConfigKind(load_lazy_config, check_calls, tell_in_lazy_keys, LazyTrainer)
+
+_EPILOG = """
+Values of the config are overridden by key=value, as in train.max_iter=1000; a + before the key adds
+one that the config does not have, as in +model.box_reg_loss_type=giou.
+"""
+
+
+def lazy_argument_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of :func:`sasa_det.engine.argument_parser` for LazyConfigs.
+
+    Args:
+        description: what the command does.
+    """
+    parser = argument_parser()
+    parser.description, parser.epilog = description, _EPILOG
+    return parser
+
+
+def run_lazy(args: argparse.Namespace) -> int:
+    """Carry out a command line of :func:`lazy_argument_parser`, whose config runs as code.
+
+    Args:
+        args: the parsed command line.
+
+    Returns:
+        int: exit status, as of :func:`sasa_det.engine.run`.
+    """
+    return run(args, LAZY)
+
+
+def classifier_argument_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of :func:`sasa_det.engine.argument_parser` for image classifiers.
+
+    Args:
+        description: what the command does.
+
+    Returns:
+        argparse.ArgumentParser: with ``--data`` and ``--holdout`` in place of ``--train`` and
+        ``--test``.
+    """
+    parser = argument_parser(coco=False)
+    parser.description = description
+    parser.add_argument(
+        "--data",
+        type=_folder,
+        metavar="FOLDER",
+        help="folder with train/ and val/, in each a folder of images for each class, in place of "
+        "the config's data",
+    )
+    parser.add_argument(
+        "--holdout",
+        type=_share,
+        metavar="SHARE",
+        help="test on this share of each class of the training images, as in 0.04, always the "
+        "same ones, and train on the rest",
+    )
+    return parser
+
+
+def run_classifier(args: argparse.Namespace) -> int:
+    """Carry out a command line of :func:`classifier_argument_parser`.
+
+    Args:
+        args: the parsed command line.
+
+    Returns:
+        int: exit status, as of :func:`sasa_det.engine.run`.
+    """
+    keys = {"DATASETS.IMAGE_FOLDER": args.data, "DATASETS.HOLDOUT": args.holdout}
+    given = [str(w) for pair in keys.items() if pair[1] is not None for w in pair]
+    args.opts = [*given, *args.opts]
+    args.train = args.test = None
+    return run(args, CLASSIFIER)
+
+
+def _folder(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must be a folder, got an empty name")
+    return text
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"must be a number above 0 and below 1, got {text!r}")
+    return share
+
+
+def _load(*args: Any) -> CfgNode:
+    cfg = load_config(*args)
+    if cfg.MODEL.META_ARCHITECTURE != "Classifier":
+        raise UsageError(
+            f"MODEL.META_ARCHITECTURE must be Classifier here, got {cfg.MODEL.META_ARCHITECTURE} "
+            "(detectors are trained by tools/train_net.py)."
+        )
+    return cfg
+
+
+CLASSIFIER = YAML._replace(load=_load)

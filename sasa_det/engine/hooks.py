@@ -1,0 +1,439 @@
+"""What a run does beside its steps: signals, averages, checkpoints, evaluations."""
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from detectron2.engine import HookBase, hooks
+from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from ..checkpoint import Checkpointer
+from ..checkpoint.sharding import shard_like
+from ..errors import CheckpointError
+from .distributed import unwrapped
+
+__all__ = [
+    "BestMetric",
+    "Checkpoints",
+    "EmaUpdate",
+    "Evaluation",
+    "ModelEma",
+    "PreciseBN",
+    "StopOnSignal",
+    "StopSignals",
+    "StopTraining",
+]
+
+logger = logging.getLogger(__name__)
+
+# Exit statuses: schedulers send SIGTERM or, some time ahead of it, SIGUSR1.
+_STATUS = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
+
+# A terminal's Ctrl-C comes to a launcher and to the processes that it hands it on to.
+_SAME_INTERRUPT_S = 0.5
+
+
+class StopTraining(BaseException):
+    """Training ends before its last iteration, with everything saved.
+
+    Like KeyboardInterrupt it is no Exception: nobody takes it for a failure.
+
+    Attributes:
+        status (int): exit status of the process.
+    """
+
+    def __init__(self, reason: str, status: int = 0):
+        super().__init__(reason)
+        self.status = status
+
+
+class StopSignals:
+    """Notes SIGTERM, SIGUSR1 and SIGINT, so that the step that runs is finished and saved.
+
+    Attributes:
+        received (signal.Signals or None): what this process received.
+        agreed (bool): whether any process of the run received one, as all of them know.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self.agreed = False
+        self._at_once = False
+        self._interrupted_at: float | None = None
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """Take the signals in a block of the main thread, and leave them as they were after it."""
+        before = {number: signal.signal(number, self._handle) for number in _STATUS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Raise StopTraining in this block as soon as a signal comes, but not in leaving it.
+
+        The exception may come between any two operations: the block must not change anything that
+        is saved afterwards.
+        """
+        try:
+            if self.received is not None:
+                self.stop()
+            self._at_once = True
+            yield
+        finally:
+            self._at_once = False
+
+    def between(self, items: Iterable[Any]) -> Iterator[Any]:
+        """Yield items, and raise StopTraining before the next one after a signal came."""
+        for item in items:
+            if self.received is not None:
+                self.stop()
+            yield item
+
+    def stop(self) -> None:
+        """Raise StopTraining for the signal, or for another process' one."""
+        number = self.received or signal.SIGTERM
+        raise StopTraining(f"{number.name} was received", _STATUS[number])
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or signal.Signals(number)
+        if number == signal.SIGINT:
+            now, before = time.monotonic(), self._interrupted_at
+            self._interrupted_at = now
+            # Whoever presses Ctrl-C twice does not want to wait.
+            if before is not None and now - before > _SAME_INTERRUPT_S:
+                raise KeyboardInterrupt
+        if self._at_once:
+            # Once: what cleans up after the first exception is not interrupted by a second one.
+            self._at_once = False
+            self.stop()
+
+
+class ModelEma:
+    """Exponential moving average of the weights that are trained.
+
+    It starts with the weights of the first step, w_1, and becomes decay ema + (1 - decay) w_n
+    after step n. What is not trained, such as the statistics of batch norms, is not averaged.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        """
+        Args:
+            model: without wrapper; its weights that require gradients are averaged.
+            decay: in [0, 1).
+        """
+        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._averages: dict[str, Tensor] = {}
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take a step's weights into the average."""
+        if not self._averages:
+            self._averages = {n: p.detach().clone() for n, p in self._parameters.items()}
+            return
+        weights = [self._parameters[name].detach() for name in self._averages]
+        torch._foreach_lerp_(list(self._averages.values()), weights, 1 - self.decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Let the model have the averages in a block; it gets its weights back whatever happens."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, average in self._averages.items():
+            parameter = self._parameters[name]
+            # Not by their storage: that of a shard belongs to FSDP.
+            weight = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(weight)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"decay": self.decay, "weights": dict(self._averages)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load averages; the decay stays that of this run.
+
+        Raises:
+            ValueError: if they are of another model.
+        """
+        weights = state["weights"]
+        shapes = {name: p.shape for name, p in self._parameters.items()}
+        if weights and {name: w.shape for name, w in weights.items()} != shapes:
+            raise ValueError("the averaged weights of the checkpoint are of another model.")
+        self._averages = {}
+        for name, weight in weights.items():
+            parameter = self._parameters[name]
+            self._averages[name] = shard_like(weight, parameter).to(parameter, copy=True)
+
+
+class EmaUpdate(HookBase):
+    """Updates the average after every step."""
+
+    def __init__(self, ema: ModelEma):
+        self._ema = ema
+
+    def after_step(self) -> None:
+        self._ema.update()
+
+
+_PREFIX = "model_"
+
+
+class Checkpoints(HookBase):
+    """Saves the run every so often, at its end, and when it has to stop."""
+
+    def __init__(self, checkpointer: Checkpointer, period: int, keep: int = 0, config: str = ""):
+        """
+        Args:
+            checkpointer: saves model and trainer.
+            period: iterations between two checkpoints.
+            keep: periodic checkpoints that are kept, the newest ones; 0 for all.
+            config: the run's config, which goes into every checkpoint.
+        """
+        self._checkpointer = checkpointer
+        self._period, self._keep, self._config = period, keep, config
+        self._saved = -1
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done % self._period == 0:
+            self.save_now()
+        if done == self.trainer.max_iter:
+            self.save_final()
+
+    def save_final(self) -> None:
+        """Save the end of the run, in place of what was saved as such before."""
+        self.save("model_final")
+        self._saved = self.trainer.iter
+
+    def save_now(self) -> None:
+        """Save the iteration that was just done, unless it is saved already."""
+        if self._saved == self.trainer.iter:
+            return
+        self.save(f"{_PREFIX}{self.trainer.iter:07d}")
+        self._saved = self.trainer.iter
+        if self._keep and comm.is_main_process():
+            self._checkpointer.remove_old(_PREFIX, self._keep)
+
+    def save(self, name: str, tag: bool = True) -> None:
+        """Save under a name; all processes of a run call it, and wait for the one that writes.
+
+        A process that went on might end, and a launcher ends the others when one has ended.
+
+        Args:
+            name: of the file, without suffix.
+            tag: whether a resumed run goes on from it.
+
+        Raises:
+            CheckpointError: if a weight is not finite, or the file cannot be written; in all
+                processes.
+        """
+        state = {"iteration": self.trainer.iter, "config": self._config}
+        failure = None
+        try:
+            self._checkpointer.save(name, tag=tag, **state)
+        except CheckpointError as error:
+            failure = str(error)
+        failures = [text for text in comm.all_gather(failure) if text is not None]
+        if failures:
+            raise CheckpointError(failures[0])
+
+
+class StopOnSignal(HookBase):
+    """Saves and ends the run after the step in which a signal came; to be the last hook."""
+
+    def __init__(self, signals: StopSignals, checkpoints: Checkpoints):
+        self._signals, self._checkpoints = signals, checkpoints
+
+    def after_step(self) -> None:
+        if self._signals.agreed:
+            self._checkpoints.save_now()
+            self._signals.stop()
+
+
+class PreciseBN(hooks.PreciseBN):
+    """detectron2's hook; a resumed run goes on in its data, and nothing but statistics changes."""
+
+    def update_stats(self) -> None:
+        """Compute the statistics; they stay as they were if the data cannot be read."""
+        modules = list(unwrapped(self._model).modules())
+        # Dense detectors average it over the batches of training.
+        normalizers = [(m, m.loss_normalizer) for m in modules if hasattr(m, "loss_normalizer")]
+        norms = hooks.get_bn_modules(self._model)
+        before = [(norm.momentum, [b.clone() for b in norm.buffers()]) for norm in norms]
+        try:
+            super().update_stats()
+        except Exception:
+            for norm, (momentum, buffers) in zip(norms, before, strict=True):
+                norm.momentum = momentum
+                for buffer, value in zip(norm.buffers(), buffers, strict=True):
+                    buffer.copy_(value)
+            raise
+        finally:
+            for module, normalizer in normalizers:
+                module.loss_normalizer = normalizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"data_loader": self._data_loader.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._data_loader.load_state_dict(state["data_loader"])
+
+
+class BestMetric:
+    """The best value of a metric so far, and how long ago that was."""
+
+    def __init__(self, name: str, mode: str = "max", patience: int = 0):
+        """
+        Args:
+            name: of the metric, as in "bbox/AP".
+            mode: "max" or "min".
+            patience: evaluations without a better value after which to stop; 0 for never.
+        """
+        self.name, self.mode, self.patience = name, mode, patience
+        self.value: float | None = None
+        self.since = 0
+
+    def update(self, metrics: dict[str, float]) -> bool:
+        """Take an evaluation's metrics and tell whether they hold a better value.
+
+        A metric that is not there, as a class's AP before anything is detected, or that is not
+        finite is no better.
+        """
+        value = float(metrics.get(self.name, math.nan))
+        sign = 1 if self.mode == "max" else -1
+        better = math.isfinite(value) and (self.value is None or sign * value > sign * self.value)
+        if better:
+            self.value, self.since = value, 0
+        else:
+            self.since += 1
+        return better
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether patience is at its end."""
+        return 0 < self.patience <= self.since
+
+    def describe(self) -> str:
+        """Say for how many evaluations there has been no better value."""
+        if self.value is None:
+            return f"{self.name} has had no finite value in {self.since} evaluations"
+        return (
+            f"{self.name} has not become better than {self.value:.5g} in {self.since} evaluations"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "mode": self.mode, "value": self.value, "since": self.since}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, unless it is of another metric."""
+        if (state.get("name", self.name), state.get("mode", self.mode)) == (self.name, self.mode):
+            self.value, self.since = state["value"], state["since"]
+
+
+class Evaluation(HookBase):
+    """Evaluates every so often and at the end, keeps the best weights and may stop the run.
+
+    A run that was stopped before or in an evaluation begins with it.
+    """
+
+    def __init__(
+        self,
+        period: int,
+        evaluate: Callable[[], dict[str, Any]],
+        checkpoints: Checkpoints,
+        best: BestMetric | None = None,
+    ):
+        """
+        Args:
+            period: iterations between two evaluations; 0 for one at the end.
+            evaluate: gives nested dicts of metrics; raises StopTraining where a signal interrupts
+                it, with the model as it was.
+            checkpoints: saves the best weights, the run if an evaluation is interrupted, and that
+                the last one was made.
+            best: the metric whose best value is kept, if any.
+        """
+        self._period, self._evaluate = period, evaluate
+        self._checkpoints, self._best = checkpoints, best
+        self._evaluated = 0
+
+    def before_train(self) -> None:
+        done = self.trainer.start_iter
+        if done > self._evaluated and self._is_due(done):
+            logger.info("No evaluation after %d iterations is on record: it comes first.", done)
+            # As it would have been: after the step, not before the next one.
+            self.trainer.iter = self.trainer.storage.iter = done - 1
+            self._run()
+            self.trainer.iter = self.trainer.storage.iter = done
+        # It is saved already.
+        self._stop_if_exhausted(save=False)
+
+    def after_step(self) -> None:
+        if self._is_due(self.trainer.iter + 1):
+            self._run()
+            self._stop_if_exhausted(save=True)
+
+    def _is_due(self, done: int) -> bool:
+        return done == self.trainer.max_iter or (self._period > 0 and done % self._period == 0)
+
+    def _run(self) -> None:
+        if comm.get_world_size() > 1:
+            # Not when a signal comes, which the processes hear of at different moments, and while
+            # some wait for others.
+            self._checkpoints.save_now()
+        try:
+            results = self._evaluate()
+        except StopTraining:
+            self._checkpoints.save_now()
+            raise
+        # Before anything is saved: the best weights are those of an evaluated state.
+        self._evaluated = done = self.trainer.iter + 1
+        # Other processes than the main one have no results.
+        if results:
+            metrics = flatten_results_dict(results)
+            self.trainer.storage.put_scalars(**metrics, smoothing_hint=False)
+        if self._best is not None:
+            better, self._best.value, self._best.since = comm.all_gather(
+                (bool(results) and self._best.update(metrics), self._best.value, self._best.since)
+            )[0]
+            if better:
+                self._checkpoints.save("model_best", tag=False)
+                logger.info("%s is best: %.5g.", self._best.name, self._best.value)
+        if done == self.trainer.max_iter:
+            # A finished run that is resumed does not evaluate again.
+            self._checkpoints.save_final()
+        comm.synchronize()
+
+    def _stop_if_exhausted(self, save: bool) -> None:
+        if self._best is not None and self._best.is_exhausted:
+            if save:
+                self._checkpoints.save_now()
+            raise StopTraining(self._best.describe())
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {"evaluated": self._evaluated}
+        if self._best is not None:
+            state["best"] = self._best.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._evaluated = state["evaluated"]
+        if self._best is not None and "best" in state:
+            self._best.load_state_dict(state["best"])

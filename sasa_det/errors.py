@@ -1,0 +1,90 @@
+"""Mistakes of users and damaged files, and how commands tell them."""
+
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Iterable
+
+from .utils.text import printable
+
+__all__ = [
+    "CheckpointError",
+    "DatasetError",
+    "ImageError",
+    "TransferError",
+    "USAGE_ERRORS",
+    "UsageError",
+    "nearest",
+    "tell",
+]
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be read, written or used, told in one sentence."""
+
+
+class TransferError(CheckpointError):
+    """Weights that a backbone needs and a checkpoint does not have.
+
+    Attributes:
+        report (Report): what became of every weight.
+    """
+
+    def __init__(self, message: str, report: object):
+        super().__init__(message)
+        self.report = report
+
+
+class DatasetError(ValueError):
+    """A data set that cannot be used as it is."""
+
+
+class ImageError(DatasetError):
+    """An image that cannot be used.
+
+    Attributes:
+        path (str or None): the image's file.
+    """
+
+    def __init__(self, message, path=None):
+        # One positional argument rebuilds it, as pickle and torch's worker processes do.
+        super().__init__(message)
+        self.path = path
+
+
+class UsageError(Exception):
+    """A mistake in a command, a config or an output folder, told in one sentence."""
+
+
+# What commands tell in one sentence, without a traceback.
+USAGE_ERRORS = (UsageError, CheckpointError, DatasetError, FileNotFoundError)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """End a sentence about an unknown name with the nearest known one, if there is any.
+
+    Args:
+        name: what was given.
+        known: what is allowed.
+
+    Returns:
+        str: "; did you mean ...?" or a full stop.
+    """
+    matches = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {matches[0]}?" if matches else "."
+
+
+def tell(error: Exception) -> int:
+    """Print a mistake to stderr, with its traceback if $SASA_DET_TRACEBACK is set.
+
+    Args:
+        error: one of :data:`USAGE_ERRORS`.
+
+    Returns:
+        int: the exit status of the command, 2.
+    """
+    if os.environ.get("SASA_DET_TRACEBACK"):
+        traceback.print_exception(error)
+    print(f"error: {printable(str(error))}", file=sys.stderr)
+    return 2

@@ -1,0 +1,37 @@
+"""Words of messages."""
+
+import re
+from collections.abc import Sequence
+
+__all__ = ["first_of", "printable"]
+
+
+# Control characters, the ends of lines that they do not have, marks that turn the direction of what
+# follows, and halves of surrogate pairs.
+_STEERING = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def first_of(names: Sequence[object], most: int) -> str:
+    """List names, the first ones of many and how many there are beside them.
+
+    Args:
+        names: what to list.
+        most: how many to name.
+
+    Returns:
+        str: as "a, b and 3 more".
+    """
+    rest = len(names) - most
+    return ", ".join(map(str, names[:most])) + (f" and {rest} more" if rest > 0 else "")
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Escape what in a text would steer a terminal in place of being shown.
+
+    Args:
+        text: what may hold names from data.
+        keep: characters that are left as they are.
+    """
+    return _STEERING.sub(
+        lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], text
+    )
