@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 from ..errors import ImageError
 from .images import MAX_PIXELS, read_rgb
-from .loader import TrainLoader, sampled_epochs
+from .loader import TrainLoader, end_with_parent, sampled_epochs
 
 __all__ = [
     "ClassificationMapper",
@@ -198,6 +198,7 @@ def build_classification_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoa
         batch_size=cfg.TEST.IMS_PER_BATCH,
         sampler=InferenceSampler(len(records)),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
+        worker_init_fn=end_with_parent,
         collate_fn=partial(_collate_readable, cfg.INPUT.CLASSIFICATION.CROP_SIZE),
         pin_memory=cfg.MODEL.DEVICE.startswith("cuda"),
     )

@@ -9,6 +9,7 @@ from functools import partial
 from itertools import islice
 from multiprocessing.synchronize import Event
 from multiprocessing.util import Finalize
+from threading import Thread
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ __all__ = [
     "build_train_loader",
     "check_shares",
     "detection_train_loader",
+    "end_with_parent",
+    "end_workers_with_parent",
     "sampled_epochs",
 ]
 
@@ -214,7 +217,7 @@ class TrainLoader:
             batch_sampler=batches,
             num_workers=self._num_workers,
             collate_fn=partial(_collated, self._collate),
-            worker_init_fn=partial(_ignore_signals, self._closing),
+            worker_init_fn=partial(_begin_worker, self._closing),
             pin_memory=self._pin_memory,
             # Its own: the loader would take a number from torch's generator.
             generator=torch.Generator(),
@@ -288,8 +291,30 @@ def _fingerprint(records: Sequence[dict[str, Any]]) -> str:
     return digest.hexdigest()
 
 
-def _ignore_signals(closing: Event, worker_id: int) -> None:
+def end_with_parent(worker_id: int = 0) -> None:
+    """End this process when the one that started it has ended, also where that was killed.
+
+    To be called in a worker of a DataLoader. One whose batches nobody takes any more waits for
+    their pipe, to which its siblings hold the other end, and would wait for ever.
+    """
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
+
+
+def end_workers_with_parent(loader: Any) -> Any:
+    """Have the workers of a DataLoader that detectron2 built call :func:`end_with_parent`."""
+    if isinstance(loader, DataLoader):
+        loader.worker_init_fn = end_with_parent
+    return loader
+
+
+def _begin_worker(closing: Event, worker_id: int) -> None:
     """Leave signals to the training process, which finishes its step with what the workers read."""
+    end_with_parent()
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     # Also sent to end a worker, by the training process at its own end.

@@ -155,6 +155,9 @@ def _join_group(
     """Meet the other processes at a store."""
     global _store
     _store = dist.PrefixStore("sasa_det", store)
+    # When the process that launched this one is killed, Linux stops this one as a scheduler would.
+    # torch asks for SIGINT, which may come twice: as from a person who does not want to wait.
+    multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)
     on_gpu = device.startswith("cuda")
     if on_gpu:
         torch.cuda.set_device(local_rank)

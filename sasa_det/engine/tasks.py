@@ -19,7 +19,7 @@ from ..data.classification import (
 )
 from ..data.coco import check_registered
 from ..data.image_folder import check_image_folders
-from ..data.loader import TrainLoader, build_train_loader
+from ..data.loader import TrainLoader, build_train_loader, end_workers_with_parent
 from ..data.mapper import DetectionMapper, build_test_mapper, build_train_mapper
 from ..evaluation.accuracy import ClassificationEvaluator
 from ..evaluation.coco import coco_evaluator, coco_metrics
@@ -74,7 +74,8 @@ def _detection_build_mappers(cfg: CfgNode, eval_only: bool) -> None:
 
 
 def _test_loader(cfg: CfgNode, name: str):
-    return build_detection_test_loader(cfg, name, mapper=build_test_mapper(cfg))
+    loader = build_detection_test_loader(cfg, name, mapper=build_test_mapper(cfg))
+    return end_workers_with_parent(loader)
 
 
 def _detection_evaluator(cfg: CfgNode, name: str, folder: str) -> COCOEvaluator:
@@ -92,9 +93,10 @@ def _detection_validation_batches(cfg: CfgNode) -> Iterator[list[dict[str, Any]]
     mapper = DetectionMapper(cfg, is_train=True, augmentations=augmentations)
     for name in cfg.DATASETS.TEST:
         records = get_detection_dataset_dicts([name], filter_empty=False)
-        yield from build_detection_test_loader(
+        loader = build_detection_test_loader(
             records, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS
         )
+        yield from end_workers_with_parent(loader)
 
 
 DETECTION = Task(

@@ -27,7 +27,7 @@ from ..config.lazy import KEYS, LazySettings
 from ..config.load import BUILD_ERRORS, explain_build_error
 from ..config.values import check_schedule, warn_of_slow_averages
 from ..data.catalog import follow_classes, warn_of_classes
-from ..data.loader import TrainLoader
+from ..data.loader import TrainLoader, end_workers_with_parent
 from ..errors import DatasetError, UsageError
 from ..evaluation.validation_loss import validation_losses
 from ..modeling.rcnn import check_res5_heads
@@ -347,7 +347,7 @@ class LazyTrainer(Trainer):
 
     @classmethod
     def build_test_loader(cls, cfg: LazySettings, dataset_name: str):
-        return instantiate(_test_loader(cfg, dataset_name))
+        return end_workers_with_parent(instantiate(_test_loader(cfg, dataset_name)))
 
     @classmethod
     def build_evaluator(

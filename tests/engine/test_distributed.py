@@ -102,6 +102,20 @@ def test_signals_stop_all_processes_of_a_run_which_goes_on(
     assert_close_runs(alone, tmp_path / "run")
 
 
+@pytest.mark.parametrize("launcher", [(), TORCHRUN])
+def test_processes_save_and_end_when_the_one_that_launched_them_is_killed(
+    start, read_until, launcher
+):
+    words = [*OPTIONS, "SOLVER.MAX_ITER", 100_000, "DATALOADER.NUM_WORKERS", 1]
+    process = start(*([] if launcher else ["--num-gpus", 2]), *words, launcher=launcher)
+    read_until(process, "Saving checkpoint")
+    process.kill()
+    # The output ends when the last of them and of those that read their data has ended, which have
+    # all inherited it.
+    output = process.communicate(timeout=120)[0]
+    assert "SIGTERM was received; everything is saved" in output
+
+
 def workers(parent):
     """The processes that a process has started."""
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
