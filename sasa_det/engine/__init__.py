@@ -2,7 +2,7 @@
 
 from ..config.load import load_config
 from ..errors import UsageError
-from .defaults import argument_parser, run, train
+from .defaults import argument_parser, run
 from .trainer import Trainer
 
-__all__ = ["Trainer", "UsageError", "argument_parser", "load_config", "run", "train"]
+__all__ = ["Trainer", "UsageError", "argument_parser", "load_config", "run"]

@@ -3,9 +3,7 @@
 import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +27,6 @@ from ..modeling.rcnn import check_res5_heads
 from .distributed import unsharded
 from .model_options import checkpoint_stages
 from .optimizer import build_optimizer
-from .output_folder import Resume, check_output, is_resumed, output_lock
 from .tasks import task_of
 
 __all__ = [
@@ -197,34 +194,23 @@ def check_run(
     cfg: CfgNode,
     *,
     eval_only: bool = False,
-    resume: Resume = None,
-    overwrite: bool = False,
-    leader: bool = True,
+    resumed: bool = False,
     num_processes: int = 1,
     check: Callable[..., None] = check_model,
 ) -> None:
-    """Check schedule, data, classes, device, weights, model and output folder of a run.
-
-    Nothing is written, but for the lock in an output folder that is there already.
+    """Check schedule, data, classes, device, weights and model of a run; nothing is written.
 
     Args:
         cfg: the config of the run.
         eval_only: whether the run evaluates without training.
-        resume: what ``--resume`` asks for.
-        overwrite: whether files of an earlier run may be removed.
-        leader: False in the processes that leave the output folder to another one, as of
-            :func:`sasa_det.engine.output_folder.claim_output`.
+        resumed: whether the run continues from a checkpoint of its output folder.
         num_processes: of the run, on all machines.
         check: tells mistakes in what the config builds, as :func:`check_model`.
 
     Raises:
-        UsageError: in one sentence that names the key, the file or the folder.
+        UsageError: in one sentence that names the key or the file.
         CheckpointError, DatasetError, FileNotFoundError: likewise, for weights and data.
     """
-    folder = Path(cfg.OUTPUT_DIR)
-    if leader:
-        with output_lock(folder) if folder.is_dir() else nullcontext():
-            check_output(cfg, eval_only=eval_only, resume=resume, overwrite=overwrite)
     if not eval_only:
         check_schedule(cfg)
         _check_batch(cfg, num_processes)
@@ -232,7 +218,6 @@ def check_run(
     _check_device(cfg)
     _check_norms(cfg, num_processes)
     _check_data(cfg, eval_only)
-    resumed = is_resumed(folder, resume)
     weights = "" if resumed else cfg.MODEL.WEIGHTS
     if eval_only and not weights and not resumed:
         raise UsageError(

@@ -33,7 +33,7 @@ from ..utils.text import printable
 from .checks import check_model, check_processes, check_run
 from .hooks import StopTraining
 from .launch import first_to_say, is_elastic_restart, launch, started_by_torchrun
-from .output_folder import claim_output, discard_output
+from .output_folder import OutputFolder, claim_output
 from .train_loop import NonFiniteError
 from .trainer import LazyTrainer, Trainer, check_calls
 
@@ -43,8 +43,8 @@ __all__ = [
     "LAZY",
     "YAML",
     "argument_parser",
+    "begin_run",
     "classifier_argument_parser",
-    "evaluate",
     "flush_denormals",
     "lazy_argument_parser",
     "log_to",
@@ -53,7 +53,7 @@ __all__ = [
     "run_classifier",
     "run_command",
     "run_lazy",
-    "train",
+    "store_config",
 ]
 
 logger = logging.getLogger(__name__)
@@ -78,45 +78,11 @@ class ConfigKind(NamedTuple):
 YAML = ConfigKind(load_config, check_model, tell, Trainer)
 
 
-def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
-    """Train the model of a config and evaluate it as ``TEST.EVAL_PERIOD`` and at the end.
-
-    Args:
-        cfg: the config of the run; its output folder receives config.yaml, log.txt, metrics.json,
-            TensorBoard events and checkpoints.
-        resume: continue from the newest valid checkpoint in the output folder, if there is one.
-
-    Returns:
-        dict: results of the last evaluation; empty if there was none.
-
-    Raises:
-        CheckpointError: if there is no valid checkpoint, or ``MODEL.WEIGHTS`` does not fit.
-        StopTraining, NonFiniteError: as :meth:`Trainer.train`.
-    """
-    return _ready(cfg, resume, Trainer).train()
-
-
 def _ready(cfg: CfgNode, resume: bool, kind: type[Trainer]) -> Trainer:
     """Build a trainer and load what it starts from."""
     trainer = kind(cfg)
     trainer.resume_or_load(resume=resume)
     return trainer
-
-
-def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
-    """Evaluate the weights of ``MODEL.WEIGHTS`` on ``DATASETS.TEST``.
-
-    Args:
-        cfg: the config of the run.
-        resume: evaluate the newest valid checkpoint of the output folder instead.
-
-    Returns:
-        dict: results by task and metric.
-
-    Raises:
-        CheckpointError: if the weights cannot be used or do not fill the whole model.
-    """
-    return _evaluate(cfg, _filled(cfg, resume, Trainer), Trainer)
 
 
 def _filled(cfg: CfgNode, resume: bool, trainer: type[Trainer]) -> nn.Module:
@@ -134,17 +100,23 @@ def _evaluate(cfg: CfgNode, model: nn.Module, trainer: type[Trainer]) -> dict[st
     return results
 
 
-def run(args: argparse.Namespace, kind: ConfigKind = YAML) -> int:
+def run(
+    args: argparse.Namespace, kind: ConfigKind = YAML, *, trainer: type[Trainer] | None = None
+) -> int:
     """Carry out a command line of :func:`sasa_det.engine.argument_parser`.
 
     Args:
         args: the parsed command line.
         kind: of the config that it names.
+        trainer: a subclass of the kind's trainer, in its place; with several processes it must be
+            importable, as from the script that is run.
 
     Returns:
         int: exit status: 0; 1 if the run failed; 2 after a mistake told in one sentence; 143 or
         130 if SIGTERM, SIGUSR1 or Ctrl-C ended it with everything saved.
     """
+    if trainer is not None:
+        kind = kind._replace(trainer=trainer)
     flush_denormals()
     log_to(None)
     if is_elastic_restart():
@@ -158,7 +130,7 @@ def run(args: argparse.Namespace, kind: ConfigKind = YAML) -> int:
         check_processes(cfg, args.num_gpus, args.num_machines, args.dist_url)
         processes = args.num_gpus * args.num_machines
         leader = args.machine_rank == 0
-        with _prepared(kind, cfg, args, leader, processes) as resume:
+        with _prepared(kind, cfg, args, leader, processes) as output:
             status = launch(
                 _worker,
                 args.num_gpus,
@@ -166,9 +138,9 @@ def run(args: argparse.Namespace, kind: ConfigKind = YAML) -> int:
                 machine_rank=args.machine_rank,
                 dist_url=args.dist_url,
                 device=cfg.MODEL.DEVICE,
-                args=(kind, cfg, args.eval_only, resume),
+                args=(kind, cfg, args.eval_only, output.resumed),
             )
-            return _ended(status, cfg, args) if leader else status
+            return _ended(status, output)
     except USAGE_ERRORS as error:
         return kind.tell(error)
 
@@ -176,35 +148,47 @@ def run(args: argparse.Namespace, kind: ConfigKind = YAML) -> int:
 @contextmanager
 def _prepared(
     kind: ConfigKind, cfg: CfgNode, args: argparse.Namespace, leader: bool, num_processes: int
-) -> Iterator[bool]:
-    """Check a run and have its output folder in a block; yields whether it is resumed."""
-    options = {"eval_only": args.eval_only, "resume": args.resume, "overwrite": args.overwrite}
-    check_run(cfg, **options, leader=leader, num_processes=num_processes, check=kind.check)
-    with claim_output(cfg, **options, leader=leader) as resume:
-        yield resume
+) -> Iterator[OutputFolder]:
+    """Claim the output folder of a run in a block and check the run."""
+    with claim_output(
+        cfg,
+        eval_only=args.eval_only,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        leader=leader,
+    ) as output:
+        check_run(
+            cfg,
+            eval_only=args.eval_only,
+            resumed=output.resumed,
+            num_processes=num_processes,
+            check=kind.check,
+        )
+        output.clear()
+        yield output
 
 
 def _torchrun_worker(kind: ConfigKind, cfg: CfgNode, args: argparse.Namespace) -> int:
     """Check the run in the first process, whose word the others take."""
     with ExitStack() as stack:
-        status, resume = 0, False
+        status, resumed, output = 0, False, None
         if comm.is_main_process():
             try:
                 prepared = _prepared(kind, cfg, args, True, comm.get_world_size())
-                resume = stack.enter_context(prepared)
+                output = stack.enter_context(prepared)
+                resumed = output.resumed
             except USAGE_ERRORS as error:
                 status = kind.tell(error)
-        status, resume = comm.all_gather((status, resume))[0]
+        status, resumed = comm.all_gather((status, resumed))[0]
         if status:
             return status
-        status = _worker(kind, cfg, args.eval_only, resume)
-        return _ended(status, cfg, args) if comm.is_main_process() else status
+        return _ended(_worker(kind, cfg, args.eval_only, resumed), output)
 
 
-def _ended(status: int, cfg: CfgNode, args: argparse.Namespace) -> int:
-    """Let a mistake that was found too late leave no run behind that would refuse the next one."""
-    if status == 2 and not (args.resume or args.overwrite):
-        discard_output(Path(cfg.OUTPUT_DIR))
+def _ended(status: int, output: OutputFolder | None) -> int:
+    """Let a mistake that was found late leave nothing behind that would refuse the next run."""
+    if status == 2 and output is not None:
+        output.discard()
     return status
 
 
@@ -213,12 +197,17 @@ def _worker(kind: ConfigKind, cfg: CfgNode, eval_only: bool, resume: bool) -> in
     flush_denormals()
     register_datasets(cfg, check=False)
     log_to(cfg.OUTPUT_DIR, comm.get_rank())
-    _begin(cfg, eval_only, resume)
+    begin_run(cfg)
+    if comm.is_main_process() and resume and not eval_only:
+        log_changes(cfg)
     try:
         loaded = (_filled if eval_only else _ready)(cfg, resume, kind.trainer)
     except USAGE_ERRORS as error:
         return _tell_once(kind, error)
-    _store_config(cfg, eval_only)
+    # The config of a run that is evaluated stays: it is what the run is resumed with. One that is
+    # resumed keeps its own until it is known that the checkpoint is of the config's data.
+    if comm.is_main_process() and not (eval_only and Path(cfg.OUTPUT_DIR, "config.yaml").exists()):
+        store_config(cfg)
     try:
         if eval_only:
             _evaluate(cfg, loaded, kind.trainer)
@@ -238,25 +227,20 @@ def _tell_once(kind: ConfigKind, error: Exception) -> int:
     return kind.tell(error) if first_to_say(str(error)) else 2
 
 
-def _store_config(cfg: CfgNode, eval_only: bool) -> None:
-    """Write config.yaml, once it is known that the checkpoint is of the config's data."""
-    stored = Path(cfg.OUTPUT_DIR, "config.yaml")
-    # The config of a run that is evaluated stays: it is what the run is resumed with.
-    if comm.is_main_process() and not (eval_only and stored.exists()):
-        write_text(stored, cfg.dump())
-
-
-def _begin(cfg: CfgNode, eval_only: bool, resume: bool) -> None:
+def begin_run(cfg: CfgNode) -> None:
     """Log what runs where, and seed what is random before the first step."""
     logger.info("Environment:\n%s", collect_env_info())
     logger.info("Config:\n%s", cfg.dump())
-    if comm.is_main_process() and resume and not eval_only:
-        log_changes(cfg)
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     if precision := cfg.get("FLOAT32_PRECISION"):  # later detectron2
         torch.set_float32_matmul_precision(precision)
         torch.backends.cudnn.allow_tf32 = precision != "highest"
+
+
+def store_config(cfg: CfgNode) -> None:
+    """Write the config of a run to config.yaml of its output folder."""
+    write_text(Path(cfg.OUTPUT_DIR, "config.yaml"), cfg.dump())
 
 
 def run_command(main: Callable[[], int | None]) -> int:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from ..evaluation.drawing import draw_curves, draw_detections
 from ..utils.files import write_text
 from ..utils.machine import describe_machine
 from .checks import check_run
-from .defaults import flush_denormals, log_to
+from .defaults import begin_run, flush_denormals, log_to, store_config
 from .output_folder import claim_output, refuse_existing
 from .trainer import Trainer
 
@@ -112,9 +111,9 @@ def run_demo(
 def _train(label: str, cfg: CfgNode) -> tuple[Trainer, float]:
     """Train a model; returns its trainer and the seconds that took."""
     with claim_output(cfg):
-        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
         log_to(cfg.OUTPUT_DIR, shown=_is_short)
-        write_text(Path(cfg.OUTPUT_DIR, "config.yaml"), cfg.dump())
+        begin_run(cfg)
+        store_config(cfg)
         logger.info("Training the model %s into %s.", label, cfg.OUTPUT_DIR)
         seed_all_rng(max(cfg.SEED, 0))
         start = time.perf_counter()
@@ -143,8 +142,8 @@ def _detector_results(label: str, cfg: CfgNode, pretraining: float) -> dict[str,
 
 
 def _is_short(record: logging.LogRecord) -> bool:
-    """Keep a model's description in the log file and out of the terminal."""
-    return not record.getMessage().startswith("Model:\n")
+    """Keep long descriptions in the log file and out of the terminal."""
+    return not record.getMessage().startswith(("Config:\n", "Environment:\n", "Model:\n"))
 
 
 def _draw(cfg: CfgNode, model: torch.nn.Module, path: Path, num_images: int = 8) -> None:

@@ -4,9 +4,11 @@ import errno
 import fcntl
 import logging
 import os
+import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
@@ -15,14 +17,13 @@ from detectron2.config import CfgNode
 
 from ..checkpoint.sources import locate
 from ..config.changes import check_changes
-from ..errors import UsageError
+from ..errors import USAGE_ERRORS, UsageError
 from .writers import WANDB_ID
 
 __all__ = [
+    "OutputFolder",
     "Resume",
-    "check_output",
     "claim_output",
-    "discard_output",
     "is_resumed",
     "output_lock",
     "refuse_existing",
@@ -119,6 +120,38 @@ _RUN_FILES = (
 )
 
 
+@dataclass(frozen=True)
+class OutputFolder:
+    """The output folder of a run, which no other run has at the same time.
+
+    Attributes:
+        path: the folder.
+        resumed: whether the run continues from a checkpoint in the folder.
+        removable: files of an earlier run that ``--overwrite`` allows to remove.
+        before: files of runs that were there before this one.
+        is_new: whether the folder was made for this run.
+    """
+
+    path: Path
+    resumed: bool
+    removable: Sequence[Path] = ()
+    before: Collection[Path] = ()
+    is_new: bool = False
+
+    def clear(self) -> None:
+        """Remove what an earlier run left, as far as ``--overwrite`` allows."""
+        for path in self.removable:
+            path.unlink()
+
+    def discard(self) -> None:
+        """Remove what this run wrote before a mistake ended it, and the folder if it is new."""
+        for path in _files(self.path, _RUN_FILES):
+            if path not in self.before and path.suffix != ".pth":
+                path.unlink()
+        if self.is_new and [path.name for path in self.path.iterdir()] == [".lock"]:
+            shutil.rmtree(self.path)
+
+
 @contextmanager
 def claim_output(
     cfg: CfgNode,
@@ -127,69 +160,57 @@ def claim_output(
     resume: Resume = None,
     overwrite: bool = False,
     leader: bool = True,
-) -> Iterator[bool]:
-    """Have the output folder of a run in a block: locked, and free of an earlier run's files.
+) -> Iterator[OutputFolder]:
+    """Lock the output folder of a run in a block, after checking that the run loses nothing in it.
+
+    A folder that was made for the run is removed if a mistake is found in the block.
 
     Args:
         cfg: the config of the run.
         eval_only: whether the run evaluates without training.
         resume: what ``--resume`` asks for.
         overwrite: whether files of an earlier run may be removed.
-        leader: False in the other processes of a run of several commands, as one for each machine,
+        leader: False in the other commands of a run of several commands, as one for each machine,
             which leave the folder to the first.
 
     Yields:
-        bool: whether the run goes on from a checkpoint of the folder.
+        OutputFolder: the folder; :meth:`OutputFolder.clear` is yet to be called.
 
     Raises:
-        UsageError: as :func:`output_lock` and :func:`check_output`.
+        UsageError: if another run has the folder, it cannot be written to, or it holds a run that
+            is neither resumed nor to be overwritten, none that could be resumed, or one that
+            cannot be continued with this config.
     """
     folder = Path(cfg.OUTPUT_DIR)
     if not leader:
-        yield is_resumed(folder, resume)
+        yield OutputFolder(folder, is_resumed(folder, resume))
         return
-    with output_lock(folder):
-        resumed = check_output(cfg, eval_only=eval_only, resume=resume, overwrite=overwrite)
-        if overwrite:
-            for path in _removed(folder, eval_only):
-                path.unlink()
-        yield resumed
-
-
-def discard_output(folder: Path) -> None:
-    """Remove what a run left in an output folder that held none before it.
-
-    Args:
-        folder: of a run that found a mistake before its first step.
-    """
-    for path in _files(folder, _RUN_FILES):
-        path.unlink()
-
-
-def check_output(cfg: CfgNode, *, eval_only: bool, resume: Resume, overwrite: bool) -> bool:
-    """Check that a run loses nothing in its output folder, without a change to it.
-
-    Args:
-        cfg, eval_only, resume, overwrite: as of :func:`claim_output`.
-
-    Returns:
-        bool: whether the run goes on from a checkpoint of the folder.
-
-    Raises:
-        UsageError: if the folder holds a run that is neither resumed nor to be written over, none
-            that could be resumed, or one that does not go on with this config.
-    """
-    folder, weights = Path(cfg.OUTPUT_DIR), cfg.MODEL.WEIGHTS
-    if folder.exists() and not folder.is_dir():
+    is_new = not folder.exists()
+    if not is_new and not folder.is_dir():
         raise UsageError(f"OUTPUT_DIR {folder} is a file; it must be a folder.")
-    resumed = is_resumed(folder, resume)
+    with output_lock(folder):
+        output = OutputFolder(folder, False, before=_files(folder, _RUN_FILES), is_new=is_new)
+        try:
+            resumed = is_resumed(folder, resume)
+            _check_output(cfg, resumed, eval_only=eval_only, resume=resume, overwrite=overwrite)
+            removable = _removable(folder, eval_only) if overwrite else ()
+            yield replace(output, resumed=resumed, removable=removable)
+        except USAGE_ERRORS:
+            output.discard()
+            raise
+
+
+def _check_output(
+    cfg: CfgNode, resumed: bool, *, eval_only: bool, resume: Resume, overwrite: bool
+) -> None:
+    folder, weights = Path(cfg.OUTPUT_DIR), cfg.MODEL.WEIGHTS
     if resume and not eval_only:
         if overwrite:
             raise UsageError("--resume and --overwrite exclude each other.")
         if resumed:
             check_changes(cfg)
         # Without a checkpoint, what is there is of the same run, stopped before its first one.
-        return resumed
+        return
     # Evaluation that takes the folder's weights adds its results to the run that made them.
     files = _files(folder, _RESULTS if resumed else _RUN_FILES)
     if files and not overwrite:
@@ -198,12 +219,11 @@ def check_output(cfg: CfgNode, *, eval_only: bool, resume: Resume, overwrite: bo
             f"OUTPUT_DIR {folder} already holds {files[0].relative_to(folder)} of a run; name "
             f"another OUTPUT_DIR, {another_way}or allow to write over it with --overwrite."
         )
-    removed = [path.resolve() for path in _removed(folder, eval_only)]
+    removed = [path.resolve() for path in _removable(folder, eval_only)]
     if weights and locate(weights).path.resolve() in removed:
         raise UsageError(
             f"MODEL.WEIGHTS {weights} would be removed by --overwrite; name another OUTPUT_DIR."
         )
-    return resumed
 
 
 def is_resumed(folder: Path, resume: Resume) -> bool:
@@ -244,7 +264,7 @@ def _files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     return sorted(path for path in found if path.is_file())
 
 
-def _removed(folder: Path, eval_only: bool) -> list[Path]:
+def _removable(folder: Path, eval_only: bool) -> list[Path]:
     """List what --overwrite removes: evaluation leaves the files of training alone."""
     files = _files(folder, _RESULTS if eval_only else _RUN_FILES)
     # It is written anew, and may be what the run is configured with.

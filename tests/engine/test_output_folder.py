@@ -4,7 +4,6 @@ import pytest
 
 from sasa_det.engine import UsageError, load_config
 from sasa_det.engine.output_folder import (
-    check_output,
     claim_output,
     is_resumed,
     output_lock,
@@ -54,8 +53,11 @@ def test_overwrite_removes_the_run_and_nothing_else(config, tmp_path):
     fill(folder, *TRAINED, *RESULTS, ".writing.pth")
     # It may be what the new run is configured with, and is written anew.
     kept = fill(folder, "config.yaml", "notes.txt", "plots/loss.png")
-    with claim_output(config(), overwrite=True) as resumed:
-        assert not resumed
+    with claim_output(config(), overwrite=True) as output:
+        assert not output.resumed
+        # What is found wrong before the run begins costs nothing.
+        assert files(folder) > kept
+        output.clear()
         assert files(folder) == kept
     assert not list(folder.glob(".writing.*"))
 
@@ -63,20 +65,22 @@ def test_overwrite_removes_the_run_and_nothing_else(config, tmp_path):
 def test_evaluation_removes_results_alone(config, tmp_path):
     kept = fill(tmp_path / "run", *TRAINED)
     fill(tmp_path / "run", *RESULTS)
-    with claim_output(config(), eval_only=True, overwrite=True):
+    with claim_output(config(), eval_only=True, overwrite=True) as output:
+        output.clear()
         assert files(tmp_path / "run") == kept
 
 
 def test_evaluation_of_a_run_adds_results_but_replaces_none(config, tmp_path):
     fill(tmp_path / "run", *TRAINED)
-    with claim_output(config(), eval_only=True, resume="always") as resumed:
-        assert resumed
+    with claim_output(config(), eval_only=True, resume="always") as output:
+        assert output.resumed
     fill(tmp_path / "run", *RESULTS)
     with pytest.raises(UsageError, match="already holds inference/"):
         with claim_output(config(), eval_only=True, resume="always"):
             pass
-    with claim_output(config(), eval_only=True, resume="always", overwrite=True) as resumed:
-        assert resumed
+    with claim_output(config(), eval_only=True, resume="always", overwrite=True) as output:
+        assert output.resumed
+        output.clear()
     assert not files(tmp_path / "run") & {tmp_path / "run" / name for name in RESULTS}
 
 
@@ -112,11 +116,11 @@ def test_nothing_to_resume(config, tmp_path):
 
 def test_resume_auto_begins_what_was_stopped_before_its_first_checkpoint(config, tmp_path):
     folder = tmp_path / "run"
-    with claim_output(config(), resume="auto") as resumed:
-        assert not resumed
+    with claim_output(config(), resume="auto") as output:
+        assert not output.resumed
     kept = fill(folder, "config.yaml", "log.txt", "metrics.json", "events.out.tfevents.1.host")
-    with claim_output(config("SEED", "3"), resume="auto") as resumed:
-        assert not resumed
+    with claim_output(config("SEED", "3"), resume="auto") as output:
+        assert not output.resumed
     assert files(folder) == kept
 
 
@@ -126,8 +130,8 @@ def test_resume_goes_on_with_what_fits(config, tmp_path):
     (folder / "config.yaml").write_text(config().dump())
     kept = files(folder)
     for resume in ("always", "auto"):
-        with claim_output(config("SOLVER.MAX_ITER", "9"), resume=resume) as resumed:
-            assert resumed
+        with claim_output(config("SOLVER.MAX_ITER", "9"), resume=resume) as output:
+            assert output.resumed
         with pytest.raises(UsageError, match=r"SEED \(from -1 to 3\)"):
             with claim_output(config("SEED", "3"), resume=resume):
                 pass
@@ -140,25 +144,43 @@ def test_resume_goes_on_with_what_fits(config, tmp_path):
 def test_other_processes_of_a_run_leave_the_folder_to_the_first(config, tmp_path):
     kept = fill(tmp_path / "run", *TRAINED)
     with output_lock(tmp_path / "run"):
-        with claim_output(config(), overwrite=True, leader=False) as resumed:
-            assert not resumed
-        with claim_output(config(), resume="auto", leader=False) as resumed:
-            assert resumed
+        with claim_output(config(), overwrite=True, leader=False) as output:
+            assert not output.resumed
+        with claim_output(config(), resume="auto", leader=False) as output:
+            assert output.resumed
     assert files(tmp_path / "run") == kept
 
 
-def test_checking_changes_nothing(config, tmp_path):
+def test_a_mistake_leaves_a_folder_as_it_was(config, tmp_path):
     folder = tmp_path / "run"
-    assert not check_output(config(), eval_only=False, resume="auto", overwrite=False)
+
+    def fail(**options):
+        with pytest.raises(UsageError, match="wrong"):
+            with claim_output(config(), **options) as output:
+                fill(folder, "log.txt.rank7", "events.out.tfevents.2.host")
+                assert not output.removable or not output.resumed
+                raise UsageError("something is wrong.")
+
+    fail()
     assert not folder.exists()
-    kept = fill(folder, *TRAINED)
-    assert not check_output(config(), eval_only=False, resume=None, overwrite=True)
+    kept = fill(folder, *TRAINED, "notes.txt")
+    fail(overwrite=True)
     assert files(folder) == kept
-    folder = tmp_path / "file"
-    folder.write_text("")
+    kept = fill(tmp_path / "other", "notes.txt")
+    folder = tmp_path / "other"
     cfg = load_config(CONFIG, ["OUTPUT_DIR", str(folder)])
+    with claim_output(cfg) as output:
+        fill(folder, "config.yaml", "log.txt")
+        output.discard()
+    assert files(folder) == kept
+
+
+def test_a_file_is_no_output_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    cfg = load_config(CONFIG, ["OUTPUT_DIR", str(tmp_path / "file")])
     with pytest.raises(UsageError, match="file is a file; it must be a folder"):
-        check_output(cfg, eval_only=False, resume=None, overwrite=True)
+        with claim_output(cfg, overwrite=True):
+            pass
 
 
 def test_is_resumed(tmp_path):

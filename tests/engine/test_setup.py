@@ -9,7 +9,6 @@ from detectron2.modeling import build_model
 from sasa_det.checkpoint import CheckpointError
 from sasa_det.engine import UsageError, load_config
 from sasa_det.engine.checks import check_metrics, check_model, check_processes, check_run
-from sasa_det.engine.output_folder import output_lock
 from sasa_det.errors import USAGE_ERRORS, tell
 
 CONFIG = "configs/Quick/retinanet_SASA.yaml"
@@ -217,11 +216,9 @@ def test_evaluation_needs_weights_and_no_training_data(config, tmp_path):
     state.pop("head.cls_score.1.bias")
     torch.save(state, weights)
     with pytest.raises(CheckpointError, match="head.cls_score.1.bias"):
-        check_run(cfg, eval_only=True, overwrite=True)
+        check_run(cfg, eval_only=True)
     # A run that is resumed takes its own weights, so that those it began with may be gone.
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "model_final.pth").write_bytes(b"")
-    check_run(config("MODEL.WEIGHTS", "gone.pth"), resume="always")
+    check_run(config("MODEL.WEIGHTS", "gone.pth"), resumed=True)
 
 
 def test_a_gpu_that_is_not_there(config, monkeypatch):
@@ -326,21 +323,6 @@ def test_norms_that_need_gpus(config):
     check_run(cfg)
     message = told(lambda: check_run(cfg, num_processes=2))
     assert message.startswith("MODEL.FPN.NORM must not be SyncBN where several processes")
-
-
-def test_a_run_that_is_running(config, tmp_path):
-    with output_lock(tmp_path / "run"):
-        assert "is in use by another run" in told(lambda: check_run(config(), resume="auto"))
-    check_run(config(), resume="auto")
-
-
-def test_a_run_that_is_there_is_told_before_the_data_are_read(config, tmp_path):
-    cfg = config("MODEL.SASA.KERNEL_SIZE", "4")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.json").write_text("")
-    assert "already holds metrics.json" in told(lambda: check_run(cfg))
-    assert "kernel_size must be odd" in told(lambda: check_run(cfg, overwrite=True))
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "metrics.json"}
 
 
 def test_errors_of_the_program_show_where_they_come_from(config, monkeypatch, capsys):

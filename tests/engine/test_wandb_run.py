@@ -13,7 +13,8 @@ def test_a_resumed_run_goes_on_and_a_fresh_one_begins(tmp_path):
     cfg = load_config(opts=["OUTPUT_DIR", str(folder)])
 
     def begin(**options):
-        with claim_output(cfg, **options):
+        with claim_output(cfg, **options) as output:
+            output.clear()
             return wandb_id(folder)
 
     first = begin()
