@@ -12,6 +12,7 @@ from .digit_drawing import DIGIT_NAMES, split_digits
 from .digits import register_digit_crops, register_digits, write_digit_crops, write_digits
 from .image_folder import check_image_folders, hold_out, register_image_folder
 from .images import UnreadableImages
+from .loader import build_train_loader
 from .mapper import (
     DetectionMapper,
     build_test_mapper,
@@ -31,6 +32,7 @@ __all__ = [
     "build_classification_test_loader",
     "build_classification_train_loader",
     "build_test_mapper",
+    "build_train_loader",
     "build_train_mapper",
     "check_coco",
     "check_image_folders",

@@ -140,12 +140,12 @@ def collate_classification(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return default_collate(list(samples))
 
 
-def build_classification_train_loader(cfg: CfgNode, seed: int) -> TrainLoader:
+def build_classification_train_loader(cfg: CfgNode, seed: int | None = None) -> TrainLoader:
     """Build the loader of the data sets of ``DATASETS.TRAIN``, one after the other.
 
     Args:
         cfg: a config with sasa_det's keys.
-        seed: what order and augmentation follow from, not negative.
+        seed: as of :func:`sasa_det.data.build_train_loader`.
 
     Returns:
         TrainLoader: of batches as of :func:`collate_classification`, made in the workers.
@@ -165,7 +165,7 @@ def build_classification_train_loader(cfg: CfgNode, seed: int) -> TrainLoader:
         records,
         build_mapper(cfg, is_train=True),
         batch_size=cfg.SOLVER.IMS_PER_BATCH,
-        seed=seed,
+        seed=max(cfg.SEED, 0) if seed is None else seed,
         epochs=sampled_epochs(records),
         parts=cfg.SOLVER.ACCUMULATION_STEPS,
         num_workers=cfg.DATALOADER.NUM_WORKERS,

@@ -321,12 +321,20 @@ def _begin_worker(closing: Event, worker_id: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.is_set() else None)
 
 
-def build_train_loader(cfg: CfgNode, seed: int) -> TrainLoader:
+def build_train_loader(
+    cfg: CfgNode,
+    seed: int | None = None,
+    *,
+    mapper: Callable[[dict], dict | None] | None = None,
+) -> TrainLoader:
     """Build the loader of ``DATASETS.TRAIN``.
 
     Args:
         cfg: a config with sasa_det's keys.
-        seed: what order and augmentation follow from, not negative.
+        seed: order and augmentation follow from it, not negative; ``SEED`` of the config if None,
+            and 0 if that is negative.
+        mapper: makes the model's input of a dataset dict, and drops it by returning None;
+            :func:`build_train_mapper` if None.
 
     Raises:
         ValueError: if the sampler is unknown or the batch cannot be split evenly.
@@ -341,9 +349,9 @@ def build_train_loader(cfg: CfgNode, seed: int) -> TrainLoader:
     )
     return detection_train_loader(
         records,
-        build_train_mapper(cfg),
+        mapper or build_train_mapper(cfg),
         total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
-        seed=seed,
+        seed=max(cfg.SEED, 0) if seed is None else seed,
         sampler=cfg.DATALOADER.SAMPLER_TRAIN,
         repeat_threshold=cfg.DATALOADER.REPEAT_THRESHOLD,
         # Crops of one size need no grouping.

@@ -37,7 +37,7 @@ class Task(NamedTuple):
             are trained on.
         build_mappers: builds all that maps records, to tell mistakes in the config, given config
             and whether the run evaluates without training.
-        train_loader: of ``DATASETS.TRAIN``, from config and seed.
+        train_loader: of ``DATASETS.TRAIN``, from the config.
         test_loader: of a data set, from config and its name.
         evaluator: of a data set, from config, its name and the folder for its results.
         validation_batches: of ``DATASETS.TEST``, with what the losses need.
@@ -47,7 +47,7 @@ class Task(NamedTuple):
     metrics: Callable[[CfgNode, list[str]], list[str]]
     check_data: Callable[[CfgNode, tuple[str, ...], bool], None]
     build_mappers: Callable[[CfgNode, bool], None]
-    train_loader: Callable[[CfgNode, int], TrainLoader]
+    train_loader: Callable[[CfgNode], TrainLoader]
     test_loader: Callable[[CfgNode, str], Iterable[Any]]
     evaluator: Callable[[CfgNode, str, str], DatasetEvaluator]
     validation_batches: Callable[[CfgNode], Iterable[Any]]

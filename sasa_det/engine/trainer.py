@@ -248,7 +248,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
-        return task_of(cfg).train_loader(cfg, max(cfg.SEED, 0))
+        return task_of(cfg).train_loader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
