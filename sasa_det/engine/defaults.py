@@ -142,7 +142,8 @@ def run(
             )
             return _ended(status, output)
     except USAGE_ERRORS as error:
-        return kind.tell(error)
+        # Under torchrun all processes read the same config, and find the same mistakes in it.
+        return kind.tell(error) if os.environ.get("LOCAL_RANK", "0") == "0" else 2
 
 
 @contextmanager

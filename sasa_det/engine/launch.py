@@ -100,7 +100,10 @@ def launch(
 def _wait(context: multiprocessing.ProcessContext) -> int:
     """Wait for the processes, which get the signals that come to this one."""
 
+    received = []
+
     def hand_on(number, frame):
+        received.append(number)
         for process in context.processes:
             if process.is_alive():
                 os.kill(process.pid, number)
@@ -115,6 +118,8 @@ def _wait(context: multiprocessing.ProcessContext) -> int:
         # A process that a signal ended has the signal's negative number.
         return error.exit_code if error.exit_code > 0 else 128 - error.exit_code
     except multiprocessing.ProcessRaisedException as error:
+        if signal.SIGINT in received:
+            return 128 + signal.SIGINT  # Ctrl-C before the training that would save
         print(printable(str(error), keep="\n\t"), file=sys.stderr)
         return 1
     finally:

@@ -163,7 +163,8 @@ def claim_output(
 ) -> Iterator[OutputFolder]:
     """Lock the output folder of a run in a block, after checking that the run loses nothing in it.
 
-    A folder that was made for the run is removed if a mistake is found in the block.
+    What the run wrote is removed again, and the folder if it was made for the run, if a mistake
+    ends the block, or Ctrl-C before anything was saved.
 
     Args:
         cfg: the config of the run.
@@ -197,6 +198,10 @@ def claim_output(
             yield replace(output, resumed=resumed, removable=removable)
         except USAGE_ERRORS:
             output.discard()
+            raise
+        except KeyboardInterrupt:
+            if not any(folder.glob("model_*.pth")):
+                output.discard()
             raise
 
 

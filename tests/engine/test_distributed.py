@@ -138,7 +138,7 @@ def test_torchrun_tells_mistakes_once(start):
     value, model = (start(*mistake, launcher=TORCHRUN) for mistake in mistakes)
     output = value.communicate()[0]
     assert value.returncode != 0
-    assert output.count("error: SOLVER.BASE_LR must be") >= 1
+    assert output.count("error: SOLVER.BASE_LR must be") == 1
     assert "Traceback" not in output.split("error: SOLVER")[0]
     output = model.communicate()[0]
     assert model.returncode != 0

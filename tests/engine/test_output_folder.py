@@ -175,6 +175,15 @@ def test_a_mistake_leaves_a_folder_as_it_was(config, tmp_path):
     assert files(folder) == kept
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_ctrl_c_before_anything_was_saved_leaves_no_run(saved, config, tmp_path):
+    names = ["config.yaml", "log.txt", *(["model_0000001.pth"] if saved else [])]
+    with pytest.raises(KeyboardInterrupt), claim_output(config()):
+        kept = fill(tmp_path / "run", *names)
+        raise KeyboardInterrupt
+    assert files(tmp_path / "run") == (kept if saved else set())
+
+
 def test_a_file_is_no_output_folder(tmp_path):
     (tmp_path / "file").write_text("")
     cfg = load_config(CONFIG, ["OUTPUT_DIR", str(tmp_path / "file")])
