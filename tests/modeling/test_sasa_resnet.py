@@ -25,6 +25,13 @@ def config(**sasa):
     return cfg
 
 
+def test_where_convolutions_stride_is_no_question_of_attention():
+    cfg = config(WIDTH_MULTIPLIER=0.25)
+    expected = str(build_backbone(cfg))
+    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = True  # as by default
+    assert str(build_backbone(cfg)) == expected
+
+
 @pytest.mark.parametrize("depth,blocks", [
     (26, [1, 2, 4, 1]), (38, [2, 3, 5, 2]), (50, [3, 4, 6, 3]),
     (101, [3, 4, 23, 3]), (152, [3, 8, 36, 3]),
@@ -155,7 +162,10 @@ def test_classifier():
     ({"RESNETS.DEPTH": 18}, "MODEL.RESNETS.DEPTH.* must be one of .*got 18"),
     ({"RESNETS.OUT_FEATURES": ["res1"]}, "OUT_FEATURES.* must be one of .*got 'res1'"),
     ({"RESNETS.NUM_GROUPS": 32}, "MODEL.RESNETS.NUM_GROUPS must be 1 .*got 32"),
-    ({"RESNETS.STRIDE_IN_1X1": True}, "MODEL.RESNETS.STRIDE_IN_1X1 must be False .*got True"),
+    (
+        {"RESNETS.STRIDE_IN_1X1": True, "SASA.ATTENTION_STAGES": ["res5"]},
+        "MODEL.RESNETS.STRIDE_IN_1X1 must be False .*(res2, res3, res4).*got True",
+    ),
 ])  # fmt: skip
 def test_bad_values_are_named(change, message):
     cfg = config()

@@ -27,11 +27,10 @@ NUM_BLOCKS = {
     101: (3, 4, 23, 3),
     152: (3, 8, 36, 3),
 }
-# The only values of keys of detectron2's ResNet for what is not there with attention: grouped,
-# dilated and deformable convolutions, and strides in the pointwise ones.
+# The only values of keys of detectron2's ResNet for what stages here have not: grouped, dilated and
+# deformable convolutions.
 _RESNETS_ONLY = {
     "NUM_GROUPS": 1,
-    "STRIDE_IN_1X1": False,
     "RES5_DILATION": 1,
     "DEFORM_ON_PER_STAGE": [False] * 4,
     "DEFORM_MODULATED": False,
@@ -243,6 +242,14 @@ class SASAResNet(ResNet):
                 raise ValueError(
                     f"MODEL.RESNETS.{key} must be {allowed} for a SASA ResNet, got {resnets[key]}."
                 )
+        # True is detectron2's default, and says nothing of attention, whose stride is a pool.
+        convolutional = sorted(set(STAGES) - set(sasa.ATTENTION_STAGES))
+        if resnets.STRIDE_IN_1X1 and convolutional:
+            raise ValueError(
+                "MODEL.RESNETS.STRIDE_IN_1X1 must be False for a SASA ResNet with convolutional "
+                f"stages ({', '.join(convolutional)}), whose strides are in 3x3 convolutions, got "
+                "True."
+            )
         return {
             "depth": resnets.DEPTH,
             "stem": sasa.STEM,
