@@ -63,8 +63,10 @@ def check_model(
         if not eval_only:
             _check_single_values(cfg, model, num_processes)
         checkpoint_stages(model.backbone, cfg.MODEL.ACTIVATION_CHECKPOINTING)
-        task_of(cfg).build_mappers(cfg, eval_only)
+        task = task_of(cfg)
+        task.build_mapper(is_train=False)
         if not eval_only:
+            task.build_mapper(is_train=True)
             build_optimizer(cfg, model)
     except BUILD_ERRORS as error:
         raise UsageError(explain_build_error(error)) from error
@@ -125,7 +127,7 @@ def check_metrics(cfg: CfgNode) -> None:
     """
     # A data set that is named twice has its results once.
     tests = list(dict.fromkeys(cfg.DATASETS.TEST))
-    metrics = {name: task_of(cfg).metrics(cfg, _class_names(name)) for name in tests}
+    metrics = {name: task_of(cfg).metrics(_class_names(name)) for name in tests}
     if len(tests) == 1:
         known = metrics[tests[0]]
     else:
@@ -342,10 +344,10 @@ def _check_data(cfg: CfgNode, eval_only: bool) -> None:
             raise UsageError(
                 "DATASETS.TRAIN names no data set; name one, or use --train (--data to classify)."
             )
-        task.check_data(cfg, cfg.DATASETS.TRAIN, True)
+        task.check_data(cfg.DATASETS.TRAIN, training=True)
     elif not cfg.DATASETS.TEST:
         raise UsageError("DATASETS.TEST names no data set; name one, or use --test.")
-    task.check_data(cfg, cfg.DATASETS.TEST, False)
+    task.check_data(cfg.DATASETS.TEST, training=False)
     for name in cfg.DATASETS.TEST:
         kind = MetadataCatalog.get(name).get("evaluator_type")
         if kind != task.evaluator_type:

@@ -224,7 +224,7 @@ class Trainer(DefaultTrainer):
             return dict(self.test(self.cfg, model, evaluators))
 
     def _validation_batches(self):
-        return task_of(self.cfg).validation_batches(self.cfg)
+        return task_of(self.cfg).validation_batches()
 
     def _precise_bn(self) -> PreciseBN:
         cfg = self.cfg.clone()
@@ -248,11 +248,11 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
-        return task_of(cfg).train_loader(cfg)
+        return task_of(cfg).train_loader()
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        return task_of(cfg).test_loader(cfg, dataset_name)
+        return task_of(cfg).test_loader(dataset_name)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict[str, Any]:
@@ -265,7 +265,7 @@ class Trainer(DefaultTrainer):
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> DatasetEvaluator:
         folder = output_folder or results_folder(cfg, dataset_name)
-        return task_of(cfg).evaluator(cfg, dataset_name, folder)
+        return task_of(cfg).evaluator(dataset_name, folder)
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()

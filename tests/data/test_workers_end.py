@@ -25,7 +25,7 @@ import sasa_det
 from sasa_det.config import add_sasa_config
 from sasa_det.data import build_classification_test_loader, build_classification_train_loader
 from sasa_det.data import build_test_mapper, classification
-from sasa_det.engine.tasks import DETECTION
+from sasa_det.engine.tasks import task_of
 from sasa_det.engine.trainer import LazyTrainer
 
 LARGE = "x" * 1_000_000
@@ -57,9 +57,9 @@ test = LazyCall(build_detection_test_loader)(
 )
 lazy = SimpleNamespace(lazy=SimpleNamespace(dataloader=SimpleNamespace(test=test)))
 loaders = {
-    "training": lambda: DETECTION.train_loader(cfg, 0),
-    "evaluation": lambda: DETECTION.test_loader(cfg, "set"),
-    "validation loss": lambda: DETECTION.validation_batches(cfg),
+    "training": lambda: task_of(cfg).train_loader(),
+    "evaluation": lambda: task_of(cfg).test_loader("set"),
+    "validation loss": lambda: task_of(cfg).validation_batches(),
     "evaluation of a LazyConfig": lambda: LazyTrainer.build_test_loader(lazy, "set"),
     "training of a classifier": lambda: build_classification_train_loader(cfg, 0),
     "evaluation of a classifier": lambda: build_classification_test_loader(cfg, "set"),
