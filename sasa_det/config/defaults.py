@@ -16,175 +16,191 @@ def add_sasa_config(cfg: CfgNode) -> None:
         cfg: a detectron2 config, changed in place.
     """
     sasa = cfg.MODEL.SASA = CfgNode()
-    # Stem of the backbone: "attention" (Section 3.2) or "convolution" (7x7 and max pool).
+    # Stem of the backbone: "attention" (Section 3.2) or "convolution" (7x7 and max pooling).
     sasa.STEM = "attention"
-    # Stages whose 3x3 convolutions become attention; any of res2, res3, res4, res5 (Table 3).
+    # Stages whose 3x3 convolutions are replaced by attention, any of res2, res3, res4 and res5
+    # (Table 3).
     sasa.ATTENTION_STAGES = ["res2", "res3", "res4", "res5"]
-    # Odd extent k of the attention window, in backbone, FPN and heads (Table 4).
+    # Size k of the attention window in the backbone, the FPN and the heads; it must be odd (Table
+    # 4).
     sasa.KERNEL_SIZE = 7
-    # Attention heads of every layer outside the stem; heads must be of even width.
+    # Number of attention heads of every layer outside the stem. The channels per head must be even.
     sasa.NUM_HEADS = 8
-    # Position in attention: "relative", "absolute" (sinusoidal) or "none" (Table 5).
+    # Position embeddings: "relative", "absolute" (sinusoidal) or "none" (Table 5).
     sasa.POSITION = "relative"
-    # Whether logits hold q.k beside q.r; False drops the key projection (Table 6).
+    # Whether the logits contain q.k in addition to q.r; False removes the key projection (Table 6).
     sasa.CONTENT = True
-    # Neighbours outside the image: "mask" leaves them out, "zero" makes them zero keys and values.
+    # Neighbours outside the image: "mask" leaves them out of the softmax, "zero" gives them keys
+    # and values of zero.
     sasa.BORDER = "mask"
-    # Attention heads of the stem.
+    # Number of attention heads of the stem.
     sasa.STEM_HEADS = 4
-    # Values of the stem: "mixture" (spatially aware), "pointwise" or "convolution" (Table 7).
+    # Value transformation of the stem: "mixture" (spatially aware), "pointwise" or "convolution"
+    # (Table 7).
     sasa.STEM_VALUES = "mixture"
-    # Number of value matrices the stem mixes (M of equation 8).
+    # Number of value matrices that the stem mixes (M in equation 8).
     sasa.STEM_MIXTURES = 4
-    # Whether the stem's logits hold q.r; the paper's FLOPs do, its equation 7 does not.
+    # Whether the logits of the stem contain q.r. The FLOPs in the paper include it, equation 7 does
+    # not.
     sasa.STEM_RELATIVE = True
-    # Factor on the width of every backbone layer, stem included (Figure 5).
+    # Factor by which the width of every backbone layer, including the stem, is multiplied (Figure
+    # 5).
     sasa.WIDTH_MULTIPLIER = 1.0
-    # Scale that the residual branches of the backbone start with, as the weight of their last norm;
-    # 0 makes every block its shortcut to begin with.
+    # Initial scale of the residual branches of the backbone, which is the weight of their last
+    # norm. With 0, every block is initialized to its shortcut.
     sasa.RESIDUAL_INIT = 1.0
-    # 3x3 convolutions of the FPN, and P6 and P7: "attention" or "convolution".
+    # What the 3x3 convolutions of the FPN, and P6 and P7, are: "attention" or "convolution".
     sasa.FPN = "attention"
-    # Feature that P6 is made from: "p5" as the paper's FLOPs say, or "res5".
+    # Feature that P6 is computed from: "p5", which agrees with the FLOPs in the paper, or "res5".
     sasa.TOP_BLOCK_IN_FEATURE = "p5"
-    # RetinaNet's towers and prediction layers: "attention" or "convolution".
+    # What the towers and prediction layers of RetinaNet are: "attention" or "convolution".
     sasa.HEAD = "attention"
-    # Whether a pointwise layer of the tower's width mixes the heads of the prediction layers
-    # before the pointwise layer that produces the outputs, which mixes them as well.
+    # Whether each prediction layer has another pointwise layer, of the width of the tower, that
+    # mixes the attention heads before the pointwise layer that produces the outputs.
     sasa.HEAD_MIXING_LAYER = False
-    # Backend of local attention, see sasa_det.ops.available_backends(); "" takes the fastest.
+    # Backend of local attention, one of sasa_det.ops.available_backends(); "" selects the fastest.
     sasa.BACKEND = ""
 
     san = cfg.MODEL.SAN = CfgNode()
-    # Self-attention of build_san_backbone: "pairwise" or "patchwise".
+    # Type of self-attention in build_san_backbone: "pairwise" or "patchwise".
     san.ATTENTION = "pairwise"
-    # 10, 15 or 19.
+    # Depth of the backbone: 10, 15 or 19.
     san.DEPTH = 10
-    # Norm of the backbone, in blocks and in attention; batch norms of any kind, or "" for none.
+    # Norm in the blocks and in the attention of the backbone: any kind of batch norm, or "" for
+    # none.
     san.NORM = "BN"
-    # Features to return: any of stem, res2, res3, res4, res5 and, for a classifier, linear.
+    # Output features: any of stem, res2, res3, res4, res5 and, for a classifier, linear.
     san.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     # How pixels are compared. Pairwise: "subtraction", "summation", "concatenation",
     # "hadamard_product" or "dot_product"; patchwise: "concatenation", "star_product" or
-    # "clique_product". "" takes the first of them, which is that of the paper's models.
+    # "clique_product". "" selects the first of them, which the models of the paper use.
     san.RELATION = ""
-    # Side in pixels of the image over which the positions of pairwise attention run from -1 to 1,
-    # whatever the side of the image at hand; 0 for the latter, as published. For detection, the
-    # side of the images of pretraining.
+    # Image size in pixels over which the positions of pairwise attention range from -1 to 1,
+    # regardless of the size of the actual image. For detection, set it to the image size of
+    # pretraining. 0 selects the size of the actual image, as in the published models.
     san.POSITION_SIZE = 0
 
     classifier = cfg.MODEL.CLASSIFIER = CfgNode()
-    # Classes of an image classifier.
+    # Number of classes of the image classifier.
     classifier.NUM_CLASSES = 1000
-    # Share of a label that is spread evenly over all classes.
+    # Label smoothing: the share of a label that is distributed evenly over all classes.
     classifier.LABEL_SMOOTHING = 0.0
-    # Share of the running statistics that every step of batch norms keeps, 1 - momentum in
-    # PyTorch's terms (0.9999 in appendix A.2); 0 leaves it at detectron2's, 0.9.
+    # Decay of the running statistics of batch norms, which is 1 - momentum in PyTorch's terms
+    # (0.9999 in appendix A.2). 0 keeps detectron2's decay of 0.9.
     cfg.MODEL.BN_DECAY = 0.0
 
-    # Shell patterns of the model's weights that MODEL.WEIGHTS may lack or have in another shape,
-    # as in ["head.cls_score.*"]. A backbone's file may lack all outside the backbone anyway.
+    # Shell patterns of the names of weights that may be missing in MODEL.WEIGHTS or have another
+    # shape there, for example ["head.cls_score.*"]. A file with the weights of a backbone needs no
+    # patterns for the weights outside of the backbone.
     cfg.MODEL.WEIGHTS_ALLOW = []
 
-    # Multiscale jitter and a crop of fixed size, in place of resizing (appendix A.3).
+    # Multiscale jitter and a crop of fixed size, instead of resizing (appendix A.3).
     jitter = cfg.INPUT.JITTER = CfgNode()
-    # Whether to train on jittered crops; evaluation resizes as usual.
+    # Whether to train on jittered crops. Evaluation resizes the images as usual.
     jitter.ENABLED = False
-    # Smallest scale, as a factor on the largest size that fits into the crop.
+    # Minimum scale, relative to the largest size that fits into the crop.
     jitter.MIN_SCALE = 0.8
-    # Largest scale.
+    # Maximum scale, relative to the same size.
     jitter.MAX_SCALE = 1.2
-    # Side of the square crop in pixels.
+    # Size of the square crop in pixels.
     jitter.CROP_SIZE = 640
 
-    # Largest product of height and width of an image; one of more is refused before it is decoded.
+    # Maximum number of pixels (height times width) of an image. A larger image is refused before it
+    # is decoded.
     cfg.INPUT.MAX_PIXELS = MAX_PIXELS
-    # Different images that training may skip because they cannot be read, each of them logged; the
-    # next one ends the run. 0 skips none. Evaluation of a detector never skips an image.
+    # Maximum number of different images that training may skip because they cannot be read. Each of
+    # them is logged, and one more ends the run. Evaluation of a detector never skips an image.
     cfg.DATALOADER.SKIP_UNREADABLE = 0
-    # The same as a fraction of the training images; the larger number counts.
+    # The same as a fraction of the training images; the larger of the two limits applies.
     cfg.DATALOADER.SKIP_UNREADABLE_FRACTION = 0.0
 
-    # What an image classifier sees of an image.
+    # Crops of the images for an image classifier.
     classification = cfg.INPUT.CLASSIFICATION = CfgNode()
-    # Side of the square input in pixels, in training and testing.
+    # Size of the square input in pixels, in training and evaluation.
     classification.CROP_SIZE = 224
-    # Smallest part of an image's area that training cuts out at random and scales to that size.
+    # Minimum area of the random crop that is resized to this size in training, as a fraction of the
+    # area of the image.
     classification.MIN_AREA = 0.08
-    # Shorter side that images are scaled to in testing, before the centre is cut out.
+    # Size in pixels of the shorter side after resizing in evaluation, before the center crop.
     classification.RESIZE_TEST = 256
 
-    # COCO-format json to train on, in place of DATASETS.TRAIN.
+    # COCO-format json file to train on, instead of DATASETS.TRAIN.
     cfg.DATASETS.TRAIN_JSON = ""
-    # The folder of its images.
+    # Folder of the images of TRAIN_JSON.
     cfg.DATASETS.TRAIN_IMAGES = ""
-    # COCO-format json to test on, in place of DATASETS.TEST.
+    # COCO-format json file to evaluate on, instead of DATASETS.TEST.
     cfg.DATASETS.TEST_JSON = ""
-    # The folder of its images.
+    # Folder of the images of TEST_JSON.
     cfg.DATASETS.TEST_IMAGES = ""
 
-    # Folder of images to classify, with train/ and val/ and in each a folder a class, in place of
-    # DATASETS.TRAIN and TEST.
+    # Folder of images for a classifier, instead of DATASETS.TRAIN and DATASETS.TEST. It contains
+    # train/ and val/, each with one folder for each class.
     cfg.DATASETS.IMAGE_FOLDER = ""
-    # Share of each class of DATASETS.TRAIN that is tested on in place of DATASETS.TEST and not
-    # trained on, always the same images (0.04 for tuning in appendix A.2); for classifiers.
+    # For classifiers: fraction of the images of each class in DATASETS.TRAIN to evaluate on,
+    # instead of DATASETS.TEST, and not to train on (0.04 for tuning in appendix A.2). The images
+    # are always the same.
     cfg.DATASETS.HOLDOUT = 0.0
 
-    # "SGD" with SOLVER.MOMENTUM, or "AdamW".
+    # Optimizer: "SGD", with SOLVER.MOMENTUM, or "AdamW".
     cfg.SOLVER.OPTIMIZER = "SGD"
-    # Weight decay of learned embeddings, which like norms are no weights of a linear map.
+    # Weight decay of the learned embeddings, which, like norms, are not weights of a linear layer.
     cfg.SOLVER.WEIGHT_DECAY_EMBEDDING = 0.0
-    # Factor on the learning rate of attention's query and key projections, and of a classifier's
-    # linear layer. Under Adam, whose steps have the size of the rate, the product of the former
-    # soon saturates the softmax without one, and the latter, whose inputs have one sign, goes too
-    # far.
+    # Factor on the learning rate of the query and key projections of attention and of the linear
+    # layer of a classifier. The step size of Adam is the learning rate. With a factor of 1, the
+    # product of queries and keys soon saturates the softmax, and the steps of the linear layer,
+    # whose inputs all have the same sign, add up to too much.
     cfg.SOLVER.LOGIT_LR_FACTOR = 1.0
-    # Parts of a batch that go through the model one after the other before the optimizer steps:
-    # memory is that of one part. IMS_PER_BATCH must be a multiple of it times the processes.
+    # Gradient accumulation: number of parts of a batch that are computed one after the other before
+    # a step of the optimizer. The memory needed is that of one part. IMS_PER_BATCH must be a
+    # multiple of this number times the number of processes.
     cfg.SOLVER.ACCUMULATION_STEPS = 1
-    # What SOLVER.AMP computes in: "float16", with a scaled loss, or "bfloat16".
+    # Data type of SOLVER.AMP: "float16", with gradient scaling, or "bfloat16".
     cfg.SOLVER.AMP.DTYPE = "float16"
-    # Batch that BASE_LR is meant for: with another IMS_PER_BATCH it is scaled linearly. 0 turns
-    # that off, and so does an override or a child config that sets BASE_LR.
+    # Batch size that BASE_LR is meant for. With another IMS_PER_BATCH, BASE_LR is scaled linearly.
+    # 0 disables this, and so does an override or a child config that sets BASE_LR.
     cfg.SOLVER.REFERENCE_BATCH = 0
-    # Length of training in epochs, in place of MAX_ITER in iterations; 0 leaves it to that.
+    # Length of training in epochs, instead of MAX_ITER in iterations; 0 uses MAX_ITER.
     cfg.SOLVER.MAX_EPOCHS = 0.0
-    # The same in place of WARMUP_ITERS.
+    # Length of the warmup in epochs, instead of WARMUP_ITERS; 0 uses WARMUP_ITERS.
     cfg.SOLVER.WARMUP_EPOCHS = 0.0
-    # The same in place of CHECKPOINT_PERIOD.
+    # Epochs between two checkpoints, instead of CHECKPOINT_PERIOD; 0 uses CHECKPOINT_PERIOD.
     cfg.SOLVER.CHECKPOINT_EPOCHS = 0.0
-    # The same in place of STEPS.
+    # Epochs at which the learning rate is decreased, instead of STEPS; () uses STEPS.
     cfg.SOLVER.STEP_EPOCHS = ()
-    # The same in place of EVAL_PERIOD.
+    # Epochs between two evaluations, instead of EVAL_PERIOD; 0 uses EVAL_PERIOD.
     cfg.TEST.EVAL_EPOCHS = 0.0
-    # Periodic checkpoints to keep, the newest ones; 0 keeps all.
+    # Number of periodic checkpoints to keep, which are the newest ones; 0 keeps all of them.
     cfg.SOLVER.MAX_CHECKPOINTS = 0
 
     cfg.MODEL.EMA = CfgNode()
-    # Decay of the moving average of the weights, which is evaluated beside them; 0 for none.
+    # Decay of the exponential moving average of the weights, which is evaluated in addition to the
+    # weights; 0 disables it.
     cfg.MODEL.EMA.DECAY = 0.0
-    # Stages of the backbone that are computed again in the backward pass to save memory.
+    # Stages of the backbone that are computed again in the backward pass to save memory, for
+    # example ["res2", "res3"].
     cfg.MODEL.ACTIVATION_CHECKPOINTING = []
-    # Whether weights are stored channels last, which suits convolutions on GPUs.
+    # Whether to store the weights in the channels-last memory format, which suits convolutions on
+    # GPUs.
     cfg.MODEL.CHANNELS_LAST = False
-    # Whether several processes hold a shard each of parameters, gradients and optimizer state, by
-    # FSDP2, in place of copies, by DDP; it takes less memory and more time. It has been run with
-    # gloo on CPUs only.
+    # Whether to shard the parameters, the gradients and the optimizer state among the processes
+    # (FSDP2), instead of keeping a copy in each of them (DDP). This needs less memory and more
+    # time. It has only been run with gloo on CPUs.
     cfg.MODEL.FSDP = False
-    # Whether backbone and head go through torch.compile.
+    # Whether to compile the backbone and the heads with torch.compile.
     cfg.MODEL.COMPILE = False
 
-    # Images that a classifier is tested on at once, in each process.
+    # Batch size of each process in the evaluation of a classifier.
     cfg.TEST.IMS_PER_BATCH = 64
-    # Whether evaluation computes the losses on DATASETS.TEST as well.
+    # Whether an evaluation also computes the losses on DATASETS.TEST.
     cfg.TEST.VALIDATION_LOSS = False
-    # Metric whose best value is kept as model_best.pth, as in "bbox/AP" or "ema/bbox/AP"; "" keeps
-    # none.
+    # Metric whose best checkpoint is saved as model_best.pth, for example "bbox/AP" or
+    # "ema/bbox/AP". "" saves none.
     cfg.TEST.BEST_METRIC = ""
-    # Whether the best value is the largest, "max", or the smallest, "min".
+    # Whether the best value of TEST.BEST_METRIC is the largest, "max", or the smallest, "min".
     cfg.TEST.BEST_MODE = "max"
-    # Evaluations without a better value after which training stops; 0 never stops it.
+    # Number of evaluations without a better value of TEST.BEST_METRIC after which training stops; 0
+    # never stops it.
     cfg.TEST.EARLY_STOPPING = 0
 
-    # Project of Weights & Biases to log to, if wandb is installed; "" for none.
+    # Project of Weights & Biases to log to, which needs wandb to be installed; "" disables it.
     cfg.WANDB_PROJECT = ""
