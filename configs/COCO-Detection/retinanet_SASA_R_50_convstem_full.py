@@ -1,4 +1,4 @@
-"""Table 2, row 4: attention everywhere but in the stem."""
+"""Table 2, row 4: attention everywhere except in the stem."""
 
 from .retinanet_SASA_R_50_full import dataloader, lr_multiplier, model, optimizer, train
 

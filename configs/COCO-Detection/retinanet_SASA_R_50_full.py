@@ -10,8 +10,8 @@ __all__ = ["dataloader", "lr_multiplier", "model", "optimizer", "train"]
 
 dataloader.train.total_batch_size = 64
 optimizer.lr = 0.12
-train.reference_batch = 64  # other batches get another rate
-# In epochs, and in iterations of COCO's 117,266 images with boxes.
+train.reference_batch = 64  # other batch sizes get another learning rate
+# Lengths in epochs, and in iterations of the 117,266 COCO images that have boxes.
 train.max_epochs, train.max_iter = 150.0, 274842
 train.checkpointer.epochs, train.checkpointer.period = 5.0, 9161
 train.eval_epochs, train.eval_period = 10.0, 18323

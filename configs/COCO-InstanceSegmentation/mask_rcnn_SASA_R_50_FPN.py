@@ -1,4 +1,4 @@
-"""detectron2's own Mask R-CNN on an attention backbone; its FPN and heads stay convolutional."""
+"""detectron2's own Mask R-CNN with an attention backbone; its FPN and heads are convolutional."""
 
 from ..Common.coco_schedule import lr_multiplier_3x as lr_multiplier
 from ..Common.data.coco import dataloader

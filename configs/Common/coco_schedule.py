@@ -5,8 +5,8 @@ from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamSc
 
 from sasa_det.engine.schedule import warmup_scheduler
 
-# Appendix A.3: 150 epochs, the first of which warms up, which is 1832 iterations of 64 of COCO's
-# 117,266 images with boxes.
+# Appendix A.3: 150 epochs with one epoch of warmup, which is 1832 iterations of 64 images, for the
+# 117,266 COCO images that have boxes.
 lr_multiplier_150ep = L(warmup_scheduler)(
     scheduler=L(CosineParamScheduler)(start_value=1.0, end_value=0.0),
     max_iter="${train.max_iter}",

@@ -1,4 +1,4 @@
-"""How a run is carried out; sasa_det/config/defaults.py describes the keys by their yaml names."""
+"""Options of a run; sasa_det/config/defaults.py describes the keys under their yaml names."""
 
 train = dict(
     output_dir="./output",
@@ -7,8 +7,8 @@ train = dict(
     seed=-1,
     device="cuda",
     max_iter=90000,
-    max_epochs=0.0,  # in place of max_iter where above 0; so are the other lengths in epochs
-    reference_batch=0,  # the batch that optimizer.lr is meant for; 0 if for any
+    max_epochs=0.0,  # replaces max_iter if above 0, as do the other lengths in epochs
+    reference_batch=0,  # batch size that optimizer.lr is meant for; 0 for any
     accumulation_steps=1,
     amp=dict(enabled=False, dtype="float16"),
     clip_gradients=dict(enabled=False, clip_type="value", clip_value=1.0, norm_type=2.0),

@@ -1,4 +1,4 @@
-"""COCO with detectron2's augmentation: one of several sizes, and horizontal flips."""
+"""COCO with detectron2's augmentation: resizing to one of several sizes, and horizontal flips."""
 
 from detectron2.config import LazyCall as L
 from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
@@ -9,14 +9,14 @@ from sasa_det.data.images import MAX_PIXELS
 from sasa_det.data.loader import detection_train_loader
 from sasa_det.evaluation.coco import coco_evaluator
 
-# What the model gives for each image: RetinaNet, or the heads of an R-CNN.
+# The maximum number of detections in an image, of a RetinaNet or of the heads of an R-CNN.
 _DETECTIONS = (
     "${oc.select:model.max_detections_per_image,"
     "${oc.select:model.roi_heads.box_predictor.test_topk_per_image,100}}"
 )
 
 dataloader = dict(
-    # COCO-format json and image folder, in place of the names below.
+    # COCO-format json file and image folder, instead of the names below.
     train_json="",
     train_images="",
     test_json="",
@@ -60,6 +60,6 @@ dataloader = dict(
         ),
         num_workers="${..train.num_workers}",
     ),
-    # Called for each of the data sets that are tested on.
+    # It is called for each of the datasets in test.dataset.names.
     evaluator=L(coco_evaluator)(max_dets_per_image=_DETECTIONS),
 )

@@ -12,7 +12,7 @@ mapper.augmentations = [
     L(T.FixedSizeCrop)(crop_size=[640, 640]),
     L(T.RandomFlip)(prob=0.5, horizontal=True, vertical=False),
 ]
-# Crops of one size need no grouping.
+# Crops of the same size need no grouping by aspect ratio.
 dataloader.train.aspect_ratio_grouping = False
 resize = dataloader.test.mapper.augmentations[0]
 resize.short_edge_length = resize.max_size = 640

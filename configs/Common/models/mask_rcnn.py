@@ -47,7 +47,7 @@ model = L(GeneralizedRCNN)(
         box2box_transform=L(Box2BoxTransform)(weights=[1.0, 1.0, 1.0, 1.0]),
         batch_size_per_image=256,
         positive_fraction=0.5,
-        # In training and in evaluation.
+        # The first value is for training, the second for evaluation.
         pre_nms_topk=[2000, 1000],
         post_nms_topk=[1000, 1000],
         nms_thresh=0.7,

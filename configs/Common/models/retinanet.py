@@ -27,19 +27,19 @@ model = L(AttentionRetinaNet)(
         fuse_type="sum",
     ),
     head=L(RetinaNetHead)(
-        # Of each level.
+        # The shape of each level.
         input_shape=[L(ShapeSpec)(channels="${....backbone.out_channels}")] * 5,
         num_classes="${..num_classes}",
         num_anchors=9,
         conv_dims=["${...backbone.out_channels}"] * 4,
-        # Without a norm, W_V from N(0, 0.01) leaves next to nothing of the features after four
+        # Without a norm, W_V from N(0, 0.01) leaves almost nothing of the features after four
         # attention layers.
         norm="SyncBN",
         prior_prob=0.01,
     ),
     head_in_features=["p3", "p4", "p5", "p6", "p7"],
     anchor_generator=L(DefaultAnchorGenerator)(
-        # 2^0, 2^(1/3) and 2^(2/3) times 4, 8, .. 64 pixels a stride of 8, as in the RetinaNet paper
+        # 2^0, 2^(1/3) and 2^(2/3) times 4 times the stride of the level, as in the RetinaNet paper
         sizes=[
             [32.0, 40.3175, 50.7968],
             [64.0, 80.6349, 101.5937],

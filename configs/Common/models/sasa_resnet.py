@@ -1,4 +1,4 @@
-"""The attention ResNet-50 that all models stand on."""
+"""The attention ResNet-50 that is the backbone of all models."""
 
 from detectron2.config import LazyCall as L
 
@@ -8,14 +8,14 @@ bottom_up = L(SASAResNet)(
     depth=50,
     stem="attention",
     attention_stages=["res2", "res3", "res4", "res5"],
-    # Of every attention layer outside the stem: an attentional FPN and head follow it.
+    # Options of every attention layer outside the stem; an attentional FPN and head use them, too.
     attention=dict(
         kernel_size=7,
         num_heads=8,
         position="relative",
         content=True,
         border="mask",
-        backend=None,  # the fastest
+        backend=None,  # selects the fastest
     ),
     stem_options=dict(num_heads=4, num_mixtures=4, values="mixture", relative=True),
     width_multiplier=1.0,
