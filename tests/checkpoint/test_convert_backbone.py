@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 import torchvision
-import yaml
 from detectron2.modeling import build_model
 
 from sasa_det.checkpoint import Checkpointer, CheckpointError, read_checkpoint
@@ -305,18 +304,3 @@ def test_from_python(run, tmp_path):
         convert_backbone(source, tmp_path / "b.pth", allow=["a"])
     with pytest.raises(CheckpointError, match="holds no averaged weights"):
         convert_backbone(source, tmp_path / "b.pth", build_target(DETECTOR), weights="ema")
-
-
-# ----------------------------------------------------------------------------------- the whole way
-
-
-def test_a_detector_is_trained_from_it(run, command, tmp_path):
-    convert_backbone(run, tmp_path / "a.pth", weights="ema")
-    options = ("SOLVER.MAX_ITER", 1, "SOLVER.WARMUP_ITERS", 0, "SOLVER.BASE_LR", 1e-8)
-    assert command(*options, "MODEL.WEIGHTS", tmp_path / "a.pth") == 0
-    trained = read_checkpoint(tmp_path / "run" / "model_final.pth")["model"]
-    for key, weight in read_checkpoint(tmp_path / "a.pth")["model"].items():
-        if not key.endswith(("running_mean", "running_var", "num_batches_tracked")):
-            given = trained[f"backbone.bottom_up.{key}"]
-            torch.testing.assert_close(given, weight, rtol=0, atol=1e-6)
-    assert yaml.safe_load(read_checkpoint(tmp_path / "a.pth")["config"])["MODEL"]["EMA"]

@@ -2,9 +2,7 @@ import logging
 
 import pytest
 import yaml
-from detectron2.modeling import build_model
 
-from sasa_det.checkpoint import write_checkpoint
 from sasa_det.checkpoint.preprocessing import preprocessing_of, warn_of_preprocessing
 from sasa_det.config.lazy import load_lazy_config
 from sasa_det.engine import load_config
@@ -93,14 +91,3 @@ def test_of_a_config():
     assert preprocessing_of(load_config(CONFIG)) == RGB
     assert preprocessing_of({"INPUT": {"FORMAT": "RGB"}, "MODEL": {}}) is None
     assert preprocessing_of({}) is None
-
-
-def test_a_run_tells_it_once(command, tmp_path):
-    model = build_model(load_config("configs/Quick/retinanet_SASA.yaml"))
-    weights = {"model": model.state_dict(), "preprocessing": RGB}
-    write_checkpoint(weights, tmp_path / "a.pth")
-    options = ("SOLVER.MAX_ITER", 1, "SOLVER.WARMUP_ITERS", 0, "INPUT.FORMAT", "BGR")
-    assert command(*options, "MODEL.WEIGHTS", tmp_path / "a.pth") == 0
-    lines = (tmp_path / "run" / "log.txt").read_text().splitlines()
-    (line,) = [line for line in lines if "in another way" in line]
-    assert "WARNING" in line and line.endswith('set INPUT.FORMAT "RGB".')
