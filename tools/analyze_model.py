@@ -10,7 +10,7 @@ from pathlib import Path
 # Until run_command takes Ctrl-C over: the imports take seconds.
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-from sasa_det.analysis.complexity import count_model, parts_report, usual_size
+from sasa_det.analysis.complexity import count_model, default_image_size, parts_report
 from sasa_det.analysis.paper import draw_figure_5, paper_report
 from sasa_det.engine import load_config
 from sasa_det.engine.defaults import positive_int, run_command
@@ -79,7 +79,7 @@ def main() -> None:
         print(f"\nPicture: {args.output}")
     else:
         cfg = load_config(args.config_file, args.opts)
-        size = args.size or usual_size(cfg)
+        size = args.size or default_image_size(cfg)
         print(parts_report(count_model(cfg, *size), *size))
 
 

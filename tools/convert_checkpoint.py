@@ -9,7 +9,7 @@ import sys
 # Until run_command takes Ctrl-C over: the imports take seconds.
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-from sasa_det.checkpoint.convert import WEIGHTS, build_target, convert_backbone
+from sasa_det.checkpoint.convert import WEIGHTS, build_target, convert_checkpoint
 from sasa_det.engine import UsageError
 from sasa_det.engine.defaults import run_command
 from sasa_det.errors import TransferError
@@ -17,9 +17,9 @@ from sasa_det.errors import TransferError
 _EPILOG = """
 The backbone is that of the model of --config-file or, by default, of the config that SOURCE holds;
 of a SOURCE of this project or detectron2 without a config, all weights are written, as by --whole.
-A weight that the backbone needs and SOURCE has not, or has in another shape, is an error, and
-nothing is written, unless --allow names it. What attention a ResNet of torchvision or timm has not
-is told and no error.
+A weight that the backbone needs and that SOURCE lacks, or has in another shape, is an error, and
+nothing is written, unless --allow names it. The weights of attention, which a ResNet of torchvision
+or timm lacks, are listed in the report and are not an error.
 """
 
 
@@ -42,14 +42,14 @@ def main() -> None:
         "--weights",
         choices=WEIGHTS,
         default=WEIGHTS[0],
-        help="those of the last step, raw, or their moving average, ema; raw by default",
+        help="weights of the last step, raw, or their moving average, ema; raw by default",
     )
     parser.add_argument(
         "--prefix",
         default="",
         help="what the names of the network's weights begin with, where those of other weights do "
-        "not, as model. of Lightning; what all names begin with is found without, and so are "
-        "the parts that torch.compile, DDP and FSDP put into names",
+        "not, such as model. of Lightning; a prefix that all names have is found without it, and "
+        "so are the parts that torch.compile, DDP and FSDP put into names",
     )
     parser.add_argument(
         "--allow",
@@ -62,24 +62,22 @@ def main() -> None:
     parser.add_argument(
         "--whole",
         action="store_true",
-        help="write all weights under their own names, as of a detector to be published, with no "
-        "state of training",
+        help="write all weights under their own names without the state of training, as to publish "
+        "a detector",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace TARGET if it exists")
     args = parser.parse_intermixed_args()
-    options = {"weights": args.weights, "prefix": args.prefix, "overwrite": args.overwrite}
+    names = ("weights", "prefix", "allow", "whole", "overwrite")
+    options = {name: getattr(args, name) for name in names}
     try:
         if args.opts and not args.config_file:
             raise UsageError(
                 "KEY VALUE pairs change the config of --config-file, and none is given."
             )
-        if args.whole:
-            if args.config_file or args.allow:
-                raise UsageError("--whole takes no --config-file and no --allow.")
-            report = convert_backbone(args.source, args.target, whole=True, **options)
-        else:
-            model = build_target(args.config_file, args.opts) if args.config_file else None
-            report = convert_backbone(args.source, args.target, model, allow=args.allow, **options)
+        if args.whole and (args.config_file or args.allow):
+            raise UsageError("--whole takes no --config-file and no --allow.")
+        model = build_target(args.config_file, args.opts) if args.config_file else None
+        report = convert_checkpoint(args.source, args.target, model, **options)
     except TransferError as error:
         print(error.report)
         raise

@@ -26,7 +26,7 @@ __all__ = [
     "parts_report",
     "table_report",
     "total",
-    "usual_size",
+    "default_image_size",
 ]
 
 
@@ -153,7 +153,7 @@ def count_model(cfg: CfgNode, height: int, width: int) -> list[Part]:
         raise UsageError(explain_build_error(error)) from error
 
 
-def usual_size(cfg: CfgNode) -> tuple[int, int]:
+def default_image_size(cfg: CfgNode) -> tuple[int, int]:
     """Return height and width of the images that a config's model is counted on by default."""
     is_classifier = cfg.MODEL.META_ARCHITECTURE == "Classifier"
     side = cfg.INPUT.CLASSIFICATION.CROP_SIZE if is_classifier else _DETECTOR_SIZE

@@ -12,11 +12,11 @@ from .complexity import (
     Part,
     billions,
     count_model,
+    default_image_size,
     markdown,
     millions,
     table_report,
     total,
-    usual_size,
 )
 from .cost_figure import CostedModel, draw_cost_figure
 from .paper_tables import ABLATIONS, PAPER_TABLES, Row, Table
@@ -147,7 +147,7 @@ def _other_model(path: Path, top1: float, results: Path) -> CostedModel:
             f"{results}: {path} must be the config of a classifier, with MODEL.META_ARCHITECTURE "
             f"Classifier, got {cfg.MODEL.META_ARCHITECTURE}."
         )
-    count = total(count_model(cfg, *usual_size(cfg)))
+    count = total(count_model(cfg, *default_image_size(cfg)))
     return CostedModel(path.stem, "", count.flops, count.parameters, measured=top1)
 
 

@@ -13,7 +13,7 @@ from ..errors import CheckpointError
 from ..utils.files import write_text
 from .matching import align_names, check_filled
 from .reading import check_file, check_finite, iteration_of, read_checkpoint, read_iteration
-from .sharding import is_sharded, whole_state
+from .sharding import full_state, is_sharded
 from .sources import locate
 from .writing import write_checkpoint
 
@@ -70,7 +70,7 @@ class Checkpointer(DetectionCheckpointer):
         parts = {"model": self.model, **self.checkpointables}
         data = {key: part.state_dict() for key, part in parts.items()}
         if sharded:
-            data = whole_state(data, keep=self.save_to_disk)
+            data = full_state(data, keep=self.save_to_disk)
         if not self.save_to_disk:
             return
         check_finite(data["model"], f"{path} is not saved")

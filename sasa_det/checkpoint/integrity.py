@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from ..errors import CheckpointError
 
-__all__ = ["check_integrity", "seal", "sha256"]
+__all__ = ["check_integrity", "append_sha256", "sha256"]
 
 # A zip file ends with a record of 22 bytes, the last two the length of the comment that follows.
 _END = b"PK\x05\x06"
@@ -23,7 +23,7 @@ _DIGEST_SIZE = 64
 _COMMENT_SIZE = len(_MARKER) + _DIGEST_SIZE
 
 
-def seal(path: Path) -> None:
+def append_sha256(path: Path) -> None:
     """Append to a file of torch.save the SHA-256 of all that is before it.
 
     Args:

@@ -13,7 +13,7 @@ from detectron2.checkpoint.c2_model_loading import (
 )
 
 from ..errors import CheckpointError
-from ..utils.text import first_of
+from ..utils.text import abbreviated_list
 from .prefixes import named_as
 
 __all__ = ["OPTIONAL", "align_names", "backbone_names", "check_filled"]
@@ -30,7 +30,7 @@ _STAGE_IN_HEAD = f"{_HEAD}res5."
 _CLASSIFIER = "backbone.linear."
 
 # Keys that a sentence names; the log has all.
-_shorten = partial(first_of, most=3)
+_shorten = partial(abbreviated_list, most=3)
 
 
 def align_names(model: dict[str, torch.Tensor], checkpoint: dict[str, Any]) -> None:

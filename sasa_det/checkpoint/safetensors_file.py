@@ -13,12 +13,13 @@ __all__ = ["read_safetensors", "safetensors_bytes"]
 
 # A file begins with the size of its header in this many bytes; the header is JSON.
 _SIZE_BYTES = 8
-_ALIGNMENT = 8
 _METADATA = "__metadata__"
-# Of the file with zeros in the digest's place. Only files that have one are of this project, with
-# JSON in their metadata.
-_DIGEST = "sasa_det_sha256"
+# The one key of our metadata, since the library writes several in no fixed order. It holds JSON:
+# the facts, the order of the weights, and the SHA-256 of the file with zeros in the digest's place.
+_KEY = "sasa_det"
 _ZEROS = "0" * 64
+# Earlier versions kept the digest and each fact under a key of its own.
+_EARLIER_DIGEST = "sasa_det_sha256"
 
 
 def safetensors_bytes(data: dict[str, Any]) -> bytes:
@@ -32,20 +33,14 @@ def safetensors_bytes(data: dict[str, Any]) -> bytes:
     """
     facts = {key: value for key, value in data.items() if key != "model"}
     try:
-        metadata = {key: json.dumps(value, sort_keys=True) for key, value in facts.items()}
+        # The digest comes first, where nothing else can be taken for its place.
+        metadata = json.dumps({"sha256": _ZEROS, "weights": list(data["model"]), "facts": facts})
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"safetensors holds weights and JSON alone ({error})") from error
-    metadata = {_DIGEST: _ZEROS, "format": "pt", **dict(sorted(metadata.items()))}
+        raise CheckpointError(f"safetensors holds only weights and JSON ({error})") from error
     # Copies, for the format has no tensors that share their numbers.
     copied = {"memory_format": torch.contiguous_format}
     tensors = {key: weight.detach().clone(**copied) for key, weight in data["model"].items()}
-    content = safetensors.torch.save(tensors)
-    size, header = _header(content)
-    # In this order, which the library does not keep.
-    header = {_METADATA: metadata, **{name: header[name] for name in tensors}}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    content = len(text).to_bytes(_SIZE_BYTES, "little") + text + content[_SIZE_BYTES + size :]
+    content = safetensors.torch.save(tensors, {_KEY: metadata})
     digest = hashlib.sha256(content).hexdigest()
     return content.replace(_ZEROS.encode(), digest.encode(), 1)
 
@@ -57,27 +52,26 @@ def read_safetensors(file: BinaryIO) -> dict[str, Any]:
         file: a file open for reading.
 
     Returns:
-        dict: as was written.
+        dict: ``"model"``, tensors by name, and the facts.
 
     Raises:
         CheckpointError: if a byte is not as it was written, without the name of the file.
-        safetensors.SafetensorError: if it is no safetensors file.
+        safetensors.SafetensorError: if it is not a safetensors file.
     """
     content = file.read()
     weights = safetensors.torch.load(content)
-    _, header = _header(content)
-    metadata = header.pop(_METADATA, {})
-    weights = {name: weights[name] for name in header}
-    digest = metadata.get(_DIGEST)
-    if digest is None:
-        return {"model": weights}
-    zeroed = content.replace(digest.encode(), _ZEROS.encode(), 1)
-    if hashlib.sha256(zeroed).hexdigest() != digest:
-        raise CheckpointError("its content does not match its checksum")
-    facts = {k: json.loads(v) for k, v in metadata.items() if k not in ("format", _DIGEST)}
-    return {**facts, "model": weights}
-
-
-def _header(content: bytes) -> tuple[int, dict[str, Any]]:
     size = int.from_bytes(content[:_SIZE_BYTES], "little")
-    return size, json.loads(content[_SIZE_BYTES : _SIZE_BYTES + size])
+    names = json.loads(content[_SIZE_BYTES : _SIZE_BYTES + size])
+    metadata = names.pop(_METADATA, {})
+    digest, facts = None, {}
+    if _KEY in metadata:
+        ours = json.loads(metadata[_KEY])
+        digest, names, facts = ours["sha256"], ours["weights"], ours["facts"]
+    elif _EARLIER_DIGEST in metadata:
+        digest = metadata.pop(_EARLIER_DIGEST)
+        facts = {key: json.loads(text) for key, text in metadata.items() if key != "format"}
+    if digest is not None:
+        zeroed = content.replace(digest.encode(), _ZEROS.encode(), 1)
+        if hashlib.sha256(zeroed).hexdigest() != digest:
+            raise CheckpointError("its content does not match its checksum")
+    return {"model": {name: weights[name] for name in names}, **facts}

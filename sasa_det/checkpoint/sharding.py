@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-__all__ = ["is_sharded", "shard_like", "whole", "whole_state"]
+__all__ = ["is_sharded", "shard_like", "full_tensor", "full_state"]
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -15,12 +15,12 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return a tensor with the shards of all processes, which must all ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_state(state: Any, keep: bool) -> Any:
+def full_state(state: Any, keep: bool) -> Any:
     """Return a state with whole tensors, in CPU memory, in place of shards.
 
     Args:
@@ -28,15 +28,15 @@ def whole_state(state: Any, keep: bool) -> Any:
         keep: whether this process wants the whole tensors; None stands for them otherwise.
     """
     if isinstance(state, DTensor):
-        tensor = whole(state)
+        tensor = full_tensor(state)
         return tensor.cpu() if keep else None
     if isinstance(state, dict):
         result = copy.copy(state)  # with the attributes of a model's state dict
         for key, value in state.items():
-            result[key] = whole_state(value, keep)
+            result[key] = full_state(value, keep)
         return result
     if isinstance(state, (list, tuple)):
-        return type(state)(whole_state(value, keep) for value in state)
+        return type(state)(full_state(value, keep) for value in state)
     return state
 
 

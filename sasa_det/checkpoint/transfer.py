@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, TransferError
 from ..layers import AttentionStem
 from ..modeling.backbone import AttentionBottleneckBlock
-from ..utils.text import first_of
+from ..utils.text import abbreviated_list
 from .layouts import Layout
 from .matching import OPTIONAL, backbone_names
 
@@ -151,8 +151,8 @@ def transfer(
     report = Report(loaded, dropped, missing, mismatched, tuple(sorted(needed)))
     if not loaded:
         raise TransferError(
-            f"none of its {len(weights)} weights ({first_of(sorted(weights), 3)}) fits the "
-            f"target's backbone ({first_of(sorted(shapes), 3)})",
+            f"none of its {len(weights)} weights ({abbreviated_list(sorted(weights), 3)}) fits the "
+            f"target's backbone ({abbreviated_list(sorted(shapes), 3)})",
             report,
         )
     refused = wrong.keys() - set().union(*allowed.values())
@@ -167,12 +167,12 @@ def _refusal(refused: Collection[str], report: Report, layout: Layout) -> str:
     left = sorted(refused & report.dropped.keys())
     reasons = []
     if lacking:
-        reasons.append(f"it has no {first_of(lacking, _MOST)}")
+        reasons.append(f"it has no {abbreviated_list(lacking, _MOST)}")
     if other:
         shapes = [f"{name} ({report.mismatched[name][1]})" for name in other]
-        reasons.append(f"it has other shapes for {first_of(shapes, _MOST)}")
+        reasons.append(f"it has other shapes for {abbreviated_list(shapes, _MOST)}")
     if left:
-        reasons.append(f"the target has no place for {first_of(left, _MOST)}")
+        reasons.append(f"the target has no place for {abbreviated_list(left, _MOST)}")
     return (
         f"{' and '.join(reasons)}; what is to be left out must be named with --allow, as in "
         f"--allow '{[*lacking, *other, *left][0]}'"

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..utils.files import whole_file
-from .integrity import seal
+from .integrity import append_sha256
 from .safetensors_file import safetensors_bytes
 
 __all__ = ["write_checkpoint"]
@@ -62,7 +62,7 @@ def write_checkpoint(data: dict[str, Any], path: str | os.PathLike) -> None:
                 # A file object, since torch.save writes the name of a path into the file.
                 with open(part, "wb") as file:
                     torch.save(data, file)
-                seal(part)
+                append_sha256(part)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path} could not be written ({_reason(error)}).") from error
 

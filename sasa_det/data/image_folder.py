@@ -14,7 +14,7 @@ from torch.utils.data import Subset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..errors import DatasetError
-from ..utils.text import first_of
+from ..utils.text import abbreviated_list
 from .builtin import SPLITS, builtin_path, root_hint
 from .catalog import metadata_of, num_classes_of
 from .images import is_inside
@@ -338,4 +338,4 @@ def _missing(folder):
 
 
 def _named(names):
-    return first_of([repr(name) for name in names], _SHOWN)
+    return abbreviated_list([repr(name) for name in names], _SHOWN)

@@ -15,7 +15,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE
 from torch.utils.data import get_worker_info
 
 from ..errors import DatasetError, ImageError
-from ..utils.text import first_of
+from ..utils.text import abbreviated_list
 
 __all__ = [
     "MAX_PIXELS",
@@ -294,7 +294,7 @@ class UnreadableImages:
             logger.error("Unreadable images, of which the last is one too many:\n%s", lines)
             raise DatasetError(
                 f"{message}, after the {self.limit} that {self.source} allows to skip: "
-                f"{first_of(self.paths, _SHOWN)}"
+                f"{abbreviated_list(self.paths, _SHOWN)}"
             )
         self.paths.append(path)
         logger.warning(

@@ -14,7 +14,7 @@ from detectron2.utils.env import seed_all_rng
 from tabulate import tabulate
 
 from ..analysis.complexity import count_config, total
-from ..checkpoint.convert import convert_backbone
+from ..checkpoint.convert import convert_checkpoint
 from ..config.load import load_config
 from ..data.mapper import build_test_mapper
 from ..evaluation.drawing import draw_curves, draw_detections
@@ -89,7 +89,7 @@ def run_demo(
     trainer, seconds = _train("classifier", classifier)
     accuracy = trainer._last_eval_results["classification"]["top1"]
     logger.info("The classifier tells %.1f%% of the digits.", accuracy)
-    convert_backbone(Path(classifier.OUTPUT_DIR, "model_final.pth"), backbone)
+    convert_checkpoint(Path(classifier.OUTPUT_DIR, "model_final.pth"), backbone)
     results = [
         _detector_results(label, cfg, seconds if label == _PRETRAINED else 0.0)
         for label, cfg in runs.items()

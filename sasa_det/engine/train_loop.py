@@ -12,11 +12,11 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from ..checkpoint.sharding import whole
+from ..checkpoint.sharding import full_tensor
 from ..errors import UsageError
 from ..modeling.batch_norm import SingleValueError, naming_batch_norms
 from ..utils.seeding import seed_everything
-from ..utils.text import first_of
+from ..utils.text import abbreviated_list
 from .distributed import shard_optimizer_state, unwrapped, without_sync
 from .hooks import StopSignals
 
@@ -88,7 +88,7 @@ class StepTrainer(SimpleTrainer):
         self.grad_scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        losses, norm_value, data_time = self._agree(losses, whole(norm), data_time)
+        losses, norm_value, data_time = self._agree(losses, full_tensor(norm), data_time)
         if not _is_finite(norm_value):
             norm = _large_norm(gradients)
             norm_value = float(norm)
@@ -158,7 +158,7 @@ class StepTrainer(SimpleTrainer):
                 # Too large a scale, which the scaler finds out by trying: it skips the step.
                 return
             bad = [n for n, p in self.model.named_parameters() if _has_bad_gradient(p)]
-            wrong = [f"the gradient of {first_of(bad, _SHOWN)} is not finite"]
+            wrong = [f"the gradient of {abbreviated_list(bad, _SHOWN)} is not finite"]
         if not wrong:
             return
         # Every process has seen the same averages and comes here.
@@ -207,9 +207,9 @@ class StepTrainer(SimpleTrainer):
 
 def _large_norm(gradients: list[Tensor]) -> Tensor:
     """Return the 2-norm of gradients in double precision; the squares may exceed their own type."""
-    largest = whole(nn.utils.get_total_norm(gradients, float("inf"))).double()
+    largest = full_tensor(nn.utils.get_total_norm(gradients, float("inf"))).double()
     scaled = nn.utils.get_total_norm([gradient / float(largest) for gradient in gradients])
-    return whole(scaled).double() * largest
+    return full_tensor(scaled).double() * largest
 
 
 def _record(losses: Mapping[str, float], norm: float, data_time: float) -> None:

@@ -10,7 +10,7 @@ from detectron2.utils import comm
 from torch import Tensor
 
 from ..errors import DatasetError
-from ..utils.text import first_of
+from ..utils.text import abbreviated_list
 
 __all__ = ["ClassificationEvaluator"]
 
@@ -82,7 +82,7 @@ class ClassificationEvaluator(DatasetEvaluator):
                 f"{len(unreadable)} of {total} images of {self._dataset_name} cannot be read, and "
                 f"{limit} may be left out "
                 "(DATALOADER.SKIP_UNREADABLE, SKIP_UNREADABLE_FRACTION): "
-                f"{first_of(unreadable, _SHOWN)}"
+                f"{abbreviated_list(unreadable, _SHOWN)}"
             )
         if not comm.is_main_process():
             return {}

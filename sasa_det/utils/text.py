@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-__all__ = ["first_of", "printable"]
+__all__ = ["abbreviated_list", "printable"]
 
 
 # Control characters, the ends of lines that they do not have, marks that turn the direction of what
@@ -11,7 +11,7 @@ __all__ = ["first_of", "printable"]
 _STEERING = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def first_of(names: Sequence[object], most: int) -> str:
+def abbreviated_list(names: Sequence[object], most: int) -> str:
     """List names, the first ones of many and how many there are beside them.
 
     Args:

@@ -1,3 +1,5 @@
+import functools
+import hashlib
 import os
 import pickle
 import runpy
@@ -12,13 +14,22 @@ import torch
 
 from sasa_det.checkpoint import (
     CheckpointError,
-    convert,
+    convert_checkpoint,
     read_checkpoint,
     write_checkpoint,
     writing,
 )
 
 TOOL = "tools/convert_checkpoint.py"
+
+convert = functools.partial(convert_checkpoint, whole=True)
+
+
+@pytest.fixture
+def expected(state):
+    """What remains of a training state."""
+    digest = hashlib.sha256(state["config"].encode()).hexdigest()
+    return {"model": state["model"], "config": state["config"], "config_digest": digest}
 
 
 @pytest.fixture
@@ -27,17 +38,17 @@ def source(tmp_path, state):
     return tmp_path / "model_final.pth"
 
 
-def test_the_weights_alone_are_kept_bit_for_bit(source, tmp_path, state, assert_same):
+def test_the_weights_alone_are_kept_bit_for_bit(source, tmp_path, expected, assert_same):
     before = source.read_bytes()
     target = tmp_path / "new" / "weights.pth"
     convert(source, target)
-    assert_same(read_checkpoint(target), {"model": state["model"]})
+    assert_same(read_checkpoint(target), expected)
     assert source.read_bytes() == before
     # A second time, and of the result.
     convert(source, tmp_path / "again.pth")
     convert(target, tmp_path / "twice.pth")
     assert target.read_bytes() == (tmp_path / "again.pth").read_bytes()
-    assert_same(read_checkpoint(tmp_path / "twice.pth"), {"model": state["model"]})
+    assert_same(read_checkpoint(tmp_path / "twice.pth"), expected)
 
 
 def test_parts_of_larger_tensors_are_cut_out(tmp_path):
@@ -55,14 +66,14 @@ def test_what_names_need_is_kept(tmp_path, assert_same):
     assert_same(read_checkpoint(tmp_path / "b.pth"), read_checkpoint(tmp_path / "a.pkl"))
 
 
-def test_the_target(source, tmp_path, state, assert_same):
+def test_the_target(source, tmp_path, state, expected, assert_same):
     target = tmp_path / "weights.pth"
     target.write_text("other")
     with pytest.raises(CheckpointError, match="weights.pth exists; .*--overwrite"):
         convert(source, target)
     assert target.read_text() == "other"
     convert(source, target, overwrite=True)
-    assert_same(read_checkpoint(target), {"model": state["model"]})
+    assert_same(read_checkpoint(target), expected)
     (tmp_path / "link.pth").symlink_to(source)
     os.link(source, tmp_path / "hard.pth")
     for same in (source, f"{tmp_path}/../{tmp_path.name}/model_final.pth", tmp_path / "link.pth"):
@@ -89,7 +100,9 @@ def test_sources_that_are_refused(tmp_path, hostile, state):
 
 def test_another_process_writes_the_same_bytes(source, tmp_path):
     script = (
-        "import sys, sasa_det.checkpoint as c; [c.convert(sys.argv[1], t) for t in sys.argv[2:]]"
+        "import sys, sasa_det.checkpoint as c\n"
+        "for target in sys.argv[2:]:\n"
+        "    c.convert_checkpoint(sys.argv[1], target, whole=True)"
     )
     names = ("a.pth", "a.safetensors")
     command = [sys.executable, "-W", "ignore", "-c", script, source, *(tmp_path / n for n in names)]
@@ -100,10 +113,10 @@ def test_another_process_writes_the_same_bytes(source, tmp_path):
         assert (tmp_path / name).read_bytes() == other.read_bytes()
 
 
-def test_safetensors(source, tmp_path, state, assert_same):
+def test_safetensors(source, tmp_path, state, expected, assert_same):
     target = tmp_path / "a.safetensors"
     convert(source, target)
-    assert_same(read_checkpoint(target), {"model": state["model"]})
+    assert_same(read_checkpoint(target), expected)
     for key, weight in safetensors.torch.load_file(target).items():
         assert_same(weight, state["model"][key])
     convert(target, tmp_path / "back.pth")
@@ -111,15 +124,17 @@ def test_safetensors(source, tmp_path, state, assert_same):
     assert (tmp_path / "back.pth").read_bytes() == (tmp_path / "straight.pth").read_bytes()
 
 
-def test_averages_take_the_place_of_the_weights_that_were_averaged(tmp_path, state, assert_same):
+def test_averages_take_the_place_of_the_weights_that_were_averaged(
+    tmp_path, state, expected, assert_same
+):
     raw = {**state["model"], "norm.running_mean": torch.randn(5)}
     averages = {"backbone.weight": torch.randn(3, 4), "head.bias": torch.randn(5).half()}
     ema = {"decay": 0.5, "weights": averages}
     write_checkpoint({**state, "model": raw, "ema": ema}, tmp_path / "a.pth")
     convert(tmp_path / "a.pth", tmp_path / "raw.pth")
     convert(tmp_path / "a.pth", tmp_path / "ema.pth", weights="ema")
-    assert_same(read_checkpoint(tmp_path / "raw.pth"), {"model": raw})
-    assert_same(read_checkpoint(tmp_path / "ema.pth"), {"model": {**raw, **averages}})
+    assert_same(read_checkpoint(tmp_path / "raw.pth"), {**expected, "model": raw})
+    assert_same(read_checkpoint(tmp_path / "ema.pth"), {**expected, "model": {**raw, **averages}})
 
 
 @pytest.mark.parametrize(
@@ -128,9 +143,9 @@ def test_averages_take_the_place_of_the_weights_that_were_averaged(tmp_path, sta
         (None, "holds no averaged weights"),
         ({"decay": 0.5, "weights": {}}, "holds no averaged weights"),
         (torch.ones(1), "holds no averaged weights"),
-        ({"weights": {"other": torch.ones(1)}}, "averaged weight other is none of its weights"),
-        ({"weights": {"head.bias": torch.ones(1)}}, "averaged weight head.bias is none of its"),
-        ({"weights": {"head.bias": 1}}, "averaged weight head.bias is none of its weights"),
+        ({"weights": {"other": torch.ones(1)}}, "averaged weight other is not one of its"),
+        ({"weights": {"head.bias": torch.ones(1)}}, "averaged weight head.bias is not one of its"),
+        ({"weights": {"head.bias": 1}}, "averaged weight head.bias is not one of its"),
         ({"weights": {"head.bias": torch.full((5,), torch.nan)}}, "head.bias is not finite"),
     ],
 )
@@ -154,9 +169,9 @@ def convert_and_be_killed(source, target, module, function):
     assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
 
 
-# Replacing the target is the last that happens to it, sealing a file what is before that.
+# Replacing the target is the last step of writing it, appending the checksum the one before that.
 @pytest.mark.parametrize(
-    ("suffix", "moment"), [(".pth", (writing, "seal")), (".safetensors", (os, "replace"))]
+    ("suffix", "moment"), [(".pth", (writing, "append_sha256")), (".safetensors", (os, "replace"))]
 )
 def test_a_conversion_that_is_killed_leaves_nothing(source, tmp_path, state, suffix, moment):
     before, target = source.read_bytes(), tmp_path / "new" / f"a{suffix}"
@@ -177,10 +192,9 @@ def run_tool(monkeypatch, *words):
 
 def test_the_command(source, tmp_path, monkeypatch, capsys):
     assert run_tool(monkeypatch, "--whole", source, tmp_path / "a.pth") == 0
-    config = read_checkpoint(source)["config"]
-    report = convert(source, tmp_path / "b.pth", config=config)
+    report = convert(source, tmp_path / "b.pth")
     assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
-    assert read_checkpoint(tmp_path / "a.pth")["config"] == config
+    assert read_checkpoint(tmp_path / "a.pth")["config"] == read_checkpoint(source)["config"]
     assert capsys.readouterr() == (f"{report}\n", "")
     assert report.loaded == {"backbone.weight": "backbone.weight", "head.bias": "head.bias"}
     assert list(report.dropped) == ["trainer", "iteration"]

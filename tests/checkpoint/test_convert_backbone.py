@@ -12,7 +12,7 @@ import torchvision
 from detectron2.modeling import build_model
 
 from sasa_det.checkpoint import Checkpointer, CheckpointError, read_checkpoint
-from sasa_det.checkpoint.convert import build_target, convert_backbone
+from sasa_det.checkpoint.convert import build_target, convert_checkpoint
 from sasa_det.engine import UsageError, load_config
 from sasa_det.engine.hooks import ModelEma
 
@@ -77,7 +77,7 @@ def saved(path, **content):
 def test_a_classifier_s_backbone(run, tmp_path, weights):
     before = run.read_bytes()
     target = tmp_path / "a.pth"
-    report = convert_backbone(run, target, build_target(DETECTOR), weights=weights)
+    report = convert_checkpoint(run, target, build_target(DETECTOR), weights=weights)
     assert run.read_bytes() == before
     source = torch.load(run, weights_only=True)
     loaded = torch.load(target, weights_only=True)
@@ -108,8 +108,8 @@ def test_without_a_config_file_the_source_s_is_taken(run, tmp_path, tool):
     for suffix in (".pth", ".safetensors"):
         status, output, errors = tool(run, tmp_path / f"a{suffix}", "--weights", "ema")
         assert status == 0 and not errors and "| loaded" in output
-        convert_backbone(run, tmp_path / f"b{suffix}", build_target(DETECTOR), weights="ema")
-        convert_backbone(tmp_path / f"a{suffix}", tmp_path / f"c{suffix}")
+        convert_checkpoint(run, tmp_path / f"b{suffix}", build_target(DETECTOR), weights="ema")
+        convert_checkpoint(tmp_path / f"a{suffix}", tmp_path / f"c{suffix}")
         a, b, c = (read_checkpoint(tmp_path / f"{name}{suffix}") for name in "abc")
         for other in (b, c):
             assert list(other["model"]) == list(a["model"])
@@ -201,9 +201,13 @@ def test_weights_behind_one_prefix(run, tmp_path, tool, prefix):
 
 def test_a_prefix_that_is_named(run, tmp_path, tool):
     source = wrapped(run, tmp_path / "w.ckpt", "model.", **{"loss.weight": torch.ones(2)})
-    refused(tool(source, tmp_path / "a.pth"), "w.ckpt: weights named as loss.weight", "--prefix")
+    refused(
+        tool(source, tmp_path / "a.pth"), "w.ckpt: weights with names like loss.weight", "--prefix"
+    )
     refused(tool(source, tmp_path / "a.pth", "--prefix", "net."), "with the prefix net.")
-    refused(tool(source, tmp_path / "a.pth", "--prefix", "loss."), "w.ckpt: weights named as")
+    refused(
+        tool(source, tmp_path / "a.pth", "--prefix", "loss."), "w.ckpt: weights with names like"
+    )
     status, output, _ = tool(source, tmp_path / "a.pth", "--prefix", "model.")
     assert status == 0 and "| dropped | loss.weight" in output
     assert tool(source, tmp_path / "b.pth", "--prefix", "model", "--whole")[0] == 0
@@ -245,11 +249,14 @@ def test_all_weights_are_written_on_request(run, tmp_path, tool):
     [
         ("MODEL: !!python/object/apply:os.system ['touch {marker}']", ["line 1", "not allowed"]),
         ("MODEL: [", ["the config in", "line 1: expected"]),
-        ("SOLVER: {MAX_ITER: 3}", ["is no yaml config with a MODEL"]),
-        ("model: {_target_: os.system, command: 'touch {marker}'}", ["is no yaml config with a"]),
+        ("SOLVER: {MAX_ITER: 3}", ["is not a yaml config with a MODEL"]),
+        (
+            "model: {_target_: os.system, command: 'touch {marker}'}",
+            ["is not a yaml config with a"],
+        ),
         ("MODEL: {RESENTS: {DEPTH: 50}}", ["MODEL.RESENTS does not exist"]),
         ("MODEL: {BACKBONE: {NAME: build_nothing}}", ["build_nothing is not registered"]),
-        ("_BASE_: /etc/passwd", ["is no yaml config with a MODEL"]),
+        ("_BASE_: /etc/passwd", ["is not a yaml config with a MODEL"]),
     ],
 )
 def test_configs_in_checkpoints(run, tmp_path, tool, config, parts):
@@ -301,6 +308,6 @@ def test_targets_and_arguments(run, tmp_path, tool):
 def test_from_python(run, tmp_path):
     with pytest.raises(UsageError, match="no config: --allow"):
         source = saved(tmp_path / "a.pth", model={"backbone.a": torch.ones(1)})
-        convert_backbone(source, tmp_path / "b.pth", allow=["a"])
+        convert_checkpoint(source, tmp_path / "b.pth", allow=["a"])
     with pytest.raises(CheckpointError, match="holds no averaged weights"):
-        convert_backbone(source, tmp_path / "b.pth", build_target(DETECTOR), weights="ema")
+        convert_checkpoint(source, tmp_path / "b.pth", build_target(DETECTOR), weights="ema")

@@ -45,8 +45,31 @@ def test_others_read_it(file, weights):
         metadata = opened.metadata()
         assert set(opened.keys()) == set(weights)
         assert torch.equal(opened.get_tensor("a.weight"), weights["a.weight"])
-    assert metadata["format"] == "pt"
-    assert {key: json.loads(metadata[key]) for key in FACTS} == FACTS
+    assert list(metadata) == ["sasa_det"]
+    assert json.loads(metadata["sasa_det"])["facts"] == FACTS
+
+
+# What the version before wrote, with each fact under a key of its own.
+EARLIER = (
+    b"8\x01\x00\x00\x00\x00\x00\x00"
+    b'{"__metadata__":{"sasa_det_sha256":"'
+    b'6734aa5fa82bf1d4449a00520b7a37b1bb44281338a4c79755a3466b902a8a46","format":"pt",'
+    b'"config":"\\"A: \\\\u00e4\\\\n\\"","matching_heuristics":"true","mean":"[123.675, 0.1]"},'
+    b'"b":{"dtype":"F32","shape":[2],"data_offsets":[8,16]},'
+    b'"a":{"dtype":"I64","shape":[],"data_offsets":[0,8]}}       '
+    b"\x03\x00\x00\x00\x00\x00\x00\x00\x00\x00\xc0?\x00\x00\x00\xc0"
+)
+
+
+def test_a_file_of_the_version_before_is_read_with_its_facts(tmp_path, assert_same):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(EARLIER)
+    weights = {"b": torch.tensor([1.5, -2.0]), "a": torch.tensor(3)}
+    facts = {"config": "A: ä\n", "matching_heuristics": True, "mean": [123.675, 0.1]}
+    assert_same(read_checkpoint(path), {"model": weights, **facts})
+    path.write_bytes(EARLIER.replace(b"0.1]", b"0.2]"))
+    with pytest.raises(CheckpointError, match="does not match its checksum"):
+        read_checkpoint(path)
 
 
 def test_a_file_from_elsewhere_gives_its_weights_alone(tmp_path, weights, assert_same):
@@ -65,9 +88,9 @@ def test_a_changed_byte_is_refused(file):
         changed[place] ^= 1
         file.write_bytes(changed)
         try:
-            # Where the checksum's own name is changed, the file is one from elsewhere.
+            # Where the name of our metadata is changed, the file is one from elsewhere.
             assert list(read_checkpoint(file)) == ["model"]
-            assert b"sasa_det_sha256" not in changed
+            assert b'"sasa_det"' not in changed
         except CheckpointError as error:
             assert str(file) in str(error) and "\n" not in str(error)
 
@@ -119,7 +142,7 @@ def test_a_truncated_file_is_refused(file):
 
 def test_what_json_cannot_hold_is_refused(tmp_path, weights):
     path = tmp_path / "a.safetensors"
-    with pytest.raises(CheckpointError, match="safetensors holds weights and JSON alone"):
+    with pytest.raises(CheckpointError, match="safetensors holds only weights and JSON"):
         write_checkpoint({"model": weights, "trainer": {"state": torch.ones(1)}}, path)
     assert not any(tmp_path.iterdir())
 

@@ -270,7 +270,9 @@ def test_nothing_fits(source, tmp_path):
 
 def test_a_layout_that_is_unknown(tmp_path):
     write_checkpoint({"model": {"features.0.weight": torch.ones(1)}}, tmp_path / "vgg.pth")
-    with pytest.raises(CheckpointError, match="vgg.pth: weights named as features.0.weight are"):
+    with pytest.raises(
+        CheckpointError, match="vgg.pth: weights with names like features.0.weight do not"
+    ):
         write_backbone(read_contents(tmp_path / "vgg.pth"), tmp_path / "a.pth", built(classifier()))
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from sasa_det.checkpoint import Checkpointer, read_checkpoint
-from sasa_det.checkpoint.sharding import whole, whole_state
+from sasa_det.checkpoint.sharding import full_state, full_tensor
 from sasa_det.engine import load_config
 from sasa_det.engine.distributed import distribute, unsharded, without_sync
 from sasa_det.engine.hooks import ModelEma
@@ -59,7 +59,7 @@ def losses_and_gradients(model, batch):
         other = sum(model(batch[1:]).values())
         other.backward()
     parameters = (p for p in model.parameters() if p.requires_grad)
-    return torch.stack([one, other]).detach(), [whole(p.grad) for p in parameters]
+    return torch.stack([one, other]).detach(), [full_tensor(p.grad) for p in parameters]
 
 
 def assert_equal_training(copied, sharded, batch):
@@ -76,7 +76,7 @@ def built(cfg):
     torch.manual_seed(comm.get_rank())
     model = build_model(cfg)
     sharded = distribute(copy.deepcopy(model), shard=True)
-    first = [whole(parameter.detach()) for parameter in sharded.parameters()]
+    first = [full_tensor(parameter.detach()) for parameter in sharded.parameters()]
     # DDP takes the weights of the first process as well.
     copied = distribute(model)
     assert all(map(torch.equal, first, copied.parameters()))
@@ -103,13 +103,13 @@ def check_retinanet(folder):
     # What is evaluated and what is saved, of the model and of its average.
     ema = ModelEma(sharded, 0.9)
     ema.update()
-    average = whole_state(ema.state_dict(), keep=True)["weights"]
+    average = full_state(ema.state_dict(), keep=True)["weights"]
     optimizer.step()
     Checkpointer(sharded, str(folder), ema=ema).save("model_final", iteration=1)
     comm.synchronize()
     saved = read_checkpoint(folder / "model_final.pth")
     alone = copied.module
-    state = whole_state(sharded.state_dict(), keep=True)  # with this process' batch statistics
+    state = full_state(sharded.state_dict(), keep=True)  # with this process' batch statistics
     for weights, applied in (({}, None), (average, ema)):
         alone.load_state_dict({**state, **weights})
         assert_equal_inference(alone, sharded, applied)
@@ -123,8 +123,8 @@ def check_retinanet(folder):
             parameter.zero_()
     other = ModelEma(sharded, 0.9)
     Checkpointer(sharded, str(folder), ema=other).resume_or_load("")
-    assert_equal(whole_state(sharded.state_dict(), keep=True), saved["model"])
-    assert_equal(whole_state(other.state_dict(), keep=True)["weights"], average)
+    assert_equal(full_state(sharded.state_dict(), keep=True), saved["model"])
+    assert_equal(full_state(other.state_dict(), keep=True)["weights"], average)
     assert all(isinstance(p, DTensor) for p in sharded.parameters())
     alone.load_state_dict(saved["model"])
     assert_equal_training(copied, sharded, samples(2, rank + 9, 3))
@@ -200,7 +200,7 @@ def stepped(model, **options):
 
 
 def weight(model):
-    return whole(model.map.weight.detach()).clone()
+    return full_tensor(model.map.weight.detach()).clone()
 
 
 def check_steps():
@@ -213,9 +213,9 @@ def check_steps():
 
     # The norm that is clipped is that of all shards.
     sharded = distribute(Linear(), shard=True)
-    initial = whole_state(sharded.state_dict(), keep=True)
+    initial = full_state(sharded.state_dict(), keep=True)
     stepped(sharded, max_norm=0.01)
-    change = [whole(p.detach()) - initial[name] for name, p in sharded.named_parameters()]
+    change = [full_tensor(p.detach()) - initial[name] for name, p in sharded.named_parameters()]
     norm = torch.cat([value.flatten() for value in change]).norm()
     torch.testing.assert_close(norm, torch.tensor(0.01), rtol=1e-3, atol=0)
 

@@ -5,7 +5,7 @@ import yaml
 from detectron2.modeling import build_model
 
 from sasa_det.checkpoint import Checkpointer, read_checkpoint, write_checkpoint
-from sasa_det.checkpoint.convert import convert_backbone
+from sasa_det.checkpoint.convert import convert_checkpoint
 from sasa_det.engine import load_config
 from sasa_det.engine.hooks import ModelEma
 
@@ -23,7 +23,7 @@ def test_a_detector_is_trained_from_a_classifier_s_backbone(command, tmp_path):
         ema.update()
     source = Checkpointer(model, str(tmp_path), ema=ema)
     source.save("classifier", iteration=9, config=cfg.dump())
-    convert_backbone(tmp_path / "classifier.pth", tmp_path / "a.pth", weights="ema")
+    convert_checkpoint(tmp_path / "classifier.pth", tmp_path / "a.pth", weights="ema")
     options = (*ONE_STEP, "SOLVER.BASE_LR", 1e-8)
     assert command(*options, "MODEL.WEIGHTS", tmp_path / "a.pth") == 0
     trained = read_checkpoint(tmp_path / "run" / "model_final.pth")["model"]

@@ -12,7 +12,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from sasa_det.checkpoint import read_checkpoint
-from sasa_det.checkpoint.convert import convert_backbone
+from sasa_det.checkpoint.convert import convert_checkpoint
 from sasa_det.engine.hooks import BestMetric
 
 FROZEN = [
@@ -75,7 +75,7 @@ def test_averages_are_what_is_evaluated_as_such(command, tmp_path):
     assert len(found["raw"]) == 300 and found["raw"] != found["ema"]
     for weights in found:
         source, alone = tmp_path / "run" / "model_final.pth", tmp_path / f"{weights}.pth"
-        convert_backbone(source, alone, whole=True, weights=weights)
+        convert_checkpoint(source, alone, whole=True, weights=weights)
         folder = tmp_path / weights
         words = ["--eval-only", "MODEL.WEIGHTS", alone, *options, "OUTPUT_DIR", folder]
         assert command(*words) == 0
