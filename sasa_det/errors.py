@@ -1,4 +1,4 @@
-"""Mistakes of users and damaged files, and how commands tell them."""
+"""The errors that commands report in one sentence, without a traceback."""
 
 import difflib
 import os
@@ -16,16 +16,16 @@ __all__ = [
     "USAGE_ERRORS",
     "UsageError",
     "nearest",
-    "tell",
+    "print_error",
 ]
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be read, written or used, told in one sentence."""
+    """A checkpoint cannot be read, written or used."""
 
 
 class TransferError(CheckpointError):
-    """Weights that a backbone needs and a checkpoint does not have.
+    """A checkpoint lacks weights that a backbone needs.
 
     Attributes:
         report (Report): what became of every weight.
@@ -37,11 +37,11 @@ class TransferError(CheckpointError):
 
 
 class DatasetError(ValueError):
-    """A data set that cannot be used as it is."""
+    """A data set cannot be used as it is."""
 
 
 class ImageError(DatasetError):
-    """An image that cannot be used.
+    """An image cannot be used.
 
     Attributes:
         path (str or None): the image's file.
@@ -54,15 +54,15 @@ class ImageError(DatasetError):
 
 
 class UsageError(Exception):
-    """A mistake in a command, a config or an output folder, told in one sentence."""
+    """A command, a config or an output folder holds a mistake of the user."""
 
 
-# What commands tell in one sentence, without a traceback.
+# What commands report without a traceback.
 USAGE_ERRORS = (UsageError, CheckpointError, DatasetError, FileNotFoundError)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """End a sentence about an unknown name with the nearest known one, if there is any.
+    """Return the end of a sentence about an unknown name, with a similar known one if there is any.
 
     Args:
         name: what was given.
@@ -75,8 +75,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {matches[0]}?" if matches else "."
 
 
-def tell(error: Exception) -> int:
-    """Print a mistake to stderr, with its traceback if $SASA_DET_TRACEBACK is set.
+def print_error(error: Exception) -> int:
+    """Print an error to stderr, with its traceback if $SASA_DET_TRACEBACK is set.
 
     Args:
         error: one of :data:`USAGE_ERRORS`.

@@ -10,7 +10,7 @@ from pathlib import Path
 # Until run_command takes Ctrl-C over: the imports take seconds.
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-from sasa_det.analysis.complexity import count_model, default_image_size, parts_report
+from sasa_det.analysis.complexity import count_config, default_image_size, parts_report
 from sasa_det.analysis.paper import draw_figure_5, paper_report
 from sasa_det.engine import load_config
 from sasa_det.engine.defaults import positive_int, run_command
@@ -80,7 +80,7 @@ def main() -> None:
     else:
         cfg = load_config(args.config_file, args.opts)
         size = args.size or default_image_size(cfg)
-        print(parts_report(count_model(cfg, *size), *size))
+        print(parts_report(count_config(cfg, *size), *size))
 
 
 if __name__ == "__main__":

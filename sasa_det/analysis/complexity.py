@@ -20,7 +20,6 @@ __all__ = [
     "Part",
     "billions",
     "count_config",
-    "count_model",
     "markdown",
     "millions",
     "parts_report",
@@ -66,15 +65,25 @@ def count_config(cfg: CfgNode, height: int, width: int) -> list[Part]:
         list[Part]: the children of the backbone, or of what its FPN stands on, by their names;
         FPN; and head, or linear for a classifier's own. What a backbone does outside its children
         is called other.
+
+    Raises:
+        UsageError: if the model cannot be built or run.
     """
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "meta"
-    with torch.device("meta"):
-        model = build_model(cfg).eval()
+    try:
+        with torch.device("meta"):
+            model = build_model(cfg).eval()
+        return _count(model, len(cfg.MODEL.PIXEL_MEAN), height, width)
+    except BUILD_ERRORS as error:
+        raise UsageError(explain_build_error(error)) from error
+
+
+def _count(model: nn.Module, channels: int, height: int, width: int) -> list[Part]:
     divisor = max(1, model.backbone.size_divisibility)
     height, width = (-(-size // divisor) * divisor for size in (height, width))
-    image = torch.empty(1, len(cfg.MODEL.PIXEL_MEAN), height, width, device="meta")
+    image = torch.empty(1, channels, height, width, device="meta")
     parts, features = _count_backbone(model.backbone, image)
     return parts + _count_head(model, features)
 
@@ -134,25 +143,6 @@ def _parameters(module: nn.Module) -> int:
 _DETECTOR_SIZE = 640
 
 
-def count_model(cfg: CfgNode, height: int, width: int) -> list[Part]:
-    """Count the model that a config builds, as :func:`count_config` does.
-
-    Args:
-        cfg: a config of a model with a backbone.
-        height, width: size of the image in pixels.
-
-    Returns:
-        list[Part]: the parts of the model.
-
-    Raises:
-        UsageError: from the error that building or running the model raised.
-    """
-    try:
-        return count_config(cfg, height, width)
-    except BUILD_ERRORS as error:
-        raise UsageError(explain_build_error(error)) from error
-
-
 def default_image_size(cfg: CfgNode) -> tuple[int, int]:
     """Return height and width of the images that a config's model is counted on by default."""
     is_classifier = cfg.MODEL.META_ARCHITECTURE == "Classifier"
@@ -164,7 +154,7 @@ def parts_report(parts: list[Part], height: int, width: int) -> str:
     """Tabulate the parts of a model and their sum.
 
     Args:
-        parts: from :func:`sasa_det.analysis.complexity.count_config`.
+        parts: from :func:`count_config`.
         height, width: size of the image they were counted on, in pixels.
 
     Returns:

@@ -18,6 +18,13 @@ __all__ = ["CostedModel", "draw_cost_figure"]
 
 Cost = Callable[["CostedModel"], float]
 
+_TITLE = (
+    "ImageNet accuracy against cost, after Figure 5 of "
+    '"Stand-Alone Self-Attention in Vision Models"'
+)
+_PRINTED_LABEL = "printed in Table 1, by number of layers"
+_WIDTHS_TITLE = "ResNet-50 by factor on its width, for which the paper prints no numbers"
+
 _DPI = 120
 
 _FONT_SIZE = 7.5
@@ -53,14 +60,7 @@ class CostedModel:
     measured: float | None = None
 
 
-def draw_cost_figure(
-    models: Sequence[CostedModel],
-    path: str | os.PathLike,
-    *,
-    title: str,
-    circles: str,
-    strip: str,
-) -> None:
+def draw_cost_figure(models: Sequence[CostedModel], path: str | os.PathLike) -> None:
     """Draw accuracies against FLOPs and against parameters into one PNG.
 
     Published accuracies of a series are circles on a line, measured ones are stars. Models of a
@@ -69,25 +69,22 @@ def draw_cost_figure(
     Args:
         models: at least one of them with an accuracy.
         path: the PNG to write.
-        title: of the picture.
-        circles: what the circles are, for the legend.
-        strip: what the models in the strip are.
 
     Raises:
         ValueError: no model has an accuracy.
     """
-    figure = _figure(models, title, circles, strip)
+    figure = _figure(models)
     with whole_file(path) as part:
         FigureCanvasAgg(figure).print_png(part)
 
 
-def _figure(models: Sequence[CostedModel], title: str, circles: str, strip: str) -> Figure:
+def _figure(models: Sequence[CostedModel]) -> Figure:
     if all(model.printed is None and model.measured is None for model in models):
         raise ValueError("models must hold one with an accuracy, published or measured.")
     series = dict.fromkeys(model.series for model in models if model.series)
     colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(series)}
     figure = Figure(figsize=(12, 6.8), dpi=_DPI, layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(_TITLE)
     panels, strips = figure.subplots(2, 2, height_ratios=(4, 1))
     costs: dict[str, Cost] = {
         "FLOPs of one image (billions)": lambda model: model.flops / 1e9,
@@ -96,11 +93,11 @@ def _figure(models: Sequence[CostedModel], title: str, circles: str, strip: str)
     for panel, below, (label, cost) in zip(panels, strips, costs.items(), strict=True):
         _draw_accuracies(panel, models, cost, colours)
         _draw_costs(below, models, cost, colours)
-        below.set_title(strip, fontsize=9)
+        below.set_title(_WIDTHS_TITLE, fontsize=9)
         for axes in (panel, below):
             axes.set_xlabel(label)
             axes.grid(alpha=0.3)
-    handles = _legend(models, colours, circles)
+    handles = _legend(models, colours)
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     return figure
 
@@ -149,12 +146,12 @@ def _draw_costs(
     axes.set_yticks([])
 
 
-def _legend(models: Sequence[CostedModel], colours: dict[str, str], circles: str) -> list[Line2D]:
+def _legend(models: Sequence[CostedModel], colours: dict[str, str]) -> list[Line2D]:
     handles = [Line2D([], [], color=colour, lw=3, label=name) for name, colour in colours.items()]
     measured = [model for model in models if model.measured is not None]
     if not all(model.series for model in measured):
         handles.append(Line2D([], [], color=_OF_NO_SERIES, lw=3, label="other models"))
-    handles.append(Line2D([], [], color="black", ls="", label=circles, **_PRINTED))
+    handles.append(Line2D([], [], color="black", ls="", label=_PRINTED_LABEL, **_PRINTED))
     if measured:
         handles.append(Line2D([], [], color="black", ls="", label="measured", **_MEASURED))
     return handles

@@ -11,7 +11,7 @@ from ..errors import UsageError, nearest
 from .complexity import (
     Part,
     billions,
-    count_model,
+    count_config,
     default_image_size,
     markdown,
     millions,
@@ -22,14 +22,6 @@ from .cost_figure import CostedModel, draw_cost_figure
 from .paper_tables import ABLATIONS, PAPER_TABLES, Row, Table
 
 __all__ = ["count_row", "draw_figure_5", "paper_report"]
-
-
-_FIGURE_5 = {
-    "title": "ImageNet accuracy against cost, after Figure 5 of "
-    '"Stand-Alone Self-Attention in Vision Models"',
-    "circles": "printed in Table 1, by number of layers",
-    "strip": "ResNet-50 by factor on its width, for which the paper prints no numbers",
-}
 
 
 def count_row(configs: Path, table: Table, row: Row) -> Part:
@@ -44,7 +36,7 @@ def count_row(configs: Path, table: Table, row: Row) -> Part:
         Part: the whole model.
     """
     cfg = load_config(str(_path(configs, table, row)), row.opts)
-    return total(count_model(cfg, table.size, table.size))
+    return total(count_config(cfg, table.size, table.size))
 
 
 def paper_report(configs: Path) -> str:
@@ -68,8 +60,8 @@ def draw_figure_5(
 ) -> str:
     """Draw top-1 accuracies against FLOPs and against parameters, and tabulate what is drawn.
 
-    The accuracies are those that Table 1 prints and those of ``results``. For the widths the paper
-    prints none; what they cost is drawn without.
+    The accuracies are those that Table 1 prints and those of ``results``. The paper prints none for
+    the widths of Figure 5: only their costs are drawn.
 
     Args:
         configs: the folder of all configs.
@@ -101,7 +93,7 @@ def draw_figure_5(
         models.append(CostedModel(row.name, row.series, *costs, row.accuracy, measured.get(path)))
     models += others
     try:
-        draw_cost_figure(models, output, **_FIGURE_5)
+        draw_cost_figure(models, output)
     except OSError as error:
         raise UsageError(f"--output {output} cannot be written: {error.strerror}.") from error
     return _table(models)
@@ -117,7 +109,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
     folder = next(folder for folder in output.absolute().parents if folder.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UsageError(
-            f"--output {output} cannot be written: {folder} is no folder that can be written to."
+            f"--output {output} cannot be written: {folder} is not a folder that can be written to."
         )
 
 
@@ -147,7 +139,7 @@ def _other_model(path: Path, top1: float, results: Path) -> CostedModel:
             f"{results}: {path} must be the config of a classifier, with MODEL.META_ARCHITECTURE "
             f"Classifier, got {cfg.MODEL.META_ARCHITECTURE}."
         )
-    count = total(count_model(cfg, *default_image_size(cfg)))
+    count = total(count_config(cfg, *default_image_size(cfg)))
     return CostedModel(path.stem, "", count.flops, count.parameters, measured=top1)
 
 

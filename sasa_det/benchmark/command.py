@@ -14,7 +14,7 @@ import torch
 
 from ..engine.defaults import log_to, positive_int
 from ..engine.output_folder import refuse_existing
-from ..errors import UsageError, tell
+from ..errors import UsageError, print_error
 from ..utils.files import write_text
 from ..utils.machine import describe_machine
 from .cases import GROUPS, make_cases
@@ -53,7 +53,9 @@ def main(configs: Path, argv: Sequence[str] | None = None) -> int:
     groups = args.cases.split(",")
     unknown = sorted(set(groups) - set(GROUPS))
     if unknown:
-        return tell(UsageError(f"--cases takes {', '.join(GROUPS)}, got {', '.join(unknown)}."))
+        return print_error(
+            UsageError(f"--cases takes {', '.join(GROUPS)}, got {', '.join(unknown)}.")
+        )
     cases = make_cases(settings, groups)
     if args.memory_of:
         _print_memory(cases, *args.memory_of, device)
@@ -62,7 +64,7 @@ def main(configs: Path, argv: Sequence[str] | None = None) -> int:
     try:
         refuse_existing(output)
     except UsageError as error:
-        return tell(error)
+        return print_error(error)
     log_to(None)
     command = [sys.argv[0], "--device", device, "--dtype", args.dtype]
     command += ["--batch", str(args.batch), "--image-size", str(args.image_size)]

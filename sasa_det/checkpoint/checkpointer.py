@@ -2,7 +2,8 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ from .writing import write_checkpoint
 __all__ = ["Checkpointer"]
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def _noting(failures: dict[str, str], name: str) -> Iterator[None]:
+    """Keep the message of a CheckpointError in a block under a name, and go on."""
+    try:
+        yield
+    except CheckpointError as error:
+        failures[name] = str(error)
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -66,7 +76,7 @@ class Checkpointer(DetectionCheckpointer):
             return
         path = Path(self.save_dir, f"{name}.pth")
         if path.name != f"{name}.pth":
-            raise CheckpointError(f"the name of a checkpoint must be a bare one, got {name!r}.")
+            raise CheckpointError(f"the name {name!r} of a checkpoint must not contain a folder.")
         parts = {"model": self.model, **self.checkpointables}
         data = {key: part.state_dict() for key, part in parts.items()}
         if sharded:
@@ -139,27 +149,20 @@ class Checkpointer(DetectionCheckpointer):
             CheckpointError: if none is valid, naming what was tried.
         """
         last = None
-        tried = {}
-        try:
+        tried: dict[str, str] = {}
+        with _noting(tried, "last_checkpoint"):
             last = self._last_checkpoint()
             return last, self._read_training_state(last)
-        except CheckpointError as error:
-            tried["last_checkpoint"] = str(error)
         iterations = {}
         for path in self._training_files():
-            if path != last:
-                try:
+            with _noting(tried, path.name):
+                if path != last:
                     iterations[path] = read_iteration(path)
-                except CheckpointError as error:
-                    tried[path.name] = str(error)
         for path in sorted(iterations, key=iterations.get, reverse=True):
-            try:
+            with _noting(tried, path.name):
                 checkpoint = self._read_training_state(path)
-            except CheckpointError as error:
-                tried[path.name] = str(error)
-                continue
-            logger.warning("%s Resuming from %s in its place.", tried["last_checkpoint"], path)
-            return path, checkpoint
+                logger.warning("%s Resuming from %s instead.", tried["last_checkpoint"], path)
+                return path, checkpoint
         reasons = "; ".join(f"{name}: {reason.rstrip('.')}" for name, reason in tried.items())
         raise CheckpointError(f"{self.save_dir} holds no valid training state ({reasons}).")
 
@@ -184,10 +187,9 @@ class Checkpointer(DetectionCheckpointer):
             if (match := name.fullmatch(path.name))
         }
         files = sorted(numbers, key=numbers.get)
-        try:
+        last = None
+        with suppress(CheckpointError):
             last = self._last_checkpoint()
-        except CheckpointError:
-            last = None
         old = [path for path in files[:-keep] if path != last]
         kept = [path for path in (last, *reversed(files)) if path and path not in old]
         if not old or not self._has_valid(kept):
@@ -197,10 +199,9 @@ class Checkpointer(DetectionCheckpointer):
             path.unlink(missing_ok=True)
 
     def has_checkpoint(self) -> bool:
-        """Tell whether ``save_dir`` has something to resume, valid or not."""
-        if not self.save_dir:
-            return False
-        return Path(self.save_dir, "last_checkpoint").exists() or bool(self._training_files())
+        """Return whether ``save_dir`` has something to resume, valid or not."""
+        tag = Path(self.save_dir, "last_checkpoint")
+        return bool(self.save_dir) and (tag.exists() or bool(self._training_files()))
 
     def get_checkpoint_file(self) -> str:
         """Return the file that ``last_checkpoint`` names, "" if there is none in the folder."""
@@ -218,15 +219,12 @@ class Checkpointer(DetectionCheckpointer):
         except OSError as error:
             raise CheckpointError(f"{tag} could not be written ({error.strerror}).") from error
 
-    def _load_file(self, f: str) -> dict[str, Any]:
-        return read_checkpoint(f)
-
     def _last_checkpoint(self) -> Path:
         """Return the file of the folder that ``last_checkpoint`` names, and nothing outside."""
         tag = Path(self.save_dir, "last_checkpoint")
         try:
             if tag.exists() and not tag.is_file():
-                raise CheckpointError(f"{tag} is no file.")  # a pipe would be waited for
+                raise CheckpointError(f"{tag} is not a regular file.")  # a pipe would be waited for
             with tag.open("rb") as file:
                 name = file.read(4096).decode(errors="replace").strip()
         except OSError as error:
@@ -235,7 +233,7 @@ class Checkpointer(DetectionCheckpointer):
             raise CheckpointError(f"{tag} is empty.")
         path = Path(self.save_dir, name)
         if path.name != name or not self._is_inside(path):
-            raise CheckpointError(f"{tag} names {name[:200]!r}, which is no file of its folder.")
+            raise CheckpointError(f"{tag} names {name[:200]!r}, which is not a file of its folder.")
         return path
 
     def _training_files(self) -> list[Path]:

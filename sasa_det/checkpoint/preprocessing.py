@@ -91,7 +91,7 @@ def warn_of_preprocessing(cfg: CfgNode, loaded: Mapping[str, Any]) -> None:
     if expected is None:
         return
     if not is_preprocessing(expected):
-        logger.warning("The weights carry a preprocessing that is not understood: %.100r", expected)
+        logger.warning("The preprocessing of the weights is not understood: %.100r", expected)
         return
     lazy = getattr(cfg, "lazy", None)
     if lazy is None:

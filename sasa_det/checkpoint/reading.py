@@ -47,7 +47,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     path = Path(path)
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
-            raise CheckpointError("it is no regular file")  # a pipe would be waited for
+            raise CheckpointError("it is not a regular file")  # a pipe would be waited for
         with open(path, "rb") as file:
             check_integrity(file)
             file.seek(0)
@@ -68,7 +68,7 @@ def iteration_of(content: Any, path: Path) -> int:
     """
     iteration = content.get("iteration") if isinstance(content, dict) else None
     if type(iteration) is not int or iteration < 0:
-        raise CheckpointError(f"{path} holds no training state, which has an iteration.")
+        raise CheckpointError(f"{path} holds no training state: it has no iteration.")
     return iteration
 
 
@@ -213,5 +213,5 @@ def _explained(path: Path, error: Exception) -> CheckpointError:
     # What torch found comes after its advice.
     reason = str(error).split("WeightsUnpickler error: ")[-1].strip().partition("\n")[0]
     return CheckpointError(
-        f"{path} is no checkpoint ({': '.join(filter(None, [type(error).__name__, reason]))})."
+        f"{path} is not a checkpoint ({': '.join(filter(None, [type(error).__name__, reason]))})."
     )

@@ -57,7 +57,7 @@ def locate(weights: str | os.PathLike) -> Source:
     try:
         parts = urlsplit(weights)
     except ValueError as error:
-        raise CheckpointError(f"weights {weights} are no path or address ({error}).") from error
+        raise CheckpointError(f"weights {weights} are not a path or address ({error}).") from error
     address = parts._replace(query="", fragment="").geturl()
     heuristics = _matching_heuristics(weights, parts.query)
     expected = _expected_digest(weights, parts.fragment)
@@ -131,7 +131,7 @@ def _download(weights: str, scheme: str, address: str, expected: str | None) -> 
         path = Path(PathManager.get_local_path(address))
         if _sha256_of(path) != expected:
             logger.warning(
-                "%s in the cache has not the SHA-256 that MODEL.WEIGHTS says: downloading %s anew.",
+                "%s in the cache does not have the SHA-256 of MODEL.WEIGHTS: downloading %s again.",
                 path,
                 address,
             )

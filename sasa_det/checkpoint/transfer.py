@@ -24,7 +24,7 @@ _OUTSIDE = "outside the backbone"
 _NO_PLACE = "no such weight in the target"
 _NO_STAGE = "no such stage in the target"
 _REPLACED = "attention takes its place"
-_NO_PART = "no part of a plain ResNet or SAN"
+_NO_PART = "not a part of a plain ResNet or SAN"
 _NO_STATISTICS = "the target's norm keeps no statistics"
 _COUNTED = "counted by the model itself"
 _ATTENTION = "attention has no counterpart in a convolutional network"
@@ -71,14 +71,14 @@ class Report:
             f"{len(self.mismatched)} of another shape.",
         ]
         if self.preprocessing is None:
-            lines.append("Preprocessing: unknown, the source does not tell it.")
+            lines.append("Preprocessing: unknown, since the source does not say it.")
         else:
             lines.append(
                 "Preprocessing: {format}, {pixel_mean}, {pixel_std}.".format(**self.preprocessing)
             )
         if self.weights_allow:
             lines.append(
-                "To start from weights that are not whole, a run needs MODEL.WEIGHTS_ALLOW "
+                "To start from these incomplete weights, a run needs MODEL.WEIGHTS_ALLOW "
                 f'"{list(self.weights_allow)}".'
             )
         return "\n".join(lines)
@@ -215,8 +215,8 @@ def _check_strides(model: nn.Module) -> None:
         strided = getattr(module, "stride", 1) not in (1, (1, 1))
         if strided and re.search(r"\bres\d\.\d+\.conv1$", name):
             raise CheckpointError(
-                f"it has the strides of its stages in 3x3 convolutions and the target, as in {name}"
-                ", in 1x1 ones; set MODEL.RESNETS.STRIDE_IN_1X1 False"
+                f"its stages have their strides in 3x3 convolutions, the target's in 1x1 ones, "
+                f"as in {name}; set MODEL.RESNETS.STRIDE_IN_1X1 False"
             )
 
 

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
 from ..data.catalog import num_classes_of
-from ..errors import UsageError, nearest, tell
+from ..errors import UsageError, nearest, print_error
 from .defaults import add_sasa_config
 from .keys import CONFIG_ERRORS, explain, flatten
 from .load import class_keys, prefer_given, register_datasets
@@ -189,10 +189,10 @@ def _load_unchecked(*source: Any) -> LazySettings:
 
 
 def tell_in_lazy_keys(error: Exception) -> int:
-    """Print a mistake as :func:`sasa_det.errors.tell`, in the keys of LazyConfigs."""
+    """Print a mistake as :func:`sasa_det.errors.print_error`, in the keys of LazyConfigs."""
     told = UsageError(_YAML_KEY.sub(lambda match: KEYS[match[0]], str(error)))
     told.__cause__ = error
-    return tell(told)
+    return print_error(told)
 
 
 def _load(path: str) -> DictConfig:

@@ -27,7 +27,7 @@ from ..config.changes import log_changes
 from ..config.lazy import load_lazy_config, tell_in_lazy_keys
 from ..config.load import load_config, register_datasets
 from ..data.catalog import classes_in, follow_classes
-from ..errors import USAGE_ERRORS, UsageError, tell
+from ..errors import USAGE_ERRORS, UsageError, print_error
 from ..utils.files import write_text
 from ..utils.text import printable
 from .checks import check_model, check_processes, check_run
@@ -65,17 +65,17 @@ class ConfigKind(NamedTuple):
     Attributes:
         load: makes the config of config file, overrides and the data named on the command line.
         check: tells mistakes in what the config builds, as :func:`check_model`.
-        tell: prints a mistake and returns the exit status, as :func:`sasa_det.errors.tell`.
+        print_error: as :func:`sasa_det.errors.print_error`.
         trainer: of the config.
     """
 
     load: Callable[..., CfgNode]
     check: Callable[..., None]
-    tell: Callable[[Exception], int]
+    print_error: Callable[[Exception], int]
     trainer: type[Trainer]
 
 
-YAML = ConfigKind(load_config, check_model, tell, Trainer)
+YAML = ConfigKind(load_config, check_model, print_error, Trainer)
 
 
 def _ready(cfg: CfgNode, resume: bool, kind: type[Trainer]) -> Trainer:
@@ -143,7 +143,7 @@ def run(
             return _ended(status, output)
     except USAGE_ERRORS as error:
         # Under torchrun all processes read the same config, and find the same mistakes in it.
-        return kind.tell(error) if os.environ.get("LOCAL_RANK", "0") == "0" else 2
+        return kind.print_error(error) if os.environ.get("LOCAL_RANK", "0") == "0" else 2
 
 
 @contextmanager
@@ -179,7 +179,7 @@ def _torchrun_worker(kind: ConfigKind, cfg: CfgNode, args: argparse.Namespace) -
                 output = stack.enter_context(prepared)
                 resumed = output.resumed
             except USAGE_ERRORS as error:
-                status = kind.tell(error)
+                status = kind.print_error(error)
         status, resumed = comm.all_gather((status, resumed))[0]
         if status:
             return status
@@ -225,7 +225,7 @@ def _worker(kind: ConfigKind, cfg: CfgNode, eval_only: bool, resume: bool) -> in
 
 def _tell_once(kind: ConfigKind, error: Exception) -> int:
     """Tell an error that several processes of the run may have met, and return the status 2."""
-    return kind.tell(error) if first_to_say(str(error)) else 2
+    return kind.print_error(error) if first_to_say(str(error)) else 2
 
 
 def begin_run(cfg: CfgNode) -> None:
@@ -272,7 +272,7 @@ def run_command(main: Callable[[], int | None]) -> int:
         print(f"The command ends: {stop}.", file=sys.stderr)
         return stop.status
     except USAGE_ERRORS as error:
-        return tell(error)
+        return print_error(error)
 
 
 def argument_parser(*, coco: bool = True) -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ from PIL import Image
 from sasa_det.analysis import cost_figure
 from sasa_det.analysis.cost_figure import CostedModel, draw_cost_figure
 
-WORDS = {"title": "A title", "circles": "published", "strip": "widths"}
+PRINTED = "printed in Table 1, by number of layers"
 MODELS = [
     CostedModel("net 10", "old", 4_000_000_000, 10_000_000, printed=70.0),
     CostedModel("net 20", "old", 8_000_000_000, 20_000_000, printed=80.0, measured=78.0),
@@ -19,7 +19,7 @@ AXES = {"flops": (4, 8, 3, 1, 9, 5), "parameters": (10, 20, 5, 2, 12, 9)}
 
 
 def drawn(models):
-    return cost_figure._figure(models, *WORDS.values())
+    return cost_figure._figure(models)
 
 
 def points(axes, marker):
@@ -54,9 +54,9 @@ def test_accuracies_are_where_their_costs_are(column, cost):
 
 def test_legend_names_what_is_there():
     for models, expected in (
-        (MODELS, ["old", "new", "other models", "published", "measured"]),
-        (MODELS[:3], ["old", "new", "published", "measured"]),
-        (MODELS[:1], ["old", "published"]),
+        (MODELS, ["old", "new", "other models", PRINTED, "measured"]),
+        (MODELS[:3], ["old", "new", PRINTED, "measured"]),
+        (MODELS[:1], ["old", PRINTED]),
     ):
         (legend,) = drawn(models).legends
         assert [text.get_text() for text in legend.get_texts()] == expected
@@ -64,7 +64,7 @@ def test_legend_names_what_is_there():
 
 def test_the_picture_shows_the_stars(tmp_path):
     path = tmp_path / "new" / "a.png"
-    draw_cost_figure(MODELS, path, **WORDS)
+    draw_cost_figure(MODELS, path)
     with Image.open(path) as image:
         assert image.format == "PNG"
         pixels = np.asarray(image.convert("RGB")).astype(int)
@@ -87,9 +87,9 @@ def test_texts_stay_in_the_picture():
 
 
 def test_measured_alone_and_nothing_at_all(tmp_path):
-    draw_cost_figure(MODELS[-1:], tmp_path / "a.png", **WORDS)
-    draw_cost_figure(MODELS[-2:], tmp_path / "b.png", **WORDS)
+    draw_cost_figure(MODELS[-1:], tmp_path / "a.png")
+    draw_cost_figure(MODELS[-2:], tmp_path / "b.png")
     assert (tmp_path / "a.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="models must hold one with an accuracy"):
-        draw_cost_figure([MODELS[3]], tmp_path / "c.png", **WORDS)
+        draw_cost_figure([MODELS[3]], tmp_path / "c.png")
     assert not (tmp_path / "c.png").exists()

@@ -116,7 +116,7 @@ def test_command_refuses_what_it_cannot_write(tmp_path, command):
     (tmp_path / "folder.png").mkdir()
     for path, told in (
         (tmp_path / "a.jpg", "must end in .png."),
-        (below, f"cannot be written: {output} is no folder that can be written to."),
+        (below, f"cannot be written: {output} is not a folder that can be written to."),
         (tmp_path / "folder.png", "cannot be written: it is a folder."),
     ):
         result = command("--figure", 5, "--overwrite", "--output", path)

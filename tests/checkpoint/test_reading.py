@@ -250,7 +250,7 @@ def test_a_missing_file_and_a_folder(tmp_path):
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match="a.pth cannot be used: it is no regular file"):
+    with pytest.raises(CheckpointError, match="a.pth cannot be used: it is not a regular file"):
         read_checkpoint(tmp_path / "a.pth")
 
 

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from sasa_det.engine.defaults import log_to
-from sasa_det.errors import UsageError, tell
+from sasa_det.errors import UsageError, print_error
 
 HOSTILE = "cup\x1b[2J\x1b]0;title\x07\x9b31m\u202e\r\nerror: forged"
 SHOWN = "cup\\x1b[2J\\x1b]0;title\\x07\\x9b31m\\u202e\\r"
@@ -54,5 +54,5 @@ def test_a_traceback_is_escaped(logged):
 
 
 def test_an_error_is_one_line_whatever_it_names(capsys):
-    assert tell(UsageError(f"class {HOSTILE} is unknown")) == 2
+    assert print_error(UsageError(f"class {HOSTILE} is unknown")) == 2
     assert capsys.readouterr().err == f"error: class {SHOWN}\\nerror: forged is unknown\n"

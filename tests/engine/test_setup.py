@@ -9,7 +9,7 @@ from detectron2.modeling import build_model
 from sasa_det.checkpoint import CheckpointError
 from sasa_det.engine import UsageError, load_config
 from sasa_det.engine.checks import check_metrics, check_model, check_processes, check_run
-from sasa_det.errors import USAGE_ERRORS, tell
+from sasa_det.errors import USAGE_ERRORS, print_error
 
 CONFIG = "configs/Quick/retinanet_SASA.yaml"
 MASK_RCNN = "configs/COCO-InstanceSegmentation/mask_rcnn_SASA_R_50_FPN.yaml"
@@ -330,11 +330,11 @@ def test_errors_of_the_program_show_where_they_come_from(config, monkeypatch, ca
     cfg = config("MODEL.ANCHOR_GENERATOR.SIZES", "[[8], [16]]")
     with pytest.raises(UsageError) as error:
         check_model(cfg, eval_only=True)
-    assert tell(error.value) == 2
+    assert print_error(error.value) == 2
     text = capsys.readouterr().err
     assert text.startswith("error: ") and "Traceback" not in text and "SASA_DET_TRACEBACK" in text
     monkeypatch.setenv("SASA_DET_TRACEBACK", "1")
-    assert tell(error.value) == 2
+    assert print_error(error.value) == 2
     text = capsys.readouterr().err
     assert "Traceback" in text and "anchor_generator.py" in text
     assert text.splitlines()[-1].startswith("error: ")

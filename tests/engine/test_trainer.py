@@ -224,7 +224,7 @@ def test_damaged_newest_checkpoint(command, tmp_path, capsys):
     (folder / "metrics.json").write_text((folder / "metrics.json").read_text() + '{"iterat')
     assert command("--resume", "SOLVER.MAX_ITER", 5) == 0
     printed = capsys.readouterr().out
-    assert "model_0000002.pth in its place" in printed
+    assert "model_0000002.pth instead" in printed
     assert "Starting training from iteration 3" in printed
     # What was written of iteration 3 before is written once, and the torn line is gone.
     lines = (folder / "metrics.json").read_text().splitlines()
