@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 
 from ..errors import DatasetError
 from ..utils.text import printable
@@ -23,17 +23,14 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-def num_classes_of(dataset_names):
-    """Number of classes of registered data sets, known without loading them.
+def num_classes_of(dataset_names: Sequence[str]) -> int:
+    """Return the number of classes of registered data sets without loading them.
 
     Args:
-        dataset_names (sequence[str]): names as in `cfg.DATASETS.TRAIN`, at least one.
-
-    Returns:
-        int: the number of classes.
+        dataset_names: as in ``cfg.DATASETS.TRAIN``, at least one.
 
     Raises:
-        DatasetError: there are no names, a name is not registered, its classes are not known, or
+        DatasetError: if there are no names, a name is not registered, its classes are not known, or
             the data sets do not have the same classes.
     """
     if not dataset_names:
@@ -57,11 +54,11 @@ def num_classes_of(dataset_names):
     return len(classes[first])
 
 
-def metadata_of(name):
+def metadata_of(name: str) -> Metadata:
     """Return the metadata of a registered data set.
 
     Raises:
-        DatasetError: the name is not registered; the message has the nearest ones that are.
+        DatasetError: if the name is not registered; the message has the nearest ones that are.
     """
     if name not in DatasetCatalog:
         nearest = difflib.get_close_matches(name, DatasetCatalog.keys())
@@ -70,19 +67,19 @@ def metadata_of(name):
     return MetadataCatalog.get(name)
 
 
-def are_same_classes(names, others):
-    """Tell whether classes have the same names, in any order if no name stands for two."""
+def are_same_classes(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Return whether classes have the same names, in any order if no name stands for two."""
     same = sorted(names) == sorted(others)
     return list(names) == list(others) or (same and len(set(names)) == len(names))
 
 
-def shortened(names):
+def shortened(names: Sequence[str]) -> str:
     """Say how many classes there are, and the names of the first ones."""
     shown = ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")
     return f"{len(names)}: {shown}"
 
 
-def class_differences(names, others):
+def class_differences(names: Sequence[str], others: Sequence[str]) -> str:
     """Say which classes only one of two data sets has, or nothing if it is their order alone."""
     first, second = sorted(set(names) - set(others)), sorted(set(others) - set(names))
     sides = {"first": first, "second": second}
@@ -164,10 +161,8 @@ def follow_classes(
     else:
         order = partial(list, classes)
     for name in names:
-        if name not in DatasetCatalog:
-            metadata_of(name)  # which says so
+        own = {key: vars(metadata_of(name)).get(key) for key in _INDEXED}
         load = DatasetCatalog.pop(name)
-        own = {key: vars(MetadataCatalog.get(name)).get(key) for key in _INDEXED}
         if isinstance(load, partial) and load.func is _load_in_order:
             _, load, own, *_ = load.args
         DatasetCatalog.register(name, partial(_load_in_order, name, load, own, order, owner))

@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 from ..errors import ImageError
 from .images import MAX_PIXELS, read_rgb
-from .loader import TrainLoader, end_with_parent, sampled_epochs
+from .loader import TrainLoader, end_with_parent, loader_options, sampled_epochs
 
 __all__ = [
     "ClassificationMapper",
@@ -167,12 +167,8 @@ def build_classification_train_loader(cfg: CfgNode, seed: int | None = None) -> 
         batch_size=cfg.SOLVER.IMS_PER_BATCH,
         seed=max(cfg.SEED, 0) if seed is None else seed,
         epochs=sampled_epochs(records),
-        parts=cfg.SOLVER.ACCUMULATION_STEPS,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-        pin_memory=cfg.MODEL.DEVICE.startswith("cuda"),
         collate=collate_classification,
-        max_unreadable=cfg.DATALOADER.SKIP_UNREADABLE,
-        max_unreadable_fraction=cfg.DATALOADER.SKIP_UNREADABLE_FRACTION,
+        **loader_options(cfg),
     )
 
 

@@ -2,7 +2,9 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
@@ -12,7 +14,7 @@ from .builtin import root_hint
 from .catalog import are_same_classes, metadata_of, shortened
 from .coco_entries import MISSING_FILE, NO_POLYGON, UNUSED_KEYPOINTS, UNUSED_MASK
 from .coco_records import load_coco
-from .validation import check_exists, validate_coco
+from .validation import CocoReport, check_exists, validate_coco
 from .validation_report import summarize_warnings
 
 __all__ = ["check_coco", "check_registered", "register_coco"]
@@ -23,48 +25,57 @@ logger = logging.getLogger(__name__)
 _KEPT = 10
 
 # Reports on files without errors, so that a process reads each only once.
-_known_reports = {}
+_known_reports: dict[tuple, CocoReport] = {}
 
 
-def check_coco(json_file, image_root, *, training=None, **options):
+def check_coco(
+    json_file: str | os.PathLike,
+    image_root: str | os.PathLike,
+    *,
+    training: bool | None = None,
+    **options: Any,
+) -> CocoReport:
     """Check that a COCO json file and its images can be trained or evaluated on.
 
     Args:
-        json_file (str or path): COCO instances json; anything that detectron2's PathManager reads.
-        image_root (str or path): the local folder that the images' `file_name` is relative to.
-        training (bool or None): True for a training set, which must hold annotations; False for an
-            evaluation set, whose annotations must have the `area` and `iscrowd` that the COCO
-            metrics need; None where the use is not known yet.
-        **options: `max_pixels`, `mask_format` and `num_keypoints` of `validate_coco`.
+        json_file, image_root, training: as of :func:`validate_coco`.
+        **options: ``max_pixels``, ``mask_format`` and ``num_keypoints`` of the same.
 
     Returns:
         CocoReport: what the file holds, and warnings.
 
     Raises:
-        FileNotFoundError: the json file, the folder or an image is missing.
-        DatasetError: the json file cannot be used; the message names it, its first problem and how
-            many more there are.
+        FileNotFoundError: if the json file, the folder or an image is missing.
+        DatasetError: if the json file cannot be used; the message names it, its first problem and
+            how many more there are.
     """
     report = validate_coco(json_file, image_root, training=training, limit=_KEPT, **options)
     _refuse_errors(report)
     return report
 
 
-def register_coco(name, json_file, image_root, *, check=True, **options):
+def register_coco(
+    name: str,
+    json_file: str | os.PathLike,
+    image_root: str | os.PathLike,
+    *,
+    check: bool = True,
+    **options: Any,
+) -> None:
     """Check a COCO json data set and register it with detectron2, its classes included.
 
     Args:
-        name (str): the name for `cfg.DATASETS`.
-        json_file (str or path): COCO instances json.
-        image_root (str or path): the folder of the images.
-        check (bool): False in the other processes of a job, after one has checked the files: they
+        name: the name for ``cfg.DATASETS``.
+        json_file: COCO instances json.
+        image_root: the folder of the images.
+        check: False in the other processes of a job, after one has checked the files: they
             are not read then, and the classes are known as soon as detectron2 loads them.
-        **options: as for `check_coco`.
+        **options: as of :func:`check_coco`.
 
     Raises:
-        FileNotFoundError: as `check_coco`.
-        DatasetError: as `check_coco`, or the name stands for other files. Registering the same
-            files under the same name again is harmless.
+        FileNotFoundError: as :func:`check_coco`.
+        DatasetError: as :func:`check_coco`, or if the name stands for other files. Registering the
+            same files under the same name again is harmless.
     """
     json_file, image_root = os.fspath(json_file), os.fspath(image_root)
     if name in DatasetCatalog:
@@ -85,23 +96,23 @@ def register_coco(name, json_file, image_root, *, check=True, **options):
         metadata.thing_classes = list(report.class_names)
 
 
-def check_registered(names, training, **options):
+def check_registered(names: Sequence[str], training: bool, **options: Any) -> None:
     """Check registered data sets before they are used, and log the warnings about them.
 
-    Files are looked for where the metadata has `json_file` and `image_root`; those that are
-    evaluated with COCO's metrics go through `check_coco` as well. This reads the whole json file,
-    which takes seconds for COCO, unless this process has done so before: one process of a job is
-    enough.
+    Files are looked for where the metadata has ``json_file`` and ``image_root``; those that are
+    evaluated with COCO's metrics go through :func:`check_coco` as well. This reads the whole json
+    file, which takes seconds for COCO, unless this process has done so before: one process of a job
+    is enough.
 
     Args:
-        names (sequence[str]): names as in `cfg.DATASETS`.
-        training (bool): whether they are for training, see `check_coco`.
-        **options: as for `check_coco`.
+        names: as in ``cfg.DATASETS``.
+        training: whether they are for training, not for evaluation.
+        **options: as of :func:`check_coco`.
 
     Raises:
-        DatasetError: a name is not registered, or as `check_coco`, or the classes in the file are
-            not those in the metadata.
-        FileNotFoundError: a file is missing; the message says where it was looked for.
+        DatasetError: as :func:`check_coco`, or if a name is not registered or the classes in the
+            file are not those in the metadata.
+        FileNotFoundError: if a file is missing; the message says where it was looked for.
     """
     for name in names:
         metadata = metadata_of(name)
@@ -129,8 +140,8 @@ def check_registered(names, training, **options):
             logger.warning(sentence)
 
 
-def _check_loading(name, report):
-    """Refuse what `load_coco` leaves alone where detectron2's own `load_coco_json` is called."""
+def _check_loading(name: str, report: CocoReport) -> None:
+    """Refuse what ``load_coco`` leaves alone where detectron2's ``load_coco_json`` is called."""
     if getattr(DatasetCatalog[name], "func", None) is load_coco:
         return
     kinds = [kind for kind in (UNUSED_MASK, UNUSED_KEYPOINTS) if kind in report.counts]
@@ -145,12 +156,14 @@ def _check_loading(name, report):
         )
 
 
-def _real(*paths):
+def _real(*paths: str) -> list[str]:
     return [os.path.realpath(path) for path in paths]
 
 
-def _check_once(json_file, image_root, training=None, **options):
-    """As `check_coco`, but without reading again what this process found free of errors."""
+def _check_once(
+    json_file: str, image_root: str, training: bool | None = None, **options: Any
+) -> CocoReport:
+    """As :func:`check_coco`, but without reading again what this process found free of errors."""
     check_exists(json_file, image_root)
     stat = os.stat(PathManager.get_local_path(json_file))
     key = (
@@ -165,7 +178,7 @@ def _check_once(json_file, image_root, training=None, **options):
     return report
 
 
-def _refuse_errors(report):
+def _refuse_errors(report: CocoReport) -> None:
     kinds = report.kinds("error")
     if kinds == [MISSING_FILE]:
         raise FileNotFoundError(

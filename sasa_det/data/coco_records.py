@@ -3,6 +3,7 @@
 import json
 import os
 from collections import defaultdict
+from typing import Any
 
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
@@ -16,20 +17,20 @@ from .coco_masks import mask_problem, usable_polygons
 __all__ = ["load_coco"]
 
 
-def load_coco(json_file, image_root, dataset_name):
+def load_coco(json_file: str, image_root: str, dataset_name: str) -> list[dict[str, Any]]:
     """Load a COCO json file that has been checked, and set the classes in the metadata.
 
-    The records are those of detectron2's `load_coco_json`, but for masks and keypoints that cannot
-    be used: there a record's annotation is without them. detectron2 drops the annotation, or fails,
-    even where boxes alone are trained.
+    The records are those of detectron2's ``load_coco_json``, but an annotation whose mask or
+    keypoints cannot be used is kept without them. detectron2 drops it, or fails, even where boxes
+    alone are trained.
 
     Args:
-        json_file (str): COCO instances json; anything that detectron2's PathManager reads.
-        image_root (str): the folder that the images' `file_name` is relative to.
-        dataset_name (str): whose metadata get the classes.
+        json_file: COCO instances json; anything that detectron2's PathManager reads.
+        image_root: the folder that the images' ``file_name`` is relative to.
+        dataset_name: whose metadata get the classes.
 
     Returns:
-        list[dict]: a record for each image, in the order of the images' ids.
+        list: a record for each image, in the order of the images' ids.
     """
     with open(PathManager.get_local_path(json_file), encoding="utf-8") as file:
         content = json.load(file)
@@ -51,13 +52,17 @@ def load_coco(json_file, image_root, dataset_name):
                 "height": size[0],
                 "width": size[1],
                 "image_id": image["id"],
-                "annotations": [_object(e, size, classes) for e in annotations[image["id"]]],
+                "annotations": [
+                    _annotation(entry, size, classes) for entry in annotations[image["id"]]
+                ],
             }
         )
     return records
 
 
-def _object(entry, size, classes):
+def _annotation(
+    entry: dict[str, Any], size: tuple[int, int], classes: dict[int, int]
+) -> dict[str, Any]:
     kept = {key: entry[key] for key in ("iscrowd", "bbox") if key in entry}
     kept |= {"category_id": classes[entry["category_id"]], "bbox_mode": BoxMode.XYWH_ABS}
     mask = _mask(entry.get("segmentation"), size)
@@ -70,7 +75,7 @@ def _object(entry, size, classes):
     return kept
 
 
-def _mask(segmentation, size):
+def _mask(segmentation: object, size: tuple[int, int]) -> object:
     """Return a segmentation as detectron2 keeps it, or None where there is no usable one."""
     if not segmentation:
         return None

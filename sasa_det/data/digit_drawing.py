@@ -26,7 +26,7 @@ BACKGROUND_RANGE = (30.0, 125.0)
 LUMINANCE = np.array([0.299, 0.587, 0.114])
 
 
-def load_digits():
+def load_digits() -> tuple[np.ndarray, np.ndarray]:
     """Return (1797, 8, 8) float32 ink in 0..1 and (1797,) int64 labels."""
     from sklearn import datasets
 
@@ -34,15 +34,15 @@ def load_digits():
     return (source.images / 16).astype(np.float32), source.target.astype(np.int64)
 
 
-def split_digits(seed=0):
+def split_digits(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Split scikit-learn's handwritten digits into training and validation, class by class.
 
     Args:
-        seed (int): seed of the split, >= 0.
+        seed: of the split, not negative.
 
     Returns:
-        tuple[ndarray, ndarray]: sorted int64 indices into `sklearn.datasets.load_digits()` of the
-            training digits (about 80 % of every class) and of the validation digits.
+        tuple: sorted int64 indices into ``sklearn.datasets.load_digits()`` of the training digits
+        (about 80 % of every class) and of the validation digits.
     """
     labels = load_digits()[1]
     rng = np.random.default_rng(seed)
@@ -54,27 +54,34 @@ def split_digits(seed=0):
     return np.setdiff1d(np.arange(len(labels)), val), val
 
 
-def scaled_ink(digit, height):
-    """Scale a digit so that its ink is about `height` pixels high, and cut it out tightly.
+def scaled_ink(digit: np.ndarray, height: float) -> np.ndarray:
+    """Scale a digit so that its ink is about ``height`` pixels high, and cut it out tightly.
 
     Returns:
-        ndarray: (h, w) float32 opacity in 0..1; no border row or column is empty.
+        numpy.ndarray: (h, w) float32 opacity in 0..1; no border row or column is empty.
     """
-    rows, columns = np.flatnonzero(digit.any(axis=1)), np.flatnonzero(digit.any(axis=0))
-    digit = digit[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    digit = _without_empty_border(digit)
     scale = height / digit.shape[0]
     digit = np.pad(digit, 1)
     size = (round(digit.shape[1] * scale), round(digit.shape[0] * scale))
-    smooth = np.asarray(Image.fromarray(digit).resize(size, Image.Resampling.BICUBIC))
+    smooth = _resized(digit, size)
     # Eight pixels enlarged are a blur: a steep ramp makes strokes with an edge of them. What would
     # hardly be seen is left out, so that the box is that of the visible ink.
     alpha = np.clip((smooth - 0.2) / 0.35, 0, 1)
     alpha[alpha < 0.25] = 0
-    rows, columns = np.flatnonzero(alpha.any(axis=1)), np.flatnonzero(alpha.any(axis=0))
-    return alpha[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return _without_empty_border(alpha)
 
 
-def draw_background(size, rng):
+def _without_empty_border(ink: np.ndarray) -> np.ndarray:
+    rows, columns = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))
+    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def _resized(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return np.asarray(Image.fromarray(values).resize(size, Image.Resampling.BICUBIC))
+
+
+def draw_background(size: int, rng: np.random.Generator) -> np.ndarray:
     """Draw a colour gradient with smooth noise of several scales, (size, size, 3) uint8."""
     # Luminance is shared by the channels and colour is not, so the texture has both.
     angle = rng.uniform(0, 2 * np.pi)
@@ -87,44 +94,37 @@ def draw_background(size, rng):
         noise = rng.normal(0, amplitude, (cells, cells, 1)) + rng.normal(
             0, 0.6 * amplitude, (cells, cells, 3)
         )
-        texture = texture + np.stack(
-            [
-                np.asarray(
-                    Image.fromarray(channel.astype(np.float32)).resize(
-                        (size, size), Image.Resampling.BICUBIC
-                    )
-                )
-                for channel in np.moveaxis(noise, -1, 0)
-            ],
-            axis=-1,
-        )
+        channels = np.moveaxis(noise.astype(np.float32), -1, 0)
+        resized = [_resized(channel, (size, size)) for channel in channels]
+        texture = texture + np.stack(resized, axis=-1)
     base = _with_luminance(rng.uniform(0, 255, size=3), rng.uniform(*BACKGROUND_RANGE))
     return np.clip(np.rint(base + texture), 0, 255).astype(np.uint8)
 
 
-def paint(image, background, place, alpha, rng):
+def paint(
+    image: np.ndarray,
+    background: np.ndarray,
+    place: tuple[slice, slice],
+    alpha: np.ndarray,
+    rng: np.random.Generator,
+) -> None:
     """Paint a digit in a colour that stands out from the background there.
 
     Args:
-        image (ndarray): (H, W, 3) uint8 RGB, changed in place.
-        background (ndarray): (H, W, 3) uint8 RGB, the image without any digit.
-        place (tuple[slice, slice]): the rows and columns to paint.
-        alpha (ndarray): (h, w) float32 opacity in 0..1 of these.
-        rng (numpy.random.Generator): the only source of randomness.
+        image: (H, W, 3) uint8 RGB, changed in place.
+        background: (H, W, 3) uint8 RGB, the image without any digit.
+        place: the rows and columns to paint.
+        alpha: (h, w) float32 opacity in 0..1 of these.
+        rng: the only source of randomness.
     """
-    colour = _ink_colour(background[place].mean(axis=(0, 1)), rng)
+    level = float(background[place].mean(axis=(0, 1)) @ LUMINANCE)
+    target = min(level + rng.uniform(*CONTRAST_RANGE), 255.0)
+    colour = _with_luminance(rng.uniform(0, 255, size=3), target)
     blend = alpha[..., None]
     image[place] = np.rint(image[place] * (1 - blend) + colour * blend).astype(np.uint8)
 
 
-def _ink_colour(background, rng):
-    """Draw a light ink colour that stands out from a mean background colour."""
-    level = float(background @ LUMINANCE)
-    target = min(level + rng.uniform(*CONTRAST_RANGE), 255.0)
-    return _with_luminance(rng.uniform(0, 255, size=3), target)
-
-
-def _with_luminance(colour, target):
+def _with_luminance(colour: np.ndarray, target: float) -> np.ndarray:
     """Blend a colour with black or white so that it has a given luminance."""
     level = colour @ LUMINANCE
     if target <= level:

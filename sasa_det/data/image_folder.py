@@ -4,11 +4,12 @@ import hashlib
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache, partial
+from typing import Any
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.utils.logger import log_first_n
 from torch.utils.data import Subset
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -45,37 +46,37 @@ class ImageRecords(Sequence):
     record is {"file_name": path, "image_id": path relative to the folder, "label": int}.
     """
 
-    def __init__(self, folder, names, labels):
+    def __init__(self, folder: str, names: np.ndarray, labels: np.ndarray):
         """
         Args:
-            folder (str): the folder that the names are relative to.
-            names (array[bytes]): (n,) of the files.
-            labels (array[int]): (n,) numbers of their classes.
+            folder: what the names are relative to.
+            names: (n,) bytes, of the files.
+            labels: (n,) int64, class indices.
         """
         self.folder, self.names, self.labels = folder, names, labels
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict[str, Any]:
         name = os.fsdecode(self.names[index])
         path = os.path.join(self.folder, name)
         return {"file_name": path, "image_id": name, "label": int(self.labels[index])}
 
 
-def register_image_folder(root, check=True):
-    """Register the folders `train` and `val` of a folder as data sets.
+def register_image_folder(root: str | os.PathLike, check: bool = True) -> tuple[str, str]:
+    """Register the folders ``train`` and ``val`` of a folder as data sets.
 
     Args:
-        root (str or path): holds `train/CLASS/*` and `val/CLASS/*`, with the same classes in both.
-        check (bool): False in the other processes of a job, after one has checked the files: they
+        root: holds ``train/CLASS/*`` and ``val/CLASS/*``, with the same classes in both.
+        check: False in the other processes of a job, after one has checked the files: they
             are not read then, and the classes are known as soon as detectron2 loads them.
 
     Returns:
-        tuple[str, str]: names for `cfg.DATASETS`, which are the paths of the two folders.
+        tuple: names for ``cfg.DATASETS``, which are the paths of the two folders.
 
     Raises:
-        FileNotFoundError, DatasetError: as `check_image_folders`; nothing is registered then.
+        FileNotFoundError, DatasetError: as :func:`check_image_folders`; nothing is registered then.
     """
     names = tuple(os.path.join(root, split) for split in SPLITS)
     new = [name for name in names if name not in DatasetCatalog]
@@ -93,11 +94,11 @@ def register_image_folder(root, check=True):
     return names
 
 
-def register_imagenet():
-    """Register `imagenet_train` and `imagenet_val` without looking for their files.
+def register_imagenet() -> None:
+    """Register ``imagenet_train`` and ``imagenet_val`` without looking for their files.
 
-    They are `imagenet/train` and `imagenet/val` under `$DETECTRON2_DATASETS`, which is `datasets`
-    unless it is set.
+    They are ``imagenet/train`` and ``imagenet/val`` under ``$DETECTRON2_DATASETS``, which is
+    ``datasets`` unless it is set.
     """
     for split in SPLITS:
         # A common name: whoever has registered other data under it keeps them.
@@ -105,19 +106,25 @@ def register_imagenet():
             register_class_folders(f"imagenet_{split}", builtin_path("imagenet", split))
 
 
-def register_class_folders(name, folder, *, class_names=None, prepare=None):
+def register_class_folders(
+    name: str,
+    folder: str | os.PathLike,
+    *,
+    class_names: Sequence[str] | None = None,
+    prepare: Callable[[], object] | None = None,
+) -> None:
     """Register a folder of class folders, which is read when its data are asked for.
 
     Registering the same folder under the same name again is harmless.
 
     Args:
-        name (str): the name for `cfg.DATASETS`.
-        folder (str or path): holds a folder of images for each class.
-        class_names (sequence[str] or None): the classes, if they are known before.
-        prepare (callable or None): called before the folder is read.
+        name: the name for ``cfg.DATASETS``.
+        folder: holds a folder of images for each class.
+        class_names: the classes, if they are known before.
+        prepare: called before the folder is read.
 
     Raises:
-        DatasetError: the name stands for another folder.
+        DatasetError: if the name stands for another folder.
     """
     folder = os.fspath(folder)
     if name in DatasetCatalog:
@@ -135,7 +142,7 @@ def register_class_folders(name, folder, *, class_names=None, prepare=None):
         metadata.thing_classes = list(class_names)
 
 
-def hold_out(name, fraction):
+def hold_out(name: str, fraction: float) -> tuple[str, str]:
     """Register two parts of a data set: images to train on and images held out.
 
     Which images are held out of a class follows from the digests of their paths in the folder: it
@@ -144,15 +151,15 @@ def hold_out(name, fraction):
     fraction takes the place of an earlier one.
 
     Args:
-        name (str): a data set of images to classify; it is read once for both parts.
-        fraction (float): of the images of each class, above 0 and below 1.
+        name: a data set of images to classify; it is read once for both parts.
+        fraction: of the images of each class, above 0 and below 1.
 
     Returns:
-        tuple[str, str]: the names of the two parts, `NAME:train` and `NAME:holdout`.
+        tuple: the names of the two parts, ``NAME:train`` and ``NAME:holdout``.
 
     Raises:
-        ValueError: the fraction is out of range.
-        DatasetError: the name is not registered, or not of images to classify.
+        ValueError: if the fraction is out of range.
+        DatasetError: if the name is not registered, or not of images to classify.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"the fraction to hold out must be above 0 and below 1, got {fraction}")
@@ -162,31 +169,28 @@ def hold_out(name, fraction):
     for number, part in enumerate(parts):
         DatasetCatalog.pop(part, None)
         earlier = MetadataCatalog.pop(part, None)
-        if earlier is not None and earlier.get("holdout") != fraction:
-            logger.warning(
-                "%s: %s of each class is held out from now on, not %s",
-                part,
-                fraction,
-                earlier.get("holdout"),
-            )
+        before = fraction if earlier is None else earlier.get("holdout")
+        if before != fraction:
+            message = "%s: %s of each class is held out from now on, not %s"
+            logger.warning(message, part, fraction, before)
         DatasetCatalog.register(part, partial(_read_part, name, part, split, number))
         MetadataCatalog.get(part).set(**{**metadata, "name": part, "holdout": fraction})
     return parts
 
 
-def check_image_folders(names):
-    """Read the folders of registered data sets, so that mistakes in them are told, and log counts.
+def check_image_folders(names: Sequence[str]) -> None:
+    """Read the folders of registered data sets to find mistakes in them, and log counts.
 
     Their classes are in the metadata afterwards.
 
     Args:
-        names (sequence[str]): data sets that are used together.
+        names: data sets that are used together.
 
     Raises:
-        DatasetError: a name is not registered or not of images to classify; a folder holds no
-            class folders or something that is no regular file, links lead out of it, classes have
-            no image, or the data sets do not have the same classes.
-        FileNotFoundError: a folder is missing; the message says what is there.
+        DatasetError: if a name is not registered or not of images to classify; a folder holds no
+            class folders or something that is not a regular file, links lead out of it, classes
+            have no image, or the data sets do not have the same classes.
+        FileNotFoundError: if a folder is missing; the message says what is there.
     """
     for name in names:
         _metadata(name)
@@ -195,7 +199,7 @@ def check_image_folders(names):
     num_classes_of(names)
 
 
-def _metadata(name):
+def _metadata(name: str) -> Metadata:
     metadata = metadata_of(name)
     kind = metadata.get("evaluator_type")
     if kind != "classification":
@@ -205,7 +209,7 @@ def _metadata(name):
     return metadata
 
 
-def _read_registered(name, prepare):
+def _read_registered(name: str, prepare: Callable[[], object] | None) -> ImageRecords:
     """Return the records of a registered folder, whose classes are then known."""
     metadata = MetadataCatalog.get(name)
     if prepare is not None:
@@ -228,14 +232,14 @@ def _read_registered(name, prepare):
     return records
 
 
-def _read_part(name, part, split, number):
+def _read_part(name: str, part: str, split: Callable[[], list[Subset]], number: int) -> Subset:
     """Return the records of one part of a data set, which has the classes of the whole."""
     records = split()[number]
     MetadataCatalog.get(part).thing_classes = MetadataCatalog.get(name).thing_classes
     return records
 
 
-def _split(name, fraction):
+def _split(name: str, fraction: float) -> list[Subset]:
     """Return the records of a data set to train on and those held out."""
     records = DatasetCatalog.get(name)
     classes = defaultdict(list)
@@ -253,7 +257,7 @@ def _split(name, fraction):
     return [Subset(records, np.flatnonzero(part)) for part in (~is_held_out, is_held_out)]
 
 
-def _read(folder):
+def _read(folder: str) -> tuple[list[str], ImageRecords]:
     """Return the sorted classes and the records of a folder of class folders."""
     if not os.path.isdir(folder):
         raise FileNotFoundError(_missing(folder))
@@ -284,16 +288,23 @@ def _read(folder):
     return classes, ImageRecords(folder, names, labels)
 
 
-def _is_data(name):
-    """Tell whether a file or folder is neither hidden nor made by another program."""
+def _is_data(name: str) -> bool:
+    """Return whether a file or folder is neither hidden nor made by another program."""
     return not name.startswith(".") and name not in _NO_DATA
 
 
-def _list_images(root, inner, places, images, left_out, above=()):
+def _list_images(
+    root: str,
+    inner: str,
+    places: Collection[str],
+    images: list[str],
+    left_out: list[str],
+    above: tuple[str, ...] = (),
+) -> None:
     """List the images in a folder's class folders and what is left out, by their paths in it.
 
-    Refuses links that lead out of the places of the data or around in them, and what is no file to
-    read. What is left out is not looked into.
+    Links that lead out of the places of the data or around in them are refused, and so is what is
+    not a regular file. What is left out is not looked into.
     """
     folder = os.path.join(root, inner)
     own = os.path.realpath(folder)
@@ -317,25 +328,24 @@ def _list_images(root, inner, places, images, left_out, above=()):
                 if entry.is_dir():
                     _list_images(root, path, places, images, left_out, (*above, own))
                 elif not entry.is_file() and os.path.exists(entry.path):
-                    raise DatasetError(f"{entry.path!r} is no regular file")
+                    raise DatasetError(f"{entry.path!r} is not a regular file")
                 elif is_image and inner:
                     images.append(path)
     except OSError as error:
         raise DatasetError(f"{folder!r} cannot be listed: {error.strerror}") from error
 
 
-def _missing(folder):
+def _missing(folder: str) -> str:
     """Say what is there in place of a folder."""
     parent = os.path.dirname(folder) or os.curdir
     if os.path.exists(folder):
-        return f"{folder!r} is no folder"
+        return f"{folder!r} is not a folder"
     if not os.path.isdir(parent):
-        return f"there is no folder {folder!r}, for there is no folder {parent!r}"
+        return f"there is no folder {folder!r}, because there is no folder {parent!r}"
     found = sorted(os.listdir(parent))
-    return f"there is no folder {folder!r}; {parent!r} " + (
-        f"holds {_named(found)}" if found else "is empty"
-    )
+    what = f"holds {_named(found)}" if found else "is empty"
+    return f"there is no folder {folder!r}; {parent!r} {what}"
 
 
-def _named(names):
+def _named(names: Sequence[str]) -> str:
     return abbreviated_list([repr(name) for name in names], _SHOWN)

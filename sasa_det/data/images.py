@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import BinaryIO
 
@@ -53,7 +53,7 @@ def read_image(path: str, max_pixels: int, image_format: str = "RGB") -> np.ndar
         numpy.ndarray: (H, W, C), uint8 unless the format is YUV.
 
     Raises:
-        ImageError: the file is missing, truncated, broken or no image, it has more pixels, or
+        ImageError: the file is missing, truncated, broken or not an image, it has more pixels, or
             pixels of more than 8 bits, which a conversion to RGB would clip or cut, or it is a
             PostScript program.
     """
@@ -132,7 +132,7 @@ def _opened(path: str, max_pixels: int) -> Iterator[Image.Image]:
 def _check_header(path: str, image: Image.Image, file: BinaryIO, max_pixels: int) -> None:
     width, height = image.size
     if image.format == "EPS":
-        # Pillow runs it through Ghostscript, where there is one: an image is no program.
+        # Pillow runs it through Ghostscript, where there is one: an image is not a program.
         raise ImageError(f"image {path} is a PostScript program, which is never run", path)
     if width * height > max_pixels:
         raise ImageError(
@@ -149,7 +149,7 @@ def _check_header(path: str, image: Image.Image, file: BinaryIO, max_pixels: int
 
 
 def _is_deep(image: Image.Image, file: BinaryIO) -> bool:
-    """Tell whether pixels have more than 8 bits, which Pillow cuts down to 8 in these formats."""
+    """Return whether pixels have more than 8 bits, which Pillow cuts down to 8 in these formats."""
     match image.format:
         case "PPM":
             arguments = image.tile[0].args
@@ -186,7 +186,7 @@ def _content(file: BinaryIO) -> bytes:
 
 
 @contextmanager
-def pixel_limit(max_pixels):
+def pixel_limit(max_pixels: int | None) -> Iterator[None]:
     """Set Pillow's own limit on pixels, which holds for the whole process, in a block."""
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = max_pixels
@@ -196,18 +196,13 @@ def pixel_limit(max_pixels):
         Image.MAX_IMAGE_PIXELS = before
 
 
-def unreadable(path, error):
-    """Return the ImageError that tells, with the path, why an image could not be read.
-
-    Args:
-        path (str): the image file.
-        error (Exception): what reading raised.
-    """
+def unreadable(path: str, error: Exception) -> ImageError:
+    """Return an ImageError that names an image and why reading it raised an error."""
     if isinstance(error, FileNotFoundError):
         return ImageError(f"image {path} does not exist", path)
     if isinstance(error, UnidentifiedImageError):
         empty = os.path.isfile(path) and os.path.getsize(path) == 0
-        return ImageError(f"image {path} is {'empty' if empty else 'no image'}", path)
+        return ImageError(f"image {path} is {'empty' if empty else 'not an image'}", path)
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return ImageError(f"image {path} cannot be read: {reason.splitlines()[0]}", path)
 
@@ -216,32 +211,22 @@ class UnreadableImages:
     """The images that training goes on without, up to a limit.
 
     Reading happens in worker processes, counting in the training process: a worker returns the
-    errors it met beside the sample that stands in, and the training process passes each of them to
-    `skip`. So images are counted and logged in one place with any number of workers, and what ends
-    the run is the error itself, not torch's report of a worker's traceback.
-
-        # in the worker                        # in the training process
-        errors = []                            for errors, sample in batch:
-        while True:                                for error in errors:
-            try:                                       unreadable_images.skip(error)
-                return errors, mapper(record)
-            except ImageError as error:
-                errors.append(error)
-            record = ...  # another one
-
-    Where several processes train, each tells the others what it has `unshared`, so that all of them
+    errors that it met beside the sample that stands in, and the training process passes each of
+    them to :meth:`skip`. So images are counted and logged in one place with any number of workers,
+    and what ends the run is the error itself, not torch's report of a worker's traceback. Where
+    several processes train, each tells the others what it has ``unshared``, so that all of them
     count all images.
     """
 
-    def __init__(self, limit, *, fraction=0.0, num_images=0):
+    def __init__(self, limit: int, *, fraction: float = 0.0, num_images: int = 0):
         """
         Args:
-            limit (int): `DATALOADER.SKIP_UNREADABLE`; 0 skips none.
-            fraction (float): `DATALOADER.SKIP_UNREADABLE_FRACTION`, which counts if that is more.
-            num_images (int): images of the training data.
+            limit: ``DATALOADER.SKIP_UNREADABLE``; 0 skips none.
+            fraction: ``DATALOADER.SKIP_UNREADABLE_FRACTION``, which counts if that is more.
+            num_images: images of the training data.
 
         Raises:
-            ValueError: the limit is negative, or the fraction not within [0, 1].
+            ValueError: if the limit is negative, or the fraction not within [0, 1].
         """
         if limit < 0:
             raise ValueError(f"DATALOADER.SKIP_UNREADABLE must be >= 0, got {limit}")
@@ -254,17 +239,15 @@ class UnreadableImages:
         self.source = "DATALOADER.SKIP_UNREADABLE"
         if share > limit:
             self.source += f"_FRACTION {fraction:g} of {num_images:,} images"
-        self.paths, self.unshared = [], []
+        self.paths: list[str] = []
+        self.unshared: list[str] = []
 
-    def skip(self, error):
+    def skip(self, error: ImageError) -> None:
         """Log and count an image if it is a new one; to be called in the training process.
-
-        Args:
-            error (ImageError): what reading the image raised.
 
         Raises:
             ImageError: the same, if no image may be skipped.
-            DatasetError: it is one image too many; the message lists the first ones and the log
+            DatasetError: if it is one image too many; the message lists the first ones and the log
                 all of them.
         """
         if get_worker_info() is not None:
@@ -275,20 +258,13 @@ class UnreadableImages:
             self._count(error.path, error)
             self.unshared.append(error.path)
 
-    def merge(self, paths):
-        """Count what other processes have skipped.
-
-        Args:
-            paths (sequence[str]): the image files.
-
-        Raises:
-            DatasetError: as `skip`.
-        """
+    def merge(self, paths: Sequence[str]) -> None:
+        """Count the image files that other processes have skipped, as :meth:`skip` does."""
         for path in paths:
             if path not in self.paths:
                 self._count(path, f"image {path} (by another process)")
 
-    def _count(self, path, message):
+    def _count(self, path: str, message: object) -> None:
         if len(self.paths) == self.limit:
             lines = "\n".join([*self.paths, path])
             logger.error("Unreadable images, of which the last is one too many:\n%s", lines)
@@ -302,17 +278,19 @@ class UnreadableImages:
         )
 
 
-def check_image_files(image_root, file_names):
+def check_image_files(
+    image_root: str | os.PathLike, file_names: Mapping[int, str]
+) -> Iterator[tuple[int, bool, str]]:
     """Look for image files, and for names that lead out of their folder.
 
     Folders are listed once, which is much cheaper than to ask for every image.
 
     Args:
-        image_root (str or path): the folder that the names are relative to.
-        file_names (dict[int, str]): names by any key.
+        image_root: the folder that the names are relative to.
+        file_names: names by any key.
 
     Yields:
-        tuple[int, bool, str]: for each file that cannot be used its key, whether it is unsafe (it
+        tuple: for each file that cannot be used its key, whether it is unsafe (it
             is missing otherwise), and a clause that says why.
     """
     root = os.path.realpath(image_root)
@@ -326,32 +304,33 @@ def check_image_files(image_root, file_names):
             folders[folder][base].append(key)
 
     for folder, wanted in folders.items():
-        path = os.path.join(image_root, folder)
-        if not is_inside(os.path.realpath(path), root):
-            for base, keys in wanted.items():
-                for key in keys:
-                    name = os.path.join(folder, base)
-                    yield key, True, f"file_name {name!r} leads out of the image folder"
-            continue
-        try:
-            with os.scandir(path) as entries:
-                for entry in entries:
-                    if entry.name in wanted:
-                        keys = wanted.pop(entry.name)
-                        problem = _file_problem(entry, root)
-                        for key in keys if problem else ():
-                            yield key, *problem
-            reason = "does not exist"
-        except (FileNotFoundError, NotADirectoryError):
-            reason = "does not exist"
-        except OSError as error:
-            reason = f"cannot be looked for: {error.strerror}"
+        found = _problems_in_folder(image_root, folder, wanted, root)
         for base, keys in wanted.items():
-            for key in keys:
-                yield key, False, f"{os.path.join(path, base)!r} {reason}"
+            for key in keys if found[base] else ():
+                yield key, *found[base]
 
 
-def _unsafe_name(name):
+def _problems_in_folder(
+    image_root: str | os.PathLike, folder: str, names: Collection[str], root: str
+) -> dict[str, tuple[bool, str] | None]:
+    """Return for each name in a folder what is wrong with its file: unsafe or missing, and why."""
+    path = os.path.join(image_root, folder)
+    if not is_inside(os.path.realpath(path), root):
+        clause = "file_name {!r} leads out of the image folder"
+        return {name: (True, clause.format(os.path.join(folder, name))) for name in names}
+    found, reason = {}, "does not exist"
+    try:
+        with os.scandir(path) as entries:
+            found = {e.name: _file_problem(e, root) for e in entries if e.name in names}
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        reason = f"cannot be looked for: {error.strerror}"
+    missing = {name: (False, f"{os.path.join(path, name)!r} {reason}") for name in names}
+    return missing | found
+
+
+def _unsafe_name(name: str) -> str | None:
     """Return why a name is refused whatever the files are, or None."""
     if os.path.isabs(name):
         return "is absolute; it must be relative to the image folder"
@@ -365,7 +344,7 @@ def _unsafe_name(name):
     return "is not possible for a file"
 
 
-def _file_problem(entry, root):
+def _file_problem(entry: os.DirEntry, root: str) -> tuple[bool, str] | None:
     # What a plain file needs is known from the listing: only links take further calls.
     if not entry.is_symlink():
         if entry.is_file():
@@ -375,9 +354,9 @@ def _file_problem(entry, root):
         return True, f"{entry.path!r} is a link to {target!r}, out of the image folder"
     elif os.path.isfile(entry.path):
         return None
-    return False, f"{entry.path!r} is no regular file"
+    return False, f"{entry.path!r} is not a regular file"
 
 
-def is_inside(path, root):
-    """Tell whether a path is a folder or in it; both are real paths."""
+def is_inside(path: str, root: str) -> bool:
+    """Return whether a path is a folder or in it; both are real paths."""
     return path == root or path.startswith(os.path.join(root, ""))

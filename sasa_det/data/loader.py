@@ -33,6 +33,7 @@ __all__ = [
     "detection_train_loader",
     "end_with_parent",
     "end_workers_with_parent",
+    "loader_options",
     "sampled_epochs",
 ]
 
@@ -356,12 +357,19 @@ def build_train_loader(
         repeat_threshold=cfg.DATALOADER.REPEAT_THRESHOLD,
         # Crops of one size need no grouping.
         aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING and not cfg.INPUT.JITTER.ENABLED,
-        parts=cfg.SOLVER.ACCUMULATION_STEPS,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-        pin_memory=cfg.MODEL.DEVICE.startswith("cuda"),
-        max_unreadable=cfg.DATALOADER.SKIP_UNREADABLE,
-        max_unreadable_fraction=cfg.DATALOADER.SKIP_UNREADABLE_FRACTION,
+        **loader_options(cfg),
     )
+
+
+def loader_options(cfg: CfgNode) -> dict[str, Any]:
+    """Return the arguments of :class:`TrainLoader` that mean the same in every task."""
+    return {
+        "parts": cfg.SOLVER.ACCUMULATION_STEPS,
+        "num_workers": cfg.DATALOADER.NUM_WORKERS,
+        "pin_memory": cfg.MODEL.DEVICE.startswith("cuda"),
+        "max_unreadable": cfg.DATALOADER.SKIP_UNREADABLE,
+        "max_unreadable_fraction": cfg.DATALOADER.SKIP_UNREADABLE_FRACTION,
+    }
 
 
 def detection_train_loader(
@@ -424,27 +432,25 @@ def sampled_epochs(
         ValueError: if the sampler is unknown.
     """
     if sampler == "TrainingSampler":
-        size = len(records)
-        return partial(_epochs, lambda generator: torch.randperm(size, generator=generator))
-    if sampler == "RepeatFactorTrainingSampler":
+
+        def indices(generator: torch.Generator) -> Tensor:
+            return torch.arange(len(records))
+
+    elif sampler == "RepeatFactorTrainingSampler":
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             records, repeat_threshold
         )
-        repeated = RepeatFactorTrainingSampler(factors, seed=0)
+        indices = RepeatFactorTrainingSampler(factors, seed=0)._get_epoch_indices
+    else:
+        raise ValueError(
+            "DATALOADER.SAMPLER_TRAIN must be TrainingSampler or RepeatFactorTrainingSampler, got "
+            f"{sampler}."
+        )
 
-        def epoch(generator: torch.Generator) -> Tensor:
-            indices = repeated._get_epoch_indices(generator)
-            return indices[torch.randperm(len(indices), generator=generator)]
+    def epochs(seed: int) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            epoch = indices(generator)
+            yield epoch[torch.randperm(len(epoch), generator=generator)]
 
-        return partial(_epochs, epoch)
-    raise ValueError(
-        "DATALOADER.SAMPLER_TRAIN must be TrainingSampler or RepeatFactorTrainingSampler, got "
-        f"{sampler}."
-    )
-
-
-def _epochs(epoch: Callable[[torch.Generator], Tensor], seed: int) -> Iterator[Tensor]:
-    generator = torch.Generator()
-    generator.manual_seed(seed)
-    while True:
-        yield epoch(generator)
+    return epochs

@@ -1,10 +1,11 @@
 """From a record to the model's input; in training multiscale jitter and crop (appendix A.3)."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, BoxMode, Keypoints, PolygonMasks
@@ -19,24 +20,24 @@ __all__ = [
 ]
 
 
-def jitter_and_crop_augmentations(cfg, is_train):
+def jitter_and_crop_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     """Augmentations that scale an image at random, cut a square out of it, and flip it.
 
     In training the image is resized, its aspect ratio kept, to the largest size that fits into a
-    square of `CROP_SIZE` times a factor drawn from [`MIN_SCALE`, `MAX_SCALE`] (of
-    `INPUT.JITTER`). Where it exceeds the crop a random window is taken, the same fraction of the
+    square of ``CROP_SIZE`` times a factor drawn from [``MIN_SCALE``, ``MAX_SCALE``] (of
+    ``INPUT.JITTER``). Where it exceeds the crop a random window is taken, the same fraction of the
     room being left off on both axes; where it falls short it is padded on the right and at the
     bottom with the value 128, detectron2's default.
 
     Args:
-        cfg (CfgNode): config with `INPUT.JITTER`, `INPUT.RANDOM_FLIP`.
-        is_train (bool): False gives detectron2's usual resizing for inference.
+        cfg: a config with sasa_det's keys.
+        is_train: False gives detectron2's usual resizing for inference.
 
     Returns:
-        list[Augmentation]: to be applied in this order.
+        list: to be applied in this order.
 
     Raises:
-        ValueError: a config value is out of range; the message names the key.
+        ValueError: if a config value is out of range; the message names the key.
     """
     if not is_train:
         return detection_utils.build_augmentation(cfg, is_train=False)
@@ -77,25 +78,25 @@ class DetectionMapper(DatasetMapper):
     """
 
     @configurable
-    def __init__(self, *args, max_pixels, **kwargs):
+    def __init__(self, *args: Any, max_pixels: int, **kwargs: Any):
         """
         Args:
-            *args, **kwargs: as for detectron2's mapper.
-            max_pixels (int): `INPUT.MAX_PIXELS`; images of more are refused.
+            *args, **kwargs: as of detectron2's mapper.
+            max_pixels: ``INPUT.MAX_PIXELS``; images of more are refused.
         """
         super().__init__(*args, **kwargs)
         self.max_pixels = max_pixels
 
     @classmethod
-    def from_config(cls, cfg, is_train=True):
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         return {**super().from_config(cfg, is_train), "max_pixels": cfg.INPUT.MAX_PIXELS}
 
-    def __call__(self, dataset_dict):
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Map a record, which is left as it is.
 
         Raises:
-            ImageError: the image is missing, truncated, broken, too large, of more than 8 bits, or
-                of another size than the record says.
+            ImageError: if the image is missing, truncated, broken, too large, of more than 8 bits,
+                or of another size than the record says.
         """
         dataset_dict = copy.deepcopy(dataset_dict)
         path = dataset_dict["file_name"]
@@ -125,7 +126,12 @@ class DetectionMapper(DatasetMapper):
             self._transform_annotations(dataset_dict, transforms, image_shape)
         return dataset_dict
 
-    def _transform_annotations(self, dataset_dict, transforms, image_shape):
+    def _transform_annotations(
+        self,
+        dataset_dict: dict[str, Any],
+        transforms: T.TransformList,
+        image_shape: tuple[int, int],
+    ) -> None:
         annotations = dataset_dict["annotations"] = [
             _box_in_image(annotation, dataset_dict)
             for annotation in dataset_dict["annotations"]
@@ -154,7 +160,7 @@ class _Inputs(T.AugInput):
     detectron2 rounds the shorter side of a long thin image to 0 when it resizes or crops it.
     """
 
-    def transform(self, tfm):
+    def transform(self, tfm: T.Transform) -> None:
         if isinstance(tfm, T.ResizeTransform):
             tfm.new_h, tfm.new_w = max(tfm.new_h, 1), max(tfm.new_w, 1)
         elif isinstance(tfm, T.CropTransform):
@@ -164,7 +170,7 @@ class _Inputs(T.AugInput):
         super().transform(tfm)
 
 
-def _box_in_image(annotation, record):
+def _box_in_image(annotation: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     """Return an annotation with a box of floats in X0, Y0, X1, Y1, none of it outside the image."""
     box = [float(value) for value in annotation["bbox"]]
     box = BoxMode.convert(box, annotation["bbox_mode"], BoxMode.XYXY_ABS)
@@ -173,20 +179,20 @@ def _box_in_image(annotation, record):
     return {**annotation, "bbox": box, "bbox_mode": BoxMode.XYXY_ABS}
 
 
-def build_train_mapper(cfg):
-    """Build the training mapper: with jitter and crop if `INPUT.JITTER.ENABLED`, else detectron2's.
+def build_train_mapper(cfg: CfgNode) -> DetectionMapper:
+    """Build the training mapper, with jitter and crop if ``INPUT.JITTER.ENABLED``.
 
     Boxes are clipped to the crop, and instances that lie outside of it are dropped.
 
     Args:
-        cfg (CfgNode): a config with sasa_det's keys, see `jitter_and_crop_augmentations`.
+        cfg: a config with sasa_det's keys.
 
     Returns:
         DetectionMapper: maps a dataset dict to one with "image", a (3, H, W) uint8 tensor in
-            `INPUT.FORMAT` order, H and W being `CROP_SIZE` with jitter, and "instances".
+        ``INPUT.FORMAT`` order, H and W being ``CROP_SIZE`` with jitter, and "instances".
 
     Raises:
-        ValueError: as `jitter_and_crop_augmentations`.
+        ValueError: as :func:`jitter_and_crop_augmentations`.
     """
     if not cfg.INPUT.JITTER.ENABLED:
         return DetectionMapper(cfg, is_train=True)
@@ -199,13 +205,6 @@ def build_train_mapper(cfg):
     )
 
 
-def build_test_mapper(cfg):
-    """Build the mapper for evaluation, which resizes as detectron2's does.
-
-    Args:
-        cfg (CfgNode): a config with sasa_det's keys.
-
-    Returns:
-        DetectionMapper: maps a dataset dict to one with "image", without annotations.
-    """
+def build_test_mapper(cfg: CfgNode) -> DetectionMapper:
+    """Build the mapper for evaluation, which resizes as detectron2's and drops annotations."""
     return DetectionMapper(cfg, is_train=False)

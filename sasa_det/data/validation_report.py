@@ -3,40 +3,37 @@
 from tabulate import tabulate
 
 from ..utils.text import printable
-from .coco_entries import NOT_COCO
+from .coco_entries import NOT_COCO, Kind, Problem
+from .validation import CocoReport
 
 __all__ = ["describe_report", "summarize_warnings"]
 
-
 _CLASSES_SHOWN = 40
-
 _COLUMNS = 3
-
 _IDS_SHOWN = 5
-
+_USES = {True: "training", False: "evaluation", None: "training or evaluation"}
 _PIPES = {"tablefmt": "github", "disable_numparse": True}
 
 
-def describe_report(report, *, everything=False):
+def describe_report(report: CocoReport, *, everything: bool = False) -> str:
     """Describe a report: what the data hold, the classes, and the problems by kind.
 
     Args:
-        report (CocoReport): what to describe, with all problems that shall be listed.
-        everything (bool): list all classes, not only the most frequent ones.
+        report: with all problems that shall be listed.
+        everything: list all classes, not only the most frequent ones.
 
     Returns:
         str: lines for a terminal.
     """
-    use = {True: "training", False: "evaluation", None: "training or evaluation"}[report.training]
     files = f"{printable(report.json_file)} with images in {printable(report.image_root)}"
-    parts = [f"{files}, for {use}"]
+    parts = [f"{files}, for {_USES[report.training]}"]
     if NOT_COCO not in report.counts:
         parts += [_contents(report), _classes(report, everything), _id_note(report)]
     parts += [_overview(report), _details(report), _verdict(report)]
     return "\n\n".join(filter(None, parts))
 
 
-def summarize_warnings(report):
+def summarize_warnings(report: CocoReport) -> list[str]:
     """Return a sentence for each kind of warning, with its count and the first ids."""
     sentences = []
     for kind in report.kinds("warning"):
@@ -49,20 +46,20 @@ def summarize_warnings(report):
     return sentences
 
 
-def _identity(problem):
+def _identity(problem: Problem) -> str:
     if problem.annotation_id is not None:
         return f"annotation {problem.annotation_id}"
     return f"image {problem.image_id}" if problem.image_id is not None else problem.message
 
 
-def _count(report, kind):
+def _count(report: CocoReport, kind: Kind) -> str:
     count = report.counts[kind]
     if not kind.has_share:
         return f"{count:,}"
     return f"{count:,} of {report.num_annotations:,}, {count / report.num_annotations:.1%}"
 
 
-def _contents(report):
+def _contents(report: CocoReport) -> str:
     rows = [
         ["images", f"{report.num_images:,}"],
         ["images without annotations", f"{report.num_unannotated:,}"],
@@ -73,7 +70,7 @@ def _contents(report):
     return tabulate(rows, tablefmt="plain", colalign=("left", "right"))
 
 
-def _classes(report, everything):
+def _classes(report: CocoReport, everything: bool) -> str:
     categories = list(report.categories)
     if not categories:
         return ""
@@ -91,9 +88,8 @@ def _classes(report, everything):
     return f"{title}\n\n{tabulate(rows, headers, colalign=align, **_PIPES)}"
 
 
-def _id_note(report):
+def _id_note(report: CocoReport) -> str:
     ids = [category.id for category in report.categories]
-    # Empty where there is nothing to note.
     if ids == list(range(1, len(ids) + 1)):
         return ""
     return (
@@ -102,27 +98,22 @@ def _id_note(report):
     )
 
 
-def _kinds(report):
+def _kinds(report: CocoReport) -> list[tuple[str, Kind]]:
     return [(s, kind) for s in ("error", "warning") for kind in report.kinds(s)]
 
 
-def _overview(report):
-    rows = [
-        [severity, kind.title, _count(report, kind), _effect(report, severity, kind)]
-        for severity, kind in _kinds(report)
-    ]
+def _overview(report: CocoReport) -> str:
+    rows = []
+    for severity, kind in _kinds(report):
+        is_refused = kind.severity == "error" and severity == "warning"
+        effect = f"refused in {_USES[kind.training]}" if is_refused else kind.effect
+        rows.append([severity, kind.title, _count(report, kind), effect])
     headers = ["", "problem", "count", "what follows"]
     align = ("left", "left", "right", "left")
     return f"Problems\n\n{tabulate(rows, headers, colalign=align, **_PIPES)}" if rows else ""
 
 
-def _effect(report, severity, kind):
-    if kind.severity == "error" and severity == "warning":
-        return f"refused in {'training' if kind.training else 'evaluation'}"
-    return kind.effect
-
-
-def _details(report):
+def _details(report: CocoReport) -> str:
     blocks = []
     for severity, kind in _kinds(report):
         count, examples = report.counts[kind], report.examples(kind)
@@ -134,16 +125,12 @@ def _details(report):
     return "\n\n".join(blocks)
 
 
-def _verdict(report):
-    found = ", ".join(
-        f"{report.count(severity):,} {severity}{'' if report.count(severity) == 1 else 's'}"
-        for severity in ("error", "warning")
-    )
-    uses = {True: "training", False: "evaluation"}
-    accepted = [name for use, name in uses.items() if report.is_accepted(use)]
-    if not accepted or not report.is_accepted(report.training):
+def _verdict(report: CocoReport) -> str:
+    counts = {severity: report.count(severity) for severity in ("error", "warning")}
+    found = ", ".join(f"{n:,} {severity}{'s' * (n != 1)}" for severity, n in counts.items())
+    asked = (True, False) if report.training is None else (report.training,)
+    accepted = [_USES[use] for use in asked if report.is_accepted(use)]
+    if not accepted:
         return f"{found}: these data are refused."
-    if report.training is not None:
-        accepted = [uses[report.training]]
     unseen = "" if report.has_decoded else ", if their images can be read, which --pixels looks at"
     return f"{found}: these data can be used for {' and '.join(accepted)}{unseen}."

@@ -2,8 +2,12 @@
 
 import json
 import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
@@ -26,41 +30,52 @@ TITLE = 0.28
 FONT_SIZE = 6.5
 
 
-def draw_detections(samples, path, class_names, score_threshold=0.5, columns=4):
+def draw_detections(
+    samples: Sequence[Mapping[str, Any]],
+    path: str | os.PathLike,
+    class_names: Sequence[str],
+    score_threshold: float = 0.5,
+    columns: int = 4,
+) -> None:
     """Draw images twice, with their ground truth and with what was detected, into one PNG.
 
     Args:
-        samples (list[dict]): one a cell, at least one, each with "image" ((H, W, 3) uint8 RGB),
+        samples: one a cell, at least one, each with "image" ((H, W, 3) uint8 RGB),
             "gt_boxes" ((G, 4) X0, Y0, X1, Y1 in pixels of the image), "gt_classes" ((G,) integer),
             "boxes" ((D, 4)), "scores" ((D,)) and "classes" ((D,)).
-        path (str or path): the PNG to write.
-        class_names (sequence[str]): names by class index.
-        score_threshold (float): detections with a lower score are not drawn.
-        columns (int): cells in a row, >= 1.
+        path: the PNG to write.
+        class_names: names by class index.
+        score_threshold: detections with a lower score are not drawn.
+        columns: cells in a row, at least 1.
 
     Raises:
-        ValueError: there are no samples, or `columns` is less than 1.
+        ValueError: if there are no samples, or ``columns`` is less than 1.
     """
     _save(_detections_figure(samples, class_names, score_threshold, columns), path)
 
 
-def draw_curves(runs, path):
+def draw_curves(runs: Mapping[str, str | os.PathLike], path: str | os.PathLike) -> None:
     """Draw loss and AP of training runs against the iteration into one PNG.
 
     Args:
-        runs (dict[str, str or path]): the legend's label of every run, and its `metrics.json` as
-            detectron2's trainer writes it.
-        path (str or path): the PNG to write.
+        runs: the legend's label of every run, and its ``metrics.json`` as detectron2's trainer
+            writes it.
+        path: the PNG to write.
 
     Raises:
-        ValueError: there are no runs, or a file is not JSON lines or has neither `total_loss` nor
-            `bbox/AP` in it.
-        FileNotFoundError: a metrics file does not exist.
+        ValueError: if there are no runs, or a file is not JSON lines or has neither ``total_loss``
+            nor ``bbox/AP`` in it.
+        FileNotFoundError: if a metrics file does not exist.
     """
     _save(_curves_figure(runs), path)
 
 
-def _detections_figure(samples, class_names, score_threshold, columns):
+def _detections_figure(
+    samples: Sequence[Mapping[str, Any]],
+    class_names: Sequence[str],
+    score_threshold: float,
+    columns: int,
+) -> Figure:
     if not samples:
         raise ValueError("samples is empty: at least one is needed")
     if columns < 1:
@@ -89,7 +104,15 @@ def _detections_figure(samples, class_names, score_threshold, columns):
     return figure
 
 
-def _draw_panel(axes, image, boxes, classes, scores, class_names, colours):
+def _draw_panel(
+    axes: Axes,
+    image: np.ndarray,
+    boxes: np.ndarray,
+    classes: np.ndarray,
+    scores: np.ndarray | None,
+    class_names: Sequence[str],
+    colours: np.ndarray,
+) -> None:
     height, width = image.shape[:2]
     # Pixel (x, y) covers x..x+1, y..y+1, as it does in detectron2's box coordinates.
     axes.imshow(image, extent=(0, width, height, 0), interpolation="nearest")
@@ -122,8 +145,8 @@ def _draw_panel(axes, image, boxes, classes, scores, class_names, colours):
         )
 
 
-def _class_colours(count):
-    """Colours that are far apart for neighbouring classes. Returns (count, 3) float in 0..1."""
+def _class_colours(count: int) -> np.ndarray:
+    """Return colours that are far apart for neighbouring classes, (count, 3) float in 0..1."""
     # Steps of the golden ratio spread any number of hues evenly; brightness alternates in threes.
     index = np.arange(count)
     hue = (index * 0.618034) % 1
@@ -132,11 +155,11 @@ def _class_colours(count):
     return hsv_to_rgb(np.stack([hue, saturation, value], axis=-1))
 
 
-def _text_colour(background):
+def _text_colour(background: np.ndarray) -> str:
     return "black" if background @ (0.299, 0.587, 0.114) > 0.5 else "white"
 
 
-def _curves_figure(runs):
+def _curves_figure(runs: Mapping[str, str | os.PathLike]) -> Figure:
     if not runs:
         raise ValueError("runs is empty: at least one metrics.json is needed")
     figure = Figure(figsize=(12, 4.5), dpi=DPI, layout="constrained")
@@ -184,7 +207,7 @@ def _curves_figure(runs):
     return figure
 
 
-def _read_metrics(path):
+def _read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     with open(path, encoding="utf-8") as file:
         lines = [line for line in file if line.strip()]
     records = []
@@ -199,20 +222,20 @@ def _read_metrics(path):
     return records
 
 
-def _curve(records, key):
+def _curve(records: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
     # A resumed run repeats iterations: the later record is the one that counts.
     values = {r["iteration"]: r[key] for r in records if "iteration" in r and key in r}
     iterations = sorted(values)
     return np.array(iterations, dtype=float), np.array([values[i] for i in iterations], dtype=float)
 
 
-def _running_median(values):
+def _running_median(values: np.ndarray) -> np.ndarray:
     half = max(len(values) // 40, 1)
     return np.array(
         [np.median(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))]
     )
 
 
-def _save(figure, path):
+def _save(figure: Figure, path: str | os.PathLike) -> None:
     with whole_file(path) as part:
         FigureCanvasAgg(figure).print_png(part)

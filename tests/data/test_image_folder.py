@@ -167,7 +167,7 @@ def without_classes(root):
 MISTAKES = {
     "no root": (
         move("", "../other"),
-        "there is no folder '{root}/train', for there is no folder '{root}'",
+        "there is no folder '{root}/train', because there is no folder '{root}'",
     ),
     "no train": (
         move("train", "training"),
@@ -183,7 +183,7 @@ MISTAKES = {
     ),
     "val is a file": (
         lambda root: (shutil.rmtree(root / "val"), (root / "val").touch()),
-        "'{root}/val' is no folder",
+        "'{root}/val' is not a folder",
     ),
     "no class folders": (without_classes, "'{root}/train' holds no class folders"),
     "hidden class folders": (
@@ -206,14 +206,14 @@ MISTAKES = {
     ),
     "pipe": (
         lambda root: os.mkfifo(root / "train" / "cat" / "c.png"),
-        "'{root}/train/cat/c.png' is no regular file",
+        "'{root}/train/cat/c.png' is not a regular file",
     ),
     "link to a pipe": (
         lambda root: (
             os.mkfifo(root / "pipe"),
             os.symlink("../../pipe", root / "val" / "cat" / "c.png"),
         ),
-        "'{root}/val/cat/c.png' is no regular file",
+        "'{root}/val/cat/c.png' is not a regular file",
     ),
     "image outside": (
         lambda root: os.symlink("/etc/passwd", root / "val" / "cat" / "c.png"),

@@ -47,7 +47,7 @@ FAULTS = {
     "missing.png": (lambda path: None, "does not exist"),
     "folder.png": (lambda path: path.mkdir(), "cannot be read: Is a directory"),
     "empty.png": (lambda path: path.touch(), "is empty"),
-    "text.png": (lambda path: path.write_text("no image"), "is no image"),
+    "text.png": (lambda path: path.write_text("no image"), "is not an image"),
     "truncated.png": (truncated, "cannot be read: image file is truncated"),
     "truncated.jpg": (truncated, "cannot be read: image file is truncated"),
     "broken.png": (

@@ -392,7 +392,7 @@ def test_pixels_are_decoded_on_request(tmp_path, capsys):
     assert set(found) == {2, 3, 4, 5, 6}
     for image_id, message in (
         (2, "cannot be read: image file is truncated"),
-        (3, "is no image"),
+        (3, "is not an image"),
         (4, "has 50 x 64 pixels, but its annotations are for 64 x 64"),
         (5, "has pixels of more than 8 bits"),
         (6, "does not exist"),
