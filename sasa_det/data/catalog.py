@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.data import DatasetCatalog, MapDataset, Metadata, MetadataCatalog
 
 from ..errors import DatasetError
 from ..utils.text import printable
@@ -199,12 +199,12 @@ def _load_in_order(
         metadata["thing_dataset_id_to_contiguous_id"] = ids
     for key in {"thing_classes", "thing_colors"} & metadata.keys():
         metadata[key] = [metadata[key][index.index(number)] for number in range(len(index))]
-    if isinstance(records, list):
-        return [_reindexed(record, index) for record in records]
-    return _Reindexed(records, index)
+    # Those that are made when they are asked for still are.
+    mapped = MapDataset(records, partial(_reindexed, index))
+    return list(mapped) if isinstance(records, list) else mapped
 
 
-def _reindexed(record: dict[str, Any], index: Sequence[int]) -> dict[str, Any]:
+def _reindexed(index: Sequence[int], record: dict[str, Any]) -> dict[str, Any]:
     record = dict(record)
     if "label" in record:
         record["label"] = index[record["label"]]
@@ -214,19 +214,6 @@ def _reindexed(record: dict[str, Any], index: Sequence[int]) -> dict[str, Any]:
             for annotation in record["annotations"]
         ]
     return record
-
-
-class _Reindexed(Sequence):
-    """Records with other class indices, made as they are asked for."""
-
-    def __init__(self, records: Sequence[dict[str, Any]], index: Sequence[int]):
-        self._records, self._index = records, index
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        return _reindexed(self._records[number], self._index)
 
 
 def _classes_of(name: str) -> list[str] | None:

@@ -43,12 +43,7 @@ _ATTEMPTS = 100
 class _Samples(Dataset):
     """Mapped records; each sample's random numbers depend on the seed and its position alone."""
 
-    def __init__(
-        self,
-        records: Dataset,
-        mapper: Callable[[dict], dict | None],
-        seed: int,
-    ):
+    def __init__(self, records: Sequence[dict], mapper: Callable[[dict], dict | None], seed: int):
         self.records, self.mapper, self.seed = records, mapper, seed
 
     def __getitem__(self, sample: tuple[int, int]) -> tuple[list[ImageError], dict[str, Any]]:
@@ -71,61 +66,6 @@ class _Samples(Dataset):
         raise DatasetError(
             f"the mapper dropped {_ATTEMPTS} records in a row: there is next to no training data"
         )
-
-
-class _Batches:
-    """Batches of (position, index), endless, from a given one on.
-
-    Every process draws the whole batch's indices and keeps its part, so that the order of the data
-    does not depend on the number of processes.
-    """
-
-    def __init__(
-        self,
-        epochs: Callable[[], Iterator[Tensor]],
-        groups: Sequence[int] | None,
-        batch_size: int,
-        parts: int,
-        start: int,
-    ):
-        self.epochs, self.groups = epochs, groups
-        self.batch_size, self.parts, self.start = batch_size, parts, start
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        rank, world_size = comm.get_rank(), comm.get_world_size()
-        share = self.batch_size // world_size
-        size = share // self.parts
-        if self.groups is None:
-            batches = self._batches()
-        else:
-            batches = islice(self._grouped_batches(), self.start, None)
-        for batch in batches:
-            own = batch[rank * share : (rank + 1) * share]
-            for first in range(0, share, size):
-                yield own[first : first + size]
-
-    def _batches(self) -> Iterator[list[tuple[int, int]]]:
-        samples = self._samples(self.start * self.batch_size)
-        while True:
-            yield list(islice(samples, self.batch_size))
-
-    def _grouped_batches(self) -> Iterator[list[tuple[int, int]]]:
-        # Images of one batch have one orientation, which keeps padding small.
-        waiting: dict[int, list[tuple[int, int]]] = {}
-        for sample in self._samples(0):
-            group = self.groups[sample[1]]
-            batch = waiting.setdefault(group, [])
-            batch.append(sample)
-            if len(batch) == self.batch_size:
-                yield waiting.pop(group)
-
-    def _samples(self, start: int) -> Iterator[tuple[int, int]]:
-        """Pass over whole epochs, which may be a hundred of a million images, at once."""
-        position = 0
-        for epoch in self.epochs():
-            skipped = min(max(start - position, 0), len(epoch))
-            yield from enumerate(epoch[skipped:].tolist(), position + skipped)
-            position += len(epoch)
 
 
 def _collated(
@@ -206,16 +146,9 @@ class TrainLoader:
         Finalize(self, self._closing.set, exitpriority=10)
 
     def __iter__(self) -> Iterator[Any]:
-        batches = _Batches(
-            lambda: self._epochs(self.seed),
-            self._groups,
-            self.batch_size,
-            self.parts,
-            self._yielded // self.parts,
-        )
         loader = DataLoader(
             _Samples(self._records, self._mapper, self.seed),
-            batch_sampler=batches,
+            batch_sampler=self._shares(self._yielded // self.parts),
             num_workers=self._num_workers,
             collate_fn=partial(_collated, self._collate),
             worker_init_fn=partial(_begin_worker, self._closing),
@@ -228,6 +161,43 @@ class TrainLoader:
                 self._unreadable.skip(error)
             self._yielded += 1
             yield batch
+
+    def _shares(self, start: int) -> Iterator[list[tuple[int, int]]]:
+        """Yield (position, index) of each part of this process' batches, endlessly.
+
+        Every process draws the whole batch and keeps its share, so that the order of the data does
+        not depend on the number of processes.
+        """
+        rank, world_size = comm.get_rank(), comm.get_world_size()
+        share = self.batch_size // world_size
+        size = share // self.parts
+        if self._groups is None:
+            samples = self._samples(start * self.batch_size)
+            batches = iter(lambda: list(islice(samples, self.batch_size)), [])
+        else:
+            batches = islice(self._grouped_batches(), start, None)
+        for batch in batches:
+            own = batch[rank * share : (rank + 1) * share]
+            for first in range(0, share, size):
+                yield own[first : first + size]
+
+    def _grouped_batches(self) -> Iterator[list[tuple[int, int]]]:
+        # Images of one batch have one orientation, which keeps padding small.
+        waiting: dict[int, list[tuple[int, int]]] = {}
+        for sample in self._samples(0):
+            group = self._groups[sample[1]]
+            batch = waiting.setdefault(group, [])
+            batch.append(sample)
+            if len(batch) == self.batch_size:
+                yield waiting.pop(group)
+
+    def _samples(self, start: int) -> Iterator[tuple[int, int]]:
+        """Pass over whole epochs, which may be a hundred of a million images, at once."""
+        position = 0
+        for epoch in self._epochs(self.seed):
+            skipped = min(max(start - position, 0), len(epoch))
+            yield from enumerate(epoch[skipped:].tolist(), position + skipped)
+            position += len(epoch)
 
     @property
     def num_unshared(self) -> int:
