@@ -31,7 +31,7 @@ class Kind(NamedTuple):
         training: the one use that it matters for, True for training and False for evaluation;
             None where it matters for both.
         has_share: whether a report gives the share of the annotations that have it.
-        left_out_with: values of `INPUT.MASK_FORMAT`, "" for no masks, with which training leaves
+        left_out_with: values of ``INPUT.MASK_FORMAT``, "" for no masks, with which training leaves
             out the annotations that have it.
     """
 

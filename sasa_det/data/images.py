@@ -47,14 +47,14 @@ def read_image(path: str, max_pixels: int, image_format: str = "RGB") -> np.ndar
     Args:
         path: the image file.
         max_pixels: largest product of height and width.
-        image_format: as `INPUT.FORMAT`.
+        image_format: as ``INPUT.FORMAT``.
 
     Returns:
         numpy.ndarray: (H, W, C), uint8 unless the format is YUV.
 
     Raises:
-        ImageError: the file is missing, truncated, broken or not an image, it has more pixels, or
-            pixels of more than 8 bits, which a conversion to RGB would clip or cut, or it is a
+        ImageError: if the file is missing, truncated, broken or not an image, it has more pixels,
+            or pixels of more than 8 bits, which a conversion to RGB would clip or cut, or it is a
             PostScript program.
     """
     with _opened(path, max_pixels) as image:
@@ -72,12 +72,12 @@ def check_pixels(
 
     Args:
         path: the image file.
-        max_pixels: see `read_image`.
+        max_pixels: as of :func:`read_image`.
         size: the height and width that it must have, orientation by EXIF applied; None for any.
-        image_format: as `INPUT.FORMAT`.
+        image_format: as ``INPUT.FORMAT``.
 
     Raises:
-        ImageError: as `read_image`, or the image has another size.
+        ImageError: as :func:`read_image`, or if the image has another size.
     """
     check_size(path, read_image(path, max_pixels, image_format), size)
 
@@ -98,13 +98,13 @@ def read_rgb(path: str, max_pixels: int) -> Image.Image:
 
     Args:
         path: the image file.
-        max_pixels: see `read_image`.
+        max_pixels: as of :func:`read_image`.
 
     Returns:
         PIL.Image.Image: in RGB; other modes are converted.
 
     Raises:
-        ImageError: as `read_image`.
+        ImageError: as :func:`read_image`.
     """
     with _opened(path, max_pixels) as image:
         if image.format == "TIFF":
@@ -117,7 +117,7 @@ def read_rgb(path: str, max_pixels: int) -> Image.Image:
 def _opened(path: str, max_pixels: int) -> Iterator[Image.Image]:
     """Open an image to be decoded in a block; what is wrong with its header is raised before."""
     try:
-        # Without Pillow's own limit the size can be told, and a higher `max_pixels` has its way.
+        # Without Pillow's own limit the message has the size, and `max_pixels` may be higher.
         with pixel_limit(None), PathManager.open(path, "rb") as file, Image.open(file) as image:
             _check_header(path, image, file, max_pixels)
             with pixel_limit(max_pixels):
@@ -214,8 +214,8 @@ class UnreadableImages:
     errors that it met beside the sample that stands in, and the training process passes each of
     them to :meth:`skip`. So images are counted and logged in one place with any number of workers,
     and what ends the run is the error itself, not torch's report of a worker's traceback. Where
-    several processes train, each tells the others what it has ``unshared``, so that all of them
-    count all images.
+    several processes train, each shares what it has in ``unshared`` with the others, so that all
+    of them count all images.
     """
 
     def __init__(self, limit: int, *, fraction: float = 0.0, num_images: int = 0):

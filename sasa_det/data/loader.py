@@ -253,7 +253,7 @@ def check_shares(batch_size: int, num_processes: int, parts: int) -> None:
 
 
 def _fingerprint(records: Sequence[dict[str, Any]]) -> str:
-    """Return what tells records from others: names, boxes and classes, wherever the folder is."""
+    """Return a digest of the names, boxes and classes of records, wherever their folder is."""
     digest = hashlib.sha256()
     for record in records:
         boxes = [(a["category_id"], a["bbox"]) for a in record.get("annotations", ())]

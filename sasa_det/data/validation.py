@@ -201,27 +201,19 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 class _Walk:
-    """Walks through a COCO json file, finds its problems, and counts what it holds on the way.
-
-    Attributes:
-        sizes (Counter[str]): number of entries of each section.
-        num_crowds (int): annotations of crowds.
-        names (dict[int, str]): names of the categories by id.
-        boxes (Counter[int]): annotations, without crowds, by id of the category.
-        image_sizes (dict[int, tuple or None]): (height, width) of the images by id, if valid.
-        annotated (set[int]): ids of the images that have annotations.
-    """
+    """Walks through a COCO json file, finds its problems, and counts what it holds on the way."""
 
     def __init__(
         self, image_root: str | os.PathLike, max_pixels: int, mask_format: str, num_keypoints: int
     ):
         self._image_root, self._max_pixels = image_root, max_pixels
         self._mask_format, self._num_keypoints = mask_format, num_keypoints
-        self.sizes, self.boxes = Counter(), Counter()
+        self.sizes: Counter[str] = Counter()  # number of entries by section
+        self.names: dict[int, str] = {}  # of the categories by id
+        self.boxes: Counter[int] = Counter()  # annotations, without crowds, by id of the category
+        self.image_sizes: dict[int, tuple[int, int] | None] = {}  # (height, width) by id, if valid
+        self.annotated: set[int] = set()  # ids of the images that have annotations
         self.num_crowds = self._num_left_out = 0
-        self.names: dict[int, str] = {}
-        self.image_sizes: dict[int, tuple[int, int] | None] = {}
-        self.annotated: set[int] = set()
         self._seen: dict[tuple[str, str], dict[Any, int]] = defaultdict(dict)
         self._objects: set[int] = set()
         self._files: dict[int, dict[str, Any]] = {}  # fields of the images whose file is there
