@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.sharding import full_tensor
 from ..errors import UsageError
+from ..evaluation.validation_loss import modules_with_loss_normalizer
 from ..modeling.batch_norm import SingleValueError, naming_batch_norms
 from ..utils.seeding import seed_everything
 from ..utils.text import abbreviated_list
@@ -173,7 +174,8 @@ class StepTrainer(SimpleTrainer):
         state = super().state_dict()
         state["seed"] = self.seed
         state["grad_scaler"] = self.grad_scaler.state_dict()
-        state["loss_normalizers"] = _loss_normalizers(self.model)
+        normalized = modules_with_loss_normalizer(unwrapped(self.model))
+        state["loss_normalizers"] = {k: float(m.loss_normalizer) for k, m in normalized.items()}
         if hasattr(self.data_loader, "state_dict"):
             state["data_loader"] = self.data_loader.state_dict()
         return state
@@ -242,9 +244,3 @@ def _describe(batch: list[dict[str, Any]] | dict[str, Any]) -> list[str]:
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
-
-
-def _loss_normalizers(model: nn.Module) -> dict[str, float]:
-    """Collect what detectron2's dense detectors average in plain attributes."""
-    modules = unwrapped(model).named_modules()
-    return {name: float(m.loss_normalizer) for name, m in modules if hasattr(m, "loss_normalizer")}

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from detectron2.modeling.roi_heads import BaseKeypointRCNNHead
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
@@ -11,7 +12,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..utils.seeding import seeded
 
-__all__ = ["validation_losses"]
+__all__ = ["modules_with_loss_normalizer", "validation_losses"]
+
+
+def modules_with_loss_normalizer(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the dense detectors in a model, which average ``loss_normalizer`` in training.
+
+    In a keypoint head it is an option, which may be "visible".
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "loss_normalizer") and not isinstance(module, BaseKeypointRCNNHead)
+    }
 
 
 def validation_losses(
@@ -31,7 +44,8 @@ def validation_losses(
         dict: mean losses a batch, and their sum, "total_loss".
     """
     modes = {module: module.training for module in model.modules()}
-    normalizers = [(m, m.loss_normalizer) for m in modes if hasattr(m, "loss_normalizer")]
+    normalized = modules_with_loss_normalizer(model).values()
+    normalizers = [(module, module.loss_normalizer) for module in normalized]
     model.train()
     for module in modes:
         if isinstance(module, (_BatchNorm, nn.modules.dropout._DropoutNd)):

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.roi_heads import KRCNNConvDeconvUpsampleHead
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 
+from sasa_det.engine.train_loop import StepTrainer
 from sasa_det.evaluation.validation_loss import validation_losses
 
 
@@ -16,9 +19,13 @@ class Detector(nn.Module):
         self.norm = nn.BatchNorm1d(2)
         self.dropout = nn.Dropout(0.5)
         self.loss_normalizer = 7.0
+        # Whose loss_normalizer is an option, "visible".
+        self.keypoints = KRCNNConvDeconvUpsampleHead(
+            ShapeSpec(channels=4), num_keypoints=3, conv_dims=[4], loss_normalizer="visible"
+        )
 
     def forward(self, batch):
-        assert self.training
+        assert self.training and self.keypoints.loss_normalizer == "visible"
         before = getattr(self, "loss_normalizer", 100.0)
         self.loss_normalizer = 0.9 * before + 0.1 * len(batch)
         get_event_storage().put_scalar("seen", len(batch))
@@ -60,3 +67,10 @@ def test_modes_come_back_from_a_failure():
         validation_losses(model, [None])
     assert model.training and model.dropout.training and not model.norm.training
     assert model.loss_normalizer == 7.0
+
+
+def test_checkpoints_hold_the_normalizers_of_dense_detectors_alone():
+    model = Detector()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = StepTrainer(model, [], optimizer, seed=0).state_dict()
+    assert state["loss_normalizers"] == {"": 7.0}
