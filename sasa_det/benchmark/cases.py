@@ -1,6 +1,7 @@
 """What is measured: each case sets ways to do one thing side by side."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -41,20 +42,21 @@ def make_cases(settings: Settings, groups: Iterable[str]) -> list[Case]:
     return [case for group in GROUPS if group in groups for case in makers[group](settings)]
 
 
-def _inference(module: nn.Module, *inputs: Tensor) -> Run:
-    module.eval()
+def _passes(
+    settings: Settings, build: Callable[[], nn.Module], channels: int, size: int, training: bool
+) -> Run:
+    """Forward or, in training, forward and backward with gradients of weights and input."""
+    module, x = settings.place(build()), settings.features(channels, size)
+    if not training:
+        module.eval()
 
-    def run():
-        with torch.no_grad():
-            return module(*inputs)
+        def infer():
+            with torch.no_grad():
+                return module(x)
 
-    return run
-
-
-def _training(module: nn.Module, x: Tensor) -> Run:
-    """Forward and backward with gradients of weights and input."""
+        return infer
     module.train()
-    x = x.detach().requires_grad_()
+    x.requires_grad_()
     grad = torch.randn_like(module(x))
 
     def run():
@@ -100,76 +102,75 @@ def _convolution(channels: int, kernel_size: int = 3) -> nn.Module:
     return nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, bias=False)
 
 
-def _layer(settings: Settings, build: Callable[[], nn.Module], size: int, training: bool) -> Run:
-    module, x = settings.place(build()), settings.features(256, size)
-    return _training(module, x) if training else _inference(module, x)
+_PASSES = {"forward": False, "forward + backward": True}
+_HALO = "HaloAttn (timm)"
+_UNFOLD = "unfold"
+
+
+def _cases(
+    group: str,
+    name: str,
+    title: str,
+    ways: Mapping[str, Callable[..., Run]],
+    passes: Mapping[str, bool] = _PASSES,
+) -> list[Case]:
+    """Return a case for each of the passes.
+
+    Args:
+        group: of all cases.
+        name: what their names begin with.
+        title: of a case, with ``{}`` in place of the pass.
+        ways: the contenders, the baseline first; they are made with ``training=`` True or False.
+        passes: name of a pass to whether it trains.
+    """
+    cases = []
+    for what, training in passes.items():
+        contenders = tuple(
+            Contender(
+                way, partial(make, training=training), foreign=way == _HALO, slow=way == _UNFOLD
+            )
+            for way, make in ways.items()
+        )
+        names = (group, f"{name} {what}", title.format(what), contenders[0].name)
+        cases.append(Case(*names, contenders, memory=True))
+    return cases
 
 
 def _op_cases(settings: Settings) -> list[Case]:
     size = settings.image_size // 8
-    cases = []
-    for training in (False, True):
-        what = "forward + backward" if training else "forward"
-        op = partial(_op, settings, 256, size, 7, training=training)
-        convolution = partial(_layer, settings, partial(_convolution, 256), size, training)
-        contenders = [
-            Contender(CONVOLUTION, convolution),
-            Contender(ATTENTION, partial(op, None)),
-            Contender("attention, loop in PyTorch", partial(op, "loop")),
-            Contender("unfold", partial(op, "reference"), slow=True),
-        ]
-        if not training:
-            flex = partial(_flex, settings, 256, size, 7)
-            contenders.append(Contender("FlexAttention", flex, foreign=True, slow=True))
-        title = f"attention alone, {what}, {settings.batch}x256x{size}x{size}, k 7, 8 heads"
-        cases.append(Case("op", f"op {what}", title, CONVOLUTION, tuple(contenders), memory=True))
-    return cases
+    op = partial(_op, settings, 256, size, 7)
+    ways = {
+        CONVOLUTION: partial(_passes, settings, partial(_convolution, 256), 256, size),
+        ATTENTION: partial(op, None),
+        "attention, loop in PyTorch": partial(op, "loop"),
+        _UNFOLD: partial(op, "reference"),
+    }
+    title = f"attention alone, {{}}, {settings.batch}x256x{size}x{size}, k 7, 8 heads"
+    forward, backward = _cases("op", "op", title, ways)
+    flex = Contender(
+        "FlexAttention", partial(_flex, settings, 256, size, 7), foreign=True, slow=True
+    )
+    return [replace(forward, contenders=(*forward.contenders, flex)), backward]
 
 
 def _layer_cases(settings: Settings) -> list[Case]:
     size = settings.image_size // 8
-    cases = []
-    for training in (False, True):
-        what = "forward + backward" if training else "forward"
-        ways = {
-            CONVOLUTION: partial(_convolution, 256),
-            ATTENTION: partial(LocalSelfAttention2d, 256, 256),
-            "unfold": partial(LocalSelfAttention2d, 256, 256, backend="reference"),
-            "HaloAttn (timm)": partial(others.halo_attention, 256),
-        }
-        contenders = tuple(
-            Contender(
-                name,
-                partial(_layer, settings, build, size, training),
-                foreign=name.startswith("HaloAttn"),
-                slow=name == "unfold",
-            )
-            for name, build in ways.items()
-        )
-        title = f"layer with projections, {what}, {settings.batch}x256x{size}x{size}"
-        cases.append(Case("layer", f"layer {what}", title, CONVOLUTION, contenders, memory=True))
-    return cases
+    layers = {
+        CONVOLUTION: partial(_convolution, 256),
+        ATTENTION: partial(LocalSelfAttention2d, 256, 256),
+        _UNFOLD: partial(LocalSelfAttention2d, 256, 256, backend="reference"),
+        _HALO: partial(others.halo_attention, 256),
+    }
+    ways = {name: partial(_passes, settings, build, 256, size) for name, build in layers.items()}
+    title = f"layer with projections, {{}}, {settings.batch}x256x{size}x{size}"
+    return _cases("layer", "layer", title, ways)
 
 
 def _stem_cases(settings: Settings) -> list[Case]:
     size = settings.image_size
-
-    def run(build: Callable[[], nn.Module], training: bool) -> Run:
-        module, x = settings.place(build()), settings.features(3, size)
-        return _training(module, x) if training else _inference(module, x)
-
-    ways = {"convolutional stem": lambda: BasicStem(3, 64, "BN"), "attention stem": AttentionStem}
-    return [
-        Case(
-            "stem",
-            f"stem {what}",
-            f"stem, {what}, {settings.batch}x3x{size}x{size}",
-            "convolutional stem",
-            tuple(Contender(name, partial(run, way, training)) for name, way in ways.items()),
-            memory=True,
-        )
-        for what, training in (("forward", False), ("forward + backward", True))
-    ]
+    stems = {"convolutional stem": lambda: BasicStem(3, 64, "BN"), "attention stem": AttentionStem}
+    ways = {name: partial(_passes, settings, build, 3, size) for name, build in stems.items()}
+    return _cases("stem", "stem", f"stem, {{}}, {settings.batch}x3x{size}x{size}", ways)
 
 
 _MODELS = {"convolutional": "retinanet_R_50.yaml", "attentional": "retinanet_SASA_R_50_full.yaml"}
@@ -187,29 +188,17 @@ def _config(settings: Settings, name: str) -> CfgNode:
     return cfg
 
 
-def _models(run: Callable[[str, bool], Run], training: bool) -> tuple[Contender, ...]:
-    return tuple(Contender(label, partial(run, name, training)) for label, name in _MODELS.items())
-
-
 def _backbone_cases(settings: Settings) -> list[Case]:
-    def run(name: str, training: bool) -> Run:
-        cfg = _config(settings, name)
-        backbone = build_backbone(cfg, ShapeSpec(channels=3)).bottom_up
-        module = settings.place(_Last(backbone))
-        x = settings.features(3, settings.image_size)
-        return _training(module, x) if training else _inference(module, x)
+    def build(name: str) -> nn.Module:
+        return _Last(build_backbone(_config(settings, name), ShapeSpec(channels=3)).bottom_up)
 
-    return [
-        Case(
-            "backbone",
-            f"backbone {what}",
-            f"ResNet-50, {what}, {settings.batch}x3x{settings.image_size}x{settings.image_size}",
-            "convolutional",
-            _models(run, training),
-            memory=True,
-        )
-        for what, training in (("forward", False), ("forward + backward", True))
-    ]
+    size = settings.image_size
+    ways = {
+        label: partial(_passes, settings, partial(build, name), 3, size)
+        for label, name in _MODELS.items()
+    }
+    title = f"ResNet-50, {{}}, {settings.batch}x3x{size}x{size}"
+    return _cases("backbone", "backbone", title, ways)
 
 
 class _Last(nn.Module):
@@ -224,48 +213,42 @@ class _Last(nn.Module):
 
 
 def _retinanet_cases(settings: Settings) -> list[Case]:
-    def run(name: str, training: bool) -> Run:
-        model = build_model(_config(settings, name))
-        inputs = _detection_inputs(settings)
-        autocast = partial(
-            torch.autocast,
-            settings.device,
-            dtype=settings.dtype,
-            enabled=settings.dtype != torch.float32,
-        )
-        if not training:
-            model.eval()
-
-            def infer():
-                with torch.no_grad(), autocast():
-                    return model(inputs)
-
-            return infer
-        model.train()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
-
-        def step():
-            optimizer.zero_grad(set_to_none=True)
-            # RetinaNet's losses report to a storage.
-            with EventStorage(), autocast():
-                losses = model(inputs)
-            sum(losses.values()).backward()
-            optimizer.step()
-
-        return step
-
     size = settings.image_size
-    return [
-        Case(
-            "retinanet",
-            f"RetinaNet-50 {what}",
-            f"RetinaNet-50, {what}, {settings.batch}x3x{size}x{size}",
-            "convolutional",
-            _models(run, training),
-            memory=True,
-        )
-        for what, training in (("inference", False), ("training step", True))
-    ]
+    ways = {label: partial(_detection, settings, name) for label, name in _MODELS.items()}
+    title = f"RetinaNet-50, {{}}, {settings.batch}x3x{size}x{size}"
+    passes = {"inference": False, "training step": True}
+    return _cases("retinanet", "RetinaNet-50", title, ways, passes)
+
+
+def _detection(settings: Settings, name: str, training: bool) -> Run:
+    model = build_model(_config(settings, name))
+    inputs = _detection_inputs(settings)
+    autocast = partial(
+        torch.autocast,
+        settings.device,
+        dtype=settings.dtype,
+        enabled=settings.dtype != torch.float32,
+    )
+    if not training:
+        model.eval()
+
+        def infer():
+            with torch.no_grad(), autocast():
+                return model(inputs)
+
+        return infer
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        # RetinaNet's losses report to a storage.
+        with EventStorage(), autocast():
+            losses = model(inputs)
+        sum(losses.values()).backward()
+        optimizer.step()
+
+    return step
 
 
 def _detection_inputs(settings: Settings) -> list[dict]:
@@ -282,34 +265,37 @@ def _detection_inputs(settings: Settings) -> list[dict]:
 
 def _kernel_size_cases(settings: Settings) -> list[Case]:
     size = settings.image_size // 8
-    cases = []
-    for kernel_size in (3, 5, 7, 9, 11):
-        attention = partial(LocalSelfAttention2d, 256, 256, kernel_size)
-        convolution = partial(_convolution, 256, kernel_size)
-        contenders = (
-            Contender("k x k convolution", partial(_layer, settings, convolution, size, False)),
-            Contender(ATTENTION, partial(_layer, settings, attention, size, False)),
-        )
-        title = f"layer, forward, {settings.batch}x256x{size}x{size}, k {kernel_size}"
-        name = f"kernel size {kernel_size}"
-        cases.append(
-            Case("kernel_size", name, title, "k x k convolution", contenders, at=kernel_size)
-        )
-    return cases
+    return [
+        _growth_case(settings, "kernel_size", k, "k x k convolution", size, (k, k), f", k {k}")
+        for k in (3, 5, 7, 9, 11)
+    ]
 
 
 def _image_size_cases(settings: Settings) -> list[Case]:
-    cases = []
-    for image_size in (320, 640, 960, 1280):
-        size = image_size // 8
-        attention = partial(LocalSelfAttention2d, 256, 256)
-        contenders = (
-            Contender(
-                CONVOLUTION, partial(_layer, settings, partial(_convolution, 256), size, False)
-            ),
-            Contender(ATTENTION, partial(_layer, settings, attention, size, False)),
-        )
-        title = f"layer, forward, {settings.batch}x256x{size}x{size}"
-        name = f"image size {image_size}"
-        cases.append(Case("image_size", name, title, CONVOLUTION, contenders, at=image_size))
-    return cases
+    return [
+        _growth_case(settings, "image_size", size, CONVOLUTION, size // 8, (3, 7))
+        for size in (320, 640, 960, 1280)
+    ]
+
+
+def _growth_case(
+    settings: Settings,
+    group: str,
+    at: int,
+    baseline: str,
+    size: int,
+    kernel_sizes: tuple[int, int],
+    suffix: str = "",
+) -> Case:
+    """Compare layers with the kernel sizes of convolution and attention in the forward pass."""
+    ways = {
+        baseline: partial(_convolution, 256, kernel_sizes[0]),
+        ATTENTION: partial(LocalSelfAttention2d, 256, 256, kernel_sizes[1]),
+    }
+    contenders = (
+        Contender(name, partial(_passes, settings, build, 256, size, False))
+        for name, build in ways.items()
+    )
+    title = f"layer, forward, {settings.batch}x256x{size}x{size}{suffix}"
+    name = f"{group.replace('_', ' ')} {at}"
+    return Case(group, name, title, baseline, tuple(contenders), at=at)

@@ -21,6 +21,7 @@ __all__ = [
     "MAY_BE_FLAT",
     "MAY_BE_INFINITE",
     "MAY_BE_NONE",
+    "MAY_BE_ZERO",
     "NOT_EMPTY",
     "RULES",
     "Rule",
@@ -57,10 +58,6 @@ def _number(allowed: str, holds: Callable[[float], bool]) -> Rule:
     return Rule(allowed, holds_for_a_number)
 
 
-def _at_least(low: int) -> Rule:
-    return _number(f"at least {low}", lambda value: value >= low)
-
-
 def _one_of(*names: str) -> Rule:
     return Rule(f"one of {', '.join(names)}", lambda value: value in names, names)
 
@@ -79,46 +76,9 @@ if hasattr(detectron2.solver.build, "StepWithFixedGammaParamScheduler"):
     _SCHEDULERS.append("WarmupStepWithFixedGammaLR")
 
 # A rule, and the keys whose value it is for, or every value in their lists. Keys may be patterns,
-# and some are those of one version of detectron2. What is missing is checked where the model is
-# built from it, as MODEL.SASA is.
+# and some are those of one version of detectron2. Keys that are missing either follow their default
+# below or are checked where the model is built from them.
 RULES: dict[Rule, str] = {
-    _at_least(0): """
-        DATALOADER.NUM_WORKERS DATALOADER.SKIP_UNREADABLE
-        INPUT.MIN_SIZE_TEST INPUT.MIN_SIZE_TRAIN
-        MODEL.*.SMOOTH_L1_*BETA MODEL.*LOSS_WEIGHT MODEL.BACKBONE.FREEZE_AT
-        MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT MODEL.PROPOSAL_GENERATOR.MIN_SIZE
-        MODEL.RETINANET.FOCAL_LOSS_GAMMA MODEL.RETINANET.NUM_CONVS
-        MODEL.ROI_*_HEAD.NUM_CONV MODEL.ROI_*_HEAD.NUM_FC MODEL.ROI_*_HEAD.POOLER_SAMPLING_RATIO
-        MODEL.ROI_BOX_HEAD.FED_LOSS_FREQ_WEIGHT_POWER
-        MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-        SOLVER.*_EPOCHS SOLVER.BASE_LR_END SOLVER.BIAS_LR_FACTOR SOLVER.MAX_CHECKPOINTS
-        SOLVER.NUM_DECAYS SOLVER.REFERENCE_BATCH SOLVER.REFERENCE_WORLD_SIZE SOLVER.WARMUP_ITERS
-        SOLVER.WEIGHT_DECAY*
-        TEST.EARLY_STOPPING TEST.EVAL_* VIS_PERIOD
-    """,
-    _at_least(1): """
-        DATASETS.PRECOMPUTED_PROPOSAL_TOPK_*
-        INPUT.CLASSIFICATION.CROP_SIZE INPUT.CLASSIFICATION.RESIZE_TEST
-        INPUT.JITTER.CROP_SIZE INPUT.MAX_PIXELS INPUT.MAX_SIZE_*
-        MODEL.*.BATCH_SIZE_PER_IMAGE MODEL.*.CONVS_DIM MODEL.*.NUM_CLASSES MODEL.*TOPK_*
-        MODEL.FPN.OUT_CHANNELS
-        MODEL.RESNETS.*_OUT_CHANNELS MODEL.RESNETS.DEFORM_NUM_GROUPS MODEL.RESNETS.NUM_GROUPS
-        MODEL.RESNETS.RES5_DILATION MODEL.RESNETS.WIDTH_PER_GROUP
-        MODEL.ROI_*_HEAD.CONV_DIM* MODEL.ROI_*_HEAD.FC_DIM MODEL.ROI_*_HEAD.POOLER_RESOLUTION
-        MODEL.ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
-        MODEL.SEM_SEG_HEAD.COMMON_STRIDE
-        SOLVER.ACCUMULATION_STEPS SOLVER.CHECKPOINT_PERIOD SOLVER.IMS_PER_BATCH SOLVER.MAX_ITER
-        SOLVER.STEPS
-        TEST.AUG.*_SIZE* TEST.DETECTIONS_PER_IMAGE TEST.IMS_PER_BATCH TEST.PRECISE_BN.NUM_ITER
-    """,
-    _number("above 0", lambda value: value > 0): """
-        INPUT.CROP.SIZE INPUT.JITTER.*_SCALE
-        MODEL.*.BBOX_REG_WEIGHTS MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS MODEL.ANCHOR_GENERATOR.SIZES
-        MODEL.PIXEL_STD
-        SOLVER.BASE_LR SOLVER.CLIP_GRADIENTS.CLIP_VALUE SOLVER.CLIP_GRADIENTS.NORM_TYPE
-        SOLVER.GAMMA SOLVER.LOGIT_LR_FACTOR
-        TEST.KEYPOINT_OKS_SIGMAS
-    """,
     _number("within [0, 1]", lambda value: 0 <= value <= 1): """
         DATALOADER.REPEAT_THRESHOLD DATALOADER.SKIP_UNREADABLE_FRACTION
         MODEL.*.NMS_THRESH* MODEL.*.POSITIVE_FRACTION MODEL.*.SCORE_THRESH_TEST
@@ -129,10 +89,8 @@ RULES: dict[Rule, str] = {
         INPUT.CLASSIFICATION.MIN_AREA MODEL.*.IOU_THRESHOLDS MODEL.ROI_BOX_CASCADE_HEAD.IOUS
     """,
     _number("above 0 and below 1", lambda value: 0 < value < 1): "MODEL.RETINANET.PRIOR_PROB",
-    _number("above 0 and below 1, or 0 for none", lambda value: 0 <= value < 1): """
-        DATASETS.HOLDOUT
-    """,
     _number("at least 0 and below 1", lambda value: 0 <= value < 1): """
+        DATASETS.HOLDOUT
         MODEL.ANCHOR_GENERATOR.OFFSET MODEL.BN_DECAY MODEL.CLASSIFIER.LABEL_SMOOTHING
         MODEL.EMA.DECAY SOLVER.MOMENTUM
     """,
@@ -143,8 +101,8 @@ RULES: dict[Rule, str] = {
         MODEL.RPN.CONV_DIMS
     """,
     _number("-1, 0 or 1", lambda value: value in (-1, 0, 1)): "MODEL.*.IOU_LABELS",
-    _number("a number", lambda value: True): "MODEL.ANCHOR_GENERATOR.ANGLES MODEL.PIXEL_MEAN",
-    # The seeds of the processes follow on it; NumPy takes 32 bits.
+    _number("a number", lambda value: True): "GLOBAL.* MODEL.PIXEL_MEAN *.IGNORE_VALUE",
+    # The processes add their ranks to the seed, and NumPy takes 32 bits.
     _number("within [-1, 2147483647]", lambda value: -1 <= value < 2**31): "SEED",
     _number("2", lambda value: value == 2): "VERSION",
     Rule(
@@ -165,10 +123,23 @@ RULES: dict[Rule, str] = {
     _one_of("float16", "bfloat16"): "SOLVER.AMP.DTYPE",
     _one_of("value", "norm", "full_model"): "SOLVER.CLIP_GRADIENTS.CLIP_TYPE",
     _one_of(*_SCHEDULERS): "SOLVER.LR_SCHEDULER_NAME",
-    _one_of("SGD", "AdamW"): "SOLVER.OPTIMIZER",
     _one_of("linear", "constant"): "SOLVER.WARMUP_METHOD",
     _one_of("max", "min"): "TEST.BEST_MODE",
 }
+
+# Other numbers follow their default: above 0, or at least 1 if it is an integer, where it is above
+# 0, and at least 0 where it is 0. A default below 0 leaves them free. These may be 0 as well:
+MAY_BE_ZERO = """
+    DATALOADER.NUM_WORKERS
+    INPUT.MIN_SIZE_*
+    MODEL.*LOSS_BETA MODEL.*LOSS_WEIGHT MODEL.BACKBONE.FREEZE_AT
+    MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT
+    MODEL.RETINANET.FOCAL_LOSS_GAMMA MODEL.RETINANET.NUM_CONVS
+    MODEL.ROI_BOX_HEAD.FED_LOSS_FREQ_WEIGHT_POWER
+    MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+    MODEL.SASA.RESIDUAL_INIT
+    SOLVER.BIAS_LR_FACTOR SOLVER.NUM_DECAYS SOLVER.WARMUP_ITERS SOLVER.WEIGHT_DECAY
+"""
 
 # A value nests lists, and holds strings or numbers, as its default does. These are examples where
 # the default does not show it; TEST.EXPECTED_RESULTS, with both, is checked with the metrics.
@@ -177,7 +148,9 @@ EXAMPLES = {
         DATASETS.PROPOSAL_FILES_* DATASETS.TEST DATASETS.TRAIN MODEL.FPN.IN_FEATURES
         MODEL.ACTIVATION_CHECKPOINTING MODEL.WEIGHTS_ALLOW
     """,
-    (0.0,): "SOLVER.STEP_EPOCHS TEST.KEYPOINT_OKS_SIGMAS",
+    ((1.0,),): "MODEL.ANCHOR_GENERATOR.SIZES",
+    (1.0,): "TEST.KEYPOINT_OKS_SIGMAS",
+    (0.0,): "SOLVER.STEP_EPOCHS",
     0.0: "SOLVER.WEIGHT_DECAY_BIAS",
     None: "TEST.EXPECTED_RESULTS",
 }
@@ -218,10 +191,12 @@ def check_values(cfg: CfgNode) -> None:
         value = values[key]
         for part in _parts(value):
             _check_plain(key, part)
-        _check_kind(key, value, default)
-        for rule, keys in RULES.items():
+        for example, keys in EXAMPLES.items():
             if _is_among(key, keys):
-                _check_rule(key, value, rule)
+                default = example
+        _check_kind(key, value, default)
+        for rule in _rules(key, default):
+            _check_rule(key, value, rule)
         nested = value if isinstance(value, list | tuple) else ()
         is_empty = not value or any(part in ([], ()) for part in nested)
         if is_empty and _is_among(key, NOT_EMPTY):
@@ -316,9 +291,6 @@ def _check_plain(key: str, value: Any) -> None:
 
 def _check_kind(key: str, value: Any, default: Any) -> None:
     """Check that a value nests lists as the default does, and holds numbers where it does."""
-    for example, keys in EXAMPLES.items():
-        if _is_among(key, keys):
-            default = example
     examples = [default, default[0]] if _is_among(key, MAY_BE_FLAT) else [default]
     if default is not None and not any(_is_of_kind(value, example) for example in examples):
         raise UsageError(f"{key} must be {_describe(default)}, got {value!r}.")
@@ -338,6 +310,19 @@ def _describe(example: Any) -> str:
     while isinstance(part, list | tuple):
         depth, part = depth + 1, part[0]
     return f"a list of {'lists of ' * (depth - 1)}{_KINDS[type(part)]}s"
+
+
+def _rules(key: str, default: Any) -> list[Rule]:
+    """Return the rules of a key, or what its default says of numbers."""
+    rules = [rule for rule, keys in RULES.items() if _is_among(key, keys)]
+    numbers = [part for part in _parts(default) if type(part) in (int, float)]
+    if rules or not numbers or min(numbers) < 0:
+        return rules
+    if min(numbers) == 0 or _is_among(key, MAY_BE_ZERO):
+        return [_number("at least 0", lambda value: value >= 0)]
+    if all(isinstance(number, int) for number in numbers):
+        return [_number("at least 1", lambda value: value >= 1)]
+    return [_number("above 0", lambda value: value > 0)]
 
 
 def _check_rule(key: str, value: Any, rule: Rule) -> None:
