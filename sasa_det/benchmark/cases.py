@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 from detectron2.modeling.backbone.resnet import BasicStem
@@ -13,7 +13,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from ..config import add_sasa_config
+from ..config.defaults import default_config
 from ..layers import AttentionStem, LocalSelfAttention2d
 from ..ops import local_attention
 from . import others
@@ -177,8 +177,7 @@ _MODELS = {"convolutional": "retinanet_R_50.yaml", "attentional": "retinanet_SAS
 
 
 def _config(settings: Settings, name: str) -> CfgNode:
-    cfg = get_cfg()
-    add_sasa_config(cfg)
+    cfg = default_config()
     cfg.merge_from_file(str(settings.configs / "COCO-Detection" / name))
     cfg.MODEL.DEVICE = settings.device
     cfg.MODEL.WEIGHTS = ""

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 
 from ..errors import UsageError
-from .defaults import add_sasa_config
+from .defaults import default_config
 from .keys import flatten
 from .yaml_file import read_config_file
 
@@ -123,11 +123,10 @@ def _changes(cfg: CfgNode) -> list[_Change]:
     path = _stored(cfg)
     if not path.exists():
         return []
-    defaults = get_cfg()
-    add_sasa_config(defaults)
     new = _as_stored(cfg)
-    # Of which a LazyConfig has none.
-    old = {key: value for key, value in _as_stored(defaults).items() if key in new}
+    # The keys of a stored LazyConfig are not among the defaults.
+    defaults = _as_stored(default_config())
+    old = {key: value for key, value in defaults.items() if key in new}
     for _, values in read_config_file(str(path)):
         old |= flatten(values)
     # Where a run is stored is where it is resumed, in whatever way that is written.

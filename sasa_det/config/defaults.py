@@ -1,10 +1,17 @@
 """Every config key that sasa_det adds to detectron2's defaults."""
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 
 from ..data.images import MAX_PIXELS
 
-__all__ = ["add_sasa_config"]
+__all__ = ["add_sasa_config", "default_config"]
+
+
+def default_config() -> CfgNode:
+    """Return a new config with the defaults of detectron2 and of this project."""
+    cfg = get_cfg()
+    add_sasa_config(cfg)
+    return cfg
 
 
 def add_sasa_config(cfg: CfgNode) -> None:

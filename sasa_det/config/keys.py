@@ -1,4 +1,4 @@
-"""Lengths in epochs, and the learning rate of a batch and of an iteration."""
+"""The full keys of configs, and what is wrong with a key or with the type of its value."""
 
 import re
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import nearest
 
-__all__ = ["CONFIG_ERRORS", "all_keys", "explain", "flatten", "unknown_key"]
+__all__ = ["CONFIG_ERRORS", "EPOCH_KEYS", "all_keys", "explain", "flatten", "unknown_key"]
 
 
 # The key in epochs, and the key in iterations that it stands in for.

@@ -1,4 +1,4 @@
-"""LazyConfigs: read, checked, and told to the engine in the keys that it knows from yaml."""
+"""Reading LazyConfigs, whose values the engine finds under the keys of yaml configs."""
 
 import builtins
 import copy
@@ -10,19 +10,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import yaml
-from detectron2.config import CfgNode, LazyConfig, get_cfg
+from detectron2.config import CfgNode, LazyConfig
 from detectron2.config.instantiate import dump_dataclass
 from detectron2.utils.registry import _convert_target_to_string
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
-from ..data.catalog import num_classes_of
 from ..errors import UsageError, nearest, print_error
-from .defaults import add_sasa_config
+from .defaults import default_config
 from .keys import CONFIG_ERRORS, explain, flatten
-from .load import class_keys, prefer_given, register_datasets
-from .values import check_values
+from .load import class_keys, complete
 from .yaml_file import read_config_file
 
 __all__ = ["KEYS", "LazySettings", "load_lazy_config", "tell_in_lazy_keys"]
@@ -169,13 +167,7 @@ def load_lazy_config(
             lazy.dataloader[f"{split}_json"], lazy.dataloader[f"{split}_images"] = source
     cfg = _settings(lazy)
     before = flatten(cfg)
-    prefer_given(cfg, [key for key, name in KEYS.items() if name in overridden])
-    check_values(cfg)
-    register_datasets(cfg, check=check)
-    named = [split for split in ("TRAIN", "TEST") if cfg.DATASETS[f"{split}_JSON"]]
-    for key in class_keys(cfg) if named else ():
-        if KEYS[key] not in overridden:
-            cfg.merge_from_list([key, num_classes_of(cfg.DATASETS[named[0]])])
+    complete(cfg, [key for key, name in KEYS.items() if name in overridden], check=check)
     for key, value in flatten(cfg).items():
         if value != before[key]:
             OmegaConf.update(lazy, KEYS[key], list(value) if isinstance(value, tuple) else value)
@@ -265,9 +257,7 @@ def _settings(lazy: DictConfig) -> LazySettings:
         if key not in train_keys:
             raise UsageError(f"config key {key} does not exist{nearest(key, train_keys)}")
     cfg = LazySettings()
-    defaults = get_cfg()
-    add_sasa_config(defaults)
-    cfg.update(defaults)
+    cfg.update(default_config())
     object.__setattr__(cfg, "lazy", lazy)  # a CfgNode's own would take it for a key
     # The learning rate follows lr_multiplier, which need not have a warmup in iterations.
     cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.STEPS = 0, ()

@@ -3,25 +3,16 @@
 import re
 from collections.abc import Collection, Sequence
 
-from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import (
-    ANCHOR_GENERATOR_REGISTRY,
-    BACKBONE_REGISTRY,
-    META_ARCH_REGISTRY,
-    PROPOSAL_GENERATOR_REGISTRY,
-    ROI_BOX_HEAD_REGISTRY,
-    ROI_HEADS_REGISTRY,
-    ROI_KEYPOINT_HEAD_REGISTRY,
-    ROI_MASK_HEAD_REGISTRY,
-    SEM_SEG_HEADS_REGISTRY,
-)
+from detectron2 import modeling
+from detectron2.config import CfgNode
 from detectron2.modeling.proposal_generator import RPN_HEAD_REGISTRY
+from fvcore.common.registry import Registry
 
 from ..data.catalog import num_classes_of
 from ..data.coco import register_coco
 from ..data.image_folder import check_image_folders, hold_out, register_image_folder
 from ..errors import UsageError, nearest
-from .defaults import add_sasa_config
+from .defaults import default_config
 from .keys import CONFIG_ERRORS, EPOCH_KEYS, all_keys, explain, flatten, unknown_key
 from .values import check_values
 from .yaml_file import read_config_file
@@ -29,6 +20,7 @@ from .yaml_file import read_config_file
 __all__ = [
     "BUILD_ERRORS",
     "class_keys",
+    "complete",
     "explain_build_error",
     "image_options",
     "load_config",
@@ -37,34 +29,17 @@ __all__ = [
 ]
 
 
-def prefer_given(cfg: CfgNode, given: Collection[str]) -> None:
-    """Let a length in iterations or a learning rate that is given stand as it is.
-
-    Without this, a length in epochs or a batch of reference from an earlier file would change it.
-
-    Args:
-        cfg: a config with sasa_det's keys, changed in place.
-        given: full keys that a config file or the overrides have just set.
-    """
-    overruled = {**EPOCH_KEYS, "SOLVER.REFERENCE_BATCH": "SOLVER.BASE_LR"}
-    for key, by in overruled.items():
-        if by in given and key not in given:
-            section, name = key.split(".")
-            cfg[section][name] = type(cfg[section][name])()
-
-
-# The keys whose names detectron2 looks up in its registries.
 _REGISTRIES = {
-    "MODEL.ANCHOR_GENERATOR.NAME": ANCHOR_GENERATOR_REGISTRY,
-    "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
-    "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
-    "MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
-    "MODEL.ROI_BOX_HEAD.NAME": ROI_BOX_HEAD_REGISTRY,
-    "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
-    "MODEL.ROI_KEYPOINT_HEAD.NAME": ROI_KEYPOINT_HEAD_REGISTRY,
-    "MODEL.ROI_MASK_HEAD.NAME": ROI_MASK_HEAD_REGISTRY,
-    "MODEL.RPN.HEAD_NAME": RPN_HEAD_REGISTRY,
-    "MODEL.SEM_SEG_HEAD.NAME": SEM_SEG_HEADS_REGISTRY,
+    registry._name: registry
+    for registry in (*vars(modeling).values(), RPN_HEAD_REGISTRY)
+    if isinstance(registry, Registry)
+}
+
+# The keys whose names detectron2 looks up in its registries; the others are MODEL.<registry>.NAME.
+_REGISTRY_KEYS = {
+    "META_ARCH": "MODEL.META_ARCHITECTURE",
+    "RPN_HEAD": "MODEL.RPN.HEAD_NAME",
+    "SEM_SEG_HEADS": "MODEL.SEM_SEG_HEAD.NAME",
 }
 
 # What models, optimizers and mappers raise over a config that they cannot be built from.
@@ -84,10 +59,11 @@ def explain_build_error(error: Exception) -> str:
     """Turn one of :data:`BUILD_ERRORS` into one sentence."""
     message = (str(error.args[0]) if error.args else "").strip().partition("\n")[0]
     unregistered = re.fullmatch(r"No object named '(.*)' found in '(.*)' registry!", message)
-    for key, registry in _REGISTRIES.items():
-        if unregistered and registry._name == unregistered[2]:
-            known = [name for name, _ in registry]
-            return f"{key} {unregistered[1]} is not registered{nearest(unregistered[1], known)}"
+    if unregistered and unregistered[2] in _REGISTRIES:
+        name, registry = unregistered.groups()
+        known = [known for known, _ in _REGISTRIES[registry]]
+        key = _REGISTRY_KEYS.get(registry, f"MODEL.{registry}.NAME")
+        return f"{key} {name} is not registered{nearest(name, known)}"
     if isinstance(error, ValueError) and message:
         return message
     return (
@@ -127,8 +103,7 @@ def load_config(
         UsageError: on a file that cannot be used, an unknown key or a wrong value.
         DatasetError, FileNotFoundError: as :func:`register_datasets`.
     """
-    cfg = get_cfg()
-    add_sasa_config(cfg)
+    cfg = default_config()
     for path, values in read_config_file(config_file) if config_file else ():
         try:
             cfg.merge_from_other_cfg(CfgNode(values))
@@ -140,16 +115,49 @@ def load_config(
     for split, source in (("TRAIN", train), ("TEST", test)):
         if source:
             cfg.DATASETS[f"{split}_JSON"], cfg.DATASETS[f"{split}_IMAGES"] = source
+    complete(cfg, opts[::2])
+    cfg.freeze()
+    return cfg
+
+
+def complete(cfg: CfgNode, overridden: Collection[str], *, check: bool = True) -> None:
+    """Check the values of a config, register its data sets and count their classes.
+
+    Args:
+        cfg: a config with sasa_det's keys, changed in place: where it names data by their files,
+            it gets their number of classes.
+        overridden: full keys of the overrides, which stay as they are.
+        check: as for :func:`register_datasets`.
+
+    Raises:
+        UsageError: on a wrong value.
+        DatasetError, FileNotFoundError: as :func:`register_datasets`.
+    """
+    prefer_given(cfg, overridden)
     check_values(cfg)
-    register_datasets(cfg)
+    register_datasets(cfg, check=check)
     named = [cfg.DATASETS[split] for split in ("TRAIN", "TEST") if cfg.DATASETS[f"{split}_JSON"]]
     if cfg.DATASETS.IMAGE_FOLDER:
         named.append(cfg.DATASETS.TEST)
     for key in class_keys(cfg) if named else ():
-        if key not in opts[::2]:
+        if key not in overridden:
             cfg.merge_from_list([key, num_classes_of(named[0])])
-    cfg.freeze()
-    return cfg
+
+
+def prefer_given(cfg: CfgNode, given: Collection[str]) -> None:
+    """Let a length in iterations or a learning rate that is given stand as it is.
+
+    Without this, a length in epochs or a batch of reference from an earlier file would change it.
+
+    Args:
+        cfg: a config with sasa_det's keys, changed in place.
+        given: full keys that a config file or the overrides have just set.
+    """
+    overruled = {**EPOCH_KEYS, "SOLVER.REFERENCE_BATCH": "SOLVER.BASE_LR"}
+    for key, by in overruled.items():
+        if by in given and key not in given:
+            section, name = key.split(".")
+            cfg[section][name] = type(cfg[section][name])()
 
 
 def _merge_overrides(cfg: CfgNode, opts: Sequence[str]) -> None:
@@ -168,7 +176,6 @@ def _merge_overrides(cfg: CfgNode, opts: Sequence[str]) -> None:
     except CONFIG_ERRORS as error:
         given = dict(zip(opts[::2], opts[1::2], strict=True))
         raise UsageError(explain(error, cfg, given)) from error
-    prefer_given(cfg, opts[::2])
 
 
 def register_datasets(cfg: CfgNode, *, check: bool = True) -> None:

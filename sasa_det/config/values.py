@@ -8,11 +8,11 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import detectron2.solver.build
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.layers import get_norm
 
 from ..errors import UsageError, nearest
-from .defaults import add_sasa_config
+from .defaults import default_config
 from .keys import flatten
 
 __all__ = [
@@ -183,9 +183,7 @@ def check_values(cfg: CfgNode) -> None:
         UsageError: in one sentence that names the key, its value and what is allowed.
     """
     values = flatten(cfg)
-    defaults = get_cfg()
-    add_sasa_config(defaults)
-    for key, default in flatten(defaults).items():
+    for key, default in flatten(default_config()).items():
         if key not in values:
             raise UsageError(f"{key} must be a value, got a section of keys.")
         value = values[key]
@@ -204,6 +202,12 @@ def check_values(cfg: CfgNode) -> None:
         if _is_among(key, INCREASING) and any(a >= b for a, b in pairwise(value)):
             raise UsageError(f"the values of {key} must increase, got {value!r}.")
     _check_lengths(values)
+    crop = cfg.INPUT.CROP
+    if crop.ENABLED and crop.TYPE.startswith("relative") and max(crop.SIZE) > 1:
+        raise UsageError(
+            f"every value of INPUT.CROP.SIZE must be at most 1 with INPUT.CROP.TYPE {crop.TYPE}, "
+            f"got {crop.SIZE!r}."
+        )
     patience = cfg.TEST.EARLY_STOPPING
     if patience and not cfg.TEST.BEST_METRIC:
         raise UsageError(f"TEST.EARLY_STOPPING must be 0 without TEST.BEST_METRIC, got {patience}.")

@@ -129,6 +129,12 @@ class StepTrainer(SimpleTrainer):
         except SingleValueError as error:
             images = ", ".join(_describe(batch))
             raise UsageError(f"iteration {self.iter}, image {images}: {error}") from error
+        except FloatingPointError as error:  # of detectron2's proposals
+            images = ", ".join(_describe(batch))
+            raise NonFiniteError(
+                f"iteration {self.iter}: {error} Images of the batch: {images}; the step was not "
+                "taken and nothing was saved."
+            ) from error
 
     def _agree(
         self, losses: dict[str, Tensor], norm: Tensor, data_time: float

@@ -197,6 +197,16 @@ def test_a_range_of_sizes_has_two_ends():
     check_values(cfg)
 
 
+def test_crops_relative_to_an_image_are_not_larger_than_it():
+    cfg = changed("INPUT.CROP.SIZE", [0.5, 1.5])
+    check_values(cfg)
+    cfg.INPUT.CROP.ENABLED = True
+    with pytest.raises(UsageError, match="every value of INPUT.CROP.SIZE must be at most 1 with"):
+        check_values(cfg)
+    cfg.INPUT.CROP.TYPE = "absolute"
+    check_values(cfg)
+
+
 def test_every_pattern_of_the_tables_fits_a_key():
     """A key that is renamed must not lose its rule."""
     known = defaults()

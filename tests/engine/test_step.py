@@ -224,3 +224,19 @@ def test_float16_skips_a_step_whose_scaled_gradient_overflows():
     other = trainer(Regression(dtype=torch.float), Batches(4), precision=torch.float16)
     other.load_state_dict(runner.state_dict())
     assert other.grad_scaler.get_scale() == runner.grad_scaler.get_scale()
+
+
+class Diverged(Regression):
+    """As detectron2's RPN, which looks at its proposals."""
+
+    def forward(self, batch):
+        raise FloatingPointError(
+            "Predicted boxes or scores contain Inf/NaN. Training has diverged."
+        )
+
+
+def test_proposals_that_are_not_finite_are_named_with_their_images():
+    with pytest.raises(
+        NonFiniteError, match=r"^iteration 0: Predicted boxes .* batch: 0_0.png \(id 0\)"
+    ):
+        steps(trainer(Diverged(), Batches(2)), 0, 1)
