@@ -49,6 +49,7 @@ BUILD_ERRORS = (
     AttributeError,
     ImportError,
     LookupError,
+    MemoryError,
     RuntimeError,
     TypeError,
     ValueError,

@@ -49,6 +49,7 @@ MODELS = {
         ["MODEL.ANCHOR_GENERATOR.SIZES", "[[8], [16]]"],
         "the config does not fit together: AssertionError: ",
     ),
+    "layers": (["MODEL.RETINANET.NUM_CONVS", str(2**62)], "does not fit together: MemoryError"),
     "classes": (["MODEL.RETINANET.NUM_CLASSES", "3"], "MODEL.RETINANET.NUM_CLASSES is 3 but"),
     "jitter": (["INPUT.JITTER.MIN_SCALE", "2.0"], "INPUT.JITTER.MIN_SCALE and MAX_SCALE must"),
     "backend": (["MODEL.SASA.BACKEND", "cuda"], "backend must be None or one of"),
