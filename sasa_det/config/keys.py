@@ -6,7 +6,15 @@ from typing import Any
 
 from ..errors import nearest
 
-__all__ = ["CONFIG_ERRORS", "EPOCH_KEYS", "all_keys", "explain", "flatten", "unknown_key"]
+__all__ = [
+    "CONFIG_ERRORS",
+    "EPOCH_KEYS",
+    "all_keys",
+    "explain",
+    "flatten",
+    "unknown_key",
+    "with_floats",
+]
 
 
 # The key in epochs, and the key in iterations that it stands in for.
@@ -36,7 +44,7 @@ _MISMATCH = re.compile(r"Type mismatch \(<class '([\w.]+)'>.* for config key: (\
 _TYPES = {
     "bool": "True or False",
     "int": "an integer",
-    "float": "a number with a decimal point, as 1.0",
+    "float": "a number",
     "str": "a string",
     "list": "a list",
     "tuple": "a list",
@@ -60,6 +68,21 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def with_floats(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested values with integers as floats where the defaults are floats.
+
+    yacs refuses ``MAX_EPOCHS: 50`` for a key whose default is 0.0.
+    """
+    given = dict(values)
+    for key, value in values.items():
+        default = defaults.get(key)
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            given[key] = with_floats(value, default)
+        elif type(value) is int and type(default) is float:
+            given[key] = float(value)
+    return given
 
 
 def all_keys(cfg: Mapping[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ from ..data.coco import register_coco
 from ..data.image_folder import check_image_folders, hold_out, register_image_folder
 from ..errors import UsageError, nearest
 from .defaults import default_config
-from .keys import CONFIG_ERRORS, EPOCH_KEYS, all_keys, explain, flatten, unknown_key
+from .keys import CONFIG_ERRORS, EPOCH_KEYS, all_keys, explain, flatten, unknown_key, with_floats
 from .values import check_values
 from .yaml_file import read_config_file
 
@@ -107,7 +107,7 @@ def load_config(
     cfg = default_config()
     for path, values in read_config_file(config_file) if config_file else ():
         try:
-            cfg.merge_from_other_cfg(CfgNode(values))
+            cfg.merge_from_other_cfg(CfgNode(with_floats(values, cfg)))
         except CONFIG_ERRORS as error:
             raise UsageError(f"{path}: {explain(error, cfg, flatten(values))}") from error
         prefer_given(cfg, flatten(values))
@@ -172,8 +172,14 @@ def _merge_overrides(cfg: CfgNode, opts: Sequence[str]) -> None:
     for key in opts[::2]:
         if key not in known:
             raise UsageError(unknown_key(key, cfg))
+    defaults = flatten(cfg)
+    floats = [type(defaults.get(key)) is float for key in opts[::2]]
+    words = [
+        f"{word}.0" if is_float and re.fullmatch(r"[+-]?\d+", str(word)) else word
+        for word, is_float in zip(opts[1::2], floats, strict=True)
+    ]
     try:
-        cfg.merge_from_list(opts)
+        cfg.merge_from_list([word for pair in zip(opts[::2], words, strict=True) for word in pair])
     except CONFIG_ERRORS as error:
         given = dict(zip(opts[::2], opts[1::2], strict=True))
         raise UsageError(explain(error, cfg, given)) from error

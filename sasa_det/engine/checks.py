@@ -190,6 +190,8 @@ def _check_expected(results: Sequence[Any], known: Sequence[str]) -> None:
 
 # More is a slip of the finger, and would be read for ever before the first step.
 _LARGEST_BATCH = 10**6
+# Likewise: the machine would have no room for other processes.
+_MOST_WORKERS = 1000
 
 
 def check_run(
@@ -275,10 +277,10 @@ def check_processes(
 
 def _check_batch(cfg: CfgNode, num_processes: int) -> None:
     batch_size = cfg.SOLVER.IMS_PER_BATCH
-    if batch_size > _LARGEST_BATCH:
-        raise UsageError(
-            f"SOLVER.IMS_PER_BATCH must be at most {_LARGEST_BATCH}, got {batch_size}."
-        )
+    most = {"SOLVER.IMS_PER_BATCH": _LARGEST_BATCH, "DATALOADER.NUM_WORKERS": _MOST_WORKERS}
+    for key, limit in most.items():
+        if flatten(cfg)[key] > limit:
+            raise UsageError(f"{key} must be at most {limit}, got {flatten(cfg)[key]}.")
     try:
         check_shares(batch_size, num_processes, cfg.SOLVER.ACCUMULATION_STEPS)
     except ValueError as error:
