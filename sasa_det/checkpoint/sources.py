@@ -70,32 +70,27 @@ def locate(weights: str | os.PathLike) -> Source:
     return Source(path, heuristics)
 
 
-def check_sha256(path: Path, expected: str) -> None:
+def check_sha256(path: Path, expected: str, name: str = "") -> None:
     """Check the SHA-256 of a file.
 
     Args:
         path: the file.
         expected: 64 hexadecimal digits in lower case.
+        name: of the file in the message; "" for its path.
 
     Raises:
         CheckpointError: if it differs or the file cannot be read.
     """
-    _compare(path, _sha256_of(path), expected)
-
-
-def _compare(name: str | os.PathLike, found: str, expected: str) -> None:
-    if found != expected:
-        raise CheckpointError(
-            f"{name} has the SHA-256 {found}, not {expected} as its name in MODEL.WEIGHTS says."
-        )
-
-
-def _sha256_of(path: Path) -> str:
     try:
         with open(path, "rb") as file:
-            return sha256(file, os.fstat(file.fileno()).st_size)
+            found = sha256(file, os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
+    if found != expected:
+        raise CheckpointError(
+            f"{name or path} has the SHA-256 {found}, not {expected} as its name in MODEL.WEIGHTS "
+            "says."
+        )
 
 
 def _matching_heuristics(weights: str, query: str) -> bool:
@@ -129,17 +124,15 @@ def _download(weights: str, scheme: str, address: str, expected: str | None) -> 
         address = _DETECTRON2 + address.removeprefix("detectron2://")
     try:
         path = Path(PathManager.get_local_path(address))
-        if _sha256_of(path) != expected:
-            logger.warning(
-                "%s in the cache does not have the SHA-256 of MODEL.WEIGHTS: downloading %s again.",
-                path,
-                address,
-            )
+        try:
+            check_sha256(path, expected)
+        except CheckpointError as error:
+            logger.warning("In the cache, %s It is downloaded again from %s.", error, address)
             # Other processes may be reading the old file, or download a new one as well.
             with TemporaryDirectory(dir=path.parent) as folder:
                 options = {"cache_dir": folder, "force": True}
                 fresh = Path(PathManager.get_local_path(address, **options))
-                _compare(address, _sha256_of(fresh), expected)
+                check_sha256(fresh, expected, address)
                 fresh.replace(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{address} cannot be downloaded ({error}).") from error

@@ -107,9 +107,7 @@ def test_what_was_downloaded_before_is_used_or_downloaded_anew(
     with caplog.at_level("WARNING"):
         assert locate(f"{name}#sha256={changed}").path == path
     assert path.read_bytes() == b"changed" and downloads == [address]
-    assert (
-        f"{path} in the cache does not have the SHA-256" in caplog.text and address in caplog.text
-    )
+    assert f"In the cache, {path} has the SHA-256" in caplog.text and address in caplog.text
     assert locate(f"{name}#sha256={changed}").path == path and downloads == [address]
 
     # What is neither in the cache nor there is refused, and the cache is left as it was.
