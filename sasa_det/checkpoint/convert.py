@@ -19,7 +19,7 @@ from ..config.yaml_file import parse_config
 from ..errors import CheckpointError, TransferError, UsageError
 from .layouts import Layout, recognize
 from .preprocessing import is_preprocessing, preprocessing_of
-from .reading import check_finite, read_checkpoint
+from .reading import check_finite, classes_in, read_checkpoint
 from .transfer import Report, transfer
 from .writing import write_checkpoint
 
@@ -42,7 +42,7 @@ _SUFFIXES = (".pth", ".safetensors")
 _NAMING = ("__author__", "matching_heuristics")
 
 # What a converted file says of its weights.
-_FACTS = ("preprocessing", "config", "config_digest")
+_FACTS = ("preprocessing", "config", "config_digest", "classes")
 
 # The target is built without data, which need not be on this computer.
 _NO_DATA = (
@@ -63,6 +63,7 @@ class Contents(NamedTuple):
         preprocessing: ``"format"``, ``"pixel_mean"`` and ``"pixel_std"`` of the images that the
             weights were trained on; None if unknown.
         config: that they were trained with, in yaml; "" if unknown.
+        classes: that the model was trained for, in the order of its indices; None if unknown.
         training_state: names of everything else.
     """
 
@@ -72,6 +73,7 @@ class Contents(NamedTuple):
     naming: dict[str, Any]
     preprocessing: dict[str, Any] | None
     config: str
+    classes: list[str] | None
     training_state: tuple[str, ...]
 
 
@@ -173,7 +175,10 @@ def read_contents(source: str | os.PathLike, weights: str = "raw", prefix: str =
     naming = {key: checkpoint[key] for key in _NAMING if key in checkpoint}
     training_state = [str(key) for key in checkpoint if key not in (*_NAMING, *_FACTS)]
     preprocessing, config = _facts(checkpoint, layout, path)
-    return Contents(path, tensors, layout, naming, preprocessing, config, tuple(training_state))
+    classes = classes_in(checkpoint)
+    return Contents(
+        path, tensors, layout, naming, preprocessing, config, classes, tuple(training_state)
+    )
 
 
 def write_backbone(
@@ -214,8 +219,13 @@ def _write_whole(contents: Contents, target: Path) -> Report:
     if len(names) < len(bare):
         raise CheckpointError(f"{path}: some names differ only by the part of a wrapper.")
     dropped = {name: "outside the prefix" for name in found if name not in bare}
-    config = _config_facts(contents.config) if contents.config else {}
-    return _write(contents, target, Report(names, dropped), {**contents.naming, **config})
+    facts = dict(contents.naming)
+    if contents.config:
+        facts |= _config_facts(contents.config)
+    if contents.classes:
+        # Evaluation compares them with those of the data.
+        facts["classes"] = contents.classes
+    return _write(contents, target, Report(names, dropped), facts)
 
 
 def _config_facts(config: str) -> dict[str, str]:

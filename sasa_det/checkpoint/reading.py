@@ -4,7 +4,7 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,7 +16,14 @@ from .integrity import check_integrity
 from .pickles import read_pickle
 from .safetensors_file import read_safetensors
 
-__all__ = ["check_file", "check_finite", "iteration_of", "read_checkpoint", "read_iteration"]
+__all__ = [
+    "check_file",
+    "check_finite",
+    "classes_in",
+    "iteration_of",
+    "read_checkpoint",
+    "read_iteration",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +61,23 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
             return _read(file, path.suffix)
     except Exception as error:  # unpicklers raise anything on arbitrary bytes
         raise _explained(path, error) from error
+
+
+def classes_in(checkpoint: Mapping[str, Any]) -> list[str] | None:
+    """Return the names of the classes that a model was trained for, in the order of its indices.
+
+    Args:
+        checkpoint: what :func:`read_checkpoint` returned, or what remained of it after loading.
+
+    Returns:
+        list[str]: None if the checkpoint does not hold them, as one of another project.
+    """
+    trainer = checkpoint.get("trainer")
+    state = trainer if isinstance(trainer, dict) else {}
+    for classes in (checkpoint.get("classes"), state.get("classes")):
+        if classes and isinstance(classes, list) and all(isinstance(c, str) for c in classes):
+            return classes
+    return None
 
 
 def iteration_of(content: Any, path: Path) -> int:

@@ -13,7 +13,6 @@ from ..utils.text import printable
 
 __all__ = [
     "check_same_classes",
-    "classes_in",
     "follow_classes",
     "metadata_of",
     "num_classes_of",
@@ -91,24 +90,14 @@ def class_differences(names: Sequence[str], others: Sequence[str]) -> str:
 _INDEXED = ("thing_classes", "thing_dataset_id_to_contiguous_id", "thing_colors")
 
 
-def classes_in(checkpoint: Mapping[str, Any]) -> list[str] | None:
-    """Return the names of the classes that a model was trained for, in the order of its indices.
+def warn_of_classes(known: Sequence[str] | None, classes: Sequence[str]) -> None:
+    """Log a warning if a run starts from weights for as many classes that are not its own.
 
     Args:
-        checkpoint: what :meth:`sasa_det.checkpoint.Checkpointer.load` returned, or a whole one.
-
-    Returns:
-        list[str]: None if the checkpoint does not hold them, as one of another project.
+        known: the classes of the weights; None if they are not known.
+        classes: of the training data.
     """
-    trainer = checkpoint.get("trainer", {})
-    classes = checkpoint.get("classes") or trainer.get("classes")
-    return list(classes) if classes else None
-
-
-def warn_of_classes(loaded: Mapping[str, Any], classes: Sequence[str]) -> None:
-    """Log a warning if a run starts from weights for as many classes that are not its own."""
-    known = classes_in(loaded)
-    if known is not None and len(known) == len(classes) and known != list(classes):
+    if known is not None and len(known) == len(classes) and list(known) != list(classes):
         logger.warning(
             "The weights were trained for the classes %s, and the training data have %s: what "
             "they know of a class counts for the one in its place.",

@@ -14,11 +14,12 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from ..checkpoint import Checkpointer
+from ..checkpoint.reading import classes_in
 from ..checkpoint.sources import locate
 from ..config.keys import flatten
 from ..config.load import BUILD_ERRORS, class_keys, explain_build_error
 from ..config.values import check_schedule
-from ..data.catalog import check_same_classes, classes_in, num_classes_of
+from ..data.catalog import check_same_classes, num_classes_of
 from ..data.loader import check_shares
 from ..errors import UsageError, nearest
 from ..evaluation.validation_loss import validation_losses

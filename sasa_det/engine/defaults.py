@@ -23,10 +23,11 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..checkpoint import Checkpointer
+from ..checkpoint.reading import classes_in
 from ..config.changes import log_changes
 from ..config.lazy import load_lazy_config, tell_in_lazy_keys
 from ..config.load import load_config, register_datasets
-from ..data.catalog import classes_in, follow_classes
+from ..data.catalog import follow_classes
 from ..errors import USAGE_ERRORS, UsageError, print_error
 from ..utils.files import write_text
 from ..utils.text import printable

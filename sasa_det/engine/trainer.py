@@ -23,6 +23,7 @@ from torch import nn
 
 from ..checkpoint import Checkpointer
 from ..checkpoint.preprocessing import warn_of_preprocessing
+from ..checkpoint.reading import classes_in
 from ..config.lazy import KEYS, LazySettings
 from ..config.load import BUILD_ERRORS, explain_build_error
 from ..config.values import check_schedule, warn_of_slow_averages
@@ -117,7 +118,7 @@ class Trainer(DefaultTrainer):
         """Go on from the newest valid checkpoint of OUTPUT_DIR, or load ``MODEL.WEIGHTS``."""
         loaded = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         warn_of_preprocessing(self.cfg, loaded)
-        warn_of_classes(loaded, self._class_names())
+        warn_of_classes(classes_in(loaded), self._class_names())
         if resume and self.checkpointer.has_checkpoint():
             # The checkpoint holds the iteration that was done last.
             self.start_iter = self.iter + 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sasa_det.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
-from sasa_det.checkpoint.reading import check_finite, read_iteration
+from sasa_det.checkpoint.reading import check_finite, classes_in, read_iteration
 
 
 def dump(path, content, protocol=2):
@@ -292,3 +292,17 @@ def test_reading_changes_nothing(tmp_path, state):
     read_checkpoint(tmp_path / "a.pth")
     assert (tmp_path / "a.pth").read_bytes() == before
     assert os.listdir(tmp_path) == ["a.pth"]
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ({"trainer": {"classes": ["a"]}}, ["a"]),
+        ({"classes": ["a", "b"], "trainer": {}}, ["a", "b"]),
+        ({}, None),
+        ({"trainer": 3, "classes": 80}, None),
+        ({"classes": [1, 2]}, None),
+    ],
+)
+def test_classes_of_a_model(content, expected):
+    assert classes_in(content) == expected

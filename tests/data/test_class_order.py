@@ -8,7 +8,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 
 from sasa_det.data import DatasetError, register_coco
-from sasa_det.data.catalog import check_same_classes, classes_in, follow_classes
+from sasa_det.data.catalog import check_same_classes, follow_classes
 from sasa_det.evaluation.coco import coco_evaluator
 
 IDS = {"cat": 3, "dog": 5, "owl": 9}
@@ -114,12 +114,6 @@ def test_other_classes_are_refused_by_name(register, names, message):
     follow_classes([name], names, "the weights")
     with pytest.raises(DatasetError, match=message):
         DatasetCatalog.get(name)
-
-
-def test_classes_of_a_checkpoint():
-    assert classes_in({"trainer": {"classes": ["a"]}, "model": {}}) == ["a"]
-    assert classes_in({"classes": ["a", "b"]}) == ["a", "b"]
-    assert classes_in({"model": {}}) is None
 
 
 def test_precision_of_each_class_has_its_name(register):

@@ -107,6 +107,13 @@ def assert_equal_runs():
     return check
 
 
+@pytest.fixture
+def plain_torchscript():
+    """Keep TorchScript from specializing functions after some calls, which changes results."""
+    with torch.jit.optimized_execution(False):
+        yield
+
+
 def leaves(value, path=""):
     """Map the paths of all that nested containers hold to it."""
     if isinstance(value, (dict, list, tuple)):

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from sasa_det.checkpoint.convert import convert_checkpoint
 from sasa_det.engine import argument_parser, run
 
 CONFIG = "configs/Quick/retinanet_SASA.yaml"
@@ -68,7 +69,9 @@ def detections(folder):
     return [{**one, "category_id": names[one["category_id"]]} for one in found]
 
 
-def test_classes_in_another_order_and_other_classes(command, digits, tmp_path, capsys):
+def test_classes_in_another_order_and_other_classes(
+    command, digits, tmp_path, capsys, plain_torchscript
+):
     """Where a model is evaluated, alone and while it is trained."""
     content = json.loads((digits / "val.json").read_text())
     for category in content["categories"]:
@@ -100,6 +103,11 @@ def test_classes_in_another_order_and_other_classes(command, digits, tmp_path, c
     error = capsys.readouterr().err
     assert "1: four in the first alone and 1: 4 in the second alone" in error
     assert not (folders[2] / "config.yaml").exists()
+    # A converted file carries the classes along.
+    convert_checkpoint(weights[2], tmp_path / "whole.pth", whole=True)
+    weights = (*weights[:2], tmp_path / "whole.pth")
+    assert command(*weights, "OUTPUT_DIR", folders[2], test=renamed) == 2
+    assert "1: four in the first alone" in capsys.readouterr().err
 
 
 @pytest.mark.slow

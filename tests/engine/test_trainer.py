@@ -326,13 +326,6 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
 
 
-@pytest.fixture
-def plain_torchscript():
-    """Keep TorchScript from specializing functions after some calls, which changes results."""
-    with torch.jit.optimized_execution(False):
-        yield
-
-
 def test_unreadable_image_in_an_evaluation(
     command, digits, tmp_path, capsys, plain_torchscript, assert_equal_runs
 ):
