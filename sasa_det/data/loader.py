@@ -309,15 +309,19 @@ def build_train_loader(
 
     Raises:
         ValueError: if the sampler is unknown or the batch cannot be split evenly.
+        DatasetError: if no image has the annotations that the config asks for.
     """
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
     proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN
-    records = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
-        proposal_files=proposals if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
+    try:
+        records = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
+            proposal_files=proposals if cfg.MODEL.LOAD_PROPOSALS else None,
+        )
+    except AssertionError as error:  # as detectron2 says that no image is left
+        raise DatasetError(f"DATASETS.TRAIN cannot be used for training: {error}") from error
     return detection_train_loader(
         records,
         mapper or build_train_mapper(cfg),

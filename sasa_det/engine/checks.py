@@ -210,7 +210,7 @@ def check_run(
         eval_only: whether the run evaluates without training.
         resumed: whether the run continues from a checkpoint of its output folder.
         num_processes: of the run, on all machines.
-        check: tells mistakes in what the config builds, as :func:`check_model`.
+        check: builds what the config describes and reports mistakes, as :func:`check_model`.
 
     Raises:
         UsageError: in one sentence that names the key or the file.

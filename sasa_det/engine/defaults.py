@@ -65,7 +65,7 @@ class ConfigKind(NamedTuple):
 
     Attributes:
         load: makes the config of config file, overrides and the data named on the command line.
-        check: tells mistakes in what the config builds, as :func:`check_model`.
+        check: builds what the config describes and reports mistakes, as :func:`check_model`.
         print_error: as :func:`sasa_det.errors.print_error`.
         trainer: of the config.
     """
@@ -113,8 +113,9 @@ def run(
             importable, as from the script that is run.
 
     Returns:
-        int: exit status: 0; 1 if the run failed; 2 after a mistake told in one sentence; 143 or
-        130 if SIGTERM, SIGUSR1 or Ctrl-C ended it with everything saved.
+        int: exit status: 0; 1 if the run failed; 2 if there is a mistake in the command, the
+        config or the data; 143 or 130 if SIGTERM, SIGUSR1 or Ctrl-C ended it, with everything
+        saved.
     """
     if trainer is not None:
         kind = kind._replace(trainer=trainer)
@@ -376,7 +377,7 @@ def log_to(
     Args:
         folder: folder of log.txt; None for the terminal alone.
         rank: rank of the process; the terminal shows rank 0.
-        shown: tells which records the terminal shows; all if None.
+        shown: returns whether the terminal shows a record; all are shown if None.
     """
     setup_logger.cache_clear()
     for name in _LOGGERS:

@@ -88,7 +88,7 @@ def run_demo(
     }
     trainer, seconds = _train("classifier", classifier)
     accuracy = trainer._last_eval_results["classification"]["top1"]
-    logger.info("The classifier tells %.1f%% of the digits.", accuracy)
+    logger.info("The classifier recognizes %.1f%% of the digits.", accuracy)
     convert_checkpoint(Path(classifier.OUTPUT_DIR, "model_final.pth"), backbone)
     results = [
         _detector_results(label, cfg, seconds if label == _PRETRAINED else 0.0)
@@ -198,7 +198,7 @@ def _table(results: list[dict[str, Any]]) -> str:
 
 def _conditions(cfg: CfgNode, accuracy: float) -> str:
     return (
-        f"Pretrained as a classifier of single digits, {accuracy:.1f}% of which it tells. "
+        f"The pretrained classifier recognizes {accuracy:.1f}% of the single digits. "
         f"{cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} images; COCO AP on "
         f"{', '.join(cfg.DATASETS.TEST)}; FLOPs of one {cfg.INPUT.MIN_SIZE_TEST} x "
         f"{cfg.INPUT.MIN_SIZE_TEST} image, a multiply-add being 2; seconds of training and "

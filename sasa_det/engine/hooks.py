@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..checkpoint import Checkpointer
 from ..checkpoint.sharding import shard_like
 from ..errors import CheckpointError
+from ..evaluation.validation_loss import modules_with_loss_normalizer
 from .distributed import unwrapped
 
 __all__ = [
@@ -37,14 +38,14 @@ logger = logging.getLogger(__name__)
 # Exit statuses: schedulers send SIGTERM or, some time ahead of it, SIGUSR1.
 _STATUS = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
 
-# A terminal's Ctrl-C comes to a launcher and to the processes that it hands it on to.
+# Ctrl-C in a terminal reaches a launched process twice: from the terminal and from the launcher.
 _SAME_INTERRUPT_S = 0.5
 
 
 class StopTraining(BaseException):
     """Training ends before its last iteration, with everything saved.
 
-    Like KeyboardInterrupt it is no Exception: nobody takes it for a failure.
+    It is not an Exception, like KeyboardInterrupt, so that it is not handled as a failure.
 
     Attributes:
         status (int): exit status of the process.
@@ -56,11 +57,11 @@ class StopTraining(BaseException):
 
 
 class StopSignals:
-    """Notes SIGTERM, SIGUSR1 and SIGINT, so that the step that runs is finished and saved.
+    """Records SIGTERM, SIGUSR1 and SIGINT, so that the current step can be finished and saved.
 
     Attributes:
-        received (signal.Signals or None): what this process received.
-        agreed (bool): whether any process of the run received one, as all of them know.
+        received (signal.Signals or None): the first signal that this process received.
+        agreed (bool): whether any process of the run received one; all processes agree on it.
     """
 
     def __init__(self) -> None:
@@ -71,7 +72,7 @@ class StopSignals:
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Take the signals in a block of the main thread, and leave them as they were after it."""
+        """Handle the signals in a block of the main thread; restore the handlers afterwards."""
         before = {number: signal.signal(number, self._handle) for number in _STATUS}
         try:
             yield
@@ -111,11 +112,11 @@ class StopSignals:
         if number == signal.SIGINT:
             now, before = time.monotonic(), self._interrupted_at
             self._interrupted_at = now
-            # Whoever presses Ctrl-C twice does not want to wait.
+            # A second Ctrl-C means that the user does not want to wait.
             if before is not None and now - before > _SAME_INTERRUPT_S:
                 raise KeyboardInterrupt
         if self._at_once:
-            # Once: what cleans up after the first exception is not interrupted by a second one.
+            # Only once: the clean-up after the first exception must not be interrupted.
             self._at_once = False
             self.stop()
 
@@ -235,7 +236,7 @@ class Checkpoints(HookBase):
     def save(self, name: str, tag: bool = True) -> None:
         """Save under a name; all processes of a run call it, and wait for the one that writes.
 
-        A process that went on might end, and a launcher ends the others when one has ended.
+        A process that did not wait could end early, upon which the launcher would end the others.
 
         Args:
             name: of the file, without suffix.
@@ -257,7 +258,7 @@ class Checkpoints(HookBase):
 
 
 class StopOnSignal(HookBase):
-    """Saves and ends the run after the step in which a signal came; to be the last hook."""
+    """Saves and ends the run after a step in which a signal arrived; it must be the last hook."""
 
     def __init__(self, signals: StopSignals, checkpoints: Checkpoints):
         self._signals, self._checkpoints = signals, checkpoints
@@ -269,13 +270,12 @@ class StopOnSignal(HookBase):
 
 
 class PreciseBN(hooks.PreciseBN):
-    """detectron2's hook; a resumed run goes on in its data, and nothing but statistics changes."""
+    """detectron2's hook, whose data loader is resumed, and which changes statistics only."""
 
     def update_stats(self) -> None:
-        """Compute the statistics; they stay as they were if the data cannot be read."""
-        modules = list(unwrapped(self._model).modules())
-        # Dense detectors average it over the batches of training.
-        normalizers = [(m, m.loss_normalizer) for m in modules if hasattr(m, "loss_normalizer")]
+        """Compute the statistics, and restore the old ones if the data cannot be read."""
+        modules = modules_with_loss_normalizer(unwrapped(self._model)).values()
+        normalizers = [(module, module.loss_normalizer) for module in modules]
         norms = hooks.get_bn_modules(self._model)
         before = [(norm.momentum, [b.clone() for b in norm.buffers()]) for norm in norms]
         try:

@@ -7,10 +7,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 
+from sasa_det.config.defaults import default_config
 from sasa_det.data import loader as loader_module
-from sasa_det.data.loader import TrainLoader, detection_train_loader
+from sasa_det.data.loader import TrainLoader, build_train_loader, detection_train_loader
 from sasa_det.errors import DatasetError, ImageError
 
 RECORDS = [
@@ -189,3 +191,14 @@ def test_order_is_that_of_detectron2(sampler):
     )  # fmt: skip
     ids = [x["image_id"] for batch in take(loader, 40) for x in batch]
     assert ids == list(itertools.islice(expected, 80))
+
+
+def test_data_in_which_no_image_is_left(request):
+    """detectron2 asserts it, when the run has begun already."""
+    cfg = default_config()
+    cfg.DATASETS.TRAIN = (request.node.name,)
+    empty = [{**record, "annotations": []} for record in RECORDS]
+    DatasetCatalog.register(request.node.name, lambda: empty)
+    MetadataCatalog.get(request.node.name).thing_classes = ["a"]
+    with pytest.raises(DatasetError, match="DATASETS.TRAIN cannot be used for training: No valid"):
+        build_train_loader(cfg, 0)
