@@ -78,7 +78,7 @@ def launch(
         try:
             return main(*args)
         finally:
-            dist.destroy_process_group()
+            _leave_group()
     world_size = num_processes * num_machines
     if world_size == 1:
         return main(*args)
@@ -150,7 +150,7 @@ def _worker(
     try:
         status = main(*args)
     finally:
-        dist.destroy_process_group()
+        _leave_group()
     sys.exit(status)
 
 
@@ -175,6 +175,13 @@ def _join_group(
     )
     _make_local_group(num_local)
     comm.synchronize()
+
+
+def _leave_group() -> None:
+    """Close what connects this process to the others before the interpreter ends."""
+    global _store
+    _store = None
+    dist.destroy_process_group()
 
 
 def first_to_say(text: str) -> bool:

@@ -157,15 +157,19 @@ def test_schedules_are_equal_whatever_is_overridden(path, keys):
     cfg, lazy = (in_iterations(scale_learning_rate(c), 3000) for c in (cfg, lazy))
     end = cfg.SOLVER.MAX_ITER
     assert end == lazy.SOLVER.MAX_ITER and cfg.SOLVER.BASE_LR == lazy.SOLVER.BASE_LR
+    warmup = cfg.SOLVER.WARMUP_ITERS
+    assert 0 < warmup < end
+    # All of the warmup, all around the steps, and every 97th of the rest.
+    around = [i for step in cfg.SOLVER.STEPS for i in range(step - 50, step + 50)]
+    dense = [*range(min(warmup + 50, end)), *(i for i in around if 0 <= i < end)]
+    iterations = sorted({*dense, *range(0, end, 97)})
     rates = []
     for build, config in ((Trainer, cfg), (LazyTrainer, lazy)):
         optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], config.SOLVER.BASE_LR)
         multiplier = build.build_lr_scheduler(config, optimizer)._multiplier
-        rates.append([multiplier(i / end) for i in range(end)])
+        rates.append([multiplier(i / end) for i in iterations])
     assert rates[0] == rates[1]
     # The warmup is as long as it says, to the iteration.
-    warmup = cfg.SOLVER.WARMUP_ITERS
-    assert 0 < warmup < end
     rising = [rates[0][i] < rates[0][i + 1] for i in range(warmup + 1)]
     expected = [cfg.SOLVER.WARMUP_METHOD == "linear"] * warmup
     assert rising[: warmup - 1] == expected[1:] and not rising[warmup]
