@@ -1,6 +1,7 @@
 """Processes of a run: one, several on this machine, or those that torchrun started."""
 
 import datetime
+import gc
 import hashlib
 import logging
 import os
@@ -151,7 +152,11 @@ def _worker(
         status = main(*args)
     finally:
         _leave_group()
-    sys.exit(status)
+    # A thread of a process group that frees a tensor while the interpreter ends aborts the process.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _join_group(
@@ -182,6 +187,10 @@ def _leave_group() -> None:
     global _store
     _store = None
     dist.destroy_process_group()
+    # detectron2's references, without which the threads of the groups end here.
+    comm._LOCAL_PROCESS_GROUP = None
+    comm._get_global_gloo_group.cache_clear()
+    gc.collect()
 
 
 def first_to_say(text: str) -> bool:
