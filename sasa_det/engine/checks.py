@@ -277,11 +277,13 @@ def check_processes(
 
 
 def _check_batch(cfg: CfgNode, num_processes: int) -> None:
-    batch_size = cfg.SOLVER.IMS_PER_BATCH
-    most = {"SOLVER.IMS_PER_BATCH": _LARGEST_BATCH, "DATALOADER.NUM_WORKERS": _MOST_WORKERS}
-    for key, limit in most.items():
-        if flatten(cfg)[key] > limit:
-            raise UsageError(f"{key} must be at most {limit}, got {flatten(cfg)[key]}.")
+    batch_size, num_workers = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS
+    for key, value, limit in (
+        ("SOLVER.IMS_PER_BATCH", batch_size, _LARGEST_BATCH),
+        ("DATALOADER.NUM_WORKERS", num_workers, _MOST_WORKERS),
+    ):
+        if value > limit:
+            raise UsageError(f"{key} must be at most {limit}, got {value}.")
     try:
         check_shares(batch_size, num_processes, cfg.SOLVER.ACCUMULATION_STEPS)
     except ValueError as error:

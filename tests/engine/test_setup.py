@@ -272,3 +272,11 @@ def test_a_width_that_rcnn_heads_do_not_take_is_refused(config):
     opts += ["MODEL.SASA.WIDTH_MULTIPLIER", 0.5]
     message = told(lambda: check_model(config(*opts), eval_only=False))
     assert "Res5ROIHeads takes" in message and "set MODEL.SASA.WIDTH_MULTIPLIER 1.0" in message
+
+
+@pytest.mark.parametrize(
+    "key, most", [("SOLVER.IMS_PER_BATCH", 10**6), ("DATALOADER.NUM_WORKERS", 1000)]
+)
+def test_numbers_that_no_machine_can_serve(config, key, most):
+    message = told(lambda: check_run(config(key, str(most + 1))))
+    assert message == f"{key} must be at most {most}, got {most + 1}."
