@@ -8,17 +8,6 @@ from collections.abc import Iterable
 
 from .utils.text import printable
 
-__all__ = [
-    "CheckpointError",
-    "DatasetError",
-    "ImageError",
-    "TransferError",
-    "USAGE_ERRORS",
-    "UsageError",
-    "nearest",
-    "print_error",
-]
-
 
 class CheckpointError(Exception):
     """A checkpoint cannot be read, written or used."""

@@ -16,18 +16,6 @@ from ..errors import UsageError
 from ..modeling.classifier import Classifier
 from .paper_tables import Table
 
-__all__ = [
-    "Part",
-    "billions",
-    "count_config",
-    "markdown",
-    "millions",
-    "parts_report",
-    "table_report",
-    "total",
-    "default_image_size",
-]
-
 
 @dataclass(frozen=True)
 class Part:

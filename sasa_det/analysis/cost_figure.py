@@ -13,9 +13,6 @@ from matplotlib.patheffects import withStroke
 
 from ..utils.files import whole_file
 
-__all__ = ["CostedModel", "draw_cost_figure"]
-
-
 Cost = Callable[["CostedModel"], float]
 
 _TITLE = (

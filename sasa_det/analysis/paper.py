@@ -21,8 +21,6 @@ from .complexity import (
 from .cost_figure import CostedModel, draw_cost_figure
 from .paper_tables import ABLATIONS, PAPER_TABLES, Row, Table
 
-__all__ = ["count_row", "draw_figure_5", "paper_report"]
-
 
 def count_row(configs: Path, table: Table, row: Row) -> Part:
     """Count a model of a table of the paper, on the table's size of image.

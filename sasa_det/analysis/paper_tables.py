@@ -8,9 +8,6 @@ not say how wide its models are: the widths here are a choice.
 
 from dataclasses import dataclass
 
-__all__ = ["ABLATIONS", "PAPER_TABLES", "Row", "SERIES", "Table"]
-
-
 # Folder of the configs of all tables but Table 2.
 ABLATIONS = "Ablations"
 

@@ -20,8 +20,6 @@ from . import others
 from .measure import Case, Contender, Run, Settings
 from .training import trainer_cases
 
-__all__ = ["GROUPS", "make_cases"]
-
 GROUPS = ("op", "layer", "stem", "backbone", "retinanet", "kernel_size", "image_size", "trainer")
 ATTENTION = "attention"
 CONVOLUTION = "3x3 convolution"

@@ -29,8 +29,6 @@ from .measure import (
 )
 from .report import draw_results, tabulate_results
 
-__all__ = ["main"]
-
 logger = logging.getLogger("sasa_det")
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -12,18 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "Case",
-    "Contender",
-    "Result",
-    "Run",
-    "Settings",
-    "extra_peak_memory",
-    "median_seconds",
-    "use_exact_memory",
-]
-
-
 Run = Callable[[], object]
 
 

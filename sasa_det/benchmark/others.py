@@ -5,8 +5,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["flex_attention", "halo_attention"]
-
 
 def flex_attention(
     query: Tensor, key: Tensor, value: Tensor, rel_rows: Tensor, rel_cols: Tensor, kernel_size: int

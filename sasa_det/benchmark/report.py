@@ -10,8 +10,6 @@ from tabulate import tabulate
 from ..utils.files import whole_file
 from .measure import Case, Result
 
-__all__ = ["draw_results", "tabulate_results"]
-
 _GROWTH = {"kernel_size": "kernel size k", "image_size": "image size (pixels)"}
 
 

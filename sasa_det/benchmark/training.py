@@ -16,9 +16,6 @@ from ..engine.optimizer import build_optimizer
 from ..engine.trainer import Trainer
 from .measure import Case, Contender, Run, Settings
 
-__all__ = ["trainer_cases"]
-
-
 _NEVER = 10**9
 
 

@@ -18,8 +18,6 @@ from .sharding import full_state, is_sharded
 from .sources import locate
 from .writing import write_checkpoint
 
-__all__ = ["Checkpointer"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -23,16 +23,6 @@ from .reading import check_finite, classes_in, read_checkpoint
 from .transfer import Report, transfer
 from .writing import write_checkpoint
 
-__all__ = [
-    "WEIGHTS",
-    "Contents",
-    "build_target",
-    "convert_checkpoint",
-    "read_contents",
-    "write_backbone",
-]
-
-
 # Which weights of a training state: those of the last step or their moving average.
 WEIGHTS = ("raw", "ema")
 

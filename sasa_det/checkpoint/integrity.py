@@ -13,8 +13,6 @@ from typing import BinaryIO
 
 from ..errors import CheckpointError
 
-__all__ = ["check_integrity", "append_sha256", "sha256"]
-
 # A zip file ends with a record of 22 bytes, the last two the length of the comment that follows.
 _END = b"PK\x05\x06"
 _END_SIZE = 22

@@ -9,8 +9,6 @@ from .matching import backbone_names
 from .prefixes import common_prefixes, without_wrappers
 from .preprocessing import IMAGENET
 
-__all__ = ["Layout", "recognize"]
-
 # Patterns of names, and what stands for them. A stage of 1 to 4 is res2 to res5, 0 is the stem.
 _BLOCK = r"layer(?P<stage>[0-4])\.(?P<block>\d+)\."
 _RESNET_NAMES = {

@@ -16,8 +16,6 @@ from ..errors import CheckpointError
 from ..utils.text import abbreviated_list
 from .prefixes import named_as
 
-__all__ = ["OPTIONAL", "align_names", "backbone_names", "check_filled"]
-
 logger = logging.getLogger(__name__)
 
 # What old files lack and the model has from its config, or counts for itself.

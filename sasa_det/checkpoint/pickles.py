@@ -12,8 +12,6 @@ import numpy as np
 
 from ..errors import CheckpointError
 
-__all__ = ["read_pickle"]
-
 # Booleans, integers, floating-point and complex numbers.
 _NUMERIC = "biufc"
 

@@ -5,8 +5,6 @@ from typing import Any
 
 from ..errors import CheckpointError
 
-__all__ = ["common_prefixes", "named_as", "without_wrappers"]
-
 # Of torch.compile, FSDP and activation checkpointing, wherever a module was wrapped.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 

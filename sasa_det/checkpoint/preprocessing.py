@@ -10,8 +10,6 @@ from omegaconf import OmegaConf
 
 from ..config.keys import flatten
 
-__all__ = ["IMAGENET", "is_preprocessing", "preprocessing_of", "warn_of_preprocessing"]
-
 logger = logging.getLogger(__name__)
 
 # Channels of an image, by the names that detectron2 and Pillow have for their orders.

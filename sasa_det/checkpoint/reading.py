@@ -16,15 +16,6 @@ from .integrity import check_integrity
 from .pickles import read_pickle
 from .safetensors_file import read_safetensors
 
-__all__ = [
-    "check_file",
-    "check_finite",
-    "classes_in",
-    "iteration_of",
-    "read_checkpoint",
-    "read_iteration",
-]
-
 logger = logging.getLogger(__name__)
 
 # Any value but these leaves torch.load as it is.

@@ -9,8 +9,6 @@ import torch
 
 from ..errors import CheckpointError
 
-__all__ = ["read_safetensors", "safetensors_bytes"]
-
 # A file begins with the size of its header in this many bytes; the header is JSON.
 _SIZE_BYTES = 8
 _METADATA = "__metadata__"

@@ -7,8 +7,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-__all__ = ["is_sharded", "shard_like", "full_tensor", "full_state"]
-
 
 def is_sharded(model: nn.Module) -> bool:
     """Tell whether each process holds a shard of the model's parameters."""

@@ -13,8 +13,6 @@ from detectron2.utils.file_io import PathManager
 from ..errors import CheckpointError
 from .integrity import sha256
 
-__all__ = ["Source", "check_sha256", "locate"]
-
 logger = logging.getLogger(__name__)
 
 _DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/"

@@ -16,8 +16,6 @@ from ..utils.text import abbreviated_list
 from .layouts import Layout
 from .matching import OPTIONAL, backbone_names
 
-__all__ = ["Report", "transfer"]
-
 # Why weights of the source are dropped, and those of the target missing.
 _CLASSIFIER = "classifier"
 _OUTSIDE = "outside the backbone"

@@ -13,8 +13,6 @@ from ..utils.files import whole_file
 from .integrity import append_sha256
 from .safetensors_file import safetensors_bytes
 
-__all__ = ["write_checkpoint"]
-
 # Disk space that must remain beside a checkpoint, in bytes.
 _MARGIN = 16 * 2**20
 # What a tensor takes in a file beside its numbers, at most, in bytes.

@@ -14,8 +14,6 @@ from .defaults import default_config
 from .keys import flatten
 from .yaml_file import read_config_file
 
-__all__ = ["check_changes", "log_changes"]
-
 logger = logging.getLogger(__name__)
 
 # Whether a key may change. The first pattern that fits it decides; one that none fits may.

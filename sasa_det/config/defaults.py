@@ -4,8 +4,6 @@ from detectron2.config import CfgNode, get_cfg
 
 from ..data.images import MAX_PIXELS
 
-__all__ = ["add_sasa_config", "default_config"]
-
 
 def default_config() -> CfgNode:
     """Return a new config with the defaults of detectron2 and of this project."""

@@ -6,17 +6,6 @@ from typing import Any
 
 from ..errors import nearest
 
-__all__ = [
-    "CONFIG_ERRORS",
-    "EPOCH_KEYS",
-    "all_keys",
-    "explain",
-    "flatten",
-    "unknown_key",
-    "with_floats",
-]
-
-
 # The key in epochs, and the key in iterations that it stands in for.
 EPOCH_KEYS = {
     "SOLVER.MAX_EPOCHS": "SOLVER.MAX_ITER",

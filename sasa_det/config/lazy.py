@@ -23,9 +23,6 @@ from .keys import CONFIG_ERRORS, explain, flatten
 from .load import class_keys, complete
 from .yaml_file import read_config_file
 
-__all__ = ["KEYS", "LazySettings", "load_lazy_config", "tell_in_lazy_keys"]
-
-
 # The keys that the engine reads of a yaml config, and those of a LazyConfig that say the same. The
 # rest of a LazyConfig is calls, which are made.
 KEYS = {

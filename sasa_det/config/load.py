@@ -17,18 +17,6 @@ from .keys import CONFIG_ERRORS, EPOCH_KEYS, all_keys, explain, flatten, unknown
 from .values import check_values
 from .yaml_file import read_config_file
 
-__all__ = [
-    "BUILD_ERRORS",
-    "class_keys",
-    "complete",
-    "explain_build_error",
-    "image_options",
-    "load_config",
-    "prefer_given",
-    "register_datasets",
-]
-
-
 _REGISTRIES = {
     registry._name: registry
     for registry in (*vars(modeling).values(), RPN_HEAD_REGISTRY)

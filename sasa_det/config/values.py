@@ -15,22 +15,6 @@ from ..errors import UsageError, nearest
 from .defaults import default_config
 from .keys import flatten
 
-__all__ = [
-    "EXAMPLES",
-    "INCREASING",
-    "MAY_BE_FLAT",
-    "MAY_BE_INFINITE",
-    "MAY_BE_NONE",
-    "MAY_BE_ZERO",
-    "NOT_EMPTY",
-    "RULES",
-    "Rule",
-    "WARMUP_THEN_COSINE",
-    "check_schedule",
-    "check_values",
-    "warn_of_slow_averages",
-]
-
 logger = logging.getLogger(__name__)
 
 # The name of this project's own schedule.

@@ -8,9 +8,6 @@ import yaml
 
 from ..errors import UsageError
 
-__all__ = ["parse_config", "read_config_file"]
-
-
 _BASE = "_BASE_"
 
 _MAX_BYTES = 1_000_000

@@ -2,8 +2,6 @@
 
 import os
 
-__all__ = ["SPLITS", "builtin_path", "root_hint"]
-
 # Parts of a data set, and the folders that hold them.
 SPLITS = ("train", "val")
 

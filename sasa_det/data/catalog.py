@@ -11,14 +11,6 @@ from detectron2.data import DatasetCatalog, MapDataset, Metadata, MetadataCatalo
 from ..errors import DatasetError
 from ..utils.text import printable
 
-__all__ = [
-    "check_same_classes",
-    "follow_classes",
-    "metadata_of",
-    "num_classes_of",
-    "warn_of_classes",
-]
-
 logger = logging.getLogger(__name__)
 
 

@@ -15,14 +15,6 @@ from ..errors import ImageError
 from .images import MAX_PIXELS, read_rgb
 from .loader import TrainLoader, end_with_parent, loader_options, sampled_epochs
 
-__all__ = [
-    "ClassificationMapper",
-    "build_classification_test_loader",
-    "build_classification_train_loader",
-    "build_mapper",
-    "collate_classification",
-]
-
 _FLIPS = {"horizontal": [v2.RandomHorizontalFlip()], "vertical": [v2.RandomVerticalFlip()]}
 _FLIPS["none"] = []
 

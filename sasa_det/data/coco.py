@@ -17,8 +17,6 @@ from .coco_records import load_coco
 from .validation import CocoReport, check_exists, validate_coco
 from .validation_report import summarize_warnings
 
-__all__ = ["check_coco", "check_registered", "register_coco"]
-
 logger = logging.getLogger(__name__)
 
 # Problems of a kind that are kept, as examples.

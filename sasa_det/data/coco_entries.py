@@ -6,20 +6,6 @@ import reprlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
-__all__ = [
-    "FIELDS",
-    "Finding",
-    "Kind",
-    "Problem",
-    "box_problems",
-    "check_fields",
-    "described",
-    "is_side",
-    "keypoints_problems",
-    "numbers_problem",
-    "shown",
-]
-
 
 class Kind(NamedTuple):
     """A kind of problem.

@@ -8,8 +8,6 @@ from pycocotools.mask import frPyObjects
 from . import coco_entries as problems
 from .coco_entries import Finding, is_side, numbers_problem, shown
 
-__all__ = ["mask_problem", "mask_problems", "run_lengths", "usable_polygons"]
-
 # In sizes of the image, from its corner: pycocotools walks along the edges of a polygon in steps
 # of a fifth of a pixel, and keeps them all.
 _MASK_EXTENT = 10

@@ -14,8 +14,6 @@ from . import coco_entries as problems
 from .coco_entries import numbers_problem
 from .coco_masks import mask_problem, usable_polygons
 
-__all__ = ["load_coco"]
-
 
 def load_coco(json_file: str, image_root: str, dataset_name: str) -> list[dict[str, Any]]:
     """Load a COCO json file that has been checked, and set the classes in the metadata.

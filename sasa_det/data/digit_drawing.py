@@ -3,16 +3,6 @@
 import numpy as np
 from PIL import Image
 
-__all__ = [
-    "DIGIT_NAMES",
-    "HEIGHT_RANGE",
-    "draw_background",
-    "load_digits",
-    "paint",
-    "scaled_ink",
-    "split_digits",
-]
-
 DIGIT_NAMES = tuple(str(digit) for digit in range(10))
 
 VAL_FRACTION = 0.2

@@ -31,15 +31,6 @@ from .digit_drawing import (
 )
 from .image_folder import register_class_folders
 
-__all__ = [
-    "compose_crop",
-    "compose_scene",
-    "register_digit_crops",
-    "register_digits",
-    "write_digit_crops",
-    "write_digits",
-]
-
 logger = logging.getLogger(__name__)
 
 # Raised whenever the same parameters give other images, so that an older folder is not reused.

@@ -20,15 +20,6 @@ from .builtin import SPLITS, builtin_path, root_hint
 from .catalog import metadata_of, num_classes_of
 from .images import is_inside
 
-__all__ = [
-    "ImageRecords",
-    "check_image_folders",
-    "hold_out",
-    "register_class_folders",
-    "register_image_folder",
-    "register_imagenet",
-]
-
 logger = logging.getLogger(__name__)
 
 _SHOWN = 5

@@ -17,19 +17,6 @@ from torch.utils.data import get_worker_info
 from ..errors import DatasetError, ImageError
 from ..utils.text import abbreviated_list
 
-__all__ = [
-    "MAX_PIXELS",
-    "UnreadableImages",
-    "check_image_files",
-    "check_pixels",
-    "check_size",
-    "is_inside",
-    "pixel_limit",
-    "read_image",
-    "read_rgb",
-    "unreadable",
-]
-
 logger = logging.getLogger(__name__)
 
 # Default of INPUT.MAX_PIXELS.

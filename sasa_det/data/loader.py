@@ -26,17 +26,6 @@ from ..utils.seeding import seeded
 from .images import UnreadableImages
 from .mapper import build_train_mapper
 
-__all__ = [
-    "TrainLoader",
-    "build_train_loader",
-    "check_shares",
-    "detection_train_loader",
-    "end_with_parent",
-    "end_workers_with_parent",
-    "loader_options",
-    "sampled_epochs",
-]
-
 _ATTEMPTS = 100
 
 

@@ -12,13 +12,6 @@ from detectron2.structures import BitMasks, BoxMode, Keypoints, PolygonMasks
 
 from .images import check_size, read_image
 
-__all__ = [
-    "DetectionMapper",
-    "build_test_mapper",
-    "build_train_mapper",
-    "jitter_and_crop_augmentations",
-]
-
 
 def jitter_and_crop_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     """Augmentations that scale an image at random, cut a square out of it, and flip it.

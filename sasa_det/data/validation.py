@@ -28,8 +28,6 @@ from .coco_entries import (
 from .coco_masks import mask_problems
 from .images import MAX_PIXELS, check_image_files, check_pixels
 
-__all__ = ["Category", "CocoReport", "check_exists", "validate_coco"]
-
 # The share of the boxes from which on those that fit their image as two corners only are reported:
 # some boxes of many data sets are a little too large.
 _CORNERS_SHARE = 0.05

@@ -6,8 +6,6 @@ from ..utils.text import printable
 from .coco_entries import NOT_COCO, Kind, Problem
 from .validation import CocoReport
 
-__all__ = ["describe_report", "summarize_warnings"]
-
 _CLASSES_SHOWN = 40
 _COLUMNS = 3
 _IDS_SHOWN = 5

@@ -30,15 +30,6 @@ from .model_options import checkpoint_stages
 from .optimizer import build_optimizer
 from .tasks import task_of
 
-__all__ = [
-    "check_losses",
-    "check_metrics",
-    "check_model",
-    "check_processes",
-    "check_run",
-    "check_weights",
-]
-
 
 def check_model(
     cfg: CfgNode, *, eval_only: bool, weights: str = "", num_processes: int = 1

@@ -38,25 +38,6 @@ from .output_folder import OutputFolder, claim_output
 from .train_loop import NonFiniteError
 from .trainer import LazyTrainer, Trainer, check_calls
 
-__all__ = [
-    "CLASSIFIER",
-    "ConfigKind",
-    "LAZY",
-    "YAML",
-    "argument_parser",
-    "begin_run",
-    "classifier_argument_parser",
-    "flush_denormals",
-    "lazy_argument_parser",
-    "log_to",
-    "positive_int",
-    "run",
-    "run_classifier",
-    "run_command",
-    "run_lazy",
-    "store_config",
-]
-
 logger = logging.getLogger(__name__)
 
 

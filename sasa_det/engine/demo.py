@@ -25,8 +25,6 @@ from .defaults import begin_run, flush_denormals, log_to, store_config
 from .output_folder import claim_output, refuse_existing
 from .trainer import Trainer
 
-__all__ = ["run_demo"]
-
 logger = logging.getLogger("sasa_det")
 
 _CLASSIFIER = "classifier_SASA.yaml"

@@ -13,8 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint.sharding import shard_like
 
-__all__ = ["distribute", "shard_optimizer_state", "unsharded", "unwrapped", "without_sync"]
-
 
 def distribute(model: nn.Module, *, shard: bool = False) -> nn.Module:
     """Let the processes of the run train a model together, from the first one's weights.

@@ -21,18 +21,6 @@ from ..errors import CheckpointError
 from ..evaluation.validation_loss import modules_with_loss_normalizer
 from .distributed import unwrapped
 
-__all__ = [
-    "BestMetric",
-    "Checkpoints",
-    "EmaUpdate",
-    "Evaluation",
-    "ModelEma",
-    "PreciseBN",
-    "StopOnSignal",
-    "StopSignals",
-    "StopTraining",
-]
-
 logger = logging.getLogger(__name__)
 
 # Exit statuses: schedulers send SIGTERM or, some time ahead of it, SIGUSR1.

@@ -16,8 +16,6 @@ from torch import multiprocessing
 
 from ..utils.text import printable
 
-__all__ = ["first_to_say", "is_elastic_restart", "launch", "started_by_torchrun"]
-
 logger = logging.getLogger(__name__)
 
 _TIMEOUT = datetime.timedelta(minutes=30)

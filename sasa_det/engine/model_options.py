@@ -10,8 +10,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["apply_options", "checkpoint_stages", "compile_parts"]
-
 
 def apply_options(model: nn.Module, cfg: CfgNode) -> nn.Module:
     """Change a model in place as ``MODEL.BN_DECAY`` and ``MODEL.CHANNELS_LAST`` etc. ask for.

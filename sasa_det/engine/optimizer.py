@@ -10,8 +10,6 @@ from torch import nn
 from ..layers import AttentionStem, LocalSelfAttention2d
 from ..modeling import Classifier
 
-__all__ = ["build_optimizer", "max_gradient_norm", "parameter_groups"]
-
 # Learned embeddings are no weights of a linear map: like norms they do not decay.
 _EMBEDDINGS = ("rel_rows", "rel_cols", "row_embedding", "col_embedding", "mixture_embedding")
 

@@ -20,15 +20,6 @@ from ..config.changes import check_changes
 from ..errors import USAGE_ERRORS, UsageError
 from .writers import WANDB_ID
 
-__all__ = [
-    "OutputFolder",
-    "Resume",
-    "claim_output",
-    "is_resumed",
-    "output_lock",
-    "refuse_existing",
-]
-
 logger = logging.getLogger(__name__)
 
 # What a file system without locks answers.

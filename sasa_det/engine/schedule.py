@@ -18,14 +18,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..config.keys import EPOCH_KEYS
 from ..config.values import WARMUP_THEN_COSINE
 
-__all__ = [
-    "LearningRate",
-    "build_lr_scheduler",
-    "in_iterations",
-    "scale_learning_rate",
-    "warmup_scheduler",
-]
-
 logger = logging.getLogger(__name__)
 
 

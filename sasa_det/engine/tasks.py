@@ -26,8 +26,6 @@ from ..data.mapper import DetectionMapper, build_test_mapper, build_train_mapper
 from ..evaluation.accuracy import ClassificationEvaluator
 from ..evaluation.coco import coco_evaluator, coco_metrics
 
-__all__ = ["Classification", "Detection", "Task", "task_of"]
-
 
 class Task(ABC):
     """How the model of a config is fed and evaluated.

@@ -21,8 +21,6 @@ from ..utils.text import abbreviated_list
 from .distributed import shard_optimizer_state, unwrapped, without_sync
 from .hooks import StopSignals
 
-__all__ = ["NonFiniteError", "StepTrainer"]
-
 logger = logging.getLogger(__name__)
 
 # Set apart the random numbers of the steps from those of the data.

@@ -51,8 +51,6 @@ from .tasks import task_of
 from .train_loop import StepTrainer
 from .writers import MetricWriters, ProgressPrinter, WandbRun
 
-__all__ = ["LazyTrainer", "Trainer", "check_calls", "results_folder"]
-
 logger = logging.getLogger(__name__)
 
 _PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -15,8 +15,6 @@ from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter
 
 from ..utils.files import write_text
 
-__all__ = ["MetricWriters", "ProgressPrinter", "WANDB_ID", "WandbRun", "rewind_metrics", "wandb_id"]
-
 
 class MetricWriters(PeriodicWriter):
     """detectron2's hook, with writers that begin where a resumed run does."""

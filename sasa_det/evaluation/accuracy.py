@@ -12,8 +12,6 @@ from torch import Tensor
 from ..errors import DatasetError
 from ..utils.text import abbreviated_list
 
-__all__ = ["ClassificationEvaluator"]
-
 logger = logging.getLogger(__name__)
 
 _SHOWN = 10

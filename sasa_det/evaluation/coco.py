@@ -7,8 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 from detectron2.evaluation import COCOEvaluator
 
-__all__ = ["coco_evaluator", "coco_metrics"]
-
 
 def coco_evaluator(
     dataset_name: str,

@@ -17,8 +17,6 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from ..utils.files import whole_file
 
-__all__ = ["draw_curves", "draw_detections"]
-
 logger = logging.getLogger(__name__)
 
 # Detections: sizes in inches. A point of type is 1/72 inch.

@@ -12,8 +12,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..utils.seeding import seeded
 
-__all__ = ["modules_with_loss_normalizer", "validation_losses"]
-
 
 def modules_with_loss_normalizer(model: nn.Module) -> dict[str, nn.Module]:
     """Return the dense detectors in a model, which average ``loss_normalizer`` in training.

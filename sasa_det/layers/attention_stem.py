@@ -16,8 +16,6 @@ from ..ops import (
 from ..ops.local_attention import check_heads
 from .plain import is_plain_call, is_plain_pointwise
 
-__all__ = ["STEM_VALUES", "AttentionStem"]
-
 STEM_VALUES = ("mixture", "pointwise", "convolution")
 
 # Standard deviations of the initial logits of q.k, q.r and of the mixing weights.

@@ -11,8 +11,6 @@ from ..ops.local_attention import BORDERS, check_backend, check_heads, check_ker
 from .position import sinusoidal_encoding
 from .projection import project
 
-__all__ = ["POSITIONS", "RECTIFIED_MEAN", "LocalSelfAttention2d"]
-
 POSITIONS = ("relative", "absolute", "none")
 
 # Where the heads of a new layer look first: (row, column) offsets, and the strength of it.

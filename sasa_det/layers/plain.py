@@ -3,8 +3,6 @@
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-__all__ = ["is_plain_call", "is_plain_pointwise"]
-
 
 def is_plain_call(module: nn.Module) -> bool:
     """Tell whether calling a module runs the ``forward`` of its class and nothing else.

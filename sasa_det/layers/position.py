@@ -5,8 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["sinusoidal_encoding"]
-
 
 def sinusoidal_encoding(
     channels: int, height: int, width: int, *, dtype: torch.dtype, device: torch.device

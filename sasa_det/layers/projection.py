@@ -7,8 +7,6 @@ from torch import Tensor, nn
 
 from .plain import is_plain_pointwise
 
-__all__ = ["project"]
-
 
 def project(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     """Apply pointwise layers to one input, in the faster of two ways.

@@ -11,13 +11,6 @@ from ..ops.aggregation import aggregate, reflect
 from ..ops.local_attention import check_kernel_size
 from ..ops.precision import accumulation_dtype, autocast_disabled
 
-__all__ = [
-    "PAIRWISE_RELATIONS",
-    "PATCHWISE_RELATIONS",
-    "PairwiseAttention2d",
-    "PatchwiseAttention2d",
-]
-
 # The first one of each is that of the paper's models.
 PAIRWISE_RELATIONS = (
     "subtraction",

@@ -5,8 +5,6 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.layers import get_norm
 
-__all__ = ["PRIMITIVES", "attention_options", "check_choice", "check_norm"]
-
 PRIMITIVES = ("attention", "convolution")
 
 

@@ -9,8 +9,6 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["SingleValueError", "check_batch_norms", "naming_batch_norms"]
-
 _PYTORCH = "Expected more than 1 value per channel"
 
 

@@ -9,8 +9,6 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from torch import Tensor, nn
 
-__all__ = ["Classifier"]
-
 
 @META_ARCH_REGISTRY.register()
 class Classifier(nn.Module):

@@ -3,8 +3,6 @@
 from detectron2.modeling.roi_heads import Res5ROIHeads
 from torch import nn
 
-__all__ = ["check_res5_heads"]
-
 
 def check_res5_heads(model: nn.Module) -> None:
     """Check that heads which bring the backbone's last stage take the channels that it gives.

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from ..layers import LocalSelfAttention2d
 from .attention_options import PRIMITIVES, attention_options, check_choice, check_norm
 
-__all__ = ["AttentionRetinaNet", "AttentionRetinaNetHead"]
-
 
 class AttentionRetinaNetHead(nn.Module):
     """RetinaNet's two subnets with attention in place of every 3x3 convolution.

@@ -7,8 +7,6 @@ from torch import Tensor
 from .local_attention import check_kernel_size
 from .precision import accumulation_dtype
 
-__all__ = ["aggregate", "reflect"]
-
 
 def reflect(x: Tensor, padding: int) -> Tensor:
     """Pad an image by reflection at its border pixels.

@@ -13,8 +13,6 @@ from torch import Tensor
 from .operator import fake_gradients, present_gradients
 from .precision import accumulation_dtype, without_autocast
 
-__all__ = ["block_attention", "mixed_values", "mixture_gradients", "place_matrices"]
-
 
 def place_matrices(weight: Tensor, mixing: Tensor) -> Tensor:
     """Mix the matrices of every place of a block.

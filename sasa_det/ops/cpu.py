@@ -15,8 +15,6 @@ except ImportError as error:
 else:
     MISSING = None
 
-__all__ = ["MISSING", "SUMMARY", "backward", "forward", "instruction_sets", "why_not"]
-
 SUMMARY = "C++, vectorised over pixels, for CPU tensors of float32 or bfloat16"
 
 

@@ -15,8 +15,6 @@ from torch.utils.flop_counter import register_flop_formula
 from . import block_attention, operator  # noqa: F401  (they define the operators)
 from .stem_attention import STEM_BLOCK
 
-__all__ = ["fvcore_handles"]
-
 Shape = Sequence[int]
 
 

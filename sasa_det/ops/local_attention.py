@@ -5,15 +5,6 @@ from torch import Tensor
 from . import reference
 from .operator import BACKENDS, attend
 
-__all__ = [
-    "BORDERS",
-    "available_backends",
-    "check_backend",
-    "check_heads",
-    "check_kernel_size",
-    "local_attention",
-]
-
 BORDERS = ("mask", "zero")
 _NAMES = (*BACKENDS, "reference")
 

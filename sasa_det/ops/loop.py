@@ -7,8 +7,6 @@ from torch import Tensor
 
 from .precision import accumulation_dtype
 
-__all__ = ["MISSING", "SUMMARY", "backward", "forward", "why_not"]
-
 SUMMARY = "PyTorch, loops over the window; its largest tensor holds num_heads k^2 values a pixel"
 MISSING = None
 

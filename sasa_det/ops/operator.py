@@ -14,8 +14,6 @@ from torch import Tensor
 from . import cpu, loop, triton
 from .precision import accumulation_dtype, without_autocast
 
-__all__ = ["BACKENDS", "attend", "attend_backward", "fake_gradients", "present_gradients"]
-
 logger = logging.getLogger(__name__)
 
 # Fastest first. Each has SUMMARY, MISSING, why_not, and forward and backward with the arguments of

@@ -6,8 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-__all__ = ["accumulation_dtype", "autocast_disabled", "without_autocast"]
-
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type of logits and sums: float32, or float64 for float64 inputs."""

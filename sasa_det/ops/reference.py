@@ -6,8 +6,6 @@ from torch import Tensor
 
 from .precision import accumulation_dtype, without_autocast
 
-__all__ = ["SUMMARY", "local_attention"]
-
 SUMMARY = "PyTorch, unfolds the window: the definition of correct, with k^2 times the memory"
 
 

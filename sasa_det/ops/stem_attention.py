@@ -14,8 +14,6 @@ from .block_attention import block_attention, mixed_values, mixture_gradients, p
 from .operator import fake_gradients, present_gradients
 from .precision import without_autocast
 
-__all__ = ["pooled_stem_attention", "relative_embedding", "stem_attention"]
-
 # Side of the blocks that the C++ kernels, and with them the operators here, take.
 STEM_BLOCK = 4
 

@@ -6,8 +6,6 @@ import os
 import torch
 from torch import Tensor
 
-__all__ = ["MISSING", "SUMMARY", "backward", "forward", "why_not"]
-
 SUMMARY = "Triton, tiles of windows on tensor cores, for CUDA tensors"
 # Why the kernels are not there, or None.
 MISSING = None if importlib.util.find_spec("triton") else "Triton is not installed"

@@ -16,8 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["backward", "forward"]
-
 _TILE = 8
 # Tiles of one head and image that the embeddings' gradients are summed over before storing.
 _PROGRAMS_OF_PLANE = 16

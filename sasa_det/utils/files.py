@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["whole_file", "write_text"]
-
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:

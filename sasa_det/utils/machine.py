@@ -6,8 +6,6 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["describe_machine", "processor_name"]
-
 
 def processor_name() -> str:
     """Return the processor's model name as Linux tells it, else its architecture."""

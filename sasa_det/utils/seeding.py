@@ -7,8 +7,6 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-__all__ = ["seed_everything", "seeded"]
-
 
 def seed_everything(*key: int) -> None:
     """Seed Python, NumPy and torch on all devices with a key of non-negative integers.

@@ -3,9 +3,6 @@
 import re
 from collections.abc import Sequence
 
-__all__ = ["abbreviated_list", "printable"]
-
-
 # Control characters, the ends of lines that they do not have, marks that turn the direction of what
 # follows, and halves of surrogate pairs.
 _STEERING = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")

@@ -16,14 +16,6 @@ from ...layers.local_attention import RECTIFIED_MEAN
 from ..attention_options import PRIMITIVES, attention_options, check_choice, check_norm
 from .sasa_resnet import build_sasa_resnet_backbone
 
-__all__ = [
-    "AttentionFPN",
-    "LastLevelP6P7Attention",
-    "build_fpn",
-    "build_retinanet_sasa_resnet_fpn_backbone",
-    "build_sasa_resnet_fpn_backbone",
-]
-
 
 class AttentionFPN(FPN):
     """:paper:`FPN` with attention in place of its 3x3 output convolutions.

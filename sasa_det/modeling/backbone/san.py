@@ -16,13 +16,6 @@ from ...layers import PairwiseAttention2d, PatchwiseAttention2d
 from ..attention_options import check_choice, check_norm
 from .attention_fpn import build_fpn, build_retinanet_fpn
 
-__all__ = [
-    "SAN",
-    "build_retinanet_san_fpn_backbone",
-    "build_san_backbone",
-    "build_san_fpn_backbone",
-]
-
 ATTENTIONS = {"pairwise": PairwiseAttention2d, "patchwise": PatchwiseAttention2d}
 STAGES = ("stem", "res2", "res3", "res4", "res5")
 CHANNELS = (64, 256, 512, 1024, 2048)

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from ...layers import AttentionStem, LocalSelfAttention2d
 from ..attention_options import PRIMITIVES, attention_options, check_choice, check_norm
 
-__all__ = ["AttentionBottleneckBlock", "SASAResNet", "build_sasa_resnet_backbone"]
-
 STAGES = ("res2", "res3", "res4", "res5")
 # Section 4.1: 38 and 26 layers remove one and two blocks from every stage of 50.
 NUM_BLOCKS = {
