@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from detectron2.config import CfgNode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from ..config.keys import flatten
 
@@ -77,11 +77,11 @@ def preprocessing_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def warn_of_preprocessing(cfg: CfgNode, loaded: Mapping[str, Any]) -> None:
+def warn_of_preprocessing(config: CfgNode | DictConfig, loaded: Mapping[str, Any]) -> None:
     """Log one warning if weights expect images that are prepared in another way than a config's.
 
     Args:
-        cfg: the config of a run. Of a LazyConfig, what its model and mapper do not say is not
+        config: of a run. Of a LazyConfig, what its model and mapper do not say is not
             compared.
         loaded: what :meth:`sasa_det.checkpoint.Checkpointer.load` returned.
     """
@@ -91,11 +91,10 @@ def warn_of_preprocessing(cfg: CfgNode, loaded: Mapping[str, Any]) -> None:
     if not is_preprocessing(expected):
         logger.warning("The preprocessing of the weights is not understood: %.100r", expected)
         return
-    lazy = getattr(cfg, "lazy", None)
-    if lazy is None:
-        keys, values, form = _YAML, flatten(cfg), '{} "{}"'
+    if isinstance(config, CfgNode):
+        keys, values, form = _YAML, flatten(config), '{} "{}"'
     else:
-        values = {key: OmegaConf.select(lazy, key) for key in _LAZY.values()}
+        values = {key: OmegaConf.select(config, key) for key in _LAZY.values()}
         keys, form = _LAZY, '"{}={}"'
     changes = [
         form.format(key, expected[name])

@@ -12,6 +12,7 @@ from detectron2.config import CfgNode
 from ..errors import UsageError
 from .defaults import default_config
 from .keys import flatten
+from .options import RunOptions
 from .yaml_file import read_config_file
 
 logger = logging.getLogger(__name__)
@@ -78,50 +79,51 @@ class _Change(NamedTuple):
     new: Any
 
 
-def check_changes(cfg: CfgNode) -> None:
+def check_changes(options: RunOptions) -> None:
     """Refuse a config that the checkpoints in its output folder do not fit.
 
     Args:
-        cfg: the config of a run that is resumed in its ``OUTPUT_DIR``, before the config.yaml that
-            the run left there is written over.
+        options: of a run that is resumed in its output folder, before the config.yaml that the run
+            left there is written over.
 
     Raises:
         UsageError: in one sentence that names all keys with their old and new values, or says why
             the stored config cannot be read.
     """
-    refused = [change for change in _changes(cfg) if not _may_change(change)]
+    refused = [change for change in _changes(options) if not _may_change(change)]
     if refused:
+        folder = options.key("output_dir")
         listed = ", ".join(f"{key} (from {old!r} to {new!r})" for key, old, new in refused)
         raise UsageError(
-            f"the run in OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be resumed with a change of {listed}; "
-            "give the old values, or name another OUTPUT_DIR."
+            f"the run in {folder} {options.output_dir} cannot be resumed with a change of "
+            f"{listed}; give the old values, or name another {folder}."
         )
 
 
-def log_changes(cfg: CfgNode) -> None:
+def log_changes(options: RunOptions) -> None:
     """Log how the config of a resumed run differs from the one in its output folder.
 
     Args:
-        cfg: as for :func:`check_changes`.
+        options: as for :func:`check_changes`.
     """
-    path = _stored(cfg)
+    path = _stored(options)
     if not path.is_file():
         logger.warning("There is no %s to compare the config with.", path)
         return
-    for key, old, new in _changes(cfg):
+    for key, old, new in _changes(options):
         logger.info("Changed since the run was started last: %s, from %r to %r.", key, old, new)
 
 
-def _stored(cfg: CfgNode) -> Path:
-    return Path(cfg.OUTPUT_DIR, "config.yaml")
+def _stored(options: RunOptions) -> Path:
+    return Path(options.output_dir, "config.yaml")
 
 
-def _changes(cfg: CfgNode) -> list[_Change]:
+def _changes(options: RunOptions) -> list[_Change]:
     """List all changes by key; a key that the stored config lacks had its default."""
-    path = _stored(cfg)
+    path = _stored(options)
     if not path.exists():
         return []
-    new = _as_stored(cfg)
+    new = _as_stored(options)
     # The keys of a stored LazyConfig are not among the defaults.
     defaults = _as_stored(default_config())
     old = {key: value for key, value in defaults.items() if key in new}
@@ -133,9 +135,9 @@ def _changes(cfg: CfgNode) -> list[_Change]:
     return [c for c in changes if _comparable(c.key, c.old) != _comparable(c.key, c.new)]
 
 
-def _as_stored(cfg: CfgNode) -> dict[str, Any]:
+def _as_stored(config: CfgNode | RunOptions) -> dict[str, Any]:
     """Return values by key as yaml gives them back, with lists for tuples."""
-    return flatten(yaml.safe_load(cfg.dump()))
+    return flatten(yaml.safe_load(config.dump()))
 
 
 def _comparable(key: str, value: Any) -> Any:

@@ -6,15 +6,6 @@ from typing import Any
 
 from ..errors import nearest
 
-# The key in epochs, and the key in iterations that it stands in for.
-EPOCH_KEYS = {
-    "SOLVER.MAX_EPOCHS": "SOLVER.MAX_ITER",
-    "SOLVER.WARMUP_EPOCHS": "SOLVER.WARMUP_ITERS",
-    "SOLVER.CHECKPOINT_EPOCHS": "SOLVER.CHECKPOINT_PERIOD",
-    "SOLVER.STEP_EPOCHS": "SOLVER.STEPS",
-    "TEST.EVAL_EPOCHS": "TEST.EVAL_PERIOD",
-}
-
 # What yacs raises over keys and values, and Python over values it cannot read.
 CONFIG_ERRORS = (
     AssertionError,

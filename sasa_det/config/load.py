@@ -13,7 +13,8 @@ from ..data.coco import register_coco
 from ..data.image_folder import check_image_folders, hold_out, register_image_folder
 from ..errors import UsageError, nearest
 from .defaults import default_config
-from .keys import CONFIG_ERRORS, EPOCH_KEYS, all_keys, explain, flatten, unknown_key, with_floats
+from .keys import CONFIG_ERRORS, all_keys, explain, flatten, unknown_key, with_floats
+from .options import EPOCHS, YAML_KEYS, RunOptions
 from .values import check_values
 from .yaml_file import read_config_file
 
@@ -28,6 +29,12 @@ _REGISTRY_KEYS = {
     "META_ARCH": "MODEL.META_ARCHITECTURE",
     "RPN_HEAD": "MODEL.RPN.HEAD_NAME",
     "SEM_SEG_HEADS": "MODEL.SEM_SEG_HEAD.NAME",
+}
+
+# Keys, and those by which they are reset.
+_OVERRULED = {
+    **{YAML_KEYS[epochs]: YAML_KEYS[iterations] for epochs, iterations in EPOCHS.items()},
+    YAML_KEYS["reference_batch"]: YAML_KEYS["base_lr"],
 }
 
 # What models, optimizers and mappers raise over a config that they cannot be built from.
@@ -61,17 +68,6 @@ def explain_build_error(error: Exception) -> str:
     )
 
 
-def image_options(cfg: CfgNode) -> dict[str, int | str]:
-    """Return what checks of COCO-format data must know of the config."""
-    mask_format = cfg.INPUT.MASK_FORMAT if cfg.MODEL.MASK_ON else ""
-    num_keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0
-    return {
-        "max_pixels": cfg.INPUT.MAX_PIXELS,
-        "mask_format": mask_format,
-        "num_keypoints": num_keypoints,
-    }
-
-
 def load_config(
     config_file: str = "",
     opts: Sequence[str] = (),
@@ -98,55 +94,62 @@ def load_config(
             cfg.merge_from_other_cfg(CfgNode(with_floats(values, cfg)))
         except CONFIG_ERRORS as error:
             raise UsageError(f"{path}: {explain(error, cfg, flatten(values))}") from error
-        prefer_given(cfg, flatten(values))
+        _reset(cfg, overruled(flatten(values)))
     opts = [opt for opt in opts if opt != "--"]
     _merge_overrides(cfg, opts)
     for split, source in (("TRAIN", train), ("TEST", test)):
         if source:
             cfg.DATASETS[f"{split}_JSON"], cfg.DATASETS[f"{split}_IMAGES"] = source
-    complete(cfg, opts[::2])
+    _reset(cfg, overruled(opts[::2]))
+    check_values(flatten(cfg))
     cfg.freeze()
-    return cfg
+    return complete(RunOptions.read(cfg), opts[::2]).config
 
 
-def complete(cfg: CfgNode, overridden: Collection[str], *, check: bool = True) -> None:
-    """Check the values of a config, register its data sets and count their classes.
+def _reset(cfg: CfgNode, keys: Collection[str]) -> None:
+    for key in keys:
+        section, name = key.split(".")
+        cfg[section][name] = type(cfg[section][name])()
+
+
+def complete(
+    options: RunOptions, overridden: Collection[str] = (), *, check: bool = True
+) -> RunOptions:
+    """Register the data sets of a config and count their classes.
 
     Args:
-        cfg: a config with sasa_det's keys, changed in place: where it names data by their files,
-            it gets their number of classes.
+        options: of a config whose values are checked.
         overridden: full keys of the overrides, which stay as they are.
         check: as for :func:`register_datasets`.
 
+    Returns:
+        RunOptions: with the names of data sets that the config gives by their files, and with their
+        number of classes.
+
     Raises:
-        UsageError: on a wrong value.
-        DatasetError, FileNotFoundError: as :func:`register_datasets`.
+        UsageError, DatasetError, FileNotFoundError: as :func:`register_datasets`.
     """
-    prefer_given(cfg, overridden)
-    check_values(cfg)
-    register_datasets(cfg, check=check)
-    named = [cfg.DATASETS[split] for split in ("TRAIN", "TEST") if cfg.DATASETS[f"{split}_JSON"]]
-    if cfg.DATASETS.IMAGE_FOLDER:
-        named.append(cfg.DATASETS.TEST)
-    for key in class_keys(cfg) if named else ():
-        if key not in overridden:
-            cfg.merge_from_list([key, num_classes_of(named[0])])
+    names = register_datasets(options, check=check)
+    options = options.replace(**names)
+    if not options.class_key or options.class_key in overridden:
+        return options
+    for split in ("train", "test"):
+        if getattr(options, f"{split}_json"):
+            return options.replace(num_classes=num_classes_of(names[split]))
+    if options.image_folder:
+        options = options.replace(num_classes=num_classes_of(names["test"]))
+    return options
 
 
-def prefer_given(cfg: CfgNode, given: Collection[str]) -> None:
-    """Let a length in iterations or a learning rate that is given stand as it is.
+def overruled(given: Collection[str]) -> list[str]:
+    """List the yaml keys that must be reset for others that are given to stand as they are.
 
-    Without this, a length in epochs or a batch of reference from an earlier file would change it.
+    Without this, a length in epochs or a batch of reference from an earlier file would change them.
 
     Args:
-        cfg: a config with sasa_det's keys, changed in place.
-        given: full keys that a config file or the overrides have just set.
+        given: yaml keys that a config file or the overrides have just set.
     """
-    overruled = {**EPOCH_KEYS, "SOLVER.REFERENCE_BATCH": "SOLVER.BASE_LR"}
-    for key, by in overruled.items():
-        if by in given and key not in given:
-            section, name = key.split(".")
-            cfg[section][name] = type(cfg[section][name])()
+    return [key for key, by in _OVERRULED.items() if by in given and key not in given]
 
 
 def _merge_overrides(cfg: CfgNode, opts: Sequence[str]) -> None:
@@ -173,60 +176,50 @@ def _merge_overrides(cfg: CfgNode, opts: Sequence[str]) -> None:
         raise UsageError(explain(error, cfg, given)) from error
 
 
-def register_datasets(cfg: CfgNode, *, check: bool = True) -> None:
-    """Register the COCO-format files that a config names, under their json's path.
+def register_datasets(options: RunOptions, *, check: bool = True) -> dict[str, tuple[str, ...]]:
+    """Register the data that a config gives by their files, under their path.
 
     Args:
-        cfg: a config; its ``DATASETS.TRAIN`` and ``TEST`` are replaced where it names files. A
-            frozen one must hold them already.
+        options: of the config.
         check: False in the processes of a run whose data were checked before they were started.
+
+    Returns:
+        dict: by "train" and "test", the names of the data sets, where they are given so.
 
     Raises:
         UsageError: if a json is named without its image folder, or the other way round.
         DatasetError, FileNotFoundError: if the files are no COCO-format data.
     """
-    for split in ("TRAIN", "TEST"):
-        json_file, images = cfg.DATASETS[f"{split}_JSON"], cfg.DATASETS[f"{split}_IMAGES"]
+    names = {}
+    for split in ("train", "test"):
+        keys = f"{split}_json", f"{split}_images"
+        json_file, images = (getattr(options, key) for key in keys)
         if bool(json_file) != bool(images):
             raise UsageError(
-                f"DATASETS.{split}_JSON and DATASETS.{split}_IMAGES must be given together, got "
+                f"{' and '.join(map(options.key, keys))} must be given together, got "
                 f"{json_file!r} and {images!r}."
             )
         if json_file:
-            register_coco(json_file, json_file, images, check=check, **image_options(cfg))
-            if not cfg.is_frozen():
-                cfg.DATASETS[split] = (json_file,)
-    _register_image_folders(cfg, check)
+            register_coco(json_file, json_file, images, check=check, **options.image_options())
+            names[split] = (json_file,)
+    return names | _register_image_folders(options, check)
 
 
-def _register_image_folders(cfg: CfgNode, check: bool) -> None:
-    data = cfg.DATASETS
+def _register_image_folders(options: RunOptions, check: bool) -> dict[str, tuple[str, ...]]:
     names = None
-    if data.IMAGE_FOLDER:
-        names = register_image_folder(data.IMAGE_FOLDER, check=False)
-    if data.HOLDOUT:
-        train = names[:1] if names else data.TRAIN
+    if options.image_folder:
+        names = register_image_folder(options.image_folder, check=False)
+    if options.holdout:
+        train = names[:1] if names else options.train
         if len(train) != 1:
             raise UsageError(
                 f"DATASETS.TRAIN must name one data set with DATASETS.HOLDOUT, got {train!r}."
             )
         # A stored config names the part to train on.
-        names = hold_out(train[0].removesuffix(":train"), data.HOLDOUT)
+        names = hold_out(train[0].removesuffix(":train"), options.holdout)
     if names is None:
-        return
+        return {}
     if check:
         # Evaluation alone needs no images to train on: these are looked at before a run.
         check_image_folders(names[1:])
-    if not cfg.is_frozen():
-        data.TRAIN, data.TEST = ((name,) for name in names)
-
-
-def class_keys(cfg: CfgNode) -> list[str]:
-    """List the keys that hold the number of classes of a config's model."""
-    if "RetinaNet" in cfg.MODEL.META_ARCHITECTURE:
-        return ["MODEL.RETINANET.NUM_CLASSES"]
-    if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN":
-        return ["MODEL.ROI_HEADS.NUM_CLASSES"]
-    if cfg.MODEL.META_ARCHITECTURE == "Classifier":
-        return ["MODEL.CLASSIFIER.NUM_CLASSES"]
-    return []
+    return {split: (name,) for split, name in zip(("train", "test"), names, strict=True)}

@@ -2,18 +2,18 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import detectron2.solver.build
-from detectron2.config import CfgNode
 from detectron2.layers import get_norm
 
 from ..errors import UsageError, nearest
 from .defaults import default_config
 from .keys import flatten
+from .options import RunOptions
 
 logger = logging.getLogger(__name__)
 
@@ -157,96 +157,99 @@ MAY_BE_INFINITE = "SOLVER.CLIP_GRADIENTS.NORM_TYPE"
 _KINDS = {bool: "truth value", int: "number", float: "number", str: "string"}
 
 
-def check_values(cfg: CfgNode) -> None:
+def check_values(values: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
     """Check every value of a config against what its key allows.
 
     Args:
-        cfg: a config with sasa_det's keys.
+        values: by yaml key, all those of sasa_det and detectron2.
+        names: what the user calls a key, where that is another name.
 
     Raises:
         UsageError: in one sentence that names the key, its value and what is allowed.
     """
-    values = flatten(cfg)
+    names = names or {}
     for key, default in flatten(default_config()).items():
         if key not in values:
             raise UsageError(f"{key} must be a value, got a section of keys.")
-        value = values[key]
+        value, name = values[key], names.get(key, key)
         for part in _parts(value):
-            _check_plain(key, part)
+            _check_plain(key, name, part)
         for example, keys in EXAMPLES.items():
             if _is_among(key, keys):
                 default = example
-        _check_kind(key, value, default)
+        _check_kind(key, name, value, default)
         for rule in _rules(key, default):
-            _check_rule(key, value, rule)
+            _check_rule(name, value, rule)
         nested = value if isinstance(value, list | tuple) else ()
         is_empty = not value or any(part in ([], ()) for part in nested)
         if is_empty and _is_among(key, NOT_EMPTY):
-            raise UsageError(f"{key} must hold at least one value, got {value!r}.")
+            raise UsageError(f"{name} must hold at least one value, got {value!r}.")
         if _is_among(key, INCREASING) and any(a >= b for a, b in pairwise(value)):
-            raise UsageError(f"the values of {key} must increase, got {value!r}.")
+            raise UsageError(f"the values of {name} must increase, got {value!r}.")
     _check_lengths(values)
-    crop = cfg.INPUT.CROP
-    if crop.ENABLED and crop.TYPE.startswith("relative") and max(crop.SIZE) > 1:
+    form, size = values["INPUT.CROP.TYPE"], values["INPUT.CROP.SIZE"]
+    if values["INPUT.CROP.ENABLED"] and form.startswith("relative") and max(size) > 1:
         raise UsageError(
-            f"every value of INPUT.CROP.SIZE must be at most 1 with INPUT.CROP.TYPE {crop.TYPE}, "
-            f"got {crop.SIZE!r}."
+            f"every value of INPUT.CROP.SIZE must be at most 1 with INPUT.CROP.TYPE {form}, got "
+            f"{size!r}."
         )
-    patience = cfg.TEST.EARLY_STOPPING
-    if patience and not cfg.TEST.BEST_METRIC:
-        raise UsageError(f"TEST.EARLY_STOPPING must be 0 without TEST.BEST_METRIC, got {patience}.")
+    patience, metric = "TEST.EARLY_STOPPING", "TEST.BEST_METRIC"
+    if values[patience] and not values[metric]:
+        raise UsageError(
+            f"{names.get(patience, patience)} must be 0 without {names.get(metric, metric)}, got "
+            f"{values[patience]}."
+        )
 
 
-def check_schedule(cfg: CfgNode) -> None:
+def check_schedule(options: RunOptions) -> None:
     """Check that warmup, steps and end of the learning rate fit the run.
 
     Args:
-        cfg: a config with sasa_det's keys. Lengths in epochs are compared with lengths in epochs,
-            and those in iterations with those in iterations.
+        options: lengths in epochs are compared with lengths in epochs, and those in iterations with
+            those in iterations.
 
     Raises:
         UsageError: in one sentence that names the key, its value and what is allowed.
     """
-    solver = cfg.SOLVER
-    in_epochs = solver.MAX_EPOCHS > 0
-    total = "MAX_EPOCHS" if in_epochs else "MAX_ITER"
-    lengths = {"WARMUP_EPOCHS": "WARMUP_ITERS"}
-    if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
-        lengths["STEP_EPOCHS"] = "STEPS"
+    in_epochs = options.max_epochs > 0
+    total = "max_epochs" if in_epochs else "max_iter"
+    lengths = {"warmup_epochs": "warmup_iters"}
+    if options.lr_scheduler_name == "WarmupMultiStepLR":
+        lengths["step_epochs"] = "steps"
     for epochs, iterations in lengths.items():
-        if in_epochs != bool(solver[epochs]):
+        if in_epochs != bool(getattr(options, epochs)):
             continue
-        key = epochs if in_epochs else iterations
-        if any(part >= solver[total] for part in _parts(solver[key])):
+        field = epochs if in_epochs else iterations
+        end, value = getattr(options, total), getattr(options, field)
+        if any(part >= end for part in _parts(value)):
             raise UsageError(
-                f"SOLVER.{key} must be below SOLVER.{total}, which is {solver[total]}, got "
-                f"{solver[key]}."
+                f"{options.key(field)} must be below {options.key(total)}, which is {end}, got "
+                f"{value}."
             )
-    # Later detectron2 lets the cosine end above 0.
-    if (
-        solver.LR_SCHEDULER_NAME == "WarmupCosineLR"
-        and solver.get("BASE_LR_END", 0) > solver.BASE_LR
-    ):
-        raise UsageError(
-            f"SOLVER.BASE_LR_END must be at most SOLVER.BASE_LR, which is {solver.BASE_LR}, got "
-            f"{solver.BASE_LR_END}."
-        )
+    if options.lr_scheduler_name == "WarmupCosineLR":
+        # Later detectron2 lets the cosine end above 0.
+        end = options.config.SOLVER.get("BASE_LR_END", 0)
+        if end > options.base_lr:
+            raise UsageError(
+                f"SOLVER.BASE_LR_END must be at most SOLVER.BASE_LR, which is {options.base_lr}, "
+                f"got {end}."
+            )
 
 
-def warn_of_slow_averages(cfg: CfgNode) -> None:
+def warn_of_slow_averages(options: RunOptions) -> None:
     """Log a warning for each moving average that a run is too short for.
 
     Args:
-        cfg: a config with sasa_det's keys, lengths in iterations.
+        options: lengths in iterations.
     """
-    steps = cfg.SOLVER.MAX_ITER
-    decays = {"MODEL.BN_DECAY": cfg.MODEL.BN_DECAY, "MODEL.EMA.DECAY": cfg.MODEL.EMA.DECAY}
-    for key, decay in decays.items():
+    steps = options.max_iter
+    for field in ("bn_decay", "ema_decay"):
+        decay = getattr(options, field)
         if 0 < steps * (1 - decay) < 1:
             logger.warning(
                 "%s %g averages over some %.0f steps and the run has %d: it will be evaluated with "
                 "what it began with rather than with what it learnt; %.4g or less would do.",
-                *(key, decay, 1 / (1 - decay), steps, max(0.5, 1 - 10 / steps)),
+                *(options.key(field), decay, 1 / (1 - decay), steps, max(0.5, 1 - 10 / steps)),
             )
 
 
@@ -263,25 +266,27 @@ def _parts(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _check_plain(key: str, value: Any) -> None:
+def _check_plain(key: str, name: str, value: Any) -> None:
     if value is None and not _is_among(key, MAY_BE_NONE):
-        raise UsageError(f"{key} must have a value, got None.")
+        raise UsageError(f"{name} must have a value, got None.")
     if not isinstance(value, (bool, int, float, str, type(None))):
-        raise UsageError(f"{key} must hold numbers, strings, True and False, got {value!r}.")
+        raise UsageError(f"{name} must hold numbers, strings, True and False, got {value!r}.")
     if isinstance(value, str) and "\0" in value:
-        raise UsageError(f"{key} must not hold a null character, got {value!r}.")
+        raise UsageError(f"{name} must not hold a null character, got {value!r}.")
     if isinstance(value, int) and abs(value) >= 2**63:
-        raise UsageError(f"{key} must be an integer of 64 bits, got a longer one.")
+        raise UsageError(f"{name} must be an integer of 64 bits, got a longer one.")
     if isinstance(value, float) and not math.isfinite(value):
         if math.isnan(value) or not _is_among(key, MAY_BE_INFINITE):
-            raise UsageError(f"{key} must be finite, got {value}.")
+            raise UsageError(f"{name} must be finite, got {value}.")
 
 
-def _check_kind(key: str, value: Any, default: Any) -> None:
+def _check_kind(key: str, name: str, value: Any, default: Any) -> None:
     """Check that a value nests lists as the default does, and holds numbers where it does."""
     examples = [default, default[0]] if _is_among(key, MAY_BE_FLAT) else [default]
+    if type(default) is int and type(value) is not int:
+        raise UsageError(f"{name} must be an integer, got {value!r}.")
     if default is not None and not any(_is_of_kind(value, example) for example in examples):
-        raise UsageError(f"{key} must be {_describe(default)}, got {value!r}.")
+        raise UsageError(f"{name} must be {_describe(default)}, got {value!r}.")
 
 
 def _is_of_kind(value: Any, example: Any) -> bool:
@@ -313,11 +318,11 @@ def _rules(key: str, default: Any) -> list[Rule]:
     return [_number("above 0", lambda value: value > 0)]
 
 
-def _check_rule(key: str, value: Any, rule: Rule) -> None:
+def _check_rule(name: str, value: Any, rule: Rule) -> None:
     for part in _parts(value):
         if part is None or rule.holds(part):
             continue
-        subject = key if part is value else f"every value of {key}"
+        subject = name if part is value else f"every value of {name}"
         hint = nearest(part, rule.names) if isinstance(part, str) else "."
         raise UsageError(f"{subject} must be {rule.allowed}, got {value!r}{hint}")
 

@@ -13,30 +13,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
-from torch import nn
 
 from ..checkpoint import Checkpointer
 from ..checkpoint.reading import classes_in
 from ..config.changes import log_changes
-from ..config.lazy import load_lazy_config, tell_in_lazy_keys
+from ..config.lazy import load_lazy_config
 from ..config.load import load_config, register_datasets
+from ..config.options import RunOptions
 from ..data.catalog import follow_classes
 from ..errors import USAGE_ERRORS, UsageError, print_error
 from ..utils.files import write_text
 from ..utils.text import printable
-from .checks import check_model, check_processes, check_run
+from .checks import check_processes, check_run
 from .hooks import StopTraining
 from .launch import first_to_say, is_elastic_restart, launch, started_by_torchrun
 from .output_folder import OutputFolder, claim_output
 from .train_loop import NonFiniteError
-from .trainer import LazyTrainer, Trainer, check_calls
+from .trainer import LazyTrainer, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -45,41 +44,21 @@ class ConfigKind(NamedTuple):
     """What runs of one kind of config do in a way of their own.
 
     Attributes:
-        load: makes the config of config file, overrides and the data named on the command line.
-        check: builds what the config describes and reports mistakes, as :func:`check_model`.
-        print_error: as :func:`sasa_det.errors.print_error`.
+        load: reads the options of config file, overrides and the data named on the command line.
         trainer: of the config.
     """
 
-    load: Callable[..., CfgNode]
-    check: Callable[..., None]
-    print_error: Callable[[Exception], int]
+    load: Callable[..., RunOptions]
     trainer: type[Trainer]
 
 
-YAML = ConfigKind(load_config, check_model, print_error, Trainer)
+def _load_yaml(*args: Any) -> RunOptions:
+    return RunOptions.read(load_config(*args))
 
 
-def _ready(cfg: CfgNode, resume: bool, kind: type[Trainer]) -> Trainer:
-    """Build a trainer and load what it starts from."""
-    trainer = kind(cfg)
-    trainer.resume_or_load(resume=resume)
-    return trainer
+YAML = ConfigKind(_load_yaml, Trainer)
 
-
-def _filled(cfg: CfgNode, resume: bool, trainer: type[Trainer]) -> nn.Module:
-    """Build a model and fill it with the weights to evaluate."""
-    model = trainer.build_model(cfg)
-    checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR, strict=True)
-    loaded = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    follow_classes(cfg.DATASETS.TEST, classes_in(loaded), "the weights")
-    return model
-
-
-def _evaluate(cfg: CfgNode, model: nn.Module, trainer: type[Trainer]) -> dict[str, Any]:
-    results = trainer.test(cfg, model)
-    verify_results(cfg, results)
-    return results
+LAZY = ConfigKind(load_lazy_config, LazyTrainer)
 
 
 def run(
@@ -98,75 +77,79 @@ def run(
         config or the data; 143 or 130 if SIGTERM, SIGUSR1 or Ctrl-C ended it, with everything
         saved.
     """
-    if trainer is not None:
-        kind = kind._replace(trainer=trainer)
+    trainer = trainer or kind.trainer
     flush_denormals()
     log_to(None)
     if is_elastic_restart():
         # torchrun repeats the command that it was given.
         args.resume, args.overwrite = "auto", False
     try:
-        cfg = kind.load(args.config_file, args.opts, args.train, args.test)
+        options = kind.load(args.config_file, args.opts, args.train, args.test)
         if started_by_torchrun():
-            check_processes(cfg, int(os.environ["LOCAL_WORLD_SIZE"]))
-            return launch(_torchrun_worker, 1, device=cfg.MODEL.DEVICE, args=(kind, cfg, args))
-        check_processes(cfg, args.num_gpus, args.num_machines, args.dist_url)
+            check_processes(options, int(os.environ["LOCAL_WORLD_SIZE"]))
+            work = (trainer, options, args)
+            return launch(_torchrun_worker, 1, device=options.device, args=work)
+        check_processes(options, args.num_gpus, args.num_machines, args.dist_url)
         processes = args.num_gpus * args.num_machines
         leader = args.machine_rank == 0
-        with _prepared(kind, cfg, args, leader, processes) as output:
+        with _prepared(trainer, options, args, leader, processes) as output:
             status = launch(
                 _worker,
                 args.num_gpus,
                 num_machines=args.num_machines,
                 machine_rank=args.machine_rank,
                 dist_url=args.dist_url,
-                device=cfg.MODEL.DEVICE,
-                args=(kind, cfg, args.eval_only, output.resumed),
+                device=options.device,
+                args=(trainer, options, args.eval_only, output.resumed),
             )
             return _ended(status, output)
     except USAGE_ERRORS as error:
         # Under torchrun all processes read the same config, and find the same mistakes in it.
-        return kind.print_error(error) if os.environ.get("LOCAL_RANK", "0") == "0" else 2
+        return print_error(error) if os.environ.get("LOCAL_RANK", "0") == "0" else 2
 
 
 @contextmanager
 def _prepared(
-    kind: ConfigKind, cfg: CfgNode, args: argparse.Namespace, leader: bool, num_processes: int
+    trainer: type[Trainer],
+    options: RunOptions,
+    args: argparse.Namespace,
+    leader: bool,
+    num_processes: int,
 ) -> Iterator[OutputFolder]:
     """Claim the output folder of a run in a block and check the run."""
     with claim_output(
-        cfg,
+        options,
         eval_only=args.eval_only,
         resume=args.resume,
         overwrite=args.overwrite,
         leader=leader,
     ) as output:
         check_run(
-            cfg,
+            options,
+            trainer,
             eval_only=args.eval_only,
             resumed=output.resumed,
             num_processes=num_processes,
-            check=kind.check,
         )
         output.clear()
         yield output
 
 
-def _torchrun_worker(kind: ConfigKind, cfg: CfgNode, args: argparse.Namespace) -> int:
+def _torchrun_worker(trainer: type[Trainer], options: RunOptions, args: argparse.Namespace) -> int:
     """Check the run in the first process, whose word the others take."""
     with ExitStack() as stack:
         status, resumed, output = 0, False, None
         if comm.is_main_process():
             try:
-                prepared = _prepared(kind, cfg, args, True, comm.get_world_size())
+                prepared = _prepared(trainer, options, args, True, comm.get_world_size())
                 output = stack.enter_context(prepared)
                 resumed = output.resumed
             except USAGE_ERRORS as error:
-                status = kind.print_error(error)
+                status = print_error(error)
         status, resumed = comm.all_gather((status, resumed))[0]
         if status:
             return status
-        return _ended(_worker(kind, cfg, args.eval_only, resumed), output)
+        return _ended(_worker(trainer, options, args.eval_only, resumed), output)
 
 
 def _ended(status: int, output: OutputFolder | None) -> int:
@@ -176,55 +159,70 @@ def _ended(status: int, output: OutputFolder | None) -> int:
     return status
 
 
-def _worker(kind: ConfigKind, cfg: CfgNode, eval_only: bool, resume: bool) -> int:
+def _worker(
+    trainer_class: type[Trainer], options: RunOptions, eval_only: bool, resume: bool
+) -> int:
     """Do the work of one process and return its exit status."""
     flush_denormals()
-    register_datasets(cfg, check=False)
-    log_to(cfg.OUTPUT_DIR, comm.get_rank())
-    begin_run(cfg)
+    register_datasets(options, check=False)
+    log_to(options.output_dir, comm.get_rank())
+    begin_run(options)
     if comm.is_main_process() and resume and not eval_only:
-        log_changes(cfg)
-    try:
-        loaded = (_filled if eval_only else _ready)(cfg, resume, kind.trainer)
-    except USAGE_ERRORS as error:
-        return _tell_once(kind, error)
-    # The config of a run that is evaluated stays: it is what the run is resumed with. One that is
-    # resumed keeps its own until it is known that the checkpoint is of the config's data.
-    if comm.is_main_process() and not (eval_only and Path(cfg.OUTPUT_DIR, "config.yaml").exists()):
-        store_config(cfg)
+        log_changes(options)
     try:
         if eval_only:
-            _evaluate(cfg, loaded, kind.trainer)
+            work = _evaluation(trainer_class, options, resume)
         else:
-            loaded.train()
+            trainer = trainer_class(options.config)
+            trainer.resume_or_load(resume=resume)
+            work = trainer.train
+    except USAGE_ERRORS as error:
+        return _print_once(error)
+    # The config of a run that is evaluated stays: it is what the run is resumed with. One that is
+    # resumed keeps its own until it is known that the checkpoint is of the config's data.
+    stored = Path(options.output_dir, "config.yaml")
+    if comm.is_main_process() and not (eval_only and stored.exists()):
+        write_text(stored, options.dump())
+    try:
+        work()
     except StopTraining as stop:
         logger.info("Training ends before its last iteration: %s; everything is saved.", stop)
         return stop.status
     except (NonFiniteError, *USAGE_ERRORS) as error:
-        _tell_once(kind, error)
+        _print_once(error)
         return 1
     return 0
 
 
-def _tell_once(kind: ConfigKind, error: Exception) -> int:
-    """Tell an error that several processes of the run may have met, and return the status 2."""
-    return kind.print_error(error) if first_to_say(str(error)) else 2
+def _evaluation(trainer: type[Trainer], options: RunOptions, resume: bool) -> Callable[[], None]:
+    """Return what evaluates a model, which is built and filled with the weights to evaluate."""
+    model = trainer.build_model(options.config)
+    checkpointer = Checkpointer(model, save_dir=options.output_dir, strict=True)
+    loaded = checkpointer.resume_or_load(options.weights, resume=resume)
+    follow_classes(options.test, classes_in(loaded), "the weights")
+
+    def evaluate() -> None:
+        results = trainer.test(options.config, model)
+        if options.expected_results:
+            verify_results(options.config, results)
+
+    return evaluate
 
 
-def begin_run(cfg: CfgNode) -> None:
+def _print_once(error: Exception) -> int:
+    """Print an error that several processes of the run may have met, and return the status 2."""
+    return print_error(error) if first_to_say(str(error)) else 2
+
+
+def begin_run(options: RunOptions) -> None:
     """Log what runs where, and seed what is random before the first step."""
     logger.info("Environment:\n%s", collect_env_info())
-    logger.info("Config:\n%s", cfg.dump())
-    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
-    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
-    if precision := cfg.get("FLOAT32_PRECISION"):  # later detectron2
+    logger.info("Config:\n%s", options.dump())
+    seed_all_rng(None if options.seed < 0 else options.seed + comm.get_rank())
+    torch.backends.cudnn.benchmark = options.cudnn_benchmark
+    if precision := options.float32_precision:
         torch.set_float32_matmul_precision(precision)
         torch.backends.cudnn.allow_tf32 = precision != "highest"
-
-
-def store_config(cfg: CfgNode) -> None:
-    """Write the config of a run to config.yaml of its output folder."""
-    write_text(Path(cfg.OUTPUT_DIR, "config.yaml"), cfg.dump())
 
 
 def run_command(main: Callable[[], int | None]) -> int:
@@ -401,8 +399,6 @@ def flush_denormals() -> None:
     torch.set_flush_denormal(True)
 
 
-LAZY = ConfigKind(load_lazy_config, check_calls, tell_in_lazy_keys, LazyTrainer)
-
 _EPILOG = """
 Values of the config are overridden by key=value, as in train.max_iter=1000; a + before the key adds
 one that the config does not have, as in +model.box_reg_loss_type=giou.
@@ -493,14 +489,14 @@ def _share(text: str) -> float:
     return share
 
 
-def _load(*args: Any) -> CfgNode:
-    cfg = load_config(*args)
-    if cfg.MODEL.META_ARCHITECTURE != "Classifier":
+def _load_classifier(*args: Any) -> RunOptions:
+    options = _load_yaml(*args)
+    if options.meta_architecture != "Classifier":
         raise UsageError(
-            f"MODEL.META_ARCHITECTURE must be Classifier here, got {cfg.MODEL.META_ARCHITECTURE} "
+            f"MODEL.META_ARCHITECTURE must be Classifier here, got {options.meta_architecture} "
             "(detectors are trained by tools/train_net.py)."
         )
-    return cfg
+    return options
 
 
-CLASSIFIER = YAML._replace(load=_load)
+CLASSIFIER = ConfigKind(_load_classifier, Trainer)

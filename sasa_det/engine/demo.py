@@ -16,12 +16,13 @@ from tabulate import tabulate
 from ..analysis.complexity import count_config, total
 from ..checkpoint.convert import convert_checkpoint
 from ..config.load import load_config
+from ..config.options import RunOptions
 from ..data.mapper import build_test_mapper
 from ..evaluation.drawing import draw_curves, draw_detections
 from ..utils.files import write_text
 from ..utils.machine import describe_machine
 from .checks import check_run
-from .defaults import begin_run, flush_denormals, log_to, store_config
+from .defaults import begin_run, flush_denormals, log_to
 from .output_folder import claim_output, refuse_existing
 from .trainer import Trainer
 
@@ -71,7 +72,7 @@ def run_demo(
         folder = str(output / label.replace(", ", "_"))
         overrides = ["MODEL.DEVICE", device, *opts, "OUTPUT_DIR", folder]
         cfg = load_config(str(configs / file), overrides)
-        check_run(cfg)
+        check_run(RunOptions.read(cfg), Trainer)
         if weights is not None:
             # Which are yet to be made.
             cfg.defrost()
@@ -108,10 +109,11 @@ def run_demo(
 
 def _train(label: str, cfg: CfgNode) -> tuple[Trainer, float]:
     """Train a model; returns its trainer and the seconds that took."""
-    with claim_output(cfg):
+    options = RunOptions.read(cfg)
+    with claim_output(options):
         log_to(cfg.OUTPUT_DIR, shown=_is_short)
-        begin_run(cfg)
-        store_config(cfg)
+        begin_run(options)
+        write_text(Path(cfg.OUTPUT_DIR, "config.yaml"), cfg.dump())
         logger.info("Training the model %s into %s.", label, cfg.OUTPUT_DIR)
         seed_all_rng(max(cfg.SEED, 0))
         start = time.perf_counter()

@@ -5,33 +5,38 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
-from detectron2.config import CfgNode
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from ..config.options import RunOptions
+from ..errors import UsageError
 
-def apply_options(model: nn.Module, cfg: CfgNode) -> nn.Module:
+
+def apply_options(model: nn.Module, options: RunOptions) -> nn.Module:
     """Change a model in place as ``MODEL.BN_DECAY`` and ``MODEL.CHANNELS_LAST`` etc. ask for.
 
     Args:
         model: as it was built.
-        cfg: a config with sasa_det's keys.
+        options: of the run's config.
 
     Returns:
         nn.Module: the model.
 
     Raises:
-        ValueError: if the backbone has no stage of a given name.
+        UsageError: if the backbone has no stage of a given name.
     """
-    checkpoint_stages(model.backbone, cfg.MODEL.ACTIVATION_CHECKPOINTING)
-    if cfg.MODEL.BN_DECAY:
+    try:
+        checkpoint_stages(model.backbone, options.activation_checkpointing)
+    except ValueError as error:
+        raise UsageError(f"{options.key('activation_checkpointing')}: {error}") from error
+    if options.bn_decay:
         for module in model.modules():
             if isinstance(module, _BatchNorm):
-                module.momentum = 1 - cfg.MODEL.BN_DECAY
-    if cfg.MODEL.CHANNELS_LAST:
+                module.momentum = 1 - options.bn_decay
+    if options.channels_last:
         model.to(memory_format=torch.channels_last)
-    if cfg.MODEL.COMPILE:
+    if options.compile:
         compile_parts(model)
     return model
 
@@ -53,9 +58,7 @@ def checkpoint_stages(backbone: nn.Module, stages: Sequence[str]) -> None:
         stage = getattr(backbone, name, None)
         if not isinstance(stage, nn.Module):
             known = ", ".join(name for name, _ in backbone.named_children())
-            raise ValueError(
-                f"a stage of MODEL.ACTIVATION_CHECKPOINTING must be one of {known}, got {name}."
-            )
+            raise ValueError(f"a stage to compute again must be one of {known}, got {name}.")
         stage.forward = partial(_checkpointed, stage, stage.forward)
 
 

@@ -7,6 +7,7 @@ from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import nn
 
+from ..config.options import RunOptions
 from ..layers import AttentionStem, LocalSelfAttention2d
 from ..modeling import Classifier
 
@@ -45,8 +46,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         optimizer, options = torch.optim.AdamW, {}
     else:
         raise ValueError(f"SOLVER.OPTIMIZER must be 'SGD' or 'AdamW', got {solver.OPTIMIZER!r}.")
-    if max_gradient_norm(cfg) is None:
-        optimizer = maybe_add_gradient_clipping(cfg, optimizer)
+    optimizer = with_clipping(optimizer, RunOptions.read(cfg))
     # One kernel for all parameters takes a tenth of the time of PyTorch's default on a CPU. PyTorch
     # has none for shards under SGD.
     return optimizer(params, lr=solver.BASE_LR, fused=not cfg.MODEL.FSDP, **options)
@@ -93,15 +93,31 @@ def parameter_groups(
     return _with_lr_factor(groups, _logit_weights(model), logit_lr_factor)
 
 
-def max_gradient_norm(cfg: CfgNode) -> float | None:
+def max_gradient_norm(options: RunOptions) -> float | None:
     """Return what the norm of all gradients together is clipped to, or None.
 
     Args:
-        cfg: ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE`` "full_model" asks for it; "value" and "norm", which
-            are detectron2's, clip each parameter's gradient on its own.
+        options: ``clip_type`` "full_model" asks for it; "value" and "norm", which are detectron2's,
+            clip each parameter's gradient on its own.
     """
-    clip = cfg.SOLVER.CLIP_GRADIENTS
-    return clip.CLIP_VALUE if clip.ENABLED and clip.CLIP_TYPE == "full_model" else None
+    full_model = options.clip_enabled and options.clip_type == "full_model"
+    return options.clip_value if full_model else None
+
+
+def with_clipping(
+    optimizer: torch.optim.Optimizer | type[torch.optim.Optimizer], options: RunOptions
+) -> Any:
+    """Let an optimizer or its class clip each parameter's gradient, if a run's options say so."""
+    if max_gradient_norm(options) is not None:
+        return optimizer  # the training loop clips
+    clip = {
+        "ENABLED": options.clip_enabled,
+        "CLIP_TYPE": options.clip_type,
+        "CLIP_VALUE": options.clip_value,
+        "NORM_TYPE": options.norm_type,
+    }
+    solver = CfgNode({"SOLVER": CfgNode({"CLIP_GRADIENTS": CfgNode(clip)})})
+    return maybe_add_gradient_clipping(solver, optimizer)
 
 
 def _logit_weights(model: nn.Module) -> set[nn.Parameter]:

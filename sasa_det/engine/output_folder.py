@@ -13,10 +13,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from detectron2.config import CfgNode
-
 from ..checkpoint.sources import locate
 from ..config.changes import check_changes
+from ..config.options import RunOptions
 from ..errors import USAGE_ERRORS, UsageError
 from .writers import WANDB_ID
 
@@ -145,7 +144,7 @@ class OutputFolder:
 
 @contextmanager
 def claim_output(
-    cfg: CfgNode,
+    options: RunOptions,
     *,
     eval_only: bool = False,
     resume: Resume = None,
@@ -158,7 +157,7 @@ def claim_output(
     ends the block, or Ctrl-C before anything was saved.
 
     Args:
-        cfg: the config of the run.
+        options: of the run.
         eval_only: whether the run evaluates without training.
         resume: what ``--resume`` asks for.
         overwrite: whether files of an earlier run may be removed.
@@ -173,18 +172,18 @@ def claim_output(
             is neither resumed nor to be overwritten, none that could be resumed, or one that
             cannot be continued with this config.
     """
-    folder = Path(cfg.OUTPUT_DIR)
+    folder = Path(options.output_dir)
     if not leader:
-        yield OutputFolder(folder, is_resumed(folder, resume))
+        yield OutputFolder(folder, is_resumed(options, resume))
         return
-    is_new = not folder.exists()
+    key, is_new = options.key("output_dir"), not folder.exists()
     if not is_new and not folder.is_dir():
-        raise UsageError(f"OUTPUT_DIR {folder} is a file; it must be a folder.")
+        raise UsageError(f"{key} {folder} is a file; it must be a folder.")
     with output_lock(folder):
         output = OutputFolder(folder, False, before=_files(folder, _RUN_FILES), is_new=is_new)
         try:
-            resumed = is_resumed(folder, resume)
-            _check_output(cfg, resumed, eval_only=eval_only, resume=resume, overwrite=overwrite)
+            resumed = is_resumed(options, resume)
+            _check_output(options, resumed, eval_only=eval_only, resume=resume, overwrite=overwrite)
             removable = _removable(folder, eval_only) if overwrite else ()
             yield replace(output, resumed=resumed, removable=removable)
         except USAGE_ERRORS:
@@ -197,14 +196,14 @@ def claim_output(
 
 
 def _check_output(
-    cfg: CfgNode, resumed: bool, *, eval_only: bool, resume: Resume, overwrite: bool
+    options: RunOptions, resumed: bool, *, eval_only: bool, resume: Resume, overwrite: bool
 ) -> None:
-    folder, weights = Path(cfg.OUTPUT_DIR), cfg.MODEL.WEIGHTS
+    folder, weights, key = Path(options.output_dir), options.weights, options.key("output_dir")
     if resume and not eval_only:
         if overwrite:
             raise UsageError("--resume and --overwrite exclude each other.")
         if resumed:
-            check_changes(cfg)
+            check_changes(options)
         # Without a checkpoint, what is there is of the same run, stopped before its first one.
         return
     # Evaluation that takes the folder's weights adds its results to the run that made them.
@@ -212,31 +211,33 @@ def _check_output(
     if files and not overwrite:
         another_way = "" if eval_only else "continue the run with --resume, "
         raise UsageError(
-            f"OUTPUT_DIR {folder} already holds {files[0].relative_to(folder)} of a run; name "
-            f"another OUTPUT_DIR, {another_way}or allow to write over it with --overwrite."
+            f"{key} {folder} already holds {files[0].relative_to(folder)} of a run; name "
+            f"another {key}, {another_way}or allow to write over it with --overwrite."
         )
     removed = [path.resolve() for path in _removable(folder, eval_only)]
     if weights and locate(weights).path.resolve() in removed:
         raise UsageError(
-            f"MODEL.WEIGHTS {weights} would be removed by --overwrite; name another OUTPUT_DIR."
+            f"{options.key('weights')} {weights} would be removed by --overwrite; name another "
+            f"{key}."
         )
 
 
-def is_resumed(folder: Path, resume: Resume) -> bool:
+def is_resumed(options: RunOptions, resume: Resume) -> bool:
     """Tell whether a run goes on from a checkpoint of its output folder.
 
     Args:
-        folder: the output folder, which need not exist.
+        options: of the run, whose output folder need not exist.
         resume: what ``--resume`` asks for.
 
     Raises:
         UsageError: if there is no checkpoint and a run must be resumed.
     """
+    folder = Path(options.output_dir)
     found = any(path.is_file() for path in folder.glob("model_*.pth"))
     if resume == "always" and not found:
         raise UsageError(
-            f"OUTPUT_DIR {folder} holds no checkpoint to resume; with --resume auto a run begins "
-            "where there is none."
+            f"{options.key('output_dir')} {folder} holds no checkpoint to resume; with --resume "
+            "auto a run begins where there is none."
         )
     return resume is not None and found
 

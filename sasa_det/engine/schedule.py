@@ -15,63 +15,60 @@ from fvcore.common.param_scheduler import (
 )
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..config.keys import EPOCH_KEYS
+from ..config.options import EPOCHS, RunOptions
 from ..config.values import WARMUP_THEN_COSINE
 
 logger = logging.getLogger(__name__)
 
 
-def in_iterations(cfg: CfgNode, num_images: int) -> CfgNode:
+def in_iterations(options: RunOptions, num_images: int) -> RunOptions:
     """Turn the lengths that a config gives in epochs into iterations.
 
     Args:
-        cfg: a config with sasa_det's keys.
+        options: of the config.
         num_images: images of the training set.
 
     Returns:
-        CfgNode: a frozen copy, each key in epochs above 0 turned into its key in iterations, of
-            round(epochs * num_images / SOLVER.IMS_PER_BATCH), at least 1, and set to 0.
+        RunOptions: each length in epochs above 0 turned into iterations,
+            round(epochs * num_images / batch size), at least 1, and set to 0.
     """
-    cfg = cfg.clone()
-    cfg.defrost()
-    for epochs_key, key in EPOCH_KEYS.items():
-        section, in_epochs = epochs_key.split(".")
-        epochs = cfg[section][in_epochs]
+    lengths = {}
+    for in_epochs, name in EPOCHS.items():
+        epochs = getattr(options, in_epochs)
         if not epochs:
             continue
-        lengths = epochs if isinstance(epochs, (tuple, list)) else (epochs,)
-        batch = cfg.SOLVER.IMS_PER_BATCH
-        iterations = tuple(max(1, round(length * num_images / batch)) for length in lengths)
-        found = iterations if lengths is epochs else iterations[0]
-        # The key in iterations is of the same section.
-        cfg[section][key.split(".")[1]] = found
-        cfg[section][in_epochs] = type(epochs)()
-        logger.info("%s: %s, which is %s epochs of %d images.", key, found, epochs, num_images)
-    cfg.freeze()
-    return cfg
+        several = isinstance(epochs, (tuple, list))
+        iterations = tuple(
+            max(1, round(length * num_images / options.total_batch_size))
+            for length in (epochs if several else (epochs,))
+        )
+        lengths |= {name: iterations if several else iterations[0], in_epochs: type(epochs)()}
+        logger.info(
+            "%s: %s, which is %s epochs of %d images.",
+            *(options.key(name), lengths[name], epochs, num_images),
+        )
+    return options.replace(**lengths)
 
 
-def scale_learning_rate(cfg: CfgNode) -> CfgNode:
+def scale_learning_rate(options: RunOptions) -> RunOptions:
     """Scale the learning rate linearly from the batch it is meant for to the batch of the run.
 
     Args:
-        cfg: a config with sasa_det's keys; ``SOLVER.REFERENCE_BATCH`` 0 turns it off.
+        options: of the config; ``reference_batch`` 0 turns it off.
 
     Returns:
-        CfgNode: a frozen copy with ``SOLVER.BASE_LR`` times IMS_PER_BATCH / REFERENCE_BATCH.
+        RunOptions: with ``base_lr`` times total_batch_size / reference_batch.
     """
-    cfg = cfg.clone()
-    cfg.defrost()
-    reference, batch = cfg.SOLVER.REFERENCE_BATCH, cfg.SOLVER.IMS_PER_BATCH
-    if reference and batch != reference:
-        rate = cfg.SOLVER.BASE_LR
-        cfg.SOLVER.BASE_LR = rate * batch / reference
-        logger.info(
-            "SOLVER.BASE_LR: %g for a batch of %d, scaled from %g for %d (SOLVER.REFERENCE_BATCH 0 "
-            "turns this off).", cfg.SOLVER.BASE_LR, batch, rate, reference,
-        )  # fmt: skip
-    cfg.freeze()
-    return cfg
+    reference, batch = options.reference_batch, options.total_batch_size
+    if not reference or batch == reference:
+        return options
+    scaled = options.replace(base_lr=options.base_lr * batch / reference)
+    logger.info(
+        "%s: %g for a batch of %d, scaled from %g for %d (%s 0 turns this off).",
+        *(options.key("base_lr"), scaled.base_lr, batch, options.base_lr, reference),
+        options.key("reference_batch"),
+    )
+    return scaled
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:

@@ -1,20 +1,23 @@
-"""What differs between training detectors and training classifiers."""
+"""How models are fed and evaluated: detectors of yaml and of LazyConfigs, and classifiers."""
 
+import inspect
+import os
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from detectron2.config import CfgNode
+from detectron2.config import instantiate
 from detectron2.data import (
     build_detection_test_loader,
     detection_utils,
     get_detection_dataset_dicts,
 )
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils.registry import locate
 
-from ..config.load import image_options
+from ..config.options import RunOptions
 from ..data.classification import (
-    ClassificationMapper,
     build_classification_test_loader,
     build_classification_train_loader,
     build_mapper,
@@ -23,6 +26,7 @@ from ..data.coco import check_registered
 from ..data.image_folder import check_image_folders
 from ..data.loader import TrainLoader, build_train_loader, end_workers_with_parent
 from ..data.mapper import DetectionMapper, build_test_mapper, build_train_mapper
+from ..errors import UsageError
 from ..evaluation.accuracy import ClassificationEvaluator
 from ..evaluation.coco import coco_evaluator, coco_metrics
 
@@ -36,12 +40,17 @@ class Task(ABC):
 
     evaluator_type: str
 
-    def __init__(self, cfg: CfgNode):
+    def __init__(self, options: RunOptions):
         """
         Args:
-            cfg: a config with sasa_det's keys.
+            options: of the run.
         """
-        self.cfg = cfg
+        self.options, self.cfg = options, options.config
+
+    @property
+    @abstractmethod
+    def fixed_size(self) -> int:
+        """The height and width that all images to train on have; 0 if they differ."""
 
     @abstractmethod
     def metrics(self, class_names: Sequence[str]) -> list[str]:
@@ -52,12 +61,12 @@ class Task(ABC):
         """Look at the files of data sets that are trained or tested on."""
 
     @abstractmethod
-    def build_mapper(self, is_train: bool) -> Any:
-        """Build the mapper of ``DATASETS.TRAIN`` or of ``DATASETS.TEST``."""
+    def check_mapper(self, is_train: bool) -> None:
+        """Build the mapper of the data to train or to test on, to find mistakes in its options."""
 
     @abstractmethod
     def train_loader(self) -> TrainLoader:
-        """Build the loader of ``DATASETS.TRAIN``."""
+        """Build the loader of the data to train on."""
 
     @abstractmethod
     def test_loader(self, name: str) -> Iterable[Any]:
@@ -69,31 +78,42 @@ class Task(ABC):
 
     @abstractmethod
     def validation_batches(self) -> Iterator[Any]:
-        """Yield the batches of ``DATASETS.TEST`` with what the losses need."""
+        """Yield the batches of the data to test on with what the losses need."""
+
+    def results_folder(self, name: str, *parts: str) -> str:
+        """Return the folder of what evaluation writes about a data set."""
+        # Data named on the command line is registered under its path.
+        folder = re.sub(r"[^\w.-]+", "_", name.strip("/"))
+        return os.path.join(self.options.output_dir, "inference", *parts, folder)
 
 
 class Detection(Task):
-    """Detectors, on data sets with boxes."""
+    """Detectors of yaml configs, on data sets with boxes."""
 
     evaluator_type = "coco"
 
+    @property
+    def fixed_size(self) -> int:
+        jitter = self.cfg.INPUT.JITTER
+        return jitter.CROP_SIZE if jitter.ENABLED else 0
+
     def metrics(self, class_names: Sequence[str]) -> list[str]:
-        model = self.cfg.MODEL
-        asked = {"bbox": True, "segm": model.MASK_ON, "keypoints": model.KEYPOINT_ON}
+        options = self.options
+        asked = {"bbox": True, "segm": options.mask_on, "keypoints": options.keypoint_on}
         tasks = [task for task in asked if asked[task]]
         return [f"{task}/{name}" for task in tasks for name in coco_metrics(task, class_names)]
 
     def check_data(self, names: Sequence[str], training: bool) -> None:
-        check_registered(names, training=training, **image_options(self.cfg))
+        check_registered(names, training=training, **self.options.image_options())
 
-    def build_mapper(self, is_train: bool) -> DetectionMapper:
-        return build_train_mapper(self.cfg) if is_train else build_test_mapper(self.cfg)
+    def check_mapper(self, is_train: bool) -> None:
+        (build_train_mapper if is_train else build_test_mapper)(self.cfg)
 
     def train_loader(self) -> TrainLoader:
         return build_train_loader(self.cfg)
 
     def test_loader(self, name: str) -> Iterable[Any]:
-        mapper = self.build_mapper(is_train=False)
+        mapper = build_test_mapper(self.cfg)
         return end_workers_with_parent(build_detection_test_loader(self.cfg, name, mapper=mapper))
 
     def evaluator(self, name: str, folder: str) -> DatasetEvaluator:
@@ -108,13 +128,78 @@ class Detection(Task):
         # Test-time resizing with the annotations that detectron2's test mapper drops.
         augmentations = detection_utils.build_augmentation(self.cfg, is_train=False)
         mapper = DetectionMapper(self.cfg, is_train=True, augmentations=augmentations)
-        for name in self.cfg.DATASETS.TEST:
+        for name in self.options.test:
             loader = build_detection_test_loader(
                 get_detection_dataset_dicts([name], filter_empty=False),
                 mapper=mapper,
-                num_workers=self.cfg.DATALOADER.NUM_WORKERS,
+                num_workers=self.options.num_workers,
             )
             yield from end_workers_with_parent(loader)
+
+
+class LazyDetection(Detection):
+    """Detectors of LazyConfigs, whose loaders, mappers and evaluators are made by calls."""
+
+    fixed_size = 0  # the augmentations do not tell
+
+    def check_mapper(self, is_train: bool) -> None:
+        loaders = self.cfg.dataloader
+        if is_train:
+            instantiate(loaders.train.mapper)
+            _check_call("dataloader.train", self._train_call())
+            _check_call("dataloader.train.dataset", loaders.train.dataset)
+            return
+        instantiate(loaders.test.mapper)
+        for name in self.options.test[:1]:
+            _check_call("dataloader.test", self._test_call(name))
+            _check_call("dataloader.test.dataset", loaders.test.dataset)
+            _check_call("dataloader.evaluator", self._evaluator_call(name, ""))
+
+    def train_loader(self) -> TrainLoader:
+        return instantiate(self._train_call())
+
+    def test_loader(self, name: str) -> Iterable[Any]:
+        return end_workers_with_parent(instantiate(self._test_call(name)))
+
+    def evaluator(self, name: str, folder: str) -> DatasetEvaluator:
+        return instantiate(self._evaluator_call(name, folder))
+
+    def validation_batches(self) -> Iterator[list[dict[str, Any]]]:
+        loaders = self.cfg.dataloader
+        mapper = {
+            **loaders.train.mapper,
+            "augmentations": loaders.test.mapper.augmentations,
+            "recompute_boxes": False,
+        }
+        for name in self.options.test:
+            yield from instantiate({**self._test_call(name), "mapper": mapper})
+
+    def _train_call(self) -> dict[str, Any]:
+        return {
+            **self.cfg.dataloader.train,
+            "seed": max(self.options.seed, 0),
+            "parts": self.options.accumulation_steps,
+            "num_workers": self.options.num_workers,
+            "pin_memory": self.options.device.startswith("cuda"),
+        }
+
+    def _test_call(self, name: str) -> dict[str, Any]:
+        loader = self.cfg.dataloader.test
+        return {**loader, "dataset": {**loader.dataset, "names": name}}
+
+    def _evaluator_call(self, name: str, folder: str) -> dict[str, Any]:
+        call = self.cfg.dataloader.evaluator
+        return {**call, "dataset_name": name, "output_dir": folder}
+
+
+def _check_call(name: str, call: Mapping[str, Any]) -> None:
+    """Check the arguments of a call that reads data, without making it."""
+    arguments = {key: value for key, value in call.items() if key != "_target_"}
+    target = call["_target_"]
+    try:
+        inspect.signature(locate(target) if isinstance(target, str) else target).bind(**arguments)
+    except TypeError as error:
+        raise UsageError(f"{name}: {error}.") from error
 
 
 class Classification(Task):
@@ -122,14 +207,18 @@ class Classification(Task):
 
     evaluator_type = "classification"
 
+    @property
+    def fixed_size(self) -> int:
+        return self.cfg.INPUT.CLASSIFICATION.CROP_SIZE
+
     def metrics(self, class_names: Sequence[str]) -> list[str]:
         return ["classification/top1", "classification/top5"]
 
     def check_data(self, names: Sequence[str], training: bool) -> None:
         check_image_folders(names)
 
-    def build_mapper(self, is_train: bool) -> ClassificationMapper:
-        return build_mapper(self.cfg, is_train=is_train)
+    def check_mapper(self, is_train: bool) -> None:
+        build_mapper(self.cfg, is_train=is_train)
 
     def train_loader(self) -> TrainLoader:
         return build_classification_train_loader(self.cfg)
@@ -140,16 +229,17 @@ class Classification(Task):
     def evaluator(self, name: str, folder: str) -> DatasetEvaluator:
         return ClassificationEvaluator(
             name,
-            max_unreadable=self.cfg.DATALOADER.SKIP_UNREADABLE,
-            max_unreadable_fraction=self.cfg.DATALOADER.SKIP_UNREADABLE_FRACTION,
+            max_unreadable=self.options.max_unreadable,
+            max_unreadable_fraction=self.options.max_unreadable_fraction,
         )
 
     def validation_batches(self) -> Iterator[dict[str, Any]]:
-        for name in self.cfg.DATASETS.TEST:
+        for name in self.options.test:
             yield from (batch for batch in self.test_loader(name) if len(batch["label"]))
 
 
-def task_of(cfg: CfgNode) -> Task:
-    """Return the task of a config's meta-architecture."""
-    kind = Classification if cfg.MODEL.META_ARCHITECTURE == "Classifier" else Detection
-    return kind(cfg)
+def task_of(options: RunOptions) -> Task:
+    """Return the task of a config."""
+    if options.meta_architecture == "Classifier":
+        return Classification(options)
+    return (LazyDetection if options.is_lazy else Detection)(options)

@@ -1,38 +1,37 @@
 """The trainers of yaml configs and of LazyConfigs."""
 
 import copy
-import inspect
 import logging
-import os
-import re
 import weakref
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer, TrainerBase, hooks
-from detectron2.evaluation import DatasetEvaluator, verify_results
+from detectron2.engine import DefaultTrainer, TrainerBase, default_writers, hooks
+from detectron2.evaluation import (
+    DatasetEvaluator,
+    inference_on_dataset,
+    print_csv_format,
+    verify_results,
+)
+from detectron2.modeling import build_model
 from detectron2.solver import LRMultiplier
-from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
-from detectron2.utils.registry import locate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 from ..checkpoint import Checkpointer
 from ..checkpoint.preprocessing import warn_of_preprocessing
 from ..checkpoint.reading import classes_in
-from ..config.lazy import KEYS, LazySettings
 from ..config.load import BUILD_ERRORS, explain_build_error
+from ..config.options import RunOptions
 from ..config.values import check_schedule, warn_of_slow_averages
 from ..data.catalog import follow_classes, warn_of_classes
-from ..data.loader import TrainLoader, end_workers_with_parent
+from ..data.loader import TrainLoader
 from ..errors import DatasetError, UsageError
 from ..evaluation.validation_loss import validation_losses
-from ..modeling.rcnn import check_res5_heads
-from .checks import check_losses, check_weights
+from .checks import check_losses
 from .distributed import distribute, unsharded
 from .hooks import (
     BestMetric,
@@ -44,8 +43,8 @@ from .hooks import (
     StopOnSignal,
     StopSignals,
 )
-from .model_options import apply_options, checkpoint_stages
-from .optimizer import build_optimizer, max_gradient_norm
+from .model_options import apply_options
+from .optimizer import build_optimizer, max_gradient_norm, with_clipping
 from .schedule import LearningRate, build_lr_scheduler, in_iterations, scale_learning_rate
 from .tasks import task_of
 from .train_loop import StepTrainer
@@ -60,8 +59,9 @@ class Trainer(DefaultTrainer):
     """detectron2's default trainer with runs that resume bit for bit and fail loudly.
 
     Attributes:
-        cfg (CfgNode): the config with all that depends on data and processes worked out: the seed,
-            schedules in iterations, the learning rate of the batch.
+        options (RunOptions): what the engine reads of the config, with all that depends on data and
+            processes worked out: the seed, schedules in iterations, the learning rate of the batch.
+        cfg (CfgNode): the config with the same values.
         signals (StopSignals): asks the run to stop.
         ema (ModelEma or None): moving average of the weights.
     """
@@ -78,43 +78,49 @@ class Trainer(DefaultTrainer):
         """
         # Not DefaultTrainer's, which builds everything its own way.
         TrainerBase.__init__(self)
-        follow_classes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
-        cfg = _with_seed(self.auto_scale_workers(scale_learning_rate(cfg), comm.get_world_size()))
-        loader = self.build_train_loader(cfg)
-        self.cfg = cfg = in_iterations(cfg, loader.num_images)
-        check_schedule(cfg)
-        warn_of_slow_averages(cfg)
-        model = self.build_model(cfg)
-        distributed = distribute(model, shard=cfg.MODEL.FSDP)
-        optimizer = self.build_optimizer(cfg, model)
-        amp = cfg.SOLVER.AMP
+        options = RunOptions.read(cfg)
+        follow_classes([*options.train, *options.test])
+        scaled = scale_learning_rate(options)
+        config = self.auto_scale_workers(scaled.config, comm.get_world_size())
+        options = RunOptions.read(config)
+        if options.seed < 0:
+            options = options.replace(seed=comm.shared_random_seed())
+        loader = self.build_train_loader(options.config)
+        self.options = options = in_iterations(options, loader.num_images)
+        self.cfg = options.config
+        check_schedule(options)
+        warn_of_slow_averages(options)
+        model = self.build_model(self.cfg)
+        logger.info("Model:\n%s", model)
+        distributed = distribute(model, shard=options.fsdp)
+        optimizer = self.build_optimizer(self.cfg, model)
         self.signals = StopSignals()
         self._trainer = StepTrainer(
             distributed,
             loader,
             optimizer,
-            seed=cfg.SEED,
-            accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
-            precision=_PRECISIONS[amp.DTYPE] if amp.ENABLED else None,
-            max_norm=max_gradient_norm(cfg),
+            seed=options.seed,
+            accumulation_steps=options.accumulation_steps,
+            precision=_PRECISIONS[options.amp_dtype] if options.amp_enabled else None,
+            max_norm=max_gradient_norm(options),
             signals=self.signals,
         )
-        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.ema = ModelEma(model, cfg.MODEL.EMA.DECAY) if cfg.MODEL.EMA.DECAY else None
+        self.scheduler = self.build_lr_scheduler(self.cfg, optimizer)
+        self.ema = ModelEma(model, options.ema_decay) if options.ema_decay else None
         parts = {"trainer": weakref.proxy(self)}
         if self.ema is not None:
             parts["ema"] = self.ema
         self.checkpointer = Checkpointer(
-            model, cfg.OUTPUT_DIR, allow=cfg.MODEL.WEIGHTS_ALLOW, **parts
+            model, options.output_dir, allow=options.weights_allow, **parts
         )
-        check_losses(cfg, model, self._validation_batches())
-        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        check_losses(options, model, self._validation_batches())
+        self.start_iter, self.max_iter = 0, options.max_iter
         self._in_step = False
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Go on from the newest valid checkpoint of OUTPUT_DIR, or load ``MODEL.WEIGHTS``."""
-        loaded = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        """Resume from the output folder's newest valid checkpoint, or load the initial weights."""
+        loaded = self.checkpointer.resume_or_load(self.options.weights, resume=resume)
         warn_of_preprocessing(self.cfg, loaded)
         warn_of_classes(classes_in(loaded), self._class_names())
         if resume and self.checkpointer.has_checkpoint():
@@ -124,36 +130,36 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> list[hooks.HookBase]:
         """Build the hooks in the order in which they run after a step."""
-        cfg = self.cfg
+        options = self.options
         self._lr = LearningRate(self.scheduler)
         self._checkpoints = checkpoints = Checkpoints(
             self.checkpointer,
-            cfg.SOLVER.CHECKPOINT_PERIOD,
-            cfg.SOLVER.MAX_CHECKPOINTS,
-            config=cfg.dump(),
+            options.checkpoint_period,
+            options.max_checkpoints,
+            config=options.dump(),
         )
         best = None
-        if cfg.TEST.BEST_METRIC:
-            test = cfg.TEST
-            best = BestMetric(test.BEST_METRIC, test.BEST_MODE, test.EARLY_STOPPING)
-        evaluation = Evaluation(cfg.TEST.EVAL_PERIOD, self._evaluate, checkpoints, best)
+        if options.best_metric:
+            best = BestMetric(options.best_metric, options.best_mode, options.early_stopping)
+        evaluation = Evaluation(options.eval_period, self._evaluate, checkpoints, best)
         chain = [hooks.IterationTimer(), self._lr]
         if self.ema is not None:
             chain.append(EmaUpdate(self.ema))
-        if cfg.TEST.PRECISE_BN.ENABLED and hooks.get_bn_modules(self.model):
+        if options.precise_bn and hooks.get_bn_modules(self.model):
             chain.append(self._precise_bn())
         # Saved before it is evaluated: what evaluation fails on can then be looked at.
         chain += [checkpoints, evaluation]
         if comm.is_main_process():
             # After evaluation, whose metrics they write.
-            chain.append(MetricWriters(self.build_writers, cfg.OUTPUT_DIR))
+            chain.append(MetricWriters(self.build_writers, options.output_dir))
         return [*chain, StopOnSignal(self.signals, checkpoints)]
 
     def build_writers(self) -> list:
         """Build detectron2's writers and, where ``WANDB_PROJECT`` is set, Weights & Biases'."""
-        run = [WandbRun(self.cfg)] if self.cfg.WANDB_PROJECT else []
-        _, *others = super().build_writers()
-        return [ProgressPrinter(self.max_iter, self.cfg.SOLVER.IMS_PER_BATCH), *others, *run]
+        options = self.options
+        run = [WandbRun(options)] if options.wandb_project else []
+        _, *others = default_writers(options.output_dir, self.max_iter)
+        return [ProgressPrinter(self.max_iter, options.total_batch_size), *others, *run]
 
     def train(self) -> dict[str, Any]:
         """Train to the end.
@@ -167,7 +173,7 @@ class Trainer(DefaultTrainer):
             DatasetError: if an image cannot be read; with one process, the steps before are saved.
         """
         if self.start_iter >= self.max_iter:
-            logger.info("The run in %s is complete.", self.cfg.OUTPUT_DIR)
+            logger.info("The run in %s is complete.", self.options.output_dir)
         with self.signals.handled():
             try:
                 TrainerBase.train(self, self.start_iter, self.max_iter)
@@ -176,7 +182,7 @@ class Trainer(DefaultTrainer):
                 raise
         results = getattr(self, "_last_eval_results", {})
         # A run that had finished before evaluates nothing.
-        if results and self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
+        if results and self.options.expected_results and comm.is_main_process():
             verify_results(self.cfg, results)
         return results
 
@@ -194,21 +200,21 @@ class Trainer(DefaultTrainer):
             self._checkpoints.save_now()
 
     def _class_names(self) -> list[str]:
-        return list(MetadataCatalog.get(self.cfg.DATASETS.TRAIN[0]).get("thing_classes", ()))
+        return list(MetadataCatalog.get(self.options.train[0]).get("thing_classes", ()))
 
     def _evaluate(self) -> dict[str, Any]:
-        cfg = self.cfg
         # Training's own module: evaluation needs no gradients to be exchanged.
         model = self.checkpointer.model
         results = self._test(model)
         if self.ema is not None:
+            task = task_of(self.options)
             evaluators = [
-                self.build_evaluator(cfg, name, results_folder(cfg, name, "ema"))
-                for name in cfg.DATASETS.TEST
+                self.build_evaluator(self.cfg, name, task.results_folder(name, "ema"))
+                for name in self.options.test
             ]
             with self.ema.applied():
                 results["ema"] = self._test(model, evaluators)
-        if cfg.TEST.VALIDATION_LOSS:
+        if self.options.validation_loss:
             batches = self.signals.between(self._validation_batches())
             with unsharded(model):
                 results["validation"] = validation_losses(model, batches)
@@ -223,19 +229,16 @@ class Trainer(DefaultTrainer):
             return dict(self.test(self.cfg, model, evaluators))
 
     def _validation_batches(self):
-        return task_of(self.cfg).validation_batches()
+        return task_of(self.options).validation_batches()
 
     def _precise_bn(self) -> PreciseBN:
-        cfg = self.cfg.clone()
-        cfg.defrost()
-        cfg.DATALOADER.NUM_WORKERS = 0
-        loader = self.build_train_loader(cfg)
-        num_iter = cfg.TEST.PRECISE_BN.NUM_ITER
-        return PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, num_iter)
+        options = self.options
+        loader = self.build_train_loader(options.replace(num_workers=0).config)
+        return PreciseBN(options.eval_period, self.model, loader, options.precise_bn_iters)
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        return apply_options(super().build_model(cfg), cfg)
+        return apply_options(build_model(cfg), RunOptions.read(cfg))
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -247,24 +250,45 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
-        return task_of(cfg).train_loader()
+        return task_of(RunOptions.read(cfg)).train_loader()
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        return task_of(cfg).test_loader(dataset_name)
+        return task_of(RunOptions.read(cfg)).test_loader(dataset_name)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict[str, Any]:
+        """Evaluate a model on the data sets to test on.
+
+        Args:
+            cfg: the config of the run.
+            model: is set to evaluate, and afterwards as it was.
+            evaluators: one for each data set; those of :meth:`build_evaluator` if None.
+
+        Returns:
+            dict: the results, by data set if there are several; empty except in the first process.
+        """
+        results: dict[str, Any] = {}
+        names = RunOptions.read(cfg).test
+        if isinstance(evaluators, DatasetEvaluator):
+            evaluators = [evaluators]
         # Processes do not evaluate the same number of images.
         with unsharded(model):
-            return super().test(cfg, model, evaluators)
+            for name, evaluator in zip(names, evaluators or [None] * len(names), strict=True):
+                loader = cls.build_test_loader(cfg, name)
+                evaluator = evaluator or cls.build_evaluator(cfg, name)
+                results[name] = inference_on_dataset(model, loader, evaluator)
+                if comm.is_main_process():
+                    logger.info("Results on %s:", name)
+                    print_csv_format(results[name])
+        return next(iter(results.values())) if len(results) == 1 else results
 
     @classmethod
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> DatasetEvaluator:
-        folder = output_folder or results_folder(cfg, dataset_name)
-        return task_of(cfg).evaluator(dataset_name, folder)
+        task = task_of(RunOptions.read(cfg))
+        return task.evaluator(dataset_name, output_folder or task.results_folder(dataset_name))
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -292,158 +316,31 @@ class Trainer(DefaultTrainer):
             logger.warning("The checkpoint holds no optimizer state: the optimizer starts anew.")
 
 
-def _with_seed(cfg: CfgNode) -> CfgNode:
-    """Give a run without a seed one, the same in all processes."""
-    if cfg.SEED >= 0:
-        return cfg
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.SEED = comm.shared_random_seed()
-    cfg.freeze()
-    return cfg
-
-
-def results_folder(cfg: CfgNode, dataset_name: str, *parts: str) -> str:
-    """Return the folder of what evaluation writes about a data set."""
-    # Data named on the command line is registered under its path.
-    folder = re.sub(r"[^\w.-]+", "_", dataset_name.strip("/"))
-    return os.path.join(cfg.OUTPUT_DIR, "inference", *parts, folder)
-
-
 class LazyTrainer(Trainer):
     """The trainer whose model, data, optimizer and schedule are made by a LazyConfig's calls."""
 
     @classmethod
-    def build_model(cls, cfg: LazySettings) -> nn.Module:
-        model = instantiate(cfg.lazy.model).to(cfg.MODEL.DEVICE)
-        logger.info("Model:\n%s", model)
-        return apply_options(model, cfg)
+    def build_model(cls, cfg: DictConfig) -> nn.Module:
+        options = RunOptions.read(cfg)
+        return apply_options(instantiate(cfg.model).to(options.device), options)
 
     @classmethod
-    def build_optimizer(cls, cfg: LazySettings, model: nn.Module) -> torch.optim.Optimizer:
-        lazy = _worked_out(cfg)
-        if cfg.MODEL.FSDP and "fused" in lazy.optimizer:
-            lazy.optimizer.fused = False  # as build_optimizer has it
-        lazy.optimizer.params.model = model
-        optimizer = instantiate(lazy.optimizer)
-        if max_gradient_norm(cfg) is None:
-            optimizer = maybe_add_gradient_clipping(cfg, optimizer)
-        return optimizer
+    def build_optimizer(cls, cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
+        options = RunOptions.read(cfg)
+        call = copy.deepcopy(cfg.optimizer)
+        if options.fsdp and "fused" in call:
+            call.fused = False  # as build_optimizer has it
+        call.params.model = model
+        return with_clipping(instantiate(call), options)
 
     @classmethod
-    def build_lr_scheduler(
-        cls, cfg: LazySettings, optimizer: torch.optim.Optimizer
-    ) -> LRMultiplier:
+    def build_lr_scheduler(cls, cfg: DictConfig, optimizer: torch.optim.Optimizer) -> LRMultiplier:
         try:
-            multiplier = instantiate(_worked_out(cfg).lr_multiplier)
+            multiplier = instantiate(cfg.lr_multiplier)
         except BUILD_ERRORS as error:  # as of steps beyond the end, which epochs may give
             raise UsageError(explain_build_error(error)) from error
-        return LRMultiplier(optimizer, multiplier, max_iter=cfg.SOLVER.MAX_ITER)
+        return LRMultiplier(optimizer, multiplier, max_iter=RunOptions.read(cfg).max_iter)
 
     @classmethod
-    def build_train_loader(cls, cfg: LazySettings) -> TrainLoader:
-        return instantiate(_train_loader(cfg))
-
-    @classmethod
-    def build_test_loader(cls, cfg: LazySettings, dataset_name: str):
-        return end_workers_with_parent(instantiate(_test_loader(cfg, dataset_name)))
-
-    @classmethod
-    def build_evaluator(
-        cls, cfg: LazySettings, dataset_name: str, output_folder: str | None = None
-    ) -> DatasetEvaluator:
-        return instantiate(_evaluator(cfg, dataset_name, output_folder))
-
-    def _validation_batches(self) -> Iterator[list[dict[str, Any]]]:
-        train, test = self.cfg.lazy.dataloader.train, self.cfg.lazy.dataloader.test
-        mapper = {
-            **train.mapper,
-            "augmentations": test.mapper.augmentations,
-            "recompute_boxes": False,
-        }
-        for name in self.cfg.DATASETS.TEST:
-            yield from instantiate({**_test_loader(self.cfg, name), "mapper": mapper})
-
-
-def check_calls(
-    cfg: LazySettings, *, eval_only: bool, weights: str = "", num_processes: int = 1
-) -> None:
-    """Make all that a LazyConfig describes but the data, on the CPU, to tell its mistakes.
-
-    Args:
-        cfg: the config of a run.
-        eval_only: whether the run evaluates without training.
-        weights: what the run starts from, which is loaded into the model; "" for nothing.
-        num_processes: of the run, on all machines.
-
-    Raises:
-        UsageError: in one sentence, from the error that was raised.
-        CheckpointError: if the weights cannot be used or do not fit the model.
-    """
-    loaders = cfg.lazy.dataloader
-    try:
-        model = instantiate(cfg.lazy.model).to("cpu")
-        check_res5_heads(model)
-        checkpoint_stages(model.backbone, cfg.MODEL.ACTIVATION_CHECKPOINTING)
-        for name in cfg.DATASETS.TEST[:1]:
-            instantiate(loaders.test.mapper)
-            _check_call("dataloader.test", _test_loader(cfg, name))
-            _check_call("dataloader.test.dataset", loaders.test.dataset)
-            _check_call("dataloader.evaluator", _evaluator(cfg, name))
-        if not eval_only:
-            LazyTrainer.build_lr_scheduler(cfg, LazyTrainer.build_optimizer(cfg, model))
-            instantiate(loaders.train.mapper)
-            _check_call("dataloader.train", _train_loader(cfg))
-            _check_call("dataloader.train.dataset", loaders.train.dataset)
-    except BUILD_ERRORS as error:
-        raise UsageError(explain_build_error(error)) from error
-    check_weights(cfg, model, weights, strict=eval_only)
-
-
-def _worked_out(cfg: LazySettings) -> DictConfig:
-    """Return the LazyConfig with the rate of the batch and the lengths in iterations.
-
-    What refers to them in the config follows.
-    """
-    lazy = copy.deepcopy(cfg.lazy)
-    for key in ("BASE_LR", "MAX_ITER", "WARMUP_ITERS"):
-        name = KEYS[f"SOLVER.{key}"]
-        if OmegaConf.select(lazy, name) is not None:
-            OmegaConf.update(lazy, name, cfg.SOLVER[key])
-    return lazy
-
-
-def _train_loader(cfg: LazySettings) -> dict[str, Any]:
-    """Return the call that makes the training loader of a run."""
-    return {
-        **cfg.lazy.dataloader.train,
-        "seed": max(cfg.SEED, 0),
-        "parts": cfg.SOLVER.ACCUMULATION_STEPS,
-        "num_workers": cfg.DATALOADER.NUM_WORKERS,
-        "pin_memory": cfg.MODEL.DEVICE.startswith("cuda"),
-    }
-
-
-def _test_loader(cfg: LazySettings, dataset_name: str) -> dict[str, Any]:
-    loader = cfg.lazy.dataloader.test
-    return {**loader, "dataset": {**loader.dataset, "names": dataset_name}}
-
-
-def _evaluator(
-    cfg: LazySettings, dataset_name: str, output_folder: str | None = None
-) -> dict[str, Any]:
-    return {
-        **cfg.lazy.dataloader.evaluator,
-        "dataset_name": dataset_name,
-        "output_dir": output_folder or results_folder(cfg, dataset_name),
-    }
-
-
-def _check_call(name: str, call: Mapping[str, Any]) -> None:
-    """Check the arguments of a call that reads data, without making it."""
-    arguments = {key: value for key, value in call.items() if key != "_target_"}
-    target = call["_target_"]
-    try:
-        inspect.signature(locate(target) if isinstance(target, str) else target).bind(**arguments)
-    except TypeError as error:
-        raise UsageError(f"{name}: {error}.") from error
+    def auto_scale_workers(cls, cfg: DictConfig, num_workers: int) -> DictConfig:
+        return cfg  # LazyConfigs have no SOLVER.REFERENCE_WORLD_SIZE

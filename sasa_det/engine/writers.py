@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from detectron2.config import CfgNode
 from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, get_event_storage
 
+from ..config.options import RunOptions
 from ..utils.files import write_text
 
 
@@ -115,24 +115,24 @@ class WandbRun(EventWriter):
     To be made before TensorBoard's writer. A resumed run goes on in the same place.
     """
 
-    def __init__(self, cfg: CfgNode):
+    def __init__(self, options: RunOptions):
         """
         Args:
-            cfg: the config of the run; ``WANDB_PROJECT`` names the project.
+            options: of the run; ``wandb_project`` names the project.
 
         Raises:
             ImportError: if wandb is not installed.
         """
         import wandb
 
-        folder = Path(cfg.OUTPUT_DIR)
+        folder = Path(options.output_dir)
         self._run = wandb.init(
-            project=cfg.WANDB_PROJECT,
+            project=options.wandb_project,
             name=folder.resolve().name,
             id=wandb_id(folder),
             resume="allow",
-            dir=cfg.OUTPUT_DIR,
-            config=yaml.safe_load(cfg.dump()),
+            dir=options.output_dir,
+            config=yaml.safe_load(options.dump()),
             sync_tensorboard=True,
         )
 

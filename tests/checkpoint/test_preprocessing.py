@@ -36,7 +36,7 @@ def test_the_same_preprocessing(warned):
     near = {**RGB, "pixel_mean": [123.68, 116.28, 103.53], "pixel_std": [58.4, 57.12, 57.38]}
     assert warned(load_config(CONFIG), {"preprocessing": near}) == []
     assert warned(load_config(CONFIG), {"iteration": 3}) == []
-    assert warned(load_lazy_config(LAZY), {"preprocessing": RGB}) == []
+    assert warned(load_lazy_config(LAZY).config, {"preprocessing": RGB}) == []
 
 
 def test_the_keys_to_set_are_told_and_set(warned):
@@ -63,11 +63,11 @@ def test_only_what_differs_is_told(warned, key, value):
 
 def test_lazy_configs(warned):
     keys = ("dataloader.train.mapper.image_format", "model.pixel_mean", "model.pixel_std")
-    cfg = load_lazy_config(LAZY, [f"{keys[0]}=BGR", f"{keys[2]}=[1.0,1.0,1.0]"])
+    cfg = load_lazy_config(LAZY, [f"{keys[0]}=BGR", f"{keys[2]}=[1.0,1.0,1.0]"]).config
     (message,) = warned(cfg, {"preprocessing": RGB})
     assert message.endswith(f': set "{keys[0]}=RGB" "{keys[2]}=[58.395, 57.12, 57.375]".')
     # What the calls of the config do not say is not known.
-    del cfg.lazy.model.pixel_std
+    del cfg.model.pixel_std
     assert warned(cfg, {"preprocessing": {**RGB, "format": "BGR"}}) == []
     stored = yaml.safe_load(load_lazy_config(LAZY, [f"{keys[0]}=BGR"]).dump())
     assert preprocessing_of(stored) == {**RGB, "format": "BGR"}

@@ -5,10 +5,19 @@ import logging
 import pytest
 import yaml
 
-from sasa_det.config.changes import check_changes, log_changes
+from sasa_det.config import changes
+from sasa_det.config.options import RunOptions
 from sasa_det.engine import UsageError, load_config
 
 CONFIG = "configs/Quick/retinanet_SASA.yaml"
+
+
+def check_changes(cfg):
+    changes.check_changes(RunOptions.read(cfg))
+
+
+def log_changes(cfg):
+    changes.log_changes(RunOptions.read(cfg))
 
 
 @pytest.fixture

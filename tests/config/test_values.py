@@ -6,7 +6,9 @@ import pytest
 from detectron2.config import get_cfg
 
 from sasa_det import add_sasa_config
+from sasa_det.config import values
 from sasa_det.config.keys import flatten
+from sasa_det.config.options import RunOptions
 from sasa_det.config.values import (
     INCREASING,
     MAY_BE_INFINITE,
@@ -14,9 +16,6 @@ from sasa_det.config.values import (
     MAY_BE_ZERO,
     NOT_EMPTY,
     RULES,
-    check_schedule,
-    check_values,
-    warn_of_slow_averages,
 )
 from sasa_det.engine import UsageError, load_config
 
@@ -27,6 +26,15 @@ LATER = {
     "SOLVER.BASE_LR_END",
     "SOLVER.NUM_DECAYS",
 }
+
+
+def check_values(cfg):
+    values.check_values(flatten(cfg))
+
+
+def check_schedule(cfg):
+    values.check_schedule(RunOptions.read(cfg))
+
 
 WRONG = [
     # One key of each rule.
@@ -314,7 +322,8 @@ def test_averages_that_outlast_a_run_are_told(caplog):
     def told(steps):
         caplog.clear()
         opts = ["MODEL.BN_DECAY", "0.99", "MODEL.EMA.DECAY", "0.999", "SOLVER.MAX_ITER", str(steps)]
-        warn_of_slow_averages(load_config("configs/Quick/classifier_SASA.yaml", opts))
+        cfg = load_config("configs/Quick/classifier_SASA.yaml", opts)
+        values.warn_of_slow_averages(RunOptions.read(cfg))
         return caplog.messages
 
     # What is left of the beginning after 1 / (1 - decay) steps is 37%.

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sasa_det.config import add_sasa_config
-from sasa_det.config.load import image_options
+from sasa_det.config.options import RunOptions
 from sasa_det.data import build_train_mapper, check_registered, register_coco, validate_coco
 from sasa_det.evaluation.coco import coco_evaluator
 
@@ -184,7 +184,7 @@ def test_what_the_check_accepts_training_and_evaluation_accept(task, folder):
     def check(content):
         json_file = folder / "any.json"
         json_file.write_text(json.dumps(content))
-        options = image_options(cfg)
+        options = RunOptions.read(cfg).image_options()
         report = validate_coco(json_file, folder, **options, pixels=True)
         assert all(problem.message.isprintable() for problem in report.problems)
         for training in (True, False):

@@ -15,14 +15,15 @@ pytestmark = pytest.mark.slow
 # the workers wait in the middle of one when nobody takes it any more.
 SCRIPT = """
 import sys
-from types import SimpleNamespace
 
 from detectron2.config import LazyCall, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
+from omegaconf import OmegaConf
 
 import sasa_det
 from sasa_det.config import add_sasa_config
+from sasa_det.config.options import RunOptions
 from sasa_det.data import build_classification_test_loader, build_classification_train_loader
 from sasa_det.data import build_test_mapper, classification
 from sasa_det.engine.tasks import task_of
@@ -55,11 +56,13 @@ test = LazyCall(build_detection_test_loader)(
     mapper=LazyCall(build_test_mapper)(cfg=cfg),
     num_workers=2,
 )
-lazy = SimpleNamespace(lazy=SimpleNamespace(dataloader=SimpleNamespace(test=test)))
+lazy = {"model": {"_target_": "RetinaNet"}, "dataloader": {"test": test}}
+lazy = OmegaConf.create(lazy, flags={"allow_objects": True})
+task = task_of(RunOptions.read(cfg))
 loaders = {
-    "training": lambda: task_of(cfg).train_loader(),
-    "evaluation": lambda: task_of(cfg).test_loader("set"),
-    "validation loss": lambda: task_of(cfg).validation_batches(),
+    "training": lambda: task.train_loader(),
+    "evaluation": lambda: task.test_loader("set"),
+    "validation loss": lambda: task.validation_batches(),
     "evaluation of a LazyConfig": lambda: LazyTrainer.build_test_loader(lazy, "set"),
     "training of a classifier": lambda: build_classification_train_loader(cfg, 0),
     "evaluation of a classifier": lambda: build_classification_test_loader(cfg, "set"),

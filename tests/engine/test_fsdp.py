@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from sasa_det.checkpoint import read_checkpoint
-from sasa_det.engine import load_config
+from sasa_det.config.options import RunOptions
+from sasa_det.engine import Trainer, load_config
 from sasa_det.engine.checks import check_run
 from sasa_det.errors import UsageError
 
@@ -102,4 +103,4 @@ def test_what_cannot_be_sharded(digits, tmp_path, opts, num_processes, message):
     opts = ["MODEL.FSDP", "True", "OUTPUT_DIR", str(tmp_path / "run"), *opts]
     cfg = load_config("configs/Quick/retinanet_SASA.yaml", opts, *sources)
     with pytest.raises(UsageError, match=message):
-        check_run(cfg, num_processes=num_processes)
+        check_run(RunOptions.read(cfg), Trainer, num_processes=num_processes)

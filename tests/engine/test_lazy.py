@@ -14,7 +14,7 @@ import yaml
 from detectron2.config import LazyConfig
 
 from sasa_det.checkpoint import read_checkpoint
-from sasa_det.config.lazy import KEYS
+from sasa_det.config.options import LAZY_KEYS, YAML_KEYS
 from sasa_det.engine import Trainer, load_config
 from sasa_det.engine.defaults import lazy_argument_parser, run_lazy
 
@@ -161,7 +161,8 @@ def test_yaml_and_lazy_runs_are_bit_equal(config, digits, start, assert_equal_ru
     folders = [tmp_path / "yaml", tmp_path / "lazy"]
     in_yaml = [word for pair in options.items() for word in pair]
     in_yaml += ["OUTPUT_DIR", folders[0], "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0]
-    in_lazy = [f"{KEYS[key]}={value}" for key, value in options.items()]
+    lazy_keys = {YAML_KEYS[name]: key for name, key in LAZY_KEYS.items()}
+    in_lazy = [f"{lazy_keys[key]}={value}" for key, value in options.items()]
     in_lazy += [f"train.output_dir={folders[1]}"]
     words = [*data_of(digits), "--config-file"]
     runs = [

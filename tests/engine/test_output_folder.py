@@ -2,12 +2,12 @@
 
 import pytest
 
+from sasa_det.config.options import RunOptions
 from sasa_det.engine import UsageError, load_config
 from sasa_det.engine.output_folder import (
     claim_output,
     is_resumed,
     output_lock,
-    refuse_existing,
 )
 
 CONFIG = "configs/Quick/retinanet_SASA.yaml"
@@ -21,7 +21,11 @@ RESULTS = ("inference/val/coco_instances_results.json", "inference/ema/val/resul
 @pytest.fixture
 def config(tmp_path):
     """Return a function that makes the config of a run in tmp_path / "run"."""
-    return lambda *opts: load_config(CONFIG, [*opts, "OUTPUT_DIR", str(tmp_path / "run")])
+
+    def make(*opts):
+        return RunOptions.read(load_config(CONFIG, [*opts, "OUTPUT_DIR", str(tmp_path / "run")]))
+
+    return make
 
 
 def fill(folder, *names):
@@ -192,17 +196,8 @@ def test_a_file_is_no_output_folder(tmp_path):
             pass
 
 
-def test_is_resumed(tmp_path):
-    assert not is_resumed(tmp_path / "nowhere", "auto")
-    fill(tmp_path, "model_0000001.pth")
-    assert is_resumed(tmp_path, "auto") and is_resumed(tmp_path, "always")
-    assert not is_resumed(tmp_path, None)
-
-
-def test_refuse_existing(tmp_path):
-    refuse_existing(tmp_path / "nowhere")
-    refuse_existing(tmp_path)
-    (tmp_path / "file").write_text("")
-    for folder in (tmp_path, tmp_path / "file"):
-        with pytest.raises(UsageError, match=f"output {folder} exists already; name another one"):
-            refuse_existing(folder, hint=", as in make")
+def test_is_resumed(config, tmp_path):
+    assert not is_resumed(config(), "auto")
+    fill(tmp_path / "run", "model_0000001.pth")
+    assert is_resumed(config(), "auto") and is_resumed(config(), "always")
+    assert not is_resumed(config(), None)

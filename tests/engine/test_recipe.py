@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from sasa_det.config.options import RunOptions
 from sasa_det.engine import load_config
 from sasa_det.engine.hooks import ModelEma
 from sasa_det.engine.optimizer import build_optimizer
@@ -17,7 +18,7 @@ IMAGENET = 1281167
 
 def recipe(*opts):
     cfg = load_config("configs/ImageNet/SASA_R_50_full.yaml", [str(opt) for opt in opts])
-    return in_iterations(scale_learning_rate(cfg), IMAGENET)
+    return in_iterations(scale_learning_rate(RunOptions.read(cfg)), IMAGENET).config
 
 
 class Scalar(nn.Module):

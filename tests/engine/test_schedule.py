@@ -9,13 +9,17 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from sasa_det import add_sasa_config
-from sasa_det.engine import load_config
-from sasa_det.engine.schedule import (
-    LearningRate,
-    build_lr_scheduler,
-    in_iterations,
-    scale_learning_rate,
-)
+from sasa_det.config.options import RunOptions
+from sasa_det.engine import load_config, schedule
+from sasa_det.engine.schedule import LearningRate, build_lr_scheduler
+
+
+def in_iterations(cfg, num_images):
+    return schedule.in_iterations(RunOptions.read(cfg), num_images).config
+
+
+def scale_learning_rate(cfg):
+    return schedule.scale_learning_rate(RunOptions.read(cfg)).config
 
 
 def config(**values):

@@ -6,12 +6,24 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 
 from sasa_det.checkpoint import CheckpointError
-from sasa_det.engine import UsageError, load_config
-from sasa_det.engine.checks import check_metrics, check_model, check_processes, check_run
+from sasa_det.config.options import RunOptions
+from sasa_det.engine import Trainer, UsageError, checks, load_config
 from sasa_det.errors import USAGE_ERRORS, print_error
 
 CONFIG = "configs/Quick/retinanet_SASA.yaml"
 MASK_RCNN = "configs/COCO-InstanceSegmentation/mask_rcnn_SASA_R_50_FPN.yaml"
+
+
+def check_run(cfg, **kwargs):
+    checks.check_run(RunOptions.read(cfg), Trainer, **kwargs)
+
+
+def check_model(cfg, **kwargs):
+    checks.check_model(RunOptions.read(cfg), Trainer, **kwargs)
+
+
+def check_processes(cfg, *args):
+    checks.check_processes(RunOptions.read(cfg), *args)
 
 
 @pytest.fixture
@@ -191,7 +203,7 @@ def test_metrics_follow_classes_and_data_sets(config):
         cfg.DATASETS.TEST, cfg.TEST.BEST_METRIC = tests, best
         cfg.TEST.EXPECTED_RESULTS = list(expected)
         try:
-            check_metrics(cfg)
+            checks.check_metrics(RunOptions.read(cfg))
         except UsageError as error:
             return str(error).split()[0]
         return ""

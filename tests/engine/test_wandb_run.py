@@ -3,6 +3,7 @@
 import pytest
 
 from sasa_det.checkpoint import write_checkpoint
+from sasa_det.config.options import RunOptions
 from sasa_det.engine import load_config
 from sasa_det.engine.output_folder import claim_output
 from sasa_det.engine.writers import wandb_id
@@ -13,7 +14,7 @@ def test_a_resumed_run_goes_on_and_a_fresh_one_begins(tmp_path):
     cfg = load_config(opts=["OUTPUT_DIR", str(folder)])
 
     def begin(**options):
-        with claim_output(cfg, **options) as output:
+        with claim_output(RunOptions.read(cfg), **options) as output:
             output.clear()
             return wandb_id(folder)
 

@@ -72,7 +72,7 @@ def test_configs_pass_on_their_number_of_detections(crowded, tmp_path):
         found.append(Trainer.build_evaluator(cfg, "crowded", folder))
     for file, key in ((lazy, "model.max_detections_per_image"), (f"{mask}.py", heads)):
         for number in (150, 100):
-            cfg = load_lazy_config(file, [f"{key}={number}"])
+            cfg = load_lazy_config(file, [f"{key}={number}"]).config
             found.append(LazyTrainer.build_evaluator(cfg, "crowded", folder))
     full = pytest.approx(100)
     cut = pytest.approx(100 * 67 / 101)

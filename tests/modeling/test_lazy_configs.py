@@ -12,7 +12,8 @@ from torch import nn
 
 from sasa_det import add_sasa_config
 from sasa_det.config.keys import flatten
-from sasa_det.config.lazy import KEYS, load_lazy_config
+from sasa_det.config.lazy import load_lazy_config
+from sasa_det.config.options import LAZY_KEYS, YAML_KEYS, RunOptions
 from sasa_det.data import build_test_mapper, build_train_mapper, write_digits
 from sasa_det.engine import Trainer, load_config
 from sasa_det.engine.schedule import in_iterations, scale_learning_rate
@@ -29,11 +30,19 @@ def digits(tmp_path_factory):
     return {key: (str(folder / f"{name}.json"), str(folder / name)) for key, name in splits.items()}
 
 
-def load_pair(path, opts=(), overrides=(), **data):
-    """Load both configs, to run on the CPU."""
+def load_options(path, opts=(), overrides=(), **data):
+    """Read both configs, to run on the CPU."""
     cfg = load_config(str(path), ["MODEL.DEVICE", "cpu", *opts], **data)
     words = ["train.device=cpu", *overrides]
-    return cfg, load_lazy_config(str(path.with_suffix(".py")), words, **data)
+    return RunOptions.read(cfg), load_lazy_config(str(path.with_suffix(".py")), words, **data)
+
+
+def load_pair(path, *args, **data):
+    return (options.config for options in load_options(path, *args, **data))
+
+
+def worked_out(options, num_images):
+    return in_iterations(scale_learning_rate(options), num_images)
 
 
 def describe(value, path=""):
@@ -83,23 +92,25 @@ def test_every_key_of_a_run_has_a_lazy_key():
     calls += ("MODEL.CLASSIFIER.", "INPUT.CLASSIFICATION.", "TEST.IMS_PER_BATCH")
     calls += ("DATASETS.IMAGE_FOLDER", "DATASETS.HOLDOUT")
     added = {key for key in set(flatten(cfg)) - detectron2 if not key.startswith(calls)}
-    assert added <= KEYS.keys()
-    in_train = flatten(load_lazy_config(str(CONFIGS[0].with_suffix(".py"))).lazy.train, "train.")
-    assert set(in_train) == {name for name in KEYS.values() if name.startswith("train.")}
+    assert added <= {YAML_KEYS[name] for name in LAZY_KEYS}
+    in_train = flatten(load_lazy_config(str(CONFIGS[0].with_suffix(".py"))).config.train, "train.")
+    assert set(in_train) == {key for key in LAZY_KEYS.values() if key.startswith("train.")}
 
 
 @each_pair
 def test_runs_are_equal(path):
     """Lengths, batch, precision, clipping, checkpoints, evaluation, data sets, workers, folder."""
-    cfg, lazy = load_pair(path)
-    values, lazy_values = flatten(cfg), flatten(lazy)
-    assert {key: lazy_values[key] for key in KEYS} == {key: values[key] for key in KEYS}
+    options, lazy = load_options(path)
+    for name in LAZY_KEYS:
+        value, in_lazy = getattr(options, name), getattr(lazy, name)
+        assert type(value) is type(in_lazy) and value == in_lazy, name
+    assert options.num_classes == lazy.num_classes
 
 
 @each_pair
 def test_models_and_optimizers_are_equal(path):
     # With COCO's number of images.
-    cfg, lazy = (in_iterations(scale_learning_rate(cfg), 117266) for cfg in load_pair(path))
+    cfg, lazy = (worked_out(options, 117266).config for options in load_options(path))
     models = [Trainer.build_model(cfg), LazyTrainer.build_model(lazy)]
     shapes = [{name: t.shape for name, t in model.state_dict().items()} for model in models]
     assert shapes[0] == shapes[1]
@@ -149,24 +160,25 @@ CHANGES = [
 def test_schedules_are_equal_whatever_is_overridden(path, keys):
     column = int("mask_rcnn" in path.stem)
     given = {key: str(LENGTHS[key][column]) for key in keys}
-    cfg, lazy = load_pair(
+    lazy_keys = {YAML_KEYS[name]: key for name, key in LAZY_KEYS.items()}
+    pair = load_options(
         path,
         [word for pair in given.items() for word in pair],
-        [f"{KEYS[key]}={value}" for key, value in given.items()],
+        [f"{lazy_keys[key]}={value}" for key, value in given.items()],
     )
-    cfg, lazy = (in_iterations(scale_learning_rate(c), 3000) for c in (cfg, lazy))
-    end = cfg.SOLVER.MAX_ITER
-    assert end == lazy.SOLVER.MAX_ITER and cfg.SOLVER.BASE_LR == lazy.SOLVER.BASE_LR
-    warmup = cfg.SOLVER.WARMUP_ITERS
+    options, lazy = (worked_out(part, 3000) for part in pair)
+    end, cfg = options.max_iter, options.config
+    assert end == lazy.max_iter and options.base_lr == lazy.base_lr
+    warmup = options.warmup_iters
     assert 0 < warmup < end
     # All of the warmup, all around the steps, and every 97th of the rest.
     around = [i for step in cfg.SOLVER.STEPS for i in range(step - 50, step + 50)]
     dense = [*range(min(warmup + 50, end)), *(i for i in around if 0 <= i < end)]
     iterations = sorted({*dense, *range(0, end, 97)})
     rates = []
-    for build, config in ((Trainer, cfg), (LazyTrainer, lazy)):
-        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], config.SOLVER.BASE_LR)
-        multiplier = build.build_lr_scheduler(config, optimizer)._multiplier
+    for build, part in ((Trainer, options), (LazyTrainer, lazy)):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], part.base_lr)
+        multiplier = build.build_lr_scheduler(part.config, optimizer)._multiplier
         rates.append([multiplier(i / end) for i in iterations])
     assert rates[0] == rates[1]
     # The warmup is as long as it says, to the iteration.
@@ -194,9 +206,9 @@ def rates_at(scheduler, iteration):
 def test_input_is_equal(path, digits):
     """The mappers, and the images that come out of them."""
     cfg, lazy = load_pair(path)
-    mappers = [build_train_mapper(cfg), instantiate(lazy.lazy.dataloader.train.mapper)]
+    mappers = [build_train_mapper(cfg), instantiate(lazy.dataloader.train.mapper)]
     assert describe(mappers[0]) == describe(mappers[1])
-    mappers = [build_test_mapper(cfg), instantiate(lazy.lazy.dataloader.test.mapper)]
+    mappers = [build_test_mapper(cfg), instantiate(lazy.dataloader.test.mapper)]
     for name in ("is_train", "image_format", "augmentations", "max_pixels"):
         assert describe(getattr(mappers[0], name)) == describe(getattr(mappers[1], name))
 
@@ -240,12 +252,11 @@ def assert_equal_samples(samples, others):
 
 @each_pair
 def test_what_a_run_stores_is_the_config(path, tmp_path):
-    cfg = load_lazy_config(str(path.with_suffix(".py")), ["train.max_iter=77"])
-    assert cfg.SOLVER.MAX_EPOCHS == 0  # which would go before it
+    options = load_lazy_config(str(path.with_suffix(".py")), ["train.max_iter=77"])
+    assert options.max_epochs == 0  # which would go before it
     stored = tmp_path / "config.yaml"
-    stored.write_text(cfg.dump())
+    stored.write_text(options.dump())
     again = load_lazy_config(str(stored))
-    assert again == cfg and again.SOLVER.MAX_ITER == 77
-    assert again.dump() == cfg.dump()
+    assert again.max_iter == 77 and again.dump() == options.dump()
     # detectron2 reads it as well.
-    assert LazyConfig.load(str(stored)) == again.lazy
+    assert LazyConfig.load(str(stored)) == again.config
