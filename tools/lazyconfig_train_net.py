@@ -11,7 +11,7 @@ import sys
 # Until run_command takes Ctrl-C over: the imports take seconds.
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-from sasa_det.engine.defaults import lazy_argument_parser, run_command, run_lazy
+from sasa_det.engine.defaults import LAZY, argument_parser, run, run_command
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: run_lazy(lazy_argument_parser(__doc__).parse_args())))
+    sys.exit(run_command(lambda: run(argument_parser(LAZY, __doc__).parse_args(), LAZY)))

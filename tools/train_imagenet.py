@@ -9,11 +9,11 @@ from pathlib import Path
 # Until run_command takes Ctrl-C over: the imports take seconds.
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-from sasa_det.engine.defaults import classifier_argument_parser, run_classifier, run_command
+from sasa_det.engine.defaults import CLASSIFIER, argument_parser, run, run_command
 
 _DEFAULT = Path(__file__).parents[1] / "configs" / "ImageNet" / "SASA_R_50_full.yaml"
 
 if __name__ == "__main__":
-    parser = classifier_argument_parser(__doc__)
+    parser = argument_parser(CLASSIFIER, __doc__)
     parser.set_defaults(config_file=str(_DEFAULT))
-    sys.exit(run_command(lambda: run_classifier(parser.parse_args())))
+    sys.exit(run_command(lambda: run(parser.parse_args(), CLASSIFIER)))

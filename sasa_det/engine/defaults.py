@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from detectron2.engine import default_argument_parser
@@ -44,21 +44,42 @@ class ConfigKind(NamedTuple):
     """What runs of one kind of config do in a way of their own.
 
     Attributes:
-        load: reads the options of config file, overrides and the data named on the command line.
+        load: reads the options of a run from the arguments of its command.
         trainer: of the config.
     """
 
-    load: Callable[..., RunOptions]
+    load: Callable[[argparse.Namespace], RunOptions]
     trainer: type[Trainer]
 
 
-def _load_yaml(*args: Any) -> RunOptions:
-    return RunOptions.read(load_config(*args))
+def _load_yaml(args: argparse.Namespace) -> RunOptions:
+    return RunOptions.read(load_config(args.config_file, args.opts, args.train, args.test))
+
+
+def _load_lazy(args: argparse.Namespace) -> RunOptions:
+    return load_lazy_config(args.config_file, args.opts, args.train, args.test)
+
+
+def _load_classifier(args: argparse.Namespace) -> RunOptions:
+    opts = list(args.opts)
+    if args.data is not None:
+        opts = ["DATASETS.IMAGE_FOLDER", args.data, *opts]
+    if args.holdout is not None:
+        opts = ["DATASETS.HOLDOUT", str(args.holdout), *opts]
+    options = RunOptions.read(load_config(args.config_file, opts))
+    if options.meta_architecture != "Classifier":
+        raise UsageError(
+            f"MODEL.META_ARCHITECTURE must be Classifier here, got {options.meta_architecture} "
+            "(detectors are trained by tools/train_net.py)."
+        )
+    return options
 
 
 YAML = ConfigKind(_load_yaml, Trainer)
 
-LAZY = ConfigKind(load_lazy_config, LazyTrainer)
+LAZY = ConfigKind(_load_lazy, LazyTrainer)
+
+CLASSIFIER = ConfigKind(_load_classifier, Trainer)
 
 
 def run(
@@ -84,7 +105,7 @@ def run(
         # torchrun repeats the command that it was given.
         args.resume, args.overwrite = "auto", False
     try:
-        options = kind.load(args.config_file, args.opts, args.train, args.test)
+        options = kind.load(args)
         if started_by_torchrun():
             check_processes(options, int(os.environ["LOCAL_WORLD_SIZE"]))
             work = (trainer, options, args)
@@ -256,21 +277,31 @@ def run_command(main: Callable[[], int | None]) -> int:
         return print_error(error)
 
 
-def argument_parser(*, coco: bool = True) -> argparse.ArgumentParser:
+_LAZY_EPILOG = """
+Values of the config are overridden by key=value, as in train.max_iter=1000; a + before the key adds
+one that the config does not have, as in +model.box_reg_loss_type=giou.
+"""
+
+
+def argument_parser(
+    kind: ConfigKind = YAML, description: str | None = None
+) -> argparse.ArgumentParser:
     """Return detectron2's argument parser with this project's flags.
 
     Args:
-        coco: whether there are ``--train`` and ``--test``.
+        kind: of the config that ``--config-file`` names.
+        description: what the command does.
 
     Returns:
         argparse.ArgumentParser: beside detectron2's flags, ``--train`` and ``--test`` name a
-        COCO-format json and its image folder, and ``--overwrite`` allows to write over a run.
-        ``--resume`` gives "always" and ``--resume auto`` gives "auto"; without it, ``resume`` is
-        None.
+        COCO-format json and its image folder, or ``--data`` and ``--holdout`` the images of a
+        classifier, and ``--overwrite`` allows to write over a run. ``--resume`` gives "always" and
+        ``--resume auto`` gives "auto"; without it, ``resume`` is None.
     """
     base = default_argument_parser()
     parser = _Parser(
-        epilog=base.epilog,
+        description=description,
+        epilog=_LAZY_EPILOG if kind is LAZY else base.epilog,
         formatter_class=base.formatter_class,
         parents=[base],
         add_help=False,
@@ -303,7 +334,23 @@ def argument_parser(*, coco: bool = True) -> argparse.ArgumentParser:
         help="where the processes of several machines meet, as in tcp://host:port; those of one "
         "machine find each other",
     )
-    for split in ("train", "test") if coco else ():
+    if kind is CLASSIFIER:
+        parser.add_argument(
+            "--data",
+            type=_folder,
+            metavar="FOLDER",
+            help="folder with train/ and val/, in each a folder of images for each class, in place "
+            "of the config's data",
+        )
+        parser.add_argument(
+            "--holdout",
+            type=_share,
+            metavar="SHARE",
+            help="test on this share of each class of the training images, as in 0.04, always the "
+            "same ones, and train on the rest",
+        )
+        return parser
+    for split in ("train", "test"):
         parser.add_argument(
             f"--{split}",
             nargs=2,
@@ -318,6 +365,22 @@ def positive_int(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
     return int(text)
+
+
+def _folder(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must be a folder, got an empty name")
+    return text
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"must be a number above 0 and below 1, got {text!r}")
+    return share
 
 
 class _Parser(argparse.ArgumentParser):
@@ -397,106 +460,3 @@ def flush_denormals() -> None:
     start.
     """
     torch.set_flush_denormal(True)
-
-
-_EPILOG = """
-Values of the config are overridden by key=value, as in train.max_iter=1000; a + before the key adds
-one that the config does not have, as in +model.box_reg_loss_type=giou.
-"""
-
-
-def lazy_argument_parser(description: str | None = None) -> argparse.ArgumentParser:
-    """Return the parser of :func:`sasa_det.engine.argument_parser` for LazyConfigs.
-
-    Args:
-        description: what the command does.
-    """
-    parser = argument_parser()
-    parser.description, parser.epilog = description, _EPILOG
-    return parser
-
-
-def run_lazy(args: argparse.Namespace) -> int:
-    """Carry out a command line of :func:`lazy_argument_parser`, whose config runs as code.
-
-    Args:
-        args: the parsed command line.
-
-    Returns:
-        int: exit status, as of :func:`sasa_det.engine.run`.
-    """
-    return run(args, LAZY)
-
-
-def classifier_argument_parser(description: str | None = None) -> argparse.ArgumentParser:
-    """Return the parser of :func:`sasa_det.engine.argument_parser` for image classifiers.
-
-    Args:
-        description: what the command does.
-
-    Returns:
-        argparse.ArgumentParser: with ``--data`` and ``--holdout`` in place of ``--train`` and
-        ``--test``.
-    """
-    parser = argument_parser(coco=False)
-    parser.description = description
-    parser.add_argument(
-        "--data",
-        type=_folder,
-        metavar="FOLDER",
-        help="folder with train/ and val/, in each a folder of images for each class, in place of "
-        "the config's data",
-    )
-    parser.add_argument(
-        "--holdout",
-        type=_share,
-        metavar="SHARE",
-        help="test on this share of each class of the training images, as in 0.04, always the "
-        "same ones, and train on the rest",
-    )
-    return parser
-
-
-def run_classifier(args: argparse.Namespace) -> int:
-    """Carry out a command line of :func:`classifier_argument_parser`.
-
-    Args:
-        args: the parsed command line.
-
-    Returns:
-        int: exit status, as of :func:`sasa_det.engine.run`.
-    """
-    keys = {"DATASETS.IMAGE_FOLDER": args.data, "DATASETS.HOLDOUT": args.holdout}
-    given = [str(w) for pair in keys.items() if pair[1] is not None for w in pair]
-    args.opts = [*given, *args.opts]
-    args.train = args.test = None
-    return run(args, CLASSIFIER)
-
-
-def _folder(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("must be a folder, got an empty name")
-    return text
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 < share < 1:
-        raise argparse.ArgumentTypeError(f"must be a number above 0 and below 1, got {text!r}")
-    return share
-
-
-def _load_classifier(*args: Any) -> RunOptions:
-    options = _load_yaml(*args)
-    if options.meta_architecture != "Classifier":
-        raise UsageError(
-            f"MODEL.META_ARCHITECTURE must be Classifier here, got {options.meta_architecture} "
-            "(detectors are trained by tools/train_net.py)."
-        )
-    return options
-
-
-CLASSIFIER = ConfigKind(_load_classifier, Trainer)

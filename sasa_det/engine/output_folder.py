@@ -56,7 +56,9 @@ def output_lock(folder: str | os.PathLike) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
-        raise UsageError(f"OUTPUT_DIR {folder} cannot be written to: {error.strerror}.") from error
+        raise UsageError(
+            f"output folder {folder} cannot be written to: {error.strerror}."
+        ) from error
     _locks.add(lock)
     try:
         _acquire(lock, folder)
@@ -75,14 +77,15 @@ def _acquire(lock: int, folder: str | os.PathLike) -> None:
     except BlockingIOError:
         holder = os.read(lock, 200).decode(errors="replace")
         raise UsageError(
-            f"OUTPUT_DIR {folder} is in use by another run ({holder}); wait for its end or name "
-            "another OUTPUT_DIR."
+            f"output folder {folder} is in use by another run ({holder}); wait for its end or name "
+            "another folder."
         ) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
         logger.warning(
-            "The file system of OUTPUT_DIR %s has no locks (%s): nothing keeps a second run out.",
+            "The file system of the output folder %s has no locks (%s): nothing keeps a second run "
+            "out.",
             folder,
             error.strerror,
         )

@@ -16,12 +16,12 @@ from detectron2.config import LazyConfig
 from sasa_det.checkpoint import read_checkpoint
 from sasa_det.config.options import LAZY_KEYS, YAML_KEYS
 from sasa_det.engine import Trainer, load_config
-from sasa_det.engine.defaults import lazy_argument_parser, run_lazy
+from sasa_det.engine.defaults import LAZY, argument_parser, run
 
 DATA = {"train": "train", "test": "val"}
 YAML = "configs/Quick/retinanet_SASA.yaml"
 # The same in Python.
-LAZY = """
+CONFIG = """
 from pathlib import Path
 
 from detectron2.config import LazyConfig
@@ -60,7 +60,7 @@ train.max_epochs = train.eval_epochs = train.checkpointer.epochs = train.referen
 @pytest.fixture
 def config(tmp_path):
     path = tmp_path / "small.py"
-    path.write_text(LAZY)
+    path.write_text(CONFIG)
     return path
 
 
@@ -86,7 +86,7 @@ def lazy(words):
     """Return a function that runs a command line in this process and gives its exit status."""
 
     def call(*args, **kwargs):
-        return run_lazy(lazy_argument_parser().parse_args(words(*args, **kwargs)))
+        return run(argument_parser(LAZY).parse_args(words(*args, **kwargs)), LAZY)
 
     return call
 
@@ -124,7 +124,7 @@ def test_trains_resumes_and_evaluates(lazy, tmp_path, capsys):
     weights = f"train.init_checkpoint={folder / 'model_final.pth'}"
     arguments = ["--config-file", folder / "config.yaml", "--eval-only", weights]
     arguments = [str(word) for word in (*arguments, f"train.output_dir={other}")]
-    assert run_lazy(lazy_argument_parser().parse_args(arguments)) == 0
+    assert run(argument_parser(LAZY).parse_args(arguments), LAZY) == 0
     assert results(other) == results(folder)
     assert [len(found) for found in results(other).values()] == [300]
     shutil.rmtree(folder / "inference")
@@ -169,9 +169,9 @@ def test_yaml_and_lazy_runs_are_bit_equal(config, digits, start, assert_equal_ru
         start(YAML, *in_yaml, data=words),
         start(config, *in_lazy, tool="tools/lazyconfig_train_net.py", data=words),
     ]
-    for run in runs:
-        output = run.communicate()[0]
-        assert run.returncode == 0, output
+    for process in runs:
+        output = process.communicate()[0]
+        assert process.returncode == 0, output
 
     for name in ("model_0000001", "model_best", "model_final"):
         assert_equal_runs(*folders, name=name)
@@ -186,7 +186,7 @@ def test_processes_execute_the_config_and_stop_and_resume(config, words, digits,
     for key, name in DATA.items():
         register += f"register_coco('lazy_{key}', '{digits / name}.json', '{digits / name}')\n"
         register += f"dataloader.{key}.dataset.names = 'lazy_{key}'\n"
-    config.write_text(f"{LAZY}\n{register}model.num_classes = 10\n")
+    config.write_text(f"{CONFIG}\n{register}model.num_classes = 10\n")
     folder = tmp_path / "run"
     arguments = ["tools/lazyconfig_train_net.py", "--config-file", config]
     options = ["dataloader.train.total_batch_size=4", "train.checkpointer.period=2"]
@@ -263,7 +263,7 @@ FILES = {
     "import": ("from .nowhere import model\n", "small.py, line 1: ImportError: Cannot import name"),
     "in an import": ("from .other import model\n", "other.py, line 3: ZeroDivisionError"),
     "sections": ("model = dict()\n", "small.py has no dataloader and no lr_multiplier and no"),
-    "kind": (f"{LAZY}train.log_period = 20\n", "config key train.log_period does not exist"),
+    "kind": (f"{CONFIG}train.log_period = 20\n", "config key train.log_period does not exist"),
 }
 
 
@@ -284,7 +284,7 @@ def test_a_yaml_config_is_for_the_other_command(tmp_path, capsys):
     for text in ("VERSION: 2", "train: !!python/object/apply:os.getcwd []"):
         path = tmp_path / "config.yaml"
         path.write_text(text)
-        assert run_lazy(lazy_argument_parser().parse_args(["--config-file", str(path)])) == 2
+        assert run(argument_parser(LAZY).parse_args(["--config-file", str(path)]), LAZY) == 2
         error = capsys.readouterr().err
         assert "is for tools/train_net.py" in error or "is not allowed" in error
 

@@ -172,8 +172,8 @@ def test_a_mistake_leaves_a_folder_as_it_was(config, tmp_path):
     assert files(folder) == kept
     kept = fill(tmp_path / "other", "notes.txt")
     folder = tmp_path / "other"
-    cfg = load_config(CONFIG, ["OUTPUT_DIR", str(folder)])
-    with claim_output(cfg) as output:
+    options = RunOptions.read(load_config(CONFIG, ["OUTPUT_DIR", str(folder)]))
+    with claim_output(options) as output:
         fill(folder, "config.yaml", "log.txt")
         output.discard()
     assert files(folder) == kept
@@ -190,9 +190,9 @@ def test_ctrl_c_before_anything_was_saved_leaves_no_run(saved, config, tmp_path)
 
 def test_a_file_is_no_output_folder(tmp_path):
     (tmp_path / "file").write_text("")
-    cfg = load_config(CONFIG, ["OUTPUT_DIR", str(tmp_path / "file")])
+    options = RunOptions.read(load_config(CONFIG, ["OUTPUT_DIR", str(tmp_path / "file")]))
     with pytest.raises(UsageError, match="file is a file; it must be a folder"):
-        with claim_output(cfg, overwrite=True):
+        with claim_output(options, overwrite=True):
             pass
 
 

@@ -11,7 +11,7 @@ from detectron2.utils.events import EventStorage
 from PIL import Image
 
 from sasa_det.engine import load_config
-from sasa_det.engine.defaults import classifier_argument_parser, run_classifier
+from sasa_det.engine.defaults import CLASSIFIER, argument_parser, run
 from sasa_det.engine.distributed import _parts
 from sasa_det.engine.train_loop import StepTrainer
 
@@ -52,8 +52,8 @@ def command(folder, tmp_path):
     def call(*words):
         words = ["--config-file", CONFIG, "--data", folder, *words]
         words += ["OUTPUT_DIR", tmp_path / "run"]
-        parser = classifier_argument_parser()
-        return run_classifier(parser.parse_args([str(word) for word in words]))
+        parser = argument_parser(CLASSIFIER)
+        return run(parser.parse_args([str(word) for word in words]), CLASSIFIER)
 
     return call
 
@@ -89,8 +89,8 @@ def test_learns_eight_classes(tmp_path):
         "--config-file", CONFIG, "--data", data, "SOLVER.MAX_ITER", 80, "SOLVER.IMS_PER_BATCH", 16,
         "SOLVER.WARMUP_ITERS", 5, "SOLVER.CHECKPOINT_PERIOD", 1000, "OUTPUT_DIR", tmp_path / "run",
     ]  # fmt: skip
-    parser = classifier_argument_parser()
-    assert run_classifier(parser.parse_args([str(word) for word in words])) == 0
+    parser = argument_parser(CLASSIFIER)
+    assert run(parser.parse_args([str(word) for word in words]), CLASSIFIER) == 0
     assert metrics(tmp_path / "run")[-1]["classification/top1"] > 90
 
 
@@ -164,8 +164,8 @@ def test_an_unreadable_image_is_skipped_and_counted(tmp_path, caplog):
         "--config-file", CONFIG, "--data", data, "SOLVER.MAX_ITER", 30, "OUTPUT_DIR",
         tmp_path / "run",
     ]  # fmt: skip
-    parser = classifier_argument_parser()
-    assert run_classifier(parser.parse_args([str(word) for word in words])) == 0
+    parser = argument_parser(CLASSIFIER)
+    assert run(parser.parse_args([str(word) for word in words]), CLASSIFIER) == 0
     log = (tmp_path / "run" / "log.txt").read_text()
     assert f"Skipped: image {data / 'train' / CLASSES[0] / '7.png'} cannot be read" in log
     assert "1 of at most 2" in log
@@ -181,8 +181,8 @@ def test_too_many_unreadable_images_end_the_run_with_their_names(tmp_path, capsy
         "--config-file", CONFIG, "--data", data, "SOLVER.MAX_ITER", 60, "OUTPUT_DIR",
         tmp_path / "run",
     ]  # fmt: skip
-    parser = classifier_argument_parser()
-    assert run_classifier(parser.parse_args([str(word) for word in words])) == 1
+    parser = argument_parser(CLASSIFIER)
+    assert run(parser.parse_args([str(word) for word in words]), CLASSIFIER) == 1
     error = capsys.readouterr().err
     assert "3.png" in error and "4.png" in error and "SKIP_UNREADABLE" in error
     # What was trained up to there is kept.
