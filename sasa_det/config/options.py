@@ -155,8 +155,8 @@ class RunOptions:
             options = {name: _read_lazy(config, name, value) for name, value in options.items()}
         return cls(config, **options)
 
-    def __reduce__(self):
-        return self.reload or object.__reduce_ex__(self, 2)
+    def __reduce_ex__(self, protocol):
+        return self.reload or super().__reduce_ex__(protocol)
 
     @property
     def is_lazy(self) -> bool:
