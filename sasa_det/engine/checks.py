@@ -198,6 +198,8 @@ def check_run(
     _check_device(options)
     _check_norms(options, num_processes)
     _check_data(options, eval_only)
+    if not trainer.has_own_evaluator():
+        _check_evaluation(options)
     weights = "" if resumed else options.weights
     if eval_only and not weights and not resumed:
         raise UsageError(
@@ -333,13 +335,6 @@ def _check_data(options: RunOptions, eval_only: bool) -> None:
     elif not options.test:
         raise UsageError(f"{options.key('test')} names no data set; name one, or use --test.")
     task.check_data(options.test, training=False)
-    for name in options.test:
-        kind = MetadataCatalog.get(name).get("evaluator_type")
-        if kind != task.evaluator_type:
-            raise UsageError(
-                f"{options.key('test')} {name} must be a data set of evaluator_type "
-                f"{task.evaluator_type!r} for a {options.meta_architecture}, got {kind!r}."
-            )
     datasets = [*(() if eval_only else options.train), *options.test]
     key, found = options.class_key, num_classes_of(datasets)
     if key and options.num_classes != found:
@@ -347,4 +342,15 @@ def _check_data(options: RunOptions, eval_only: bool) -> None:
             f"{key} is {options.num_classes} but {', '.join(datasets)} has {found} classes; set "
             f"{key} {found}."
         )
+
+
+def _check_evaluation(options: RunOptions) -> None:
+    task = task_of(options)
+    for name in options.test:
+        kind = MetadataCatalog.get(name).get("evaluator_type")
+        if kind != task.evaluator_type:
+            raise UsageError(
+                f"{options.key('test')} {name} must be a data set of evaluator_type "
+                f"{task.evaluator_type!r} for a {options.meta_architecture}, got {kind!r}."
+            )
     check_metrics(options)

@@ -290,6 +290,11 @@ class Trainer(DefaultTrainer):
         task = task_of(RunOptions.read(cfg))
         return task.evaluator(dataset_name, output_folder or task.results_folder(dataset_name))
 
+    @classmethod
+    def has_own_evaluator(cls) -> bool:
+        """Tell whether a subclass builds its evaluators, whose metrics are not known before."""
+        return cls.build_evaluator.__func__ is not Trainer.build_evaluator.__func__
+
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         # detectron2 0.6 leaves it out.

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluators
 from detectron2.modeling import build_model
 
 from sasa_det.checkpoint import CheckpointError
@@ -292,3 +293,29 @@ def test_a_width_that_rcnn_heads_do_not_take_is_refused(config):
 def test_numbers_that_no_machine_can_serve(config, key, most):
     message = told(lambda: check_run(config(key, str(most + 1))))
     assert message == f"{key} must be at most {most}, got {most + 1}."
+
+
+def test_the_builders_of_the_runs_own_trainer_are_tried(config):
+    """What the check accepts, the run accepts: also a trainer that replaces a builder."""
+
+    class WithSmallSteps(Trainer):
+        @classmethod
+        def build_optimizer(cls, cfg, model):
+            return torch.optim.SGD(model.parameters(), lr=-1e-3)
+
+    options = RunOptions.read(config())
+    checks.check_run(options, Trainer)
+    assert not (Trainer.has_own_evaluator() or WithSmallSteps.has_own_evaluator())
+    message = told(lambda: checks.check_run(options, WithSmallSteps))
+    assert message == "Invalid learning rate: -0.001"
+
+
+def test_metrics_of_the_runs_own_evaluator_are_not_known(config):
+    class Counting(Trainer):
+        @classmethod
+        def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+            return DatasetEvaluators([])
+
+    options = RunOptions.read(config("TEST.BEST_METRIC", "counted/images"))
+    checks.check_run(options, Counting)
+    assert "TEST.BEST_METRIC must be a metric" in told(lambda: checks.check_run(options, Trainer))
