@@ -198,7 +198,7 @@ def check_run(
     _check_device(options)
     _check_norms(options, num_processes)
     _check_data(options, eval_only)
-    if not trainer.has_own_evaluator():
+    if not trainer.has_own_evaluator(options.config):
         _check_evaluation(options)
     weights = "" if resumed else options.weights
     if eval_only and not weights and not resumed:

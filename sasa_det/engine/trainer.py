@@ -25,11 +25,12 @@ from ..checkpoint import Checkpointer
 from ..checkpoint.preprocessing import warn_of_preprocessing
 from ..checkpoint.reading import classes_in
 from ..config.load import BUILD_ERRORS, explain_build_error
-from ..config.options import RunOptions
+from ..config.options import RunOptions, plain
 from ..config.values import check_schedule, warn_of_slow_averages
 from ..data.catalog import follow_classes, warn_of_classes
 from ..data.loader import TrainLoader
 from ..errors import DatasetError, UsageError
+from ..evaluation.coco import coco_evaluator
 from ..evaluation.validation_loss import validation_losses
 from .checks import check_losses
 from .distributed import distribute, unsharded
@@ -291,8 +292,8 @@ class Trainer(DefaultTrainer):
         return task.evaluator(dataset_name, output_folder or task.results_folder(dataset_name))
 
     @classmethod
-    def has_own_evaluator(cls) -> bool:
-        """Tell whether a subclass builds its evaluators, whose metrics are not known before."""
+    def has_own_evaluator(cls, cfg: CfgNode) -> bool:
+        """Tell whether the evaluator is not this project's, so that its metrics are not known."""
         return cls.build_evaluator.__func__ is not Trainer.build_evaluator.__func__
 
     def state_dict(self) -> dict[str, Any]:
@@ -345,6 +346,11 @@ class LazyTrainer(Trainer):
         except BUILD_ERRORS as error:  # as of steps beyond the end, which epochs may give
             raise UsageError(explain_build_error(error)) from error
         return LRMultiplier(optimizer, multiplier, max_iter=RunOptions.read(cfg).max_iter)
+
+    @classmethod
+    def has_own_evaluator(cls, cfg: DictConfig) -> bool:
+        target = plain(cfg.dataloader.evaluator["_target_"])
+        return super().has_own_evaluator(cfg) or target != plain(coco_evaluator)
 
     @classmethod
     def auto_scale_workers(cls, cfg: DictConfig, num_workers: int) -> DictConfig:

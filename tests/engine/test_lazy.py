@@ -309,6 +309,32 @@ def test_a_resumed_run_keeps_model_and_data(lazy, tmp_path, capsys):
     assert read_checkpoint(tmp_path / "run" / "model_final.pth")["iteration"] == 1
 
 
+def test_another_evaluator(config, lazy, tmp_path, capsys):
+    """Its metrics are not known before it was called."""
+    counter = """
+from detectron2.config import LazyCall
+from detectron2.evaluation import DatasetEvaluator
+
+class Counter(DatasetEvaluator):
+    def __init__(self, dataset_name, output_dir):
+        self.number = 0
+
+    def process(self, inputs, outputs):
+        self.number += len(inputs)
+
+    def evaluate(self):
+        return {"counted": {"images": self.number}}
+
+dataloader.evaluator = LazyCall(Counter)()
+"""
+    short = ["train.max_iter=1", "lr_multiplier.warmup_iters=0"]
+    assert lazy(*short, "train.best_metric=counted/images") == 2
+    assert "train.best_metric must be a metric of the evaluations" in capsys.readouterr().err
+    config.write_text(f"{CONFIG}\n{counter}")
+    assert lazy(*short, "train.best_metric=counted/images") == 0
+    assert "counted/images is best: 3." in capsys.readouterr().out
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(lazy, tmp_path, capsys):
     assert lazy("optimizer.lr=1e30", "train.max_iter=40", "train.checkpointer.period=40") == 1
     assert "nothing was saved" in capsys.readouterr().err

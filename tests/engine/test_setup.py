@@ -305,7 +305,6 @@ def test_the_builders_of_the_runs_own_trainer_are_tried(config):
 
     options = RunOptions.read(config())
     checks.check_run(options, Trainer)
-    assert not (Trainer.has_own_evaluator() or WithSmallSteps.has_own_evaluator())
     message = told(lambda: checks.check_run(options, WithSmallSteps))
     assert message == "Invalid learning rate: -0.001"
 
