@@ -66,7 +66,7 @@ def with_floats(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[
 
 
 def all_keys(cfg: Mapping[str, Any]) -> list[str]:
-    """List the full keys of a config, those of its sections among them."""
+    """List the full keys of a config, including the keys of its sections."""
     keys = dict.fromkeys(flatten(cfg))
     for key in list(keys):
         while "." in key:

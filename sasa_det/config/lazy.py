@@ -37,7 +37,7 @@ def load_lazy_config(
         config_file: path of a Python file, or of the config.yaml that a run stored.
         overrides: ``key=value`` words as :meth:`LazyConfig.apply_overrides` reads them; a ``+``
             before the key adds one that is not there.
-        train, test: (json, image folder) of COCO-format data to use in place of the config's.
+        train, test: (json, image folder) of COCO-format data to use instead of the config's.
         check: False in the processes of a run whose data were checked before they were started.
 
     Returns:

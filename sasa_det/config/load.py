@@ -37,7 +37,7 @@ _OVERRULED = {
     YAML_KEYS["reference_batch"]: YAML_KEYS["base_lr"],
 }
 
-# What models, optimizers and mappers raise over a config that they cannot be built from.
+# The errors of models, optimizers and mappers that cannot be built from a config.
 BUILD_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -74,12 +74,12 @@ def load_config(
     train: Sequence[str] | None = None,
     test: Sequence[str] | None = None,
 ) -> CfgNode:
-    """Read a config file and overrides, and name the data sets of the command line in it.
+    """Read a config file, overrides and the data sets of the command line.
 
     Args:
         config_file: path of a yaml file; "" for detectron2's defaults.
         opts: KEY VALUE pairs.
-        train, test: (json, image folder) of COCO-format data to use in place of the config's.
+        train, test: (json, image folder) of COCO-format data to use instead of the config's.
 
     Returns:
         CfgNode: frozen, with the number of classes of the named data unless ``opts`` sets it.
@@ -177,18 +177,18 @@ def _merge_overrides(cfg: CfgNode, opts: Sequence[str]) -> None:
 
 
 def register_datasets(options: RunOptions, *, check: bool = True) -> dict[str, tuple[str, ...]]:
-    """Register the data that a config gives by their files, under their path.
+    """Register the data sets whose files a config names, under the path of the file.
 
     Args:
         options: of the config.
         check: False in the processes of a run whose data were checked before they were started.
 
     Returns:
-        dict: by "train" and "test", the names of the data sets, where they are given so.
+        dict: the names of these data sets, by "train" and "test".
 
     Raises:
         UsageError: if a json is named without its image folder, or the other way round.
-        DatasetError, FileNotFoundError: if the files are no COCO-format data.
+        DatasetError, FileNotFoundError: if the files are not in COCO format.
     """
     names = {}
     for split in ("train", "test"):

@@ -1,4 +1,4 @@
-"""The options of a run, which yaml configs and LazyConfigs have under names of their own."""
+"""The options of a run, which yaml configs and LazyConfigs have under different keys."""
 
 import copy
 import dataclasses
@@ -49,12 +49,12 @@ def _key(yaml_key: str, lazy_key: str = "", absent: Any = _DEFAULT) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """What the engine reads of a config, whichever kind it is of.
+    """The options of a run, as read from a yaml config or from a LazyConfig.
 
     Attributes:
-        config (CfgNode or DictConfig): what the options were read from.
-        reload (tuple or None): function and arguments that another process reads the config with,
-            in place of the pickled config.
+        config (CfgNode or DictConfig): the config that the options were read from.
+        reload (tuple or None): function and arguments with which another process reads the config
+            again, instead of unpickling it.
     """
 
     config: CfgNode | DictConfig
@@ -187,7 +187,7 @@ class RunOptions:
         return flatten(plain(self.config) if self.is_lazy else self.config)
 
     def image_options(self) -> dict[str, int | str]:
-        """Return what the checks of COCO-format data must know, as keyword arguments."""
+        """Return the keyword arguments of the checks of COCO-format data."""
         return {
             "max_pixels": self.max_pixels,
             "mask_format": self.mask_format if self.mask_on else "",
@@ -262,7 +262,7 @@ def _set(config: CfgNode | DictConfig, key: str, value: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Return what yaml can hold of a LazyConfig: names for classes and functions."""
+    """Return a LazyConfig as values that yaml can store: names for classes and functions."""
     if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value, structured_config_mode=SCMode.INSTANTIATE)
     if isinstance(value, dict):
@@ -278,5 +278,5 @@ def plain(value: Any) -> Any:
             return _convert_target_to_string(value)
         except AttributeError:
             pass
-    # Of an object, for the reader's eye.
+    # An object cannot be read back: this is for the reader of the file.
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

@@ -1,4 +1,4 @@
-"""From the arguments of a command to its exit status."""
+"""The argument parser, logging, and a run from the command line to its exit status."""
 
 import argparse
 import io
@@ -41,10 +41,10 @@ logger = logging.getLogger(__name__)
 
 
 class ConfigKind(NamedTuple):
-    """What runs of one kind of config do in a way of their own.
+    """What differs between the kinds of configs.
 
     Attributes:
-        load: reads the options of a run from the arguments of its command.
+        load: reads the options of a run from the parsed command line.
         trainer: of the config.
     """
 
@@ -85,7 +85,7 @@ CLASSIFIER = ConfigKind(_load_classifier, Trainer)
 def run(
     args: argparse.Namespace, kind: ConfigKind = YAML, *, trainer: type[Trainer] | None = None
 ) -> int:
-    """Carry out a command line of :func:`sasa_det.engine.argument_parser`.
+    """Train or evaluate as a command line of :func:`argument_parser` says.
 
     Args:
         args: the parsed command line.
@@ -94,9 +94,8 @@ def run(
             importable, as from the script that is run.
 
     Returns:
-        int: exit status: 0; 1 if the run failed; 2 if there is a mistake in the command, the
-        config or the data; 143 or 130 if SIGTERM, SIGUSR1 or Ctrl-C ended it, with everything
-        saved.
+        int: exit status: 0; 1 if the run failed; 2 if the command line, the config or the data are
+        wrong; 143 or 130 if SIGTERM, SIGUSR1 or Ctrl-C stopped the run and everything is saved.
     """
     trainer = trainer or kind.trainer
     flush_denormals()
@@ -157,7 +156,7 @@ def _prepared(
 
 
 def _torchrun_worker(trainer: type[Trainer], options: RunOptions, args: argparse.Namespace) -> int:
-    """Check the run in the first process, whose word the others take."""
+    """Check the run in the first process, and do the work of this one if the check succeeded."""
     with ExitStack() as stack:
         status, resumed, output = 0, False, None
         if comm.is_main_process():
@@ -174,7 +173,7 @@ def _torchrun_worker(trainer: type[Trainer], options: RunOptions, args: argparse
 
 
 def _ended(status: int, output: OutputFolder | None) -> int:
-    """Let a mistake that was found late leave nothing behind that would refuse the next run."""
+    """Clean the output folder after a late usage error, so that the next run is not refused."""
     if status == 2 and output is not None:
         output.discard()
     return status
@@ -236,7 +235,7 @@ def _print_once(error: Exception) -> int:
 
 
 def begin_run(options: RunOptions) -> None:
-    """Log what runs where, and seed what is random before the first step."""
+    """Log the environment and the config, and seed the random numbers before the first step."""
     logger.info("Environment:\n%s", collect_env_info())
     logger.info("Config:\n%s", options.dump())
     seed_all_rng(None if options.seed < 0 else options.seed + comm.get_rank())
@@ -247,7 +246,7 @@ def begin_run(options: RunOptions) -> None:
 
 
 def run_command(main: Callable[[], int | None]) -> int:
-    """Carry out a command of tools/, whatever the locale, and end it without a traceback.
+    """Run the main function of a command in UTF-8 and print usage errors without a traceback.
 
     In a locale that is not UTF-8 the command starts again in Python's UTF-8 mode, for libraries
     open text files in the encoding of the locale. Characters that the terminal does not have are
@@ -257,8 +256,8 @@ def run_command(main: Callable[[], int | None]) -> int:
         main: reads the command line and returns the exit status; None is 0.
 
     Returns:
-        int: the exit status: that of ``main``, 2 after a mistake, which is printed in one sentence,
-        130 after Ctrl-C, and that of the signal where one stopped a training.
+        int: the exit status: the one that ``main`` returns, 2 after a usage error, which is printed
+        as one sentence, 130 after Ctrl-C, or the status of the signal that stopped a training.
     """
     if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode:
         os.environ["PYTHONUTF8"] = "1"  # for the processes that it starts
@@ -278,8 +277,8 @@ def run_command(main: Callable[[], int | None]) -> int:
 
 
 _LAZY_EPILOG = """
-Values of the config are overridden by key=value, as in train.max_iter=1000; a + before the key adds
-one that the config does not have, as in +model.box_reg_loss_type=giou.
+Override values of the config with key=value, for example train.max_iter=1000. A + before the key
+adds a key that the config does not have, for example +model.box_reg_loss_type=giou.
 """
 
 
@@ -295,7 +294,7 @@ def argument_parser(
     Returns:
         argparse.ArgumentParser: beside detectron2's flags, ``--train`` and ``--test`` name a
         COCO-format json and its image folder, or ``--data`` and ``--holdout`` the images of a
-        classifier, and ``--overwrite`` allows to write over a run. ``--resume`` gives "always" and
+        classifier, and ``--overwrite`` removes an earlier run. ``--resume`` gives "always" and
         ``--resume auto`` gives "auto"; without it, ``resume`` is None.
     """
     base = default_argument_parser()
@@ -311,43 +310,44 @@ def argument_parser(
         "--num-gpus",
         type=positive_int,
         default=1,
-        help="processes on this machine, each with a GPU of its own unless it runs on the CPU",
+        help="number of processes on this machine; each of them uses one GPU, or the CPU",
     )
     parser.add_argument(
-        "--num-machines", type=positive_int, default=1, help="machines that take part"
+        "--num-machines", type=positive_int, default=1, help="number of machines of the run"
     )
     parser.add_argument(
         "--resume",
         choices=("always", "auto"),
         metavar="[auto]",
-        help="continue the run in the output folder, which must hold a checkpoint; with auto, as "
-        "for jobs that are preempted and started again, begin the run if it holds none",
+        help="continue the run in the output folder, which must contain a checkpoint; with auto, "
+        "start a new run if there is no checkpoint, for jobs that are preempted and restarted",
     )
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="remove what an earlier run left in the output folder; without it, that is an error",
+        help="remove the files of an earlier run from the output folder; without this flag, they "
+        "are an error",
     )
     parser.add_argument(
         "--dist-url",
         default="auto",
-        help="where the processes of several machines meet, as in tcp://host:port; those of one "
-        "machine find each other",
+        help="address at which the processes of several machines connect, for example "
+        "tcp://host:port; it is not needed for one machine",
     )
     if kind is CLASSIFIER:
         parser.add_argument(
             "--data",
             type=_folder,
             metavar="FOLDER",
-            help="folder with train/ and val/, in each a folder of images for each class, in place "
-            "of the config's data",
+            help="folder with train/ and val/, each with one folder of images for each class, "
+            "instead of the config's data",
         )
         parser.add_argument(
             "--holdout",
             type=_share,
             metavar="SHARE",
-            help="test on this share of each class of the training images, as in 0.04, always the "
-            "same ones, and train on the rest",
+            help="evaluate on this fraction of the training images of each class, for example "
+            "0.04, and train on the rest; the images are always the same",
         )
         return parser
     for split in ("train", "test"):
@@ -355,7 +355,7 @@ def argument_parser(
             f"--{split}",
             nargs=2,
             metavar=("JSON", "IMAGES"),
-            help=f"COCO-format json and image folder to {split} on, in place of the config's",
+            help=f"COCO-format json and image folder to {split} on, instead of the config's",
         )
     return parser
 
@@ -414,7 +414,7 @@ _COLOUR = re.compile("\x1b\\[[0-9;]*m")
 def log_to(
     folder: str | None, rank: int = 0, shown: Callable[[logging.LogRecord], bool] | None = None
 ) -> None:
-    """Send the log to the terminal and to a folder's log.txt, in place of where it went before.
+    """Send the log to the terminal and to log.txt in a folder, and nowhere else.
 
     Args:
         folder: folder of log.txt; None for the terminal alone.

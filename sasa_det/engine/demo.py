@@ -1,4 +1,4 @@
-"""The demonstration on handwritten digits: attention, from scratch and pretrained, and its twin."""
+"""The demo on handwritten digits: attention, from scratch and pretrained, and convolution."""
 
 import json
 import logging
@@ -51,7 +51,7 @@ def run_demo(
     Args:
         configs: the folder of the configs.
         output: folder to make; it receives results.md, results.json, curves.png, backbone.pth and,
-            for each model in a folder of its own, what training writes and detections.png.
+            for each model, a folder with the output of training and detections.png.
         opts: config overrides for the detectors, KEY VALUE pairs.
         classifier_opts: the same for the classifier.
 
@@ -74,7 +74,7 @@ def run_demo(
         cfg = load_config(str(configs / file), overrides)
         check_run(RunOptions.read(cfg), Trainer)
         if weights is not None:
-            # Which are yet to be made.
+            # The classifier is not trained yet.
             cfg.defrost()
             cfg.MODEL.WEIGHTS = str(weights)
             cfg.freeze()
@@ -108,7 +108,7 @@ def run_demo(
 
 
 def _train(label: str, cfg: CfgNode) -> tuple[Trainer, float]:
-    """Train a model; returns its trainer and the seconds that took."""
+    """Train a model; returns its trainer and the time in seconds."""
     options = RunOptions.read(cfg)
     with claim_output(options):
         log_to(cfg.OUTPUT_DIR, shown=_is_short)

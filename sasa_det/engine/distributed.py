@@ -1,4 +1,4 @@
-"""How the processes of a run share one model: copies of it, or shards of its parameters."""
+"""Distributed models: DDP, or FSDP2."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,17 +15,17 @@ from ..checkpoint.sharding import shard_like
 
 
 def distribute(model: nn.Module, *, shard: bool = False) -> nn.Module:
-    """Let the processes of the run train a model together, from the first one's weights.
+    """Wrap or shard a model for distributed training, with the weights of the first process.
 
     Args:
         model: on the device of this process.
-        shard: whether each process holds a shard of all parameters, gradients and optimizer state
-            (FSDP2), which takes less memory and more time, or a copy of all (DDP). The parameters
-            of a sharded model are others than before.
+        shard: whether to shard the parameters, gradients and optimizer state (FSDP2), which takes
+            less memory and more time, instead of keeping a copy in each process (DDP). Sharding
+            replaces the parameters of the model.
 
     Returns:
-        nn.Module: what to call for losses: ``model`` itself if it is sharded or there is one
-        process, and a wrapper otherwise.
+        nn.Module: the module that computes losses: ``model`` itself if it is sharded or there is
+        one process, and a wrapper otherwise.
     """
     if comm.get_world_size() == 1:
         return model
@@ -37,16 +37,16 @@ def distribute(model: nn.Module, *, shard: bool = False) -> nn.Module:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model in what :func:`distribute` returned."""
+    """Return the model without the wrapper of :func:`distribute`."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 @contextmanager
 def without_sync(model: nn.Module) -> Iterator[None]:
-    """Keep the gradients of a part of a batch to the process in a block.
+    """Do not exchange gradients in a block, for the parts of a batch.
 
-    Those of a sharded model are exchanged all the same: kept whole they would take the memory that
-    sharding saves.
+    The gradients of a sharded model are exchanged nevertheless: storing whole gradients would take
+    the memory that sharding saves.
     """
     with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
         yield
@@ -54,10 +54,10 @@ def without_sync(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Give each process all weights in a block, in which it may run the model without the others.
+    """Gather all weights in each process for a block, so that processes can run independently.
 
     Args:
-        model: sharded or not; no gradients may be computed in the block.
+        model: sharded or not. Gradients must not be computed in the block.
     """
     groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for group in groups:
@@ -77,7 +77,7 @@ def shard_optimizer_state(
     """Shard the whole tensors in an optimizer's state dict as its parameters are sharded."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     indices = [index for group in state["param_groups"] for index in group["params"]]
-    by_index = dict(zip(indices, parameters, strict=False))  # the optimizer tells what is wrong
+    by_index = dict(zip(indices, parameters, strict=False))  # the optimizer raises on a mismatch
     return {
         **state,
         "state": {
@@ -106,8 +106,8 @@ def _sharded(model: nn.Module) -> nn.Module:
 def _parts(model: nn.Module) -> list[nn.Module]:
     """List the parts of a detector whose weights are together at one time, inner ones first.
 
-    These are detectron2's stages of the backbone, the rest of it with the feature pyramid, and the
-    heads; what a model has beside them is a part of its own.
+    These are the stages of the backbone, the rest of the backbone with the FPN, and the heads. All
+    other parameters form one more part.
     """
     backbone = getattr(model, "backbone", None)
     stages = getattr(backbone, "bottom_up", backbone)

@@ -1,4 +1,4 @@
-"""What a run does beside its steps: signals, averages, checkpoints, evaluations."""
+"""Hooks: signals, moving averages, checkpoints, evaluation."""
 
 import logging
 import math
@@ -23,7 +23,7 @@ from .distributed import unwrapped
 
 logger = logging.getLogger(__name__)
 
-# Exit statuses: schedulers send SIGTERM or, some time ahead of it, SIGUSR1.
+# Exit statuses. Schedulers send SIGTERM or, some time before it, SIGUSR1.
 _STATUS = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
 
 # Ctrl-C in a terminal reaches a launched process twice: from the terminal and from the launcher.
@@ -31,9 +31,9 @@ _SAME_INTERRUPT_S = 0.5
 
 
 class StopTraining(BaseException):
-    """Training ends before its last iteration, with everything saved.
+    """Training stopped before its last iteration, and everything is saved.
 
-    It is not an Exception, like KeyboardInterrupt, so that it is not handled as a failure.
+    Like KeyboardInterrupt it is not an Exception, so that it is not handled as a failure.
 
     Attributes:
         status (int): exit status of the process.
@@ -70,10 +70,10 @@ class StopSignals:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raise StopTraining in this block as soon as a signal comes, but not in leaving it.
+        """Raise StopTraining in this block as soon as a signal arrives.
 
-        The exception may come between any two operations: the block must not change anything that
-        is saved afterwards.
+        The exception can interrupt any operation: the block must not change anything that is saved
+        afterwards.
         """
         try:
             if self.received is not None:
@@ -84,14 +84,14 @@ class StopSignals:
             self._at_once = False
 
     def between(self, items: Iterable[Any]) -> Iterator[Any]:
-        """Yield items, and raise StopTraining before the next one after a signal came."""
+        """Yield items, and raise StopTraining before the next one if a signal arrived."""
         for item in items:
             if self.received is not None:
                 self.stop()
             yield item
 
     def stop(self) -> None:
-        """Raise StopTraining for the signal, or for another process' one."""
+        """Raise StopTraining for the signal that this or another process received."""
         number = self.received or signal.SIGTERM
         raise StopTraining(f"{number.name} was received", _STATUS[number])
 
@@ -104,16 +104,16 @@ class StopSignals:
             if before is not None and now - before > _SAME_INTERRUPT_S:
                 raise KeyboardInterrupt
         if self._at_once:
-            # Only once: the clean-up after the first exception must not be interrupted.
+            # Only once: the cleanup after the exception must not be interrupted.
             self._at_once = False
             self.stop()
 
 
 class ModelEma:
-    """Exponential moving average of the weights that are trained.
+    """Exponential moving average of the trained weights.
 
     It starts with the weights of the first step, w_1, and becomes decay ema + (1 - decay) w_n
-    after step n. What is not trained, such as the statistics of batch norms, is not averaged.
+    after step n. The statistics of batch norms are not averaged.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -128,7 +128,7 @@ class ModelEma:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take a step's weights into the average."""
+        """Update the average with the weights of a step."""
         if not self._averages:
             self._averages = {n: p.detach().clone() for n, p in self._parameters.items()}
             return
@@ -137,7 +137,7 @@ class ModelEma:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Let the model have the averages in a block; it gets its weights back whatever happens."""
+        """Use the averages as the weights of the model in a block."""
         self._swap()
         try:
             yield
@@ -148,7 +148,7 @@ class ModelEma:
     def _swap(self) -> None:
         for name, average in self._averages.items():
             parameter = self._parameters[name]
-            # Not by their storage: that of a shard belongs to FSDP.
+            # The storage of a shard belongs to FSDP and is not exchanged.
             weight = parameter.detach().clone()
             parameter.copy_(average)
             average.copy_(weight)
@@ -157,7 +157,7 @@ class ModelEma:
         return {"decay": self.decay, "weights": dict(self._averages)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load averages; the decay stays that of this run.
+        """Load averages; the decay of this run is kept.
 
         Raises:
             ValueError: if they are of another model.
@@ -186,7 +186,7 @@ _PREFIX = "model_"
 
 
 class Checkpoints(HookBase):
-    """Saves the run every so often, at its end, and when it has to stop."""
+    """Saves checkpoints periodically, at the end of training, and when the run has to stop."""
 
     def __init__(self, checkpointer: Checkpointer, period: int, keep: int = 0, config: str = ""):
         """
@@ -208,12 +208,12 @@ class Checkpoints(HookBase):
             self.save_final()
 
     def save_final(self) -> None:
-        """Save the end of the run, in place of what was saved as such before."""
+        """Save model_final.pth, replacing an earlier one."""
         self.save("model_final")
         self._saved = self.trainer.iter
 
     def save_now(self) -> None:
-        """Save the iteration that was just done, unless it is saved already."""
+        """Save the current iteration, unless it is saved already."""
         if self._saved == self.trainer.iter:
             return
         self.save(f"{_PREFIX}{self.trainer.iter:07d}")
@@ -222,13 +222,13 @@ class Checkpoints(HookBase):
             self._checkpointer.remove_old(_PREFIX, self._keep)
 
     def save(self, name: str, tag: bool = True) -> None:
-        """Save under a name; all processes of a run call it, and wait for the one that writes.
+        """Save a checkpoint; all processes of the run must call this and wait for the first one.
 
-        A process that did not wait could end early, upon which the launcher would end the others.
+        If a process did not wait and ended, the launcher would terminate the one that writes.
 
         Args:
             name: of the file, without suffix.
-            tag: whether a resumed run goes on from it.
+            tag: whether a resumed run continues from it.
 
         Raises:
             CheckpointError: if a weight is not finite, or the file cannot be written; in all
@@ -258,10 +258,10 @@ class StopOnSignal(HookBase):
 
 
 class PreciseBN(hooks.PreciseBN):
-    """detectron2's hook, whose data loader is resumed, and which changes statistics only."""
+    """detectron2's PreciseBN, which resumes its data loader and only changes statistics."""
 
     def update_stats(self) -> None:
-        """Compute the statistics, and restore the old ones if the data cannot be read."""
+        """Compute the statistics, or restore the old ones if the data cannot be read."""
         modules = modules_with_loss_normalizer(unwrapped(self._model)).values()
         normalizers = [(module, module.loss_normalizer) for module in modules]
         norms = hooks.get_bn_modules(self._model)
@@ -286,7 +286,7 @@ class PreciseBN(hooks.PreciseBN):
 
 
 class BestMetric:
-    """The best value of a metric so far, and how long ago that was."""
+    """The best value of a metric, and the number of evaluations since then."""
 
     def __init__(self, name: str, mode: str = "max", patience: int = 0):
         """
@@ -300,10 +300,10 @@ class BestMetric:
         self.since = 0
 
     def update(self, metrics: dict[str, float]) -> bool:
-        """Take an evaluation's metrics and tell whether they hold a better value.
+        """Update with the metrics of an evaluation and return whether the value is better.
 
-        A metric that is not there, as a class's AP before anything is detected, or that is not
-        finite is no better.
+        A metric that is missing, for example the AP of a class before anything is detected, or not
+        finite does not count as better.
         """
         value = float(metrics.get(self.name, math.nan))
         sign = 1 if self.mode == "max" else -1
@@ -316,11 +316,11 @@ class BestMetric:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether patience is at its end."""
+        """Whether training should stop."""
         return 0 < self.patience <= self.since
 
     def describe(self) -> str:
-        """Say for how many evaluations there has been no better value."""
+        """Describe the evaluations since the best value."""
         if self.value is None:
             return f"{self.name} has had no finite value in {self.since} evaluations"
         return (
@@ -337,9 +337,9 @@ class BestMetric:
 
 
 class Evaluation(HookBase):
-    """Evaluates every so often and at the end, keeps the best weights and may stop the run.
+    """Evaluates periodically and at the end, saves the best checkpoint and stops early.
 
-    A run that was stopped before or in an evaluation begins with it.
+    A run that was stopped before or during an evaluation starts with it when it is resumed.
     """
 
     def __init__(
@@ -351,12 +351,11 @@ class Evaluation(HookBase):
     ):
         """
         Args:
-            period: iterations between two evaluations; 0 for one at the end.
-            evaluate: gives nested dicts of metrics; raises StopTraining where a signal interrupts
-                it, with the model as it was.
-            checkpoints: saves the best weights, the run if an evaluation is interrupted, and that
-                the last one was made.
-            best: the metric whose best value is kept, if any.
+            period: iterations between two evaluations; 0 evaluates at the end only.
+            evaluate: returns nested dicts of metrics; raises StopTraining if a signal interrupts
+                it, and leaves the model unchanged.
+            checkpoints: saves the best weights, an interrupted run, and the final state.
+            best: the metric whose best checkpoint is saved, if any.
         """
         self._period, self._evaluate = period, evaluate
         self._checkpoints, self._best = checkpoints, best
@@ -365,12 +364,12 @@ class Evaluation(HookBase):
     def before_train(self) -> None:
         done = self.trainer.start_iter
         if done > self._evaluated and self._is_due(done):
-            logger.info("No evaluation after %d iterations is on record: it comes first.", done)
-            # As it would have been: after the step, not before the next one.
+            logger.info("The evaluation after %d iterations is missing: it runs first.", done)
+            # It belongs to the last iteration, not to the next one.
             self.trainer.iter = self.trainer.storage.iter = done - 1
             self._run()
             self.trainer.iter = self.trainer.storage.iter = done
-        # It is saved already.
+        # The run is saved already.
         self._stop_if_exhausted(save=False)
 
     def after_step(self) -> None:
@@ -383,17 +382,16 @@ class Evaluation(HookBase):
 
     def _run(self) -> None:
         if comm.get_world_size() > 1:
-            # Not when a signal comes, which the processes hear of at different moments, and while
-            # some wait for others.
+            # Saving needs all processes, and a signal reaches them at different moments.
             self._checkpoints.save_now()
         try:
             results = self._evaluate()
         except StopTraining:
             self._checkpoints.save_now()
             raise
-        # Before anything is saved: the best weights are those of an evaluated state.
+        # Set before model_best.pth is saved, which is a state that was evaluated.
         self._evaluated = done = self.trainer.iter + 1
-        # Other processes than the main one have no results.
+        # Only the main process has results.
         if results:
             metrics = flatten_results_dict(results)
             self.trainer.storage.put_scalars(**metrics, smoothing_hint=False)

@@ -1,4 +1,4 @@
-"""Processes of a run: one, several on this machine, or those that torchrun started."""
+"""Launching the processes of a run: one, several on each machine, or torchrun's."""
 
 import datetime
 import gc
@@ -19,10 +19,10 @@ from ..utils.text import printable
 logger = logging.getLogger(__name__)
 
 _TIMEOUT = datetime.timedelta(minutes=30)
-# Begins the address of a store that the launching process holds.
+# The prefix of the address of a store in the launching process.
 _LOCAL_STORE = "store://127.0.0.1:"
 
-# Where the processes of the run that this one belongs to have met.
+# The store through which the processes of the run exchange values.
 _store: dist.Store | None = None
 
 
@@ -52,16 +52,16 @@ def launch(
 ) -> int:
     """Call a function in all processes of a run.
 
-    detectron2's own needs GPUs in release 0.6; this one serves CPUs as well, by gloo, joins what
-    torchrun started, and hands signals and exit statuses on.
+    detectron2's launch needs GPUs in release 0.6. This one runs on CPUs as well (gloo), joins the
+    processes that torchrun started, and passes on signals and exit statuses.
 
     Args:
         main: called with ``args``; returns an exit status.
-        num_processes: on this machine; torchrun's number goes before it.
-        num_machines: machines that take part.
-        machine_rank: number of this one.
-        dist_url: where the processes meet; "auto" for a free port of this machine, which those of
-            other machines do not find.
+        num_processes: number of processes on this machine, unless torchrun started them.
+        num_machines: number of machines.
+        machine_rank: rank of this machine.
+        dist_url: address at which the processes connect; "auto" for a free port of this machine,
+            if there is only one machine.
         device: "cuda" or "cpu".
         args: for ``main``; picklable where there are several processes.
 
@@ -71,7 +71,7 @@ def launch(
     if started_by_torchrun():
         local = int(os.environ["LOCAL_RANK"])
         store, rank, world_size = next(dist.rendezvous("env://"))
-        # The agent's store outlives a failed attempt, whose addresses nobody answers at any more.
+        # The store of torchrun's agent still holds the addresses of an attempt that failed.
         store = dist.PrefixStore(f"attempt_{_restarts()}", store)
         _join_group(store, rank, world_size, local, int(os.environ["LOCAL_WORLD_SIZE"]), device)
         try:
@@ -82,7 +82,7 @@ def launch(
     if world_size == 1:
         return main(*args)
     if dist_url == "auto":
-        # Here, where the system gives it a port that stays free until the processes have met.
+        # Opened here, so that no other program can take the port before the processes connect.
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         dist_url = f"{_LOCAL_STORE}{store.port}"
     first = machine_rank * num_processes
@@ -97,7 +97,7 @@ def launch(
 
 
 def _wait(context: multiprocessing.ProcessContext) -> int:
-    """Wait for the processes, which get the signals that come to this one."""
+    """Wait for the processes, and send them the signals that this process receives."""
 
     received = []
 
@@ -107,7 +107,7 @@ def _wait(context: multiprocessing.ProcessContext) -> int:
             if process.is_alive():
                 os.kill(process.pid, number)
 
-    # The processes take the Ctrl-C of a terminal, which goes to them as well, for the same one.
+    # A terminal sends Ctrl-C to the processes as well, which count the two signals as one.
     handed = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = {number: signal.signal(number, hand_on) for number in handed}
     try:
@@ -137,7 +137,7 @@ def _worker(
     device: str,
     args: tuple,
 ) -> None:
-    # Of what it starts in turn, as loaders of data: a spawned one would import everything anew.
+    # For the workers of data loaders: a spawned worker would import everything again.
     multiprocessing.set_start_method("fork", force=True)
     rank = first + local_rank
     if url.startswith(_LOCAL_STORE):
@@ -150,7 +150,7 @@ def _worker(
         status = main(*args)
     finally:
         _leave_group()
-    # A thread of a process group that frees a tensor while the interpreter ends aborts the process.
+    # If a thread of a process group frees a tensor during finalization, the process aborts.
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -160,11 +160,11 @@ def _worker(
 def _join_group(
     store: dist.Store, rank: int, world_size: int, local_rank: int, num_local: int, device: str
 ) -> None:
-    """Meet the other processes at a store."""
+    """Join the process group, whose processes connect through a store."""
     global _store
     _store = dist.PrefixStore("sasa_det", store)
-    # When the process that launched this one is killed, Linux stops this one as a scheduler would.
-    # torch asks for SIGINT, which may come twice: as from a person who does not want to wait.
+    # Linux sends SIGTERM to this process when its launcher is killed, so that it saves and ends.
+    # torch's own choice is SIGINT, which can arrive twice, and then ends the process at once.
     multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)
     on_gpu = device.startswith("cuda")
     if on_gpu:
@@ -181,18 +181,18 @@ def _join_group(
 
 
 def _leave_group() -> None:
-    """Close what connects this process to the others before the interpreter ends."""
+    """Destroy the process groups before the interpreter ends."""
     global _store
     _store = None
     dist.destroy_process_group()
-    # detectron2's references, without which the threads of the groups end here.
+    # detectron2 refers to the groups; without these references their threads end here.
     comm._LOCAL_PROCESS_GROUP = None
     comm._get_global_gloo_group.cache_clear()
     gc.collect()
 
 
 def first_to_say(text: str) -> bool:
-    """Tell whether no other process of the run has asked this of the same text."""
+    """Return whether this is the first process of the run that calls this with the text."""
     if _store is None:
         return True
     try:
@@ -202,11 +202,11 @@ def first_to_say(text: str) -> bool:
 
 
 def _make_local_group(num_local: int) -> None:
-    """Tell detectron2 which processes are on this machine."""
+    """Create detectron2's process group of each machine."""
     if hasattr(comm, "create_local_process_group"):
         comm.create_local_process_group(num_local)
         return
-    # Release 0.6 leaves that to its own launch().
+    # In release 0.6, this is a part of detectron2's launch().
     for first in range(0, dist.get_world_size(), num_local):
         group = dist.new_group(list(range(first, first + num_local)))
         if first <= dist.get_rank() < first + num_local:

@@ -1,4 +1,4 @@
-"""Ways to trade time for memory, and the other way round, in a model that is built already."""
+"""Options that change a model after it was built: memory, memory format, compilation."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,10 +14,10 @@ from ..errors import UsageError
 
 
 def apply_options(model: nn.Module, options: RunOptions) -> nn.Module:
-    """Change a model in place as ``MODEL.BN_DECAY`` and ``MODEL.CHANNELS_LAST`` etc. ask for.
+    """Apply ``MODEL.BN_DECAY``, ``MODEL.CHANNELS_LAST`` and the like to a model.
 
     Args:
-        model: as it was built.
+        model: the model, which is changed in place.
         options: of the run's config.
 
     Returns:
@@ -42,9 +42,9 @@ def apply_options(model: nn.Module, options: RunOptions) -> nn.Module:
 
 
 def checkpoint_stages(backbone: nn.Module, stages: Sequence[str]) -> None:
-    """Compute stages of a backbone again in the backward pass, in place of keeping activations.
+    """Compute stages of a backbone again in the backward pass instead of storing activations.
 
-    Results and the statistics of batch norms are those of plain training.
+    The results and the statistics of batch norms do not change.
 
     Args:
         backbone: a backbone or, with ``bottom_up``, a feature pyramid on one; changed in place.
@@ -75,7 +75,7 @@ def _contexts(stage: nn.Module):
 
 @contextmanager
 def _kept_statistics(stage: nn.Module) -> Iterator[None]:
-    """Undo what a second forward pass does to the running statistics of batch norms."""
+    """Restore the running statistics of batch norms after the second forward pass."""
     norms = [module for module in stage.modules() if isinstance(module, _BatchNorm)]
     buffers = [buffer for norm in norms for buffer in norm.buffers()]
     before = [buffer.clone() for buffer in buffers]
@@ -87,9 +87,9 @@ def _kept_statistics(stage: nn.Module) -> Iterator[None]:
 
 
 def compile_parts(model: nn.Module) -> None:
-    """Put backbone and heads through torch.compile, in place, which keeps the state dict's names.
+    """Compile the backbone and the heads in place; the names in the state dict do not change.
 
-    The code between them, which depends on the number of boxes, stays as it is.
+    The code between them depends on the number of boxes and is not compiled.
     """
     for name in ("backbone", "head", "proposal_generator", "roi_heads"):
         part = getattr(model, name, None)

@@ -1,4 +1,4 @@
-"""The optimizer, and which parameter learns at which rate and decays by how much."""
+"""The optimizer, and the learning rate and weight decay of each parameter."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from ..config.options import RunOptions
 from ..layers import AttentionStem, LocalSelfAttention2d
 from ..modeling import Classifier
 
-# Learned embeddings are no weights of a linear map: like norms they do not decay.
+# Learned embeddings are not weights of a linear layer: like norms, they do not decay.
 _EMBEDDINGS = ("rel_rows", "rel_cols", "row_embedding", "col_embedding", "mixture_embedding")
 
 
@@ -47,8 +47,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     else:
         raise ValueError(f"SOLVER.OPTIMIZER must be 'SGD' or 'AdamW', got {solver.OPTIMIZER!r}.")
     optimizer = with_clipping(optimizer, RunOptions.read(cfg))
-    # One kernel for all parameters takes a tenth of the time of PyTorch's default on a CPU. PyTorch
-    # has none for shards under SGD.
+    # The fused kernel takes a tenth of the time of PyTorch's default on a CPU. PyTorch has no fused
+    # SGD for shards.
     return optimizer(params, lr=solver.BASE_LR, fused=not cfg.MODEL.FSDP, **options)
 
 
@@ -94,11 +94,11 @@ def parameter_groups(
 
 
 def max_gradient_norm(options: RunOptions) -> float | None:
-    """Return what the norm of all gradients together is clipped to, or None.
+    """Return the norm to which all gradients together are clipped, or None.
 
     Args:
-        options: ``clip_type`` "full_model" asks for it; "value" and "norm", which are detectron2's,
-            clip each parameter's gradient on its own.
+        options: it is clipped with ``clip_type`` "full_model". detectron2's "value" and "norm" clip
+            the gradient of each parameter separately.
     """
     full_model = options.clip_enabled and options.clip_type == "full_model"
     return options.clip_value if full_model else None
@@ -107,7 +107,7 @@ def max_gradient_norm(options: RunOptions) -> float | None:
 def with_clipping(
     optimizer: torch.optim.Optimizer | type[torch.optim.Optimizer], options: RunOptions
 ) -> Any:
-    """Let an optimizer or its class clip each parameter's gradient, if a run's options say so."""
+    """Add detectron2's gradient clipping to an optimizer or its class, if it is enabled."""
     if max_gradient_norm(options) is not None:
         return optimizer  # the training loop clips
     clip = {
@@ -121,7 +121,7 @@ def with_clipping(
 
 
 def _logit_weights(model: nn.Module) -> set[nn.Parameter]:
-    """Collect the weights of all that makes logits: of attention, and of classes."""
+    """Collect the weights that compute logits, of attention and of classes."""
     weights = set()
     for module in model.modules():
         if isinstance(module, (LocalSelfAttention2d, AttentionStem)):

@@ -1,4 +1,4 @@
-"""Output folders: one run at a time, which is resumed or begins anew."""
+"""Output folders: the lock, resuming and overwriting."""
 
 import errno
 import fcntl
@@ -21,7 +21,7 @@ from .writers import WANDB_ID
 
 logger = logging.getLogger(__name__)
 
-# What a file system without locks answers.
+# The errors of file systems without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 _locks: set[int] = set()
@@ -94,7 +94,7 @@ def _acquire(lock: int, folder: str | os.PathLike) -> None:
     os.write(lock, f"process {os.getpid()} on {socket.gethostname()} since {start}".encode())
 
 
-# What --resume asks for: to continue a run, to continue it if there is one, or to begin one.
+# The value of --resume: continue a run, continue it if there is a checkpoint, or start one.
 Resume = Literal["always", "auto"] | None
 
 # What evaluation writes into an output folder, and what training writes as well.
@@ -162,13 +162,13 @@ def claim_output(
     Args:
         options: of the run.
         eval_only: whether the run evaluates without training.
-        resume: what ``--resume`` asks for.
+        resume: the value of ``--resume``.
         overwrite: whether files of an earlier run may be removed.
         leader: False in the other commands of a run of several commands, as one for each machine,
             which leave the folder to the first.
 
     Yields:
-        OutputFolder: the folder; :meth:`OutputFolder.clear` is yet to be called.
+        OutputFolder: the folder, in which the caller has to call :meth:`OutputFolder.clear`.
 
     Raises:
         UsageError: if another run has the folder, it cannot be written to, or it holds a run that
@@ -226,11 +226,11 @@ def _check_output(
 
 
 def is_resumed(options: RunOptions, resume: Resume) -> bool:
-    """Tell whether a run goes on from a checkpoint of its output folder.
+    """Return whether a run continues from a checkpoint in its output folder.
 
     Args:
         options: of the run, whose output folder need not exist.
-        resume: what ``--resume`` asks for.
+        resume: the value of ``--resume``.
 
     Raises:
         UsageError: if there is no checkpoint and a run must be resumed.

@@ -1,4 +1,4 @@
-"""Lengths in epochs, and the learning rate of a batch and of an iteration."""
+"""Lengths in epochs, learning rate scaling and learning rate schedules."""
 
 import logging
 
@@ -105,15 +105,15 @@ def warmup_scheduler(
     warmup_factor: float = 0.001,
     warmup_method: str = "linear",
 ) -> WarmupParamScheduler:
-    """Let a schedule begin with a warmup of some iterations, as yaml configs do; for LazyConfigs.
+    """Add a warmup in iterations to a schedule, as yaml configs do; for LazyConfigs.
 
     Args:
-        scheduler: of the rate without warmup.
+        scheduler: the schedule without warmup.
         max_iter: iterations of the run.
-        warmup_iters: those of the warmup.
+        warmup_iters: iterations of the warmup.
         warmup_epochs: the same in epochs, which :class:`sasa_det.engine.Trainer` turns into
-            ``warmup_iters``; 0 leaves it at that.
-        warmup_factor: what the rate begins with, as a factor.
+            ``warmup_iters``; 0 uses ``warmup_iters``.
+        warmup_factor: factor of the learning rate at the start.
         warmup_method: "linear" or "constant".
     """
     length = min(warmup_iters / max_iter, 1.0)
@@ -123,8 +123,8 @@ def warmup_scheduler(
 class LearningRate(HookBase):
     """Sets the learning rate of the next step.
 
-    It follows from the iteration and the config alone, so that nothing of it is saved, and a run
-    resumed with another rate has the other rate.
+    The rate depends on the iteration and the config only. It is not saved, so that a run can be
+    resumed with another rate.
     """
 
     def __init__(self, scheduler: LRScheduler):

@@ -1,4 +1,4 @@
-"""How models are fed and evaluated: detectors of yaml and of LazyConfigs, and classifiers."""
+"""Data loading and evaluation of detectors, of their LazyConfigs, and of classifiers."""
 
 import inspect
 import os
@@ -32,10 +32,10 @@ from ..evaluation.coco import coco_evaluator, coco_metrics
 
 
 class Task(ABC):
-    """How the model of a config is fed and evaluated.
+    """Data loading and evaluation for the model of a config.
 
     Attributes:
-        evaluator_type: what data sets to test on have as their ``evaluator_type``.
+        evaluator_type: the ``evaluator_type`` of its data sets.
     """
 
     evaluator_type: str
@@ -58,7 +58,7 @@ class Task(ABC):
 
     @abstractmethod
     def check_data(self, names: Sequence[str], training: bool) -> None:
-        """Look at the files of data sets that are trained or tested on."""
+        """Check the files of data sets to train or to test on."""
 
     @abstractmethod
     def check_mapper(self, is_train: bool) -> None:
@@ -140,7 +140,7 @@ class Detection(Task):
 class LazyDetection(Detection):
     """Detectors of LazyConfigs, whose loaders, mappers and evaluators are made by calls."""
 
-    fixed_size = 0  # the augmentations do not tell
+    fixed_size = 0  # not known from the augmentations
 
     def check_mapper(self, is_train: bool) -> None:
         loaders = self.cfg.dataloader

@@ -1,4 +1,4 @@
-"""One step of training: accumulated, clipped, checked, and the same in every run."""
+"""One training step: gradient accumulation, clipping, checks, and reproducible random numbers."""
 
 import logging
 import time
@@ -23,7 +23,7 @@ from .hooks import StopSignals
 
 logger = logging.getLogger(__name__)
 
-# Set apart the random numbers of the steps from those of the data.
+# Separates the random numbers of the steps from the random numbers of the data.
 _STEP = 1
 
 _SHOWN = 8
@@ -34,11 +34,11 @@ class NonFiniteError(FloatingPointError):
 
 
 class StepTrainer(SimpleTrainer):
-    """detectron2's simple trainer for runs that stop, resume and must not go wrong unseen.
+    """detectron2's SimpleTrainer with gradient accumulation, finite checks and exact resuming.
 
-    A batch may go through the model in parts, whose gradients are accumulated. All gradients are
-    there and finite before the optimizer steps. Every step draws its random numbers from the seed,
-    its number and the process' rank, so that a resumed run needs no state of the generators.
+    The gradients of all parts of a batch are computed and checked before the optimizer steps. The
+    random numbers of a step depend on the seed, the iteration and the rank only, so that a resumed
+    run does not need the state of the generators.
     """
 
     def __init__(
@@ -56,15 +56,13 @@ class StepTrainer(SimpleTrainer):
         """
         Args:
             model: returns a dict of losses for a batch; put into training mode.
-            data_loader: gives the parts of the batches; one with ``state_dict`` goes on where it
-                stopped.
+            data_loader: yields the parts of the batches; if it has a ``state_dict``, it is resumed.
             optimizer: of the model's parameters.
-            seed: what all random numbers of the run follow from, not negative.
-            accumulation_steps: parts of a batch.
-            precision: torch.float16 or torch.bfloat16 to compute in under autocast; None for the
-                parameters' own.
-            max_norm: norm that all gradients together are clipped to; None for no clipping.
-            signals: asked after every step whether to stop.
+            seed: seed of all random numbers of the run, not negative.
+            accumulation_steps: number of parts of a batch.
+            precision: dtype of autocast, torch.float16 or torch.bfloat16; None disables autocast.
+            max_norm: norm to which all gradients together are clipped; None disables clipping.
+            signals: whose signals the processes compare after every step.
         """
         super().__init__(model, data_loader, optimizer)
         self.seed = seed
@@ -78,7 +76,7 @@ class StepTrainer(SimpleTrainer):
         self.grad_scaler = torch.amp.GradScaler(self._device.type, enabled=scaled)
 
     def run_step(self) -> None:
-        """Train on one batch; raises NonFiniteError, before the optimizer steps, if it must not."""
+        """Train on one batch; raises NonFiniteError before the optimizer steps."""
         seed_everything(self.seed, _STEP, self.iter, comm.get_rank())
         self.optimizer.zero_grad()
         losses, batches, data_time = self._accumulate()

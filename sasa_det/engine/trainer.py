@@ -57,13 +57,13 @@ _PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Trainer(DefaultTrainer):
-    """detectron2's default trainer with runs that resume bit for bit and fail loudly.
+    """detectron2's DefaultTrainer with exact resuming, moving averages and checks.
 
     Attributes:
-        options (RunOptions): what the engine reads of the config, with all that depends on data and
-            processes worked out: the seed, schedules in iterations, the learning rate of the batch.
+        options (RunOptions): the options of the run, with the final seed, lengths in iterations and
+            learning rate.
         cfg (CfgNode): the config with the same values.
-        signals (StopSignals): asks the run to stop.
+        signals (StopSignals): the signals that stop the run.
         ema (ModelEma or None): moving average of the weights.
     """
 
@@ -77,7 +77,7 @@ class Trainer(DefaultTrainer):
             UsageError: if warmup or steps of the learning rate lie beyond the end, or
                 ``TEST.BEST_METRIC`` names a loss that the model does not have.
         """
-        # Not DefaultTrainer's, which builds everything its own way.
+        # Not the constructor of DefaultTrainer, which builds another data loader and optimizer.
         TrainerBase.__init__(self)
         options = RunOptions.read(cfg)
         follow_classes([*options.train, *options.test])
@@ -148,10 +148,10 @@ class Trainer(DefaultTrainer):
             chain.append(EmaUpdate(self.ema))
         if options.precise_bn and hooks.get_bn_modules(self.model):
             chain.append(self._precise_bn())
-        # Saved before it is evaluated: what evaluation fails on can then be looked at.
+        # Checkpoints come first, so that they exist if the evaluation fails.
         chain += [checkpoints, evaluation]
         if comm.is_main_process():
-            # After evaluation, whose metrics they write.
+            # They write the metrics of the evaluation.
             chain.append(MetricWriters(self.build_writers, options.output_dir))
         return [*chain, StopOnSignal(self.signals, checkpoints)]
 
@@ -182,7 +182,7 @@ class Trainer(DefaultTrainer):
                 self._save_last_step()
                 raise
         results = getattr(self, "_last_eval_results", {})
-        # A run that had finished before evaluates nothing.
+        # A finished run that is resumed has no results.
         if results and self.options.expected_results and comm.is_main_process():
             verify_results(self.cfg, results)
         return results
@@ -193,8 +193,8 @@ class Trainer(DefaultTrainer):
         self._in_step = False
 
     def _save_last_step(self) -> None:
-        """Save what was done before data failed, where the other processes need not take part."""
-        # The images of evaluation and of batch norms' statistics are read after a step.
+        """Save the last complete step after a data error in a run of one process."""
+        # Images are also read after a step, by evaluation and for the statistics of batch norms.
         done = self.iter - self._in_step
         if comm.get_world_size() == 1 and done >= self.start_iter:
             self.iter = done
@@ -204,7 +204,7 @@ class Trainer(DefaultTrainer):
         return list(MetadataCatalog.get(self.options.train[0]).get("thing_classes", ()))
 
     def _evaluate(self) -> dict[str, Any]:
-        # Training's own module: evaluation needs no gradients to be exchanged.
+        # Without the wrapper of training, which exchanges gradients.
         model = self.checkpointer.model
         results = self._test(model)
         if self.ema is not None:
@@ -225,7 +225,7 @@ class Trainer(DefaultTrainer):
         return results
 
     def _test(self, model: nn.Module, evaluators=None) -> dict[str, Any]:
-        """Evaluate, which changes no weight, until a signal comes."""
+        """Evaluate until a signal arrives; evaluation does not change weights."""
         with self.signals.at_once():
             return dict(self.test(self.cfg, model, evaluators))
 
@@ -263,8 +263,8 @@ class Trainer(DefaultTrainer):
 
         Args:
             cfg: the config of the run.
-            model: is set to evaluate, and afterwards as it was.
-            evaluators: one for each data set; those of :meth:`build_evaluator` if None.
+            model: evaluated in eval mode; its mode is restored afterwards.
+            evaluators: one for each data set; :meth:`build_evaluator` builds them if None.
 
         Returns:
             dict: the results, by data set if there are several; empty except in the first process.
@@ -307,7 +307,7 @@ class Trainer(DefaultTrainer):
         """Load what :meth:`state_dict` gave, or detectron2's trainer.
 
         Raises:
-            DatasetError: if the training data are others than those of the state.
+            DatasetError: if the state is from other training data.
         """
         classes = state_dict.get("classes", self._class_names())
         if classes != self._class_names():
@@ -323,7 +323,7 @@ class Trainer(DefaultTrainer):
 
 
 class LazyTrainer(Trainer):
-    """The trainer whose model, data, optimizer and schedule are made by a LazyConfig's calls."""
+    """The trainer of LazyConfigs, whose calls build the model, the data and the optimizer."""
 
     @classmethod
     def build_model(cls, cfg: DictConfig) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Where the metrics of a run are written."""
+"""Writers of the metrics of a run: metrics.json, the terminal, Weights & Biases."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from ..utils.files import write_text
 
 
 class MetricWriters(PeriodicWriter):
-    """detectron2's hook, with writers that begin where a resumed run does."""
+    """detectron2's PeriodicWriter, which continues the metrics of a resumed run."""
 
     def __init__(self, build: Callable[[], list[EventWriter]], folder: str, period: int = 20):
         """
@@ -112,7 +112,7 @@ WANDB_ID = "wandb_id"
 class WandbRun(EventWriter):
     """Lets TensorBoard's scalars go to Weights & Biases as well, until it is closed.
 
-    To be made before TensorBoard's writer. A resumed run goes on in the same place.
+    It must be created before TensorBoard's writer. A resumed run continues the same wandb run.
     """
 
     def __init__(self, options: RunOptions):

@@ -8,7 +8,7 @@ import torch
 
 
 def processor_name() -> str:
-    """Return the processor's model name as Linux tells it, else its architecture."""
+    """Return the model name of the processor, or its architecture if it is not known."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -23,7 +23,7 @@ def abbreviated_list(names: Sequence[object], most: int) -> str:
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Escape what in a text would steer a terminal in place of being shown.
+    """Escape the characters of a text that would control a terminal.
 
     Args:
         text: what may hold names from data.
