@@ -89,8 +89,8 @@ class ClassificationMapper:
         if self.scaled_side**2 * longer > self.max_pixels * shorter:
             raise ImageError(
                 f"image {path} has {image.width} x {image.height} pixels, which are more than the "
-                f"{self.max_pixels:,} that INPUT.MAX_PIXELS allows when its shorter side is scaled "
-                f"to {self.scaled_side}",
+                f"{self.max_pixels:,} that max_pixels (INPUT.MAX_PIXELS) allows when its shorter "
+                f"side is scaled to {self.scaled_side}",
                 path,
             )
         pixels = self.transform(image)

@@ -60,7 +60,7 @@ UNKNOWN_REFERENCE = _error("annotations of unknown images or categories")
 # Image files.
 UNSAFE_FILE = _error("file names that lead out of the image folder")
 MISSING_FILE = _error("missing image files")
-TOO_LARGE = _error("images of more pixels than INPUT.MAX_PIXELS")
+TOO_LARGE = _error("images of more pixels than max_pixels (INPUT.MAX_PIXELS)")
 UNREADABLE = _error("unreadable images")
 # Annotations.
 NEGATIVE_ID = _error("annotations of negative id", training=False)
@@ -103,9 +103,11 @@ BOX_MODE = _suspicion(
 # Masks.
 BAD_MASK = _error("unusable segmentations")
 UNUSED_MASK = _warning("unusable segmentations", "left alone, because masks are not used")
-MISSING_MASK = _error("annotations without the mask that MODEL.MASK_ON needs")
+MISSING_MASK = _error("annotations without the mask that use_instance_mask (MODEL.MASK_ON) needs")
 MISSING_MASK_FOR_AP = _error("annotations without the mask that mask AP needs", training=False)
-MASK_NOT_POLYGON = _error("RLE masks under INPUT.MASK_FORMAT polygon", training=True)
+MASK_NOT_POLYGON = _error(
+    "RLE masks under instance_mask_format (INPUT.MASK_FORMAT) polygon", training=True
+)
 BAD_POLYGON = _warning("polygons of fewer than 6 or an odd count of numbers", "left out of masks")
 NO_POLYGON = _warning(
     "annotations without a usable polygon",
@@ -114,11 +116,13 @@ NO_POLYGON = _warning(
 )
 EMPTY_MASK = _warning(
     "masks without a pixel in their image",
-    "training with INPUT.MASK_FORMAT bitmask drops them",
+    "training with instance_mask_format (INPUT.MASK_FORMAT) bitmask drops them",
     left_out_with=("bitmask",),
 )
 # Keypoints.
-BAD_KEYPOINTS = _error("annotations without the keypoints that MODEL.KEYPOINT_ON needs")
+BAD_KEYPOINTS = _error(
+    "annotations without the keypoints that use_keypoint (MODEL.KEYPOINT_ON) needs"
+)
 BAD_KEYPOINTS_FOR_AP = _error("annotations that keypoint AP cannot use", training=False)
 UNUSED_KEYPOINTS = _warning("unusable keypoints", "left alone, because keypoints are not used")
 NO_VISIBLE_KEYPOINT = _warning(

@@ -29,7 +29,7 @@ def mask_problems(
     if not segmentation:
         if mask_format:
             kind = problems.MISSING_MASK_FOR_AP if is_crowd else problems.MISSING_MASK
-            yield kind, "lacks 'segmentation'; masks are trained (MODEL.MASK_ON)"
+            yield kind, "lacks 'segmentation', which use_instance_mask (MODEL.MASK_ON) needs"
         return
     kind, clause = mask_problem(segmentation, size) or (None, "")
     if not mask_format:
@@ -43,7 +43,8 @@ def mask_problems(
     if kind == problems.BAD_MASK:
         return
     if mask_format == "polygon" and isinstance(segmentation, dict) and not is_crowd:
-        yield problems.MASK_NOT_POLYGON, "has an RLE mask; set INPUT.MASK_FORMAT bitmask"
+        clause = "has an RLE mask; set instance_mask_format (INPUT.MASK_FORMAT) to bitmask"
+        yield problems.MASK_NOT_POLYGON, clause
     if kind and size and isinstance(segmentation, list):
         try:
             frPyObjects(segmentation, *size)

@@ -124,7 +124,7 @@ def _check_header(path: str, image: Image.Image, file: BinaryIO, max_pixels: int
     if width * height > max_pixels:
         raise ImageError(
             f"image {path} has {width} x {height} pixels, more than the {max_pixels:,} that "
-            "INPUT.MAX_PIXELS allows",
+            "max_pixels (INPUT.MAX_PIXELS) allows",
             path,
         )
     if _is_deep(image, file):
@@ -216,16 +216,22 @@ class UnreadableImages:
             ValueError: if the limit is negative, or the fraction not within [0, 1].
         """
         if limit < 0:
-            raise ValueError(f"DATALOADER.SKIP_UNREADABLE must be >= 0, got {limit}")
+            raise ValueError(
+                f"max_unreadable (DATALOADER.SKIP_UNREADABLE) must be >= 0, got {limit}"
+            )
         if not 0 <= fraction <= 1:
             raise ValueError(
-                f"DATALOADER.SKIP_UNREADABLE_FRACTION must be within [0, 1], got {fraction}"
+                "max_unreadable_fraction (DATALOADER.SKIP_UNREADABLE_FRACTION) must be within "
+                f"[0, 1], got {fraction}"
             )
         share = int(fraction * num_images)
         self.limit = max(limit, share)
-        self.source = "DATALOADER.SKIP_UNREADABLE"
+        self.source = "max_unreadable (DATALOADER.SKIP_UNREADABLE)"
         if share > limit:
-            self.source += f"_FRACTION {fraction:g} of {num_images:,} images"
+            self.source = (
+                "max_unreadable_fraction (DATALOADER.SKIP_UNREADABLE_FRACTION) "
+                f"{fraction:g} of {num_images:,} images"
+            )
         self.paths: list[str] = []
         self.unshared: list[str] = []
 
@@ -261,7 +267,11 @@ class UnreadableImages:
             )
         self.paths.append(path)
         logger.warning(
-            "Skipped: %s (%d of at most %d, %s)", message, len(self.paths), self.limit, self.source
+            "Skipped: %s; %d of at most %d that %s allows",
+            message,
+            len(self.paths),
+            self.limit,
+            self.source,
         )
 
 

@@ -224,7 +224,7 @@ class TrainLoader:
             raise DatasetError(
                 "the training data are not those that the checkpoint was trained on: images, boxes "
                 "or classes have changed, or their order; give the old data, or begin another run "
-                "with the checkpoint as MODEL.WEIGHTS"
+                "that starts from the weights of the checkpoint (MODEL.WEIGHTS)"
             )
         self.seed = state["seed"]
         self._yielded = state["images"] // self.batch_size * self.parts
@@ -236,8 +236,8 @@ def check_shares(batch_size: int, num_processes: int, parts: int) -> None:
     shares = num_processes * parts
     if batch_size % shares:
         raise ValueError(
-            "SOLVER.IMS_PER_BATCH must be a multiple of the number of processes times "
-            f"SOLVER.ACCUMULATION_STEPS, which is {shares}, got {batch_size}."
+            "total_batch_size (SOLVER.IMS_PER_BATCH) must be a multiple of the number of processes "
+            f"times parts (SOLVER.ACCUMULATION_STEPS), which is {shares}, got {batch_size}."
         )
 
 
@@ -406,8 +406,8 @@ def sampled_epochs(
         indices = RepeatFactorTrainingSampler(factors, seed=0)._get_epoch_indices
     else:
         raise ValueError(
-            "DATALOADER.SAMPLER_TRAIN must be TrainingSampler or RepeatFactorTrainingSampler, got "
-            f"{sampler}."
+            "sampler (DATALOADER.SAMPLER_TRAIN) must be TrainingSampler or "
+            f"RepeatFactorTrainingSampler, got {sampler}."
         )
 
     def epochs(seed: int) -> Iterator[Tensor]:

@@ -268,7 +268,7 @@ class _Walk:
             self._files[index] = valid
         if size and size[0] * size[1] > self._max_pixels:
             clause = f"has {size[1]} x {size[0]} pixels, more than the {self._max_pixels:,} that "
-            yield problems.TOO_LARGE, clause + "INPUT.MAX_PIXELS allows"
+            yield problems.TOO_LARGE, clause + "max_pixels (INPUT.MAX_PIXELS) allows"
 
     def _annotation(self, index: int, entry: dict, valid: dict) -> list[Finding]:
         size, is_crowd = None, valid.get("iscrowd") == 1

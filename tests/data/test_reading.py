@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import re
 import struct
 import zlib
 
@@ -56,7 +57,10 @@ FAULTS = {
     ),
     "header.png": (lambda path: png(path, 60, 40), "cannot be read: image file is truncated"),
     "bomb.png": (lambda path: png(path, 20000, 20000), "has 20000 x 20000 pixels, more than"),
-    "large.png": (lambda path: png(path, 10001, 10000), "more than the 100,000,000 that INPUT.MAX"),
+    "large.png": (
+        lambda path: png(path, 10001, 10000),
+        "more than the 100,000,000 that max_pixels (INPUT.MAX_PIXELS) allows",
+    ),
     "other.png": (
         lambda path: Image.fromarray(PIXELS[:, :50]).save(path),
         "has 50 x 40 pixels, but its annotations are for 60 x 40",
@@ -158,6 +162,10 @@ def test_error_survives_the_way_between_processes():
     assert (str(copy), copy.path) == ("image a.png is empty", "a.png")
 
 
+LIMIT = "max_unreadable (DATALOADER.SKIP_UNREADABLE)"
+FRACTION = "max_unreadable_fraction (DATALOADER.SKIP_UNREADABLE_FRACTION)"
+
+
 def test_no_image_is_skipped_by_default():
     met = error("a.png")
     with pytest.raises(ImageError) as raised:
@@ -171,15 +179,14 @@ def test_images_are_skipped_up_to_the_limit_each_counted_once(caplog):
         for name in ("a.png", "a.png", "b.png", "a.png"):
             unreadable.skip(error(name))
     assert caplog.messages == [
-        "Skipped: image a.png is empty (1 of at most 2, DATALOADER.SKIP_UNREADABLE)",
-        "Skipped: image b.png is empty (2 of at most 2, DATALOADER.SKIP_UNREADABLE)",
+        f"Skipped: image a.png is empty; 1 of at most 2 that {LIMIT} allows",
+        f"Skipped: image b.png is empty; 2 of at most 2 that {LIMIT} allows",
     ]
     assert unreadable.paths == ["a.png", "b.png"]
     with pytest.raises(DatasetError) as raised:
         unreadable.skip(error("c.png"))
     assert str(raised.value) == (
-        "image c.png is empty, after the 2 that DATALOADER.SKIP_UNREADABLE allows to skip: "
-        "a.png, b.png"
+        f"image c.png is empty, after the 2 that {LIMIT} allows to skip: a.png, b.png"
     )
 
 
@@ -191,7 +198,7 @@ def test_what_other_processes_skip_counts_too(caplog):
         unreadable.merge(["a.png", "b.png"])
     assert unreadable.paths == ["a.png", "b.png"] and unreadable.unshared == ["a.png"]
     assert caplog.messages[1:] == [
-        "Skipped: image b.png (by another process) (2 of at most 3, DATALOADER.SKIP_UNREADABLE)"
+        f"Skipped: image b.png (by another process); 2 of at most 3 that {LIMIT} allows"
     ]
     with pytest.raises(DatasetError, match="d.png .by another process., after the 3 .*a.png, b.pn"):
         unreadable.merge(["c.png", "d.png"])
@@ -212,21 +219,19 @@ def test_more_than_a_fraction_ends_with_the_list(caplog):
             unreadable.skip(error(f"{number}.png"))
         with pytest.raises(DatasetError) as raised:
             unreadable.skip(error("last.png"))
-    assert "1 of at most 12, DATALOADER.SKIP_UNREADABLE_FRACTION 0.01 of" in caplog.messages[0]
+    assert f"; 1 of at most 12 that {FRACTION} 0.01 of 1,299 images allows" in caplog.messages[0]
     names = [f"{number}.png" for number in range(12)]
     assert str(raised.value) == (
-        "image last.png is empty, after the 12 that DATALOADER.SKIP_UNREADABLE_FRACTION 0.01 of "
-        f"1,299 images allows to skip: {', '.join(names[:10])} and 2 more"
+        f"image last.png is empty, after the 12 that {FRACTION} 0.01 of 1,299 images allows to "
+        f"skip: {', '.join(names[:10])} and 2 more"
     )
     assert caplog.messages[-1].splitlines()[1:] == [*names, "last.png"]
 
 
 def test_limits_out_of_range_are_refused():
-    with pytest.raises(ValueError, match=r"DATALOADER\.SKIP_UNREADABLE must be >= 0, got -1"):
+    with pytest.raises(ValueError, match=re.escape(f"{LIMIT} must be >= 0, got -1")):
         UnreadableImages(-1)
-    with pytest.raises(
-        ValueError, match=r"SKIP_UNREADABLE_FRACTION must be within \[0, 1\], got 2"
-    ):
+    with pytest.raises(ValueError, match=re.escape(f"{FRACTION} must be within [0, 1], got 2")):
         UnreadableImages(0, fraction=2, num_images=10)
 
 
