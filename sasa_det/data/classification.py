@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 from ..errors import ImageError
 from .images import MAX_PIXELS, read_rgb
-from .loader import TrainLoader, end_with_parent, loader_options, sampled_epochs
+from .loader import TrainLoader, end_with_parent, loader_options
 
 _FLIPS = {"horizontal": [v2.RandomHorizontalFlip()], "vertical": [v2.RandomVerticalFlip()]}
 _FLIPS["none"] = []
@@ -158,7 +158,6 @@ def build_classification_train_loader(cfg: CfgNode, seed: int | None = None) -> 
         build_mapper(cfg, is_train=True),
         batch_size=cfg.SOLVER.IMS_PER_BATCH,
         seed=max(cfg.SEED, 0) if seed is None else seed,
-        epochs=sampled_epochs(records),
         collate=collate_classification,
         **loader_options(cfg),
     )

@@ -29,16 +29,26 @@ from .mapper import build_train_mapper
 _ATTEMPTS = 100
 
 
-class _Samples(Dataset):
-    """Mapped records; each sample's random numbers depend on the seed and its position alone."""
+class _Batches(Dataset):
+    """Batches of mapped records; random numbers of a sample follow from seed and position alone."""
 
-    def __init__(self, records: Sequence[dict], mapper: Callable[[dict], dict | None], seed: int):
-        self.records, self.mapper, self.seed = records, mapper, seed
+    def __init__(
+        self,
+        records: Sequence[dict],
+        mapper: Callable[[dict], dict | None],
+        collate: Callable[[list[dict[str, Any]]], Any],
+        seed: int,
+    ):
+        self.records, self.mapper, self.collate, self.seed = records, mapper, collate, seed
 
-    def __getitem__(self, sample: tuple[int, int]) -> tuple[list[ImageError], dict[str, Any]]:
-        """Return a mapped record and the errors of unreadable ones that it stands in for."""
-        position, index = sample
+    def __getitem__(self, samples: list[tuple[int, int]]) -> tuple[list[ImageError], Any]:
+        """Return the errors of unreadable images, and a batch in which others stand in for them."""
         errors = []
+        mapped = [self._mapped(position, index, errors) for position, index in samples]
+        return errors, self.collate(mapped)
+
+    def _mapped(self, position: int, index: int, errors: list[ImageError]) -> dict[str, Any]:
+        before = len(errors)
         with seeded(self.seed, position):
             # As in detectron2, another record stands in for one that the mapper drops.
             for _ in range(_ATTEMPTS):
@@ -48,22 +58,13 @@ class _Samples(Dataset):
                     errors.append(error)
                     mapped = None
                 if mapped is not None:
-                    return errors, mapped
+                    return mapped
                 index = random.randrange(len(self.records))
-        if errors:
-            raise errors[0]
+        if errors[before:]:
+            raise errors[before]
         raise DatasetError(
             f"the mapper dropped {_ATTEMPTS} records in a row: there is next to no training data"
         )
-
-
-def _collated(
-    collate: Callable[[list[dict[str, Any]]], Any],
-    samples: list[tuple[list[ImageError], dict[str, Any]]],
-) -> tuple[list[ImageError], Any]:
-    """Make a batch, in the process that read it, beside the errors of unreadable images."""
-    errors = [error for errors, _ in samples for error in errors]
-    return errors, collate([mapped for _, mapped in samples])
 
 
 class TrainLoader:
@@ -80,8 +81,9 @@ class TrainLoader:
         mapper: Callable[[dict], dict | None],
         *,
         batch_size: int,
-        seed: int,
-        epochs: Callable[[int], Iterator[Tensor]],
+        seed: int = 0,
+        sampler: str = "TrainingSampler",
+        repeat_threshold: float = 0.0,
         aspect_ratio_grouping: bool = False,
         parts: int = 1,
         num_workers: int = 0,
@@ -97,8 +99,8 @@ class TrainLoader:
             mapper: makes the model's input of one; None drops it.
             batch_size: images of all processes together.
             seed: what order and augmentation follow from, not negative.
-            epochs: makes from a seed an endless sequence of epochs, each an (n,) int64 tensor of
-                indices of ``records`` in their order.
+            sampler: "TrainingSampler", or "RepeatFactorTrainingSampler" with ``repeat_threshold``.
+            repeat_threshold: frequency of a category below which its images are repeated.
             aspect_ratio_grouping: whether a batch's images are all upright or all oblong.
             parts: parts that each process' share of a batch is split into.
             num_workers: processes that read and augment, for each training process.
@@ -108,7 +110,7 @@ class TrainLoader:
             max_unreadable_fraction: the same as a fraction of all; the larger number counts.
 
         Raises:
-            ValueError: if the batch cannot be split evenly.
+            ValueError: if the sampler is unknown or the batch cannot be split evenly.
             DatasetError: if there are no records.
         """
         check_shares(batch_size, comm.get_world_size(), parts)
@@ -116,18 +118,17 @@ class TrainLoader:
             raise DatasetError("there are no training data: at least one record is needed")
         self.num_images = len(records)
         self.batch_size, self.parts, self.seed = batch_size, parts, seed
-        self._epochs = epochs
+        self._draw_epoch = _epochs_of(sampler, records, repeat_threshold)
         self._groups = None
         if aspect_ratio_grouping:
             self._groups = [int(record["width"] > record["height"]) for record in records]
         self._fingerprint = _fingerprint(records)
-        self._records = records
         if isinstance(records, list):
-            self._records = DatasetFromList(records, copy=False)
-        self._mapper, self._collate = mapper, collate
+            records = DatasetFromList(records, copy=False)
+        self._batches = partial(_Batches, records, mapper, collate)
         self._num_workers, self._pin_memory = num_workers, pin_memory
         self._unreadable = UnreadableImages(
-            max_unreadable, fraction=max_unreadable_fraction, num_images=len(records)
+            max_unreadable, fraction=max_unreadable_fraction, num_images=self.num_images
         )
         self._yielded = 0
         self._closing = multiprocessing.Event()
@@ -136,10 +137,11 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Any]:
         loader = DataLoader(
-            _Samples(self._records, self._mapper, self.seed),
-            batch_sampler=self._shares(self._yielded // self.parts),
+            self._batches(self.seed),
+            batch_size=None,
+            sampler=self._shares(self._yielded // self.parts),
             num_workers=self._num_workers,
-            collate_fn=partial(_collated, self._collate),
+            collate_fn=trivial_batch_collator,
             worker_init_fn=partial(_begin_worker, self._closing),
             pin_memory=self._pin_memory,
             # Its own: the loader would take a number from torch's generator.
@@ -182,8 +184,12 @@ class TrainLoader:
 
     def _samples(self, start: int) -> Iterator[tuple[int, int]]:
         """Pass over whole epochs, which may be a hundred of a million images, at once."""
+        # Iterating over detectron2's sampler would give the indices of this process alone.
+        generator = torch.Generator().manual_seed(self.seed)
         position = 0
-        for epoch in self._epochs(self.seed):
+        while True:
+            epoch = self._draw_epoch(generator)
+            epoch = epoch[torch.randperm(len(epoch), generator=generator)]
             skipped = min(max(start - position, 0), len(epoch))
             yield from enumerate(epoch[skipped:].tolist(), position + skipped)
             position += len(epoch)
@@ -239,6 +245,23 @@ def check_shares(batch_size: int, num_processes: int, parts: int) -> None:
             "total_batch_size (SOLVER.IMS_PER_BATCH) must be a multiple of the number of processes "
             f"times parts (SOLVER.ACCUMULATION_STEPS), which is {shares}, got {batch_size}."
         )
+
+
+def _epochs_of(
+    sampler: str, records: Sequence[dict], repeat_threshold: float
+) -> Callable[[torch.Generator], Tensor]:
+    """Return what draws the indices of an epoch, before they are shuffled, for a sampler."""
+    if sampler == "TrainingSampler":
+        return lambda generator: torch.arange(len(records))
+    if sampler == "RepeatFactorTrainingSampler":
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            records, repeat_threshold
+        )
+        return RepeatFactorTrainingSampler(factors, seed=0)._get_epoch_indices
+    raise ValueError(
+        "sampler (DATALOADER.SAMPLER_TRAIN) must be TrainingSampler or "
+        f"RepeatFactorTrainingSampler, got {sampler}."
+    )
 
 
 def _fingerprint(records: Sequence[dict[str, Any]]) -> str:
@@ -311,10 +334,10 @@ def build_train_loader(
         )
     except AssertionError as error:  # as detectron2 says that no image is left
         raise DatasetError(f"DATASETS.TRAIN cannot be used for training: {error}") from error
-    return detection_train_loader(
+    return TrainLoader(
         records,
         mapper or build_train_mapper(cfg),
-        total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        batch_size=cfg.SOLVER.IMS_PER_BATCH,
         seed=max(cfg.SEED, 0) if seed is None else seed,
         sampler=cfg.DATALOADER.SAMPLER_TRAIN,
         repeat_threshold=cfg.DATALOADER.REPEAT_THRESHOLD,
@@ -340,80 +363,19 @@ def detection_train_loader(
     mapper: Callable[[dict], dict | None],
     *,
     total_batch_size: int,
-    seed: int = 0,
-    sampler: str = "TrainingSampler",
-    repeat_threshold: float = 0.0,
     aspect_ratio_grouping: bool = True,
-    parts: int = 1,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    max_unreadable: int = 0,
-    max_unreadable_fraction: float = 0.0,
+    **options: Any,
 ) -> TrainLoader:
-    """Make the loader of a data set.
+    """Build a :class:`TrainLoader` with the arguments of detectron2's, for LazyConfigs.
 
     Args:
-        dataset: dataset dicts in detectron2's format.
-        mapper: makes the model's input of one; None drops it.
-        total_batch_size: images of all processes together.
-        seed: what order and augmentation follow from, not negative.
-        sampler: "TrainingSampler", or "RepeatFactorTrainingSampler" with ``repeat_threshold``.
-        repeat_threshold: frequency of a category below which its images are repeated.
-        aspect_ratio_grouping, parts, num_workers, pin_memory, max_unreadable,
-            max_unreadable_fraction: as of :class:`TrainLoader`.
-
-    Raises:
-        ValueError: if the sampler is unknown or the batch cannot be split evenly.
+        dataset, total_batch_size: its ``records`` and ``batch_size``.
+        mapper, aspect_ratio_grouping, **options: its arguments of the same names.
     """
     return TrainLoader(
         dataset,
         mapper,
         batch_size=total_batch_size,
-        seed=seed,
-        epochs=sampled_epochs(dataset, sampler, repeat_threshold),
         aspect_ratio_grouping=aspect_ratio_grouping,
-        parts=parts,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        max_unreadable=max_unreadable,
-        max_unreadable_fraction=max_unreadable_fraction,
+        **options,
     )
-
-
-def sampled_epochs(
-    records: Sequence[dict], sampler: str = "TrainingSampler", repeat_threshold: float = 0.0
-) -> Callable[[int], Iterator[Tensor]]:
-    """Return what makes the endless sequence of epochs of detectron2's samplers from a seed.
-
-    Iterating over a sampler would give the indices of this process alone.
-
-    Args:
-        records: what the indices are of.
-        sampler, repeat_threshold: as of :func:`detection_train_loader`.
-
-    Raises:
-        ValueError: if the sampler is unknown.
-    """
-    if sampler == "TrainingSampler":
-
-        def indices(generator: torch.Generator) -> Tensor:
-            return torch.arange(len(records))
-
-    elif sampler == "RepeatFactorTrainingSampler":
-        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            records, repeat_threshold
-        )
-        indices = RepeatFactorTrainingSampler(factors, seed=0)._get_epoch_indices
-    else:
-        raise ValueError(
-            "sampler (DATALOADER.SAMPLER_TRAIN) must be TrainingSampler or "
-            f"RepeatFactorTrainingSampler, got {sampler}."
-        )
-
-    def epochs(seed: int) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            epoch = indices(generator)
-            yield epoch[torch.randperm(len(epoch), generator=generator)]
-
-    return epochs
