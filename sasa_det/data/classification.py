@@ -156,8 +156,9 @@ def build_classification_train_loader(cfg: CfgNode, seed: int | None = None) -> 
     return TrainLoader(
         records,
         build_mapper(cfg, is_train=True),
-        batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
         seed=max(cfg.SEED, 0) if seed is None else seed,
+        aspect_ratio_grouping=False,
         collate=collate_classification,
         **loader_options(cfg),
     )

@@ -5,7 +5,7 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import partial, wraps
 from itertools import islice
 from multiprocessing.synchronize import Event
 from multiprocessing.util import Finalize
@@ -77,14 +77,14 @@ class TrainLoader:
 
     def __init__(
         self,
-        records: Sequence[dict[str, Any]],
+        dataset: Sequence[dict[str, Any]],
         mapper: Callable[[dict], dict | None],
         *,
-        batch_size: int,
+        total_batch_size: int,
         seed: int = 0,
         sampler: str = "TrainingSampler",
         repeat_threshold: float = 0.0,
-        aspect_ratio_grouping: bool = False,
+        aspect_ratio_grouping: bool = True,
         parts: int = 1,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -94,10 +94,10 @@ class TrainLoader:
     ):
         """
         Args:
-            records: dataset dicts in detectron2's format. Those of a list are packed for the
+            dataset: dataset dicts in detectron2's format. Those of a list are packed for the
                 workers to share; another sequence is kept as it is.
             mapper: makes the model's input of one; None drops it.
-            batch_size: images of all processes together.
+            total_batch_size: images of all processes together.
             seed: what order and augmentation follow from, not negative.
             sampler: "TrainingSampler", or "RepeatFactorTrainingSampler" with ``repeat_threshold``.
             repeat_threshold: frequency of a category below which its images are repeated.
@@ -113,19 +113,19 @@ class TrainLoader:
             ValueError: if the sampler is unknown or the batch cannot be split evenly.
             DatasetError: if there are no records.
         """
-        check_shares(batch_size, comm.get_world_size(), parts)
-        if not len(records):
+        check_shares(total_batch_size, comm.get_world_size(), parts)
+        if not len(dataset):
             raise DatasetError("there are no training data: at least one record is needed")
-        self.num_images = len(records)
-        self.batch_size, self.parts, self.seed = batch_size, parts, seed
-        self._draw_epoch = _epochs_of(sampler, records, repeat_threshold)
+        self.num_images = len(dataset)
+        self.batch_size, self.parts, self.seed = total_batch_size, parts, seed
+        self._draw_epoch = _epochs_of(sampler, dataset, repeat_threshold)
         self._groups = None
         if aspect_ratio_grouping:
-            self._groups = [int(record["width"] > record["height"]) for record in records]
-        self._fingerprint = _fingerprint(records)
-        if isinstance(records, list):
-            records = DatasetFromList(records, copy=False)
-        self._batches = partial(_Batches, records, mapper, collate)
+            self._groups = [int(record["width"] > record["height"]) for record in dataset]
+        self._fingerprint = _fingerprint(dataset)
+        if isinstance(dataset, list):
+            dataset = DatasetFromList(dataset, copy=False)
+        self._batches = partial(_Batches, dataset, mapper, collate)
         self._num_workers, self._pin_memory = num_workers, pin_memory
         self._unreadable = UnreadableImages(
             max_unreadable, fraction=max_unreadable_fraction, num_images=self.num_images
@@ -337,7 +337,7 @@ def build_train_loader(
     return TrainLoader(
         records,
         mapper or build_train_mapper(cfg),
-        batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
         seed=max(cfg.SEED, 0) if seed is None else seed,
         sampler=cfg.DATALOADER.SAMPLER_TRAIN,
         repeat_threshold=cfg.DATALOADER.REPEAT_THRESHOLD,
@@ -358,24 +358,7 @@ def loader_options(cfg: CfgNode) -> dict[str, Any]:
     }
 
 
-def detection_train_loader(
-    dataset: Sequence[dict[str, Any]],
-    mapper: Callable[[dict], dict | None],
-    *,
-    total_batch_size: int,
-    aspect_ratio_grouping: bool = True,
-    **options: Any,
-) -> TrainLoader:
-    """Build a :class:`TrainLoader` with the arguments of detectron2's, for LazyConfigs.
-
-    Args:
-        dataset, total_batch_size: its ``records`` and ``batch_size``.
-        mapper, aspect_ratio_grouping, **options: its arguments of the same names.
-    """
-    return TrainLoader(
-        dataset,
-        mapper,
-        batch_size=total_batch_size,
-        aspect_ratio_grouping=aspect_ratio_grouping,
-        **options,
-    )
+@wraps(TrainLoader, assigned=(), updated=())
+def detection_train_loader(*args: Any, **options: Any) -> TrainLoader:
+    """Build a :class:`TrainLoader` from its arguments, for LazyConfigs."""
+    return TrainLoader(*args, **options)
