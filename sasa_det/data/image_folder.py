@@ -18,7 +18,7 @@ from ..errors import DatasetError
 from ..utils.text import abbreviated_list
 from .builtin import SPLITS, builtin_path, root_hint
 from .catalog import metadata_of, num_classes_of
-from .images import is_inside
+from .images import link_out
 
 logger = logging.getLogger(__name__)
 
@@ -310,12 +310,8 @@ def _list_images(
                     if is_image or entry.is_dir():
                         left_out.append(path)
                     continue
-                if entry.is_symlink():
-                    target = os.path.realpath(entry.path)
-                    if not any(is_inside(target, place) for place in places):
-                        raise DatasetError(
-                            f"{entry.path!r} is a link to {target!r}, out of the image folder"
-                        )
+                if clause := link_out(entry, places):
+                    raise DatasetError(f"{entry.path!r} {clause}")
                 if entry.is_dir():
                     _list_images(root, path, places, images, left_out, (*above, own))
                 elif not entry.is_file() and os.path.exists(entry.path):

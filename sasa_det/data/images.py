@@ -2,9 +2,9 @@
 
 import logging
 import os
-from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import BinaryIO
 
 import numpy as np
@@ -52,21 +52,18 @@ def read_image(path: str, max_pixels: int, image_format: str = "RGB") -> np.ndar
         return detection_utils.convert_PIL_to_numpy(image, image_format)
 
 
-def check_pixels(
-    path: str, max_pixels: int, *, size: tuple[int, int] | None = None, image_format: str = "RGB"
-) -> None:
+def check_pixels(path: str, max_pixels: int, *, size: tuple[int, int] | None = None) -> None:
     """Check an image by decoding all of it, as training does.
 
     Args:
         path: the image file.
         max_pixels: as of :func:`read_image`.
         size: the height and width that it must have, orientation by EXIF applied; None for any.
-        image_format: as ``INPUT.FORMAT``.
 
     Raises:
         ImageError: as :func:`read_image`, or if the image has another size.
     """
-    check_size(path, read_image(path, max_pixels, image_format), size)
+    check_size(path, read_image(path, max_pixels), size)
 
 
 def check_size(path: str, image: np.ndarray, size: tuple[int, int] | None) -> None:
@@ -165,11 +162,10 @@ def _is_deep(image: Image.Image, file: BinaryIO) -> bool:
 
 def _content(file: BinaryIO) -> bytes:
     position = file.tell()
-    try:
-        file.seek(0)
-        return file.read()
-    finally:
-        file.seek(position)
+    file.seek(0)
+    content = file.read()
+    file.seek(position)
+    return content
 
 
 @contextmanager
@@ -291,40 +287,37 @@ def check_image_files(
             is missing otherwise), and a clause that says why.
     """
     root = os.path.realpath(image_root)
-    folders = defaultdict(lambda: defaultdict(list))
+    listed = cache(_listed)
     for key, name in file_names.items():
+        path = os.path.join(image_root, name)
+        folder, base = os.path.split(path)
         reason = _unsafe_name(name)
+        if reason is None:
+            problems, missing = listed(folder, root)
+            reason = "leads out of the image folder" if problems is None else None
         if reason:
             yield key, True, f"file_name {name!r} {reason}"
-        else:
-            folder, base = os.path.split(name)
-            folders[folder][base].append(key)
-
-    for folder, wanted in folders.items():
-        found = _problems_in_folder(image_root, folder, wanted, root)
-        for base, keys in wanted.items():
-            for key in keys if found[base] else ():
-                yield key, *found[base]
+        elif problem := problems.get(base, (False, missing)):
+            is_unsafe, clause = problem
+            yield key, is_unsafe, f"{path!r} {clause}"
 
 
-def _problems_in_folder(
-    image_root: str | os.PathLike, folder: str, names: Collection[str], root: str
-) -> dict[str, tuple[bool, str] | None]:
-    """Return for each name in a folder what is wrong with its file: unsafe or missing, and why."""
-    path = os.path.join(image_root, folder)
-    if not is_inside(os.path.realpath(path), root):
-        clause = "file_name {!r} leads out of the image folder"
-        return {name: (True, clause.format(os.path.join(folder, name))) for name in names}
-    found, reason = {}, "does not exist"
+def _listed(folder: str, root: str) -> tuple[dict[str, tuple[bool, str] | None] | None, str]:
+    """Return what is wrong with the files of a folder by name, and with names that are not in it.
+
+    The first is None for a folder that is not in the root.
+    """
+    missing = "does not exist"
+    if not is_inside(os.path.realpath(folder), root):
+        return None, missing
     try:
-        with os.scandir(path) as entries:
-            found = {e.name: _file_problem(e, root) for e in entries if e.name in names}
+        with os.scandir(folder) as entries:
+            return {entry.name: _file_problem(entry, root) for entry in entries}, missing
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
-        reason = f"cannot be looked for: {error.strerror}"
-    missing = {name: (False, f"{os.path.join(path, name)!r} {reason}") for name in names}
-    return missing | found
+        missing = f"cannot be looked for: {error.strerror}"
+    return {}, missing
 
 
 def _unsafe_name(name: str) -> str | None:
@@ -342,16 +335,21 @@ def _unsafe_name(name: str) -> str | None:
 
 
 def _file_problem(entry: os.DirEntry, root: str) -> tuple[bool, str] | None:
+    if clause := link_out(entry, [root]):
+        return True, clause
     # What a plain file needs is known from the listing: only links take further calls.
-    if not entry.is_symlink():
-        if entry.is_file():
-            return None
-    elif not is_inside(os.path.realpath(entry.path), root):
-        target = os.path.realpath(entry.path)
-        return True, f"{entry.path!r} is a link to {target!r}, out of the image folder"
-    elif os.path.isfile(entry.path):
+    if entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path):
         return None
-    return False, f"{entry.path!r} is not a regular file"
+    return False, "is not a regular file"
+
+
+def link_out(entry: os.DirEntry, folders: Collection[str]) -> str | None:
+    """Return a clause about an entry that is a link out of all of the folders, which are real."""
+    if entry.is_symlink():
+        target = os.path.realpath(entry.path)
+        if not any(is_inside(target, folder) for folder in folders):
+            return f"is a link to {target!r}, out of the image folder"
+    return None
 
 
 def is_inside(path: str, root: str) -> bool:
