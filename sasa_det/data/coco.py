@@ -1,19 +1,29 @@
 """Data sets in COCO's json format: checked before training, and registered with detectron2."""
 
+import json
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
+from pycocotools.mask import frPyObjects
 
 from ..errors import DatasetError
-from .builtin import root_hint
-from .catalog import are_same_classes, metadata_of, shortened
-from .coco_entries import MISSING_FILE, NO_POLYGON, UNUSED_KEYPOINTS, UNUSED_MASK
-from .coco_records import load_coco
+from .catalog import are_same_classes, is_registered, metadata_of, root_hint, shortened
+from .coco_entries import (
+    BAD_MASK,
+    MISSING_FILE,
+    NO_POLYGON,
+    UNUSED_KEYPOINTS,
+    UNUSED_MASK,
+    numbers_problem,
+)
+from .coco_masks import mask_problem, usable_polygons
 from .validation import CocoReport, check_exists, validate_coco
 from .validation_report import summarize_warnings
 
@@ -76,14 +86,7 @@ def register_coco(
             same files under the same name again is harmless.
     """
     json_file, image_root = os.fspath(json_file), os.fspath(image_root)
-    if name in DatasetCatalog:
-        known = MetadataCatalog.get(name)
-        found = (known.get("json_file"), known.get("image_root"))
-        if None in found or _real(*found) != _real(json_file, image_root):
-            raise DatasetError(
-                f"dataset {name!r} is already registered with json_file and image_root {found}, "
-                f"not {(json_file, image_root)}: give the new data another name"
-            )
+    if is_registered(name, json_file=json_file, image_root=image_root):
         return
     report = _check_once(json_file, image_root, **options) if check else None
     DatasetCatalog.register(name, partial(load_coco, json_file, image_root, name))
@@ -154,10 +157,6 @@ def _check_loading(name: str, report: CocoReport) -> None:
         )
 
 
-def _real(*paths: str) -> list[str]:
-    return [os.path.realpath(path) for path in paths]
-
-
 def _check_once(
     json_file: str, image_root: str, training: bool | None = None, **options: Any
 ) -> CocoReport:
@@ -188,3 +187,75 @@ def _refuse_errors(report: CocoReport) -> None:
         more = report.count("error") - 1
         rest = f" (and {more:,} more errors, which tools/validate_data.py lists)" if more else ""
         raise DatasetError(f"{report.json_file}: {first.message}{rest}")
+
+
+def load_coco(json_file: str, image_root: str, dataset_name: str) -> list[dict[str, Any]]:
+    """Load a COCO json file that has been checked, and set the classes in the metadata.
+
+    The records are those of detectron2's ``load_coco_json``, but an annotation whose mask or
+    keypoints cannot be used is kept without them. detectron2 drops it, or fails, even where boxes
+    alone are trained.
+
+    Args:
+        json_file: COCO instances json; anything that detectron2's PathManager reads.
+        image_root: the folder that the images' ``file_name`` is relative to.
+        dataset_name: whose metadata get the classes.
+
+    Returns:
+        list: a record for each image, in the order of the images' ids.
+    """
+    with open(PathManager.get_local_path(json_file), encoding="utf-8") as file:
+        content = json.load(file)
+    categories = sorted(content["categories"], key=lambda category: category["id"])
+    classes = {category["id"]: index for index, category in enumerate(categories)}
+    MetadataCatalog.get(dataset_name).set(
+        thing_classes=[category["name"] for category in categories],
+        thing_dataset_id_to_contiguous_id=classes,
+    )
+    annotations = defaultdict(list)
+    for entry in content["annotations"]:
+        annotations[entry["image_id"]].append(entry)
+    records = []
+    for image in sorted(content["images"], key=lambda image: image["id"]):
+        size = image["height"], image["width"]
+        records.append(
+            {
+                "file_name": os.path.join(image_root, image["file_name"]),
+                "height": size[0],
+                "width": size[1],
+                "image_id": image["id"],
+                "annotations": [
+                    _annotation(entry, size, classes) for entry in annotations[image["id"]]
+                ],
+            }
+        )
+    return records
+
+
+def _annotation(
+    entry: dict[str, Any], size: tuple[int, int], classes: dict[int, int]
+) -> dict[str, Any]:
+    kept = {key: entry[key] for key in ("iscrowd", "bbox") if key in entry}
+    kept |= {"category_id": classes[entry["category_id"]], "bbox_mode": BoxMode.XYWH_ABS}
+    mask = _mask(entry.get("segmentation"), size)
+    if mask:
+        kept["segmentation"] = mask
+    keypoints = entry.get("keypoints")
+    if keypoints and numbers_problem(keypoints) is None:
+        # From indices of pixels to their centers, as detectron2 has them.
+        kept["keypoints"] = [n if i % 3 == 2 else n + 0.5 for i, n in enumerate(keypoints)]
+    return kept
+
+
+def _mask(segmentation: object, size: tuple[int, int]) -> object:
+    """Return a segmentation as detectron2 keeps it, or None where there is no usable one."""
+    if not segmentation:
+        return None
+    problem = mask_problem(segmentation, size)
+    if problem and problem[0] == BAD_MASK:
+        return None
+    if isinstance(segmentation, list):
+        return usable_polygons(segmentation)
+    if isinstance(segmentation["counts"], list):
+        return frPyObjects(segmentation, *size)
+    return segmentation

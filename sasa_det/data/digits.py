@@ -8,18 +8,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler
 from PIL import Image
+from pycocotools.mask import iou
 from tqdm import tqdm
 
 from ..errors import DatasetError
-from .builtin import SPLITS, builtin_path
+from .catalog import SPLITS, builtin_path, is_registered
 from .digit_drawing import (
     DIGIT_NAMES,
     HEIGHT_RANGE,
@@ -46,64 +46,60 @@ CROP_SIZE = 64
 CROP_HEIGHTS = (36, 60)
 
 
-class _GeneratedSet(NamedTuple):
-    """A data set that is made from parameters.
+def _write_once(
+    root: str | os.PathLike,
+    kind: str,
+    info_file: str,
+    write_images: Callable[[Path, dict[str, int]], None],
+    minimums: dict[str, int],
+    **parameters: int,
+) -> Path:
+    """Write a set beside ``root`` and rename it, or reuse it where it is there.
 
-    Attributes:
+    So it is there whole or not at all, also when several processes write it at the same time.
+
+    Args:
+        root: the folder of the set.
         kind: its name in messages.
-        info_file: the json file in its folder that holds the parameters under "info".
-        minimums: the least value of each parameter.
+        info_file: the json file in it that holds the parameters under "info".
         write_images: fills an empty folder, given its path and the parameters.
+        minimums: the least value of each parameter.
+        **parameters: what the set is made from.
     """
-
-    kind: str
-    info_file: str
-    minimums: dict[str, int]
-    write_images: Callable[[Path, dict[str, int]], None]
-
-    def write(self, root: str | os.PathLike, **parameters: int) -> Path:
-        """Write the set beside ``root`` and rename it, or reuse it where it is there.
-
-        So it is there whole or not at all, also when several processes write it at the same time.
-        """
-        for name, value in parameters.items():
-            least = self.minimums[name]
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-        parameters["version"] = GENERATOR_VERSION
-        root = Path(root)
-        if _holds_anything(root):
-            self._check_parameters(root, parameters)
-            return root
-        logger.info("Writing the %s to %s: %s", self.kind, root, parameters)
+    for name, value in parameters.items():
+        least = minimums[name]
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    parameters["version"] = GENERATOR_VERSION
+    root = Path(root)
+    if not _holds_anything(root):
+        logger.info("Writing the %s to %s: %s", kind, root, parameters)
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as folder:
             # A subfolder, because the temporary folder itself is readable by its owner only.
             staging = Path(folder) / root.name
             staging.mkdir()
-            self.write_images(staging, parameters)
+            write_images(staging, parameters)
             try:
                 os.rename(staging, root)
+                return root
             except OSError:
                 if not _holds_anything(root):
                     raise
                 logger.info("Another process has written %s meanwhile: using that", root)
-                self._check_parameters(root, parameters)
-        return root
-
-    def _check_parameters(self, root: Path, parameters: dict[str, int]) -> None:
-        try:
-            found = json.loads((root / self.info_file).read_text())["info"]["parameters"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DatasetError(
-                f"{root} is not a {self.kind} ({type(error).__name__} reading {self.info_file}): "
-                "name a folder that does not exist"
-            ) from error
-        if found != parameters:
-            raise DatasetError(
-                f"{root} was written with {found}, not with the requested {parameters}: "
-                "name another folder or remove this one"
-            )
+    try:
+        found = json.loads((root / info_file).read_text())["info"]["parameters"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DatasetError(
+            f"{root} is not a {kind} ({type(error).__name__} reading {info_file}): "
+            "name a folder that does not exist"
+        ) from error
+    if found != parameters:
+        raise DatasetError(
+            f"{root} was written with {found}, not with the requested {parameters}: "
+            "name another folder or remove this one"
+        )
+    return root
 
 
 def _holds_anything(root: Path) -> bool:
@@ -157,8 +153,16 @@ def write_digits(
         ValueError: if an argument is out of range.
         DatasetError: if ``root`` holds something else than this set.
     """
-    return _DETECTION_SET.write(
-        root, num_train=num_train, num_val=num_val, image_size=image_size, seed=seed
+    return _write_once(
+        root,
+        "digits detection set",
+        "val.json",
+        _write_scenes,
+        {"num_train": 1, "num_val": 1, "image_size": 64, "seed": 0},
+        num_train=num_train,
+        num_val=num_val,
+        image_size=image_size,
+        seed=seed,
     )
 
 
@@ -187,18 +191,10 @@ def register_digits(
     }
     for split in SPLITS:
         dataset, json_file = f"{name}_{split}", os.path.join(root, f"{split}.json")
-        if dataset not in DatasetCatalog:
+        if not is_registered(dataset, json_file=json_file, digits_parameters=parameters):
             handler = _WriteOnFirstUse(json_file, partial(write_digits, root, **parameters))
             PathManager.register_handler(handler, allow_override=True)
             register_coco_instances(dataset, metadata, json_file, os.path.join(root, split))
-            continue
-        known = MetadataCatalog.get(dataset)
-        if known.get("json_file") != json_file or known.get("digits_parameters") != parameters:
-            raise DatasetError(
-                f"dataset {dataset!r} is already registered with json_file "
-                f"{known.get('json_file')!r} and parameters {known.get('digits_parameters')}: "
-                "give other data another name"
-            )
 
 
 class _WriteOnFirstUse(PathHandler):
@@ -269,7 +265,8 @@ def compose_scene(
         alpha = scaled_ink(digits[index], height)
         box = _drawn_box(alpha, image_size, rng)
         mask = _mask(alpha, box, image_size)
-        if (occupied & mask).any() or any(_iou(box, b) > MAX_IOU for b in boxes):
+        ious = iou(np.array([box], float), np.array(boxes, float), [0] * len(boxes)) if boxes else 0
+        if (occupied & mask).any() or np.any(ious > MAX_IOU):
             continue
         paint(image, background, _window(box), alpha, rng)
         occupied |= mask
@@ -296,14 +293,6 @@ def _mask(alpha: np.ndarray, box: np.ndarray, image_size: int) -> np.ndarray:
     mask = np.zeros((image_size, image_size), dtype=bool)
     mask[_window(box)] = alpha > 0
     return mask
-
-
-def _iou(first: np.ndarray, second: np.ndarray) -> float:
-    """Intersection over union of two X, Y, width, height boxes."""
-    sides = np.minimum(first[:2] + first[2:], second[:2] + second[2:])
-    sides = np.maximum(sides - np.maximum(first[:2], second[:2]), 0)
-    inter = sides.prod()
-    return inter / (first[2:].prod() + second[2:].prod() - inter)
 
 
 def _write_scenes(folder: Path, parameters: dict[str, int]) -> None:
@@ -364,7 +353,16 @@ def write_digit_crops(
         ValueError: if an argument is out of range.
         DatasetError: if ``root`` holds something else than this set.
     """
-    return _CLASSIFICATION_SET.write(root, num_train=num_train, num_val=num_val, seed=seed)
+    return _write_once(
+        root,
+        "digits classification set",
+        "info.json",
+        _write_crops,
+        {"num_train": 10, "num_val": 10, "seed": 0},
+        num_train=num_train,
+        num_val=num_val,
+        seed=seed,
+    )
 
 
 def register_digit_crops(
@@ -427,17 +425,3 @@ def _write_crops(folder: Path, parameters: dict[str, int]) -> None:
         _save_image(image, folder / split / DIGIT_NAMES[label] / f"{number + 1:04d}.png")
     info = {"description": "Handwritten digits, one in each image", "parameters": parameters}
     (folder / "info.json").write_text(json.dumps({"info": info}))
-
-
-_DETECTION_SET = _GeneratedSet(
-    "digits detection set",
-    "val.json",
-    {"num_train": 1, "num_val": 1, "image_size": 64, "seed": 0},
-    _write_scenes,
-)
-_CLASSIFICATION_SET = _GeneratedSet(
-    "digits classification set",
-    "info.json",
-    {"num_train": 10, "num_val": 10, "seed": 0},
-    _write_crops,
-)

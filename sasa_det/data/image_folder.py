@@ -16,8 +16,14 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..errors import DatasetError
 from ..utils.text import abbreviated_list
-from .builtin import SPLITS, builtin_path, root_hint
-from .catalog import metadata_of, num_classes_of
+from .catalog import (
+    SPLITS,
+    builtin_path,
+    is_registered,
+    metadata_of,
+    num_classes_of,
+    root_hint,
+)
 from .images import link_out
 
 logger = logging.getLogger(__name__)
@@ -118,13 +124,7 @@ def register_class_folders(
         DatasetError: if the name stands for another folder.
     """
     folder = os.fspath(folder)
-    if name in DatasetCatalog:
-        known = MetadataCatalog.get(name).get("image_root")
-        if known is None or os.path.realpath(known) != os.path.realpath(folder):
-            raise DatasetError(
-                f"dataset {name!r} is already registered with image_root {known!r}, not "
-                f"{folder!r}: give the new data another name"
-            )
+    if is_registered(name, image_root=folder):
         return
     DatasetCatalog.register(name, partial(_read_registered, name, prepare))
     metadata = MetadataCatalog.get(name)
