@@ -41,15 +41,14 @@ class ImageRecords(Sequence):
 
     A million dicts would take half a gigabyte in every process, this takes their names' length. A
     record is {"file_name": path, "image_id": path relative to the folder, "label": int}.
+
+    Args:
+        folder: what the names are relative to.
+        names: (n,) bytes, of the files.
+        labels: (n,) int64, class indices.
     """
 
     def __init__(self, folder: str, names: np.ndarray, labels: np.ndarray):
-        """
-        Args:
-            folder: what the names are relative to.
-            names: (n,) bytes, of the files.
-            labels: (n,) int64, class indices.
-        """
         self.folder, self.names, self.labels = folder, names, labels
 
     def __len__(self) -> int:
@@ -92,11 +91,7 @@ def register_image_folder(root: str | os.PathLike, check: bool = True) -> tuple[
 
 
 def register_imagenet() -> None:
-    """Register ``imagenet_train`` and ``imagenet_val`` without looking for their files.
-
-    They are ``imagenet/train`` and ``imagenet/val`` under ``$DETECTRON2_DATASETS``, which is
-    ``datasets`` unless it is set.
-    """
+    """Register ``imagenet_train`` and ``imagenet_val``, of ``$DETECTRON2_DATASETS/imagenet``."""
     for split in SPLITS:
         # A common name: whoever has registered other data under it keeps them.
         if f"imagenet_{split}" not in DatasetCatalog:
@@ -136,10 +131,9 @@ def register_class_folders(
 def hold_out(name: str, fraction: float) -> tuple[str, str]:
     """Register two parts of a data set: images to train on and images held out.
 
-    Which images are held out of a class follows from the digests of their paths in the folder: it
-    is the same for any seed, machine and place of the folder. Their number is the fraction of the
-    class, rounded, but at least one of two images and never all of them. A later call with another
-    fraction takes the place of an earlier one.
+    Which images are held out of a class follows from the digests of their paths in the folder
+    alone. Their number is the fraction of the class, rounded, but at least one of two images and
+    never all of them. A later call with another fraction takes the place of an earlier one.
 
     Args:
         name: a data set of images to classify; it is read once for both parts.
@@ -172,10 +166,8 @@ def hold_out(name: str, fraction: float) -> tuple[str, str]:
 def check_image_folders(names: Sequence[str]) -> None:
     """Read the folders of registered data sets to find mistakes in them, and log counts.
 
-    Their classes are in the metadata afterwards.
-
     Args:
-        names: data sets that are used together.
+        names: data sets that are used together; their classes are in the metadata afterwards.
 
     Raises:
         DatasetError: if a name is not registered or not of images to classify; a folder holds no
@@ -205,26 +197,24 @@ def _read_registered(name: str, prepare: Callable[[], object] | None) -> ImageRe
     metadata = MetadataCatalog.get(name)
     if prepare is not None:
         prepare()
-    try:
-        classes, records = _read(metadata.image_root)
-    except FileNotFoundError as error:
-        if name == metadata.image_root:
-            raise
-        raise FileNotFoundError(f"dataset {name!r}: {error} ({root_hint()})") from error
+    folder = metadata.image_root
+    if not os.path.isdir(folder):
+        reason = _missing(folder)
+        given = name == folder
+        raise FileNotFoundError(reason if given else f"dataset {name!r}: {reason} ({root_hint()})")
+    classes, records = _read(folder)
     known = metadata.get("thing_classes")
     if known is None:
         metadata.thing_classes = classes
     elif list(known) != classes:
         raise DatasetError(
-            f"the class folders of {metadata.image_root!r} ({len(classes)}: {_named(classes)}) are "
-            f"not the classes that dataset {name!r} is known to have ({len(known)}: "
-            f"{_named(known)})"
+            f"the class folders of {folder!r} ({len(classes)}: {_named(classes)}) are not the "
+            f"classes that dataset {name!r} is known to have ({len(known)}: {_named(known)})"
         )
     return records
 
 
 def _read_part(name: str, part: str, split: Callable[[], list[Subset]], number: int) -> Subset:
-    """Return the records of one part of a data set, which has the classes of the whole."""
     records = split()[number]
     MetadataCatalog.get(part).thing_classes = MetadataCatalog.get(name).thing_classes
     return records
@@ -250,8 +240,6 @@ def _split(name: str, fraction: float) -> list[Subset]:
 
 def _read(folder: str) -> tuple[list[str], ImageRecords]:
     """Return the sorted classes and the records of a folder of class folders."""
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(_missing(folder))
     # Whoever links train to another disk names that place; the data may not name others.
     places = {os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))}
     images, left_out = [], []
@@ -294,8 +282,7 @@ def _list_images(
 ) -> None:
     """List the images in a folder's class folders and what is left out, by their paths in it.
 
-    Links that lead out of the places of the data or around in them are refused, and so is what is
-    not a regular file. What is left out is not looked into.
+    Links out of the places of the data or around in them are refused, and other than regular files.
     """
     folder = os.path.join(root, inner)
     own = os.path.realpath(folder)

@@ -53,15 +53,11 @@ def read_image(path: str, max_pixels: int, image_format: str = "RGB") -> np.ndar
 
 
 def check_pixels(path: str, max_pixels: int, *, size: tuple[int, int] | None = None) -> None:
-    """Check an image by decoding all of it, as training does.
+    """Raise ImageError if :func:`read_image` cannot read an image, or it has another size.
 
     Args:
-        path: the image file.
-        max_pixels: as of :func:`read_image`.
+        path, max_pixels: as of :func:`read_image`.
         size: the height and width that it must have, orientation by EXIF applied; None for any.
-
-    Raises:
-        ImageError: as :func:`read_image`, or if the image has another size.
     """
     check_size(path, read_image(path, max_pixels), size)
 
@@ -78,17 +74,9 @@ def check_size(path: str, image: np.ndarray, size: tuple[int, int] | None) -> No
 
 
 def read_rgb(path: str, max_pixels: int) -> Image.Image:
-    """Read an image as torchvision's data sets do, which leave its orientation by EXIF alone.
+    """Read an image in RGB as torchvision does, which leaves its orientation by EXIF alone.
 
-    Args:
-        path: the image file.
-        max_pixels: as of :func:`read_image`.
-
-    Returns:
-        PIL.Image.Image: in RGB; other modes are converted.
-
-    Raises:
-        ImageError: as :func:`read_image`.
+    Arguments and errors are those of :func:`read_image`.
     """
     with _opened(path, max_pixels) as image:
         if image.format == "TIFF":
@@ -110,7 +98,7 @@ def _opened(path: str, max_pixels: int) -> Iterator[Image.Image]:
         raise
     # Over a broken file Pillow's many plugins raise almost anything, SyntaxError among it.
     except Exception as error:
-        raise unreadable(path, error) from error
+        raise _unreadable(path, error) from error
 
 
 def _check_header(path: str, image: Image.Image, file: BinaryIO, max_pixels: int) -> None:
@@ -179,8 +167,7 @@ def pixel_limit(max_pixels: int | None) -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def unreadable(path: str, error: Exception) -> ImageError:
-    """Return an ImageError that names an image and why reading it raised an error."""
+def _unreadable(path: str, error: Exception) -> ImageError:
     if isinstance(error, FileNotFoundError):
         return ImageError(f"image {path} does not exist", path)
     if isinstance(error, UnidentifiedImageError):
@@ -193,12 +180,10 @@ def unreadable(path: str, error: Exception) -> ImageError:
 class UnreadableImages:
     """The images that training goes on without, up to a limit.
 
-    Reading happens in worker processes, counting in the training process: a worker returns the
-    errors that it met beside the sample that stands in, and the training process passes each of
-    them to :meth:`skip`. So images are counted and logged in one place with any number of workers,
-    and what ends the run is the error itself, not torch's report of a worker's traceback. Where
-    several processes train, each shares what it has in ``unshared`` with the others, so that all
-    of them count all images.
+    Workers return the errors that they met, and the training process passes each to :meth:`skip`.
+    So images are counted and logged in one place with any number of workers, and what ends the run
+    is the error itself, not torch's report of a worker's traceback. Where several processes train,
+    each shares what it has in ``unshared``, so that all of them count all images.
     """
 
     def __init__(self, limit: int, *, fraction: float = 0.0, num_images: int = 0):
@@ -236,24 +221,23 @@ class UnreadableImages:
 
         Raises:
             ImageError: the same, if no image may be skipped.
-            DatasetError: if it is one image too many; the message lists the first ones and the log
-                all of them.
+            DatasetError: if it is one image too many; the log lists all of them.
         """
         if get_worker_info() is not None:
             raise RuntimeError("UnreadableImages.skip counts in the training process, not a worker")
         if self.limit == 0:
             raise error
-        if error.path not in self.paths:
-            self._count(error.path, error)
+        if self._count(error.path, error):
             self.unshared.append(error.path)
 
     def merge(self, paths: Sequence[str]) -> None:
         """Count the image files that other processes have skipped, as :meth:`skip` does."""
         for path in paths:
-            if path not in self.paths:
-                self._count(path, f"image {path} (by another process)")
+            self._count(path, f"image {path} (by another process)")
 
-    def _count(self, path: str, message: object) -> None:
+    def _count(self, path: str, message: object) -> bool:
+        if path in self.paths:
+            return False
         if len(self.paths) == self.limit:
             lines = "\n".join([*self.paths, path])
             logger.error("Unreadable images, of which the last is one too many:\n%s", lines)
@@ -269,6 +253,7 @@ class UnreadableImages:
             self.limit,
             self.source,
         )
+        return True
 
 
 def check_image_files(
@@ -283,8 +268,7 @@ def check_image_files(
         file_names: names by any key.
 
     Yields:
-        tuple: for each file that cannot be used its key, whether it is unsafe (it
-            is missing otherwise), and a clause that says why.
+        tuple: of each file that cannot be used the key, whether it is unsafe, not missing, and why.
     """
     root = os.path.realpath(image_root)
     listed = cache(_listed)
