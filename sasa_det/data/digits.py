@@ -56,15 +56,8 @@ def _write_once(
 ) -> Path:
     """Write a set beside ``root`` and rename it, or reuse it where it is there.
 
-    So it is there whole or not at all, also when several processes write it at the same time.
-
-    Args:
-        root: the folder of the set.
-        kind: its name in messages.
-        info_file: the json file in it that holds the parameters under "info".
-        write_images: fills an empty folder, given its path and the parameters.
-        minimums: the least value of each parameter.
-        **parameters: what the set is made from.
+    So it is there whole or not at all, also when several processes write it at the same time. The
+    parameters that it was made from are in its info file, under "info".
     """
     for name, value in parameters.items():
         least = minimums[name]
@@ -140,14 +133,10 @@ def write_digits(
     at all. The same arguments give the same bytes on the same library versions.
 
     Args:
-        root: the folder to write.
-        num_train: training images, at least 1.
-        num_val: validation images, at least 1.
+        root: the folder to write, which is returned.
+        num_train, num_val: images for training and validation, at least 1.
         image_size: height and width of the images in pixels, at least 64.
         seed: of the split of the digits and of every image, not negative.
-
-    Returns:
-        Path: ``root``.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -175,8 +164,7 @@ def register_digits(
     data set, or when a ``COCOEvaluator`` is made. Calling this again is harmless.
 
     Args:
-        root: the folder of the set; None means ``name`` under ``$DETECTRON2_DATASETS``, which is
-            ``datasets`` unless it is set.
+        root: the folder of the set; None means ``name`` under ``$DETECTRON2_DATASETS``.
         name: what the names of the data sets begin with.
         **parameters: arguments of :func:`write_digits`.
 
@@ -340,18 +328,7 @@ def write_digit_crops(
     class, and ``info.json``, whole or not at all. It shows the digits of the detection set of the
     same seed: those of its validation images are in no training image.
 
-    Args:
-        root: the folder to write.
-        num_train: training images, at least 10.
-        num_val: validation images, at least 10.
-        seed: of the split of the digits and of every image, not negative.
-
-    Returns:
-        Path: ``root``.
-
-    Raises:
-        ValueError: if an argument is out of range.
-        DatasetError: if ``root`` holds something else than this set.
+    Arguments and errors are those of :func:`write_digits`, but each split has at least 10 images.
     """
     return _write_once(
         root,
@@ -370,14 +347,8 @@ def register_digit_crops(
 ) -> None:
     """Register ``{name}_train`` and ``{name}_val`` in detectron2 without writing anything yet.
 
-    The set is written when one of them is first loaded. Calling this again is harmless.
-
-    Args:
-        root, name: as of :func:`register_digits`.
-        **parameters: arguments of :func:`write_digit_crops`.
-
-    Raises:
-        DatasetError: if the names are taken by other data.
+    The set is written when one of them is first loaded. Arguments and errors are those of
+    :func:`register_digits`, but the parameters those of :func:`write_digit_crops`.
     """
     root = os.fspath(builtin_path(name) if root is None else root)
     for split in SPLITS:

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -243,12 +243,38 @@ def _read(folder: str) -> tuple[list[str], ImageRecords]:
     # Whoever links train to another disk names that place; the data may not name others.
     places = {os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))}
     images, left_out = [], []
-    _list_images(folder, "", places, images, left_out)
+
+    def list_images(inner: str, above: tuple[str, ...] = ()) -> None:
+        """List the images in class folders, and what is left out, by their paths."""
+        outer = os.path.join(folder, inner)
+        own = os.path.realpath(outer)
+        if own in above:
+            raise DatasetError(f"{outer!r} is a link to a folder that it is in itself")
+        try:
+            with os.scandir(outer) as entries:
+                for entry in entries:
+                    path = os.path.join(inner, entry.name)
+                    is_image = entry.name.lower().endswith(IMG_EXTENSIONS)
+                    if not _is_data(entry.name):
+                        if is_image or entry.is_dir():
+                            left_out.append(path)
+                        continue
+                    if clause := link_out(entry, places):
+                        raise DatasetError(f"{entry.path!r} {clause}")
+                    if entry.is_dir():
+                        list_images(path, (*above, own))
+                    elif not entry.is_file() and os.path.exists(entry.path):
+                        raise DatasetError(f"{entry.path!r} is not a regular file")
+                    elif is_image and inner:
+                        images.append(path)
+        except OSError as error:
+            raise DatasetError(f"{outer!r} cannot be listed: {error.strerror}") from error
+
+    list_images("")
     if left_out:
         message = f"{folder}: left out {_named(sorted(left_out))}, hidden or made by other programs"
         log_first_n(logging.WARNING, message, key="message")
-    with os.scandir(folder) as entries:
-        classes = sorted(entry.name for entry in entries if entry.is_dir() and _is_data(entry.name))
+    classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and _is_data(e.name))
     if not classes:
         raise DatasetError(
             f"{folder!r} holds no class folders: each class is a folder of its images"
@@ -270,43 +296,6 @@ def _read(folder: str) -> tuple[list[str], ImageRecords]:
 def _is_data(name: str) -> bool:
     """Return whether a file or folder is neither hidden nor made by another program."""
     return not name.startswith(".") and name not in _NO_DATA
-
-
-def _list_images(
-    root: str,
-    inner: str,
-    places: Collection[str],
-    images: list[str],
-    left_out: list[str],
-    above: tuple[str, ...] = (),
-) -> None:
-    """List the images in a folder's class folders and what is left out, by their paths in it.
-
-    Links out of the places of the data or around in them are refused, and other than regular files.
-    """
-    folder = os.path.join(root, inner)
-    own = os.path.realpath(folder)
-    if own in above:
-        raise DatasetError(f"{folder!r} is a link to a folder that it is in itself")
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                path = os.path.join(inner, entry.name)
-                is_image = entry.name.lower().endswith(IMG_EXTENSIONS)
-                if not _is_data(entry.name):
-                    if is_image or entry.is_dir():
-                        left_out.append(path)
-                    continue
-                if clause := link_out(entry, places):
-                    raise DatasetError(f"{entry.path!r} {clause}")
-                if entry.is_dir():
-                    _list_images(root, path, places, images, left_out, (*above, own))
-                elif not entry.is_file() and os.path.exists(entry.path):
-                    raise DatasetError(f"{entry.path!r} is not a regular file")
-                elif is_image and inner:
-                    images.append(path)
-    except OSError as error:
-        raise DatasetError(f"{folder!r} cannot be listed: {error.strerror}") from error
 
 
 def _missing(folder: str) -> str:

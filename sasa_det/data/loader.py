@@ -154,13 +154,10 @@ class TrainLoader:
             yield batch
 
     def _shares(self, start: int) -> Iterator[list[tuple[int, int]]]:
-        """Yield (position, index) of each part of this process' batches, endlessly.
-
-        Every process draws the whole batch and keeps its share, so that the order of the data does
-        not depend on the number of processes.
-        """
-        rank, world_size = comm.get_rank(), comm.get_world_size()
-        share = self.batch_size // world_size
+        """Yield (position, index) of each part of this process' batches, endlessly."""
+        # Every process draws the whole batch, for an order that does not depend on their number.
+        rank = comm.get_rank()
+        share = self.batch_size // comm.get_world_size()
         size = share // self.parts
         if self._groups is None:
             samples = self._samples(start * self.batch_size)
@@ -200,7 +197,7 @@ class TrainLoader:
         return len(self._unreadable.unshared)
 
     def share_unreadable(self) -> None:
-        """Count the images that any process has skipped; for all processes together.
+        """Count the images that any process has skipped, to be called by all of them.
 
         Raises:
             DatasetError: if they are more than may be skipped.
@@ -252,7 +249,8 @@ def _epochs_of(
 ) -> Callable[[torch.Generator], Tensor]:
     """Return what draws the indices of an epoch, before they are shuffled, for a sampler."""
     if sampler == "TrainingSampler":
-        return lambda generator: torch.arange(len(records))
+        indices = torch.arange(len(records))
+        return lambda generator: indices
     if sampler == "RepeatFactorTrainingSampler":
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             records, repeat_threshold
@@ -275,10 +273,9 @@ def _fingerprint(records: Sequence[dict[str, Any]]) -> str:
 
 
 def end_with_parent(worker_id: int = 0) -> None:
-    """End this process when the one that started it has ended, also where that was killed.
+    """End this worker of a DataLoader when its parent has ended, also where that was killed.
 
-    To be called in a worker of a DataLoader. One whose batches nobody takes any more waits for
-    their pipe, to which its siblings hold the other end, and would wait for ever.
+    It would wait for ever for the pipe of its batches, to which its siblings hold the other end.
     """
 
     def wait() -> None:
@@ -320,8 +317,8 @@ def build_train_loader(
             :func:`build_train_mapper` if None.
 
     Raises:
-        ValueError: if the sampler is unknown or the batch cannot be split evenly.
-        DatasetError: if no image has the annotations that the config asks for.
+        ValueError, DatasetError: as :class:`TrainLoader`; also if no image has the annotations
+            that the config asks for.
     """
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
     proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN
