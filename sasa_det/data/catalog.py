@@ -105,12 +105,7 @@ _INDEXED = ("thing_classes", "thing_dataset_id_to_contiguous_id", "thing_colors"
 
 
 def warn_of_classes(known: Sequence[str] | None, classes: Sequence[str]) -> None:
-    """Log a warning if a run starts from weights for as many classes that are not its own.
-
-    Args:
-        known: the classes of the weights; None if they are not known.
-        classes: of the training data.
-    """
+    """Log a warning if training data have as many, but not the known classes of the weights."""
     if known is not None and len(known) == len(classes) and list(known) != list(classes):
         logger.warning(
             "The weights were trained for the classes %s, and the training data have %s: what "
@@ -121,15 +116,12 @@ def warn_of_classes(known: Sequence[str] | None, classes: Sequence[str]) -> None
 
 
 def check_same_classes(names: Sequence[str], classes: Sequence[str], owner: str) -> None:
-    """Check that data sets have the classes of a model, in any order.
+    """Raise DatasetError unless data sets have the classes of an owner, in any order.
 
     Args:
         names: registered data sets; one whose classes are not known yet is left out.
-        classes: of the model.
-        owner: whose they are, for the sentence.
-
-    Raises:
-        DatasetError: naming the classes that only one of the two has.
+        classes: of the owner, as a model.
+        owner: its name in the message.
     """
     for name in names:
         own = metadata_of(name).get("thing_classes")

@@ -46,11 +46,7 @@ def check_coco(
     """Check that a COCO json file and its images can be trained or evaluated on.
 
     Args:
-        json_file, image_root, training: as of :func:`validate_coco`.
-        **options: ``max_pixels``, ``mask_format`` and ``num_keypoints`` of the same.
-
-    Returns:
-        CocoReport: what the file holds, and warnings.
+        json_file, image_root, training, **options: as of :func:`validate_coco`.
 
     Raises:
         FileNotFoundError: if the json file, the folder or an image is missing.
@@ -101,9 +97,8 @@ def check_registered(names: Sequence[str], training: bool, **options: Any) -> No
     """Check registered data sets before they are used, and log the warnings about them.
 
     Files are looked for where the metadata has ``json_file`` and ``image_root``; those that are
-    evaluated with COCO's metrics go through :func:`check_coco` as well. This reads the whole json
-    file, which takes seconds for COCO, unless this process has done so before: one process of a job
-    is enough.
+    evaluated with COCO's metrics go through :func:`check_coco` as well, once in a process, which
+    takes seconds for COCO: one process of a job is enough.
 
     Args:
         names: as in ``cfg.DATASETS``.
@@ -192,17 +187,9 @@ def _refuse_errors(report: CocoReport) -> None:
 def load_coco(json_file: str, image_root: str, dataset_name: str) -> list[dict[str, Any]]:
     """Load a COCO json file that has been checked, and set the classes in the metadata.
 
-    The records are those of detectron2's ``load_coco_json``, but an annotation whose mask or
-    keypoints cannot be used is kept without them. detectron2 drops it, or fails, even where boxes
-    alone are trained.
-
-    Args:
-        json_file: COCO instances json; anything that detectron2's PathManager reads.
-        image_root: the folder that the images' ``file_name`` is relative to.
-        dataset_name: whose metadata get the classes.
-
-    Returns:
-        list: a record for each image, in the order of the images' ids.
+    The arguments and records are those of detectron2's ``load_coco_json``, but an annotation whose
+    mask or keypoints cannot be used is kept without them. detectron2 drops it, or fails, even where
+    boxes alone are trained.
     """
     with open(PathManager.get_local_path(json_file), encoding="utf-8") as file:
         content = json.load(file)
@@ -215,21 +202,19 @@ def load_coco(json_file: str, image_root: str, dataset_name: str) -> list[dict[s
     annotations = defaultdict(list)
     for entry in content["annotations"]:
         annotations[entry["image_id"]].append(entry)
-    records = []
-    for image in sorted(content["images"], key=lambda image: image["id"]):
-        size = image["height"], image["width"]
-        records.append(
-            {
-                "file_name": os.path.join(image_root, image["file_name"]),
-                "height": size[0],
-                "width": size[1],
-                "image_id": image["id"],
-                "annotations": [
-                    _annotation(entry, size, classes) for entry in annotations[image["id"]]
-                ],
-            }
-        )
-    return records
+    return [
+        {
+            "file_name": os.path.join(image_root, image["file_name"]),
+            "height": image["height"],
+            "width": image["width"],
+            "image_id": image["id"],
+            "annotations": [
+                _annotation(entry, (image["height"], image["width"]), classes)
+                for entry in annotations[image["id"]]
+            ],
+        }
+        for image in sorted(content["images"], key=lambda image: image["id"])
+    ]
 
 
 def _annotation(
@@ -237,8 +222,7 @@ def _annotation(
 ) -> dict[str, Any]:
     kept = {key: entry[key] for key in ("iscrowd", "bbox") if key in entry}
     kept |= {"category_id": classes[entry["category_id"]], "bbox_mode": BoxMode.XYWH_ABS}
-    mask = _mask(entry.get("segmentation"), size)
-    if mask:
+    if mask := _mask(entry.get("segmentation"), size):
         kept["segmentation"] = mask
     keypoints = entry.get("keypoints")
     if keypoints and numbers_problem(keypoints) is None:

@@ -230,16 +230,12 @@ FIELDS = {
 def check_fields(
     section: str, index: int, entry: object, seen: Mapping[tuple[str, str], dict[Any, int]]
 ) -> tuple[dict[str, Any], list[Finding]]:
-    """Check the fields of an entry.
+    """Return the valid fields of an entry, and what is wrong with the others.
 
     Args:
-        section: of the file, a key of :data:`FIELDS`.
-        index: of the entry in the section.
+        section, index: where the entry is in the file.
         entry: a value of the json file.
         seen: for each section and key the index of the first entry that has a value; changed.
-
-    Returns:
-        tuple: the valid fields, and what is wrong with the others.
     """
     if not isinstance(entry, dict):
         return {}, [(NOT_AN_OBJECT, f"must be an object, not {described(entry)}")]
@@ -269,11 +265,9 @@ def check_fields(
 
 
 def box_problems(entry: dict[str, Any], size: tuple[int, int] | None) -> Iterator[Finding]:
-    """Yield what is wrong with the box of an annotation.
+    """Yield what is wrong with the box, four numbers, of an annotation.
 
-    Args:
-        entry: with a "bbox" of four numbers.
-        size: (height, width) of the image, if they are valid.
+    The size is the (height, width) of the image, if they are valid.
     """
     box = entry["bbox"]
     kind, rest = _worst_of_box(box, size) or (None, "")
@@ -328,12 +322,7 @@ def numbers_problem(values: object) -> str | None:
 
 
 def keypoints_problems(entry: dict[str, Any], number: int) -> Iterator[Finding]:
-    """Yield what is wrong with the keypoints of an annotation.
-
-    Args:
-        entry: the annotation.
-        number: how many it must have; 0 where keypoints are not used.
-    """
+    """Yield what is wrong with the keypoints of an annotation; 0 are needed if none are used."""
     keypoints, visible = entry.get("keypoints"), entry.get("num_keypoints")
     if not number and not keypoints:
         return

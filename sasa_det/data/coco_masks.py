@@ -54,15 +54,7 @@ def mask_problems(
 
 
 def mask_problem(segmentation: object, size: tuple[int, int] | None) -> Finding | None:
-    """Return the worst problem of a segmentation, or None.
-
-    Args:
-        segmentation: a value of the json file that is not empty.
-        size: (height, width) of the image, if they are valid.
-
-    Returns:
-        tuple: BAD_MASK, EMPTY_MASK, or of polygons BAD_POLYGON or NO_POLYGON, and a clause.
-    """
+    """Return the worst problem of a segmentation that is not empty, or None."""
     if isinstance(segmentation, list):
         return _polygon_problem(segmentation, size)
     if not isinstance(segmentation, dict):
@@ -108,11 +100,7 @@ def _has_pixels(polygon: list[float], height: int, width: int) -> bool:
 
 
 def _checked_lengths(segmentation: dict, size: tuple[int, int] | None) -> list[int]:
-    """Return the run lengths of a mask.
-
-    Raises:
-        ValueError: if they are not those of a mask of the image; the message is a clause.
-    """
+    """Return the run lengths of a mask; the ValueError for those of no mask is a clause."""
     counts, rle_size = segmentation.get("counts"), segmentation.get("size")
     if not isinstance(rle_size, list) or len(rle_size) != 2 or not all(map(is_side, rle_size)):
         raise ValueError("without 'size', the image's [height, width]")

@@ -46,12 +46,8 @@ class CocoReport:
     """What a COCO json file holds, and what is wrong with it for a use.
 
     Attributes:
-        json_file: the file.
-        image_root: the folder of its images.
         training: the use: True for training, False for evaluation, None if it is not known.
-        num_images: images listed.
         num_annotations: annotations listed, crowds included.
-        num_crowds: annotations of crowds.
         num_unannotated: images without annotations.
         categories: in the order of their ids, which is the order of detectron2's contiguous class
             indices.
@@ -116,7 +112,7 @@ def validate_coco(
     limit: int | None = None,
     pixels: bool = False,
 ) -> CocoReport:
-    """Find all that is wrong with a COCO json file and its images.
+    """Find all that is wrong with a COCO json file and its images, and count what it holds.
 
     Args:
         json_file: COCO instances json; anything that detectron2's PathManager reads.
@@ -129,9 +125,6 @@ def validate_coco(
         num_keypoints: as ``MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS`` where keypoints are used.
         limit: problems of each kind to keep; all are counted.
         pixels: decode every image as well, with a progress bar.
-
-    Returns:
-        CocoReport: counts, classes and problems.
 
     Raises:
         FileNotFoundError: if the json file or the folder is missing.
