@@ -128,12 +128,9 @@ def check_same_classes(names: Sequence[str], classes: Sequence[str], owner: str)
         if own is None or are_same_classes(own, classes):
             continue
         sides = {"first": set(own) - set(classes), "second": set(classes) - set(own)}
-        alone = [
-            f"{shortened(sorted(names))} in the {side} alone"
-            for side, names in sides.items()
-            if names
-        ]
-        differences = f", {' and '.join(alone)}" if alone else ""
+        alone = {side: sorted(names) for side, names in sides.items() if names}
+        parts = [f"{shortened(names)} in the {side} alone" for side, names in alone.items()]
+        differences = f", {' and '.join(parts)}" if parts else ""
         raise DatasetError(
             f"dataset {name!r} ({shortened(own)}) and {owner} ({shortened(classes)}) have "
             f"different classes{differences}: they must have the same ones"
@@ -145,8 +142,7 @@ def follow_classes(
 ) -> None:
     """Let the class indices of data sets be those of a model, whenever the data are loaded.
 
-    Where a data set has the same classes in another order, its annotations and metadata are
-    changed as it is loaded, and the log says so.
+    Of a data set with the same classes in another order, annotations and metadata are changed.
 
     Args:
         names: registered data sets.

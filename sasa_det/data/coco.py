@@ -5,7 +5,7 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -31,9 +31,6 @@ logger = logging.getLogger(__name__)
 
 # Problems of a kind that are kept, as examples.
 _KEPT = 10
-
-# Reports on files without errors, so that a process reads each only once.
-_known_reports: dict[tuple, CocoReport] = {}
 
 
 def check_coco(
@@ -158,16 +155,16 @@ def _check_once(
     """As :func:`check_coco`, but without reading again what this process found free of errors."""
     check_exists(json_file, image_root)
     stat = os.stat(PathManager.get_local_path(json_file))
-    key = (
-        *(os.path.abspath(json_file), os.path.abspath(image_root)),
-        *(stat.st_ino, stat.st_size, stat.st_mtime_ns),
-        *sorted(options.items()),
-    )
-    if key not in _known_reports:
-        _known_reports[key] = check_coco(json_file, image_root, **options)
-    report = _known_reports[key].for_use(training)
+    places = os.path.abspath(json_file), os.path.abspath(image_root)
+    state = (*places, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    report = _check_state(state, json_file, image_root, **options).for_use(training)
     _refuse_errors(report)
     return report
+
+
+@cache
+def _check_state(state: tuple, *args: Any, **options: Any) -> CocoReport:
+    return check_coco(*args, **options)
 
 
 def _refuse_errors(report: CocoReport) -> None:

@@ -189,39 +189,45 @@ _ID = _Field(
     lambda value: type(value) is int and -(2**63) <= value < 2**63, "an integer of 64 bits"
 )
 _SIDE = _Field(is_side, "an integer > 0")
-_NAME = _Field(_is_name, "a string of Unicode characters that is not empty")
 _FILE_NAME = _Field(
     lambda value: isinstance(value, str) and 0 < len(value) <= 4096,
     "a string of 1 to 4096 characters",
+    repeated=REPEATED_FILE,
 )
 # detectron2 would take any other value for a crowd, "0" among them.
 _CROWD = _Field(
-    lambda value: type(value) is int and value in (0, 1), "the number 0 or 1", BAD_CROWD
+    lambda value: type(value) is int and value in (0, 1),
+    "the number 0 or 1",
+    BAD_CROWD,
+    required=False,
 )
 _AREA = _Field(
     lambda value: type(value) in _NUMBERS and 0 <= value < _LARGEST,
     "a number >= 0, and below 1e30",
     BAD_AREA,
+    required=False,
 )
 # The sections of a file, each after those that it refers to.
 FIELDS = {
     "categories": {
         "id": _ID._replace(repeated=REPEATED_ID),
-        "name": _NAME._replace(repeated=REPEATED_NAME),
+        "name": _Field(
+            _is_name, "a string of Unicode characters that is not empty", repeated=REPEATED_NAME
+        ),
     },
     "images": {
         "id": _ID._replace(repeated=REPEATED_ID),
-        "file_name": _FILE_NAME._replace(repeated=REPEATED_FILE),
+        "file_name": _FILE_NAME,
         "height": _SIDE,
         "width": _SIDE,
     },
     "annotations": {
         "id": _ID._replace(repeated=REPEATED_ID),
         "image_id": _ID._replace(section="images"),
-        "iscrowd": _CROWD._replace(required=False),
+        "iscrowd": _CROWD,
         "category_id": _ID._replace(section="categories"),
         "bbox": _Field(_is_box, "four numbers: x, y, width, height", BAD_BOX),
-        "area": _AREA._replace(required=False),
+        "area": _AREA,
         "ignore": _Field(lambda value: value == 0, "0 or absent", IGNORED, required=False),
     },
 }

@@ -230,13 +230,9 @@ class Scene:
 def compose_scene(
     digits: np.ndarray, candidates: np.ndarray, image_size: int, rng: np.random.Generator
 ) -> Scene:
-    """Compose one image of the detection set, with 2 to 5 digits.
+    """Compose an image of the detection set of 2 to 5 digits, whose indices are candidates.
 
-    Args:
-        digits: (n, 8, 8) float32, ink in 0..1.
-        candidates: (m,) integer, the digits that may be drawn.
-        image_size: height and width in pixels.
-        rng: the only source of randomness.
+    The digits are (n, 8, 8) float32 ink in 0..1.
     """
     background = draw_background(image_size, rng)
     image = background.copy()
@@ -363,12 +359,7 @@ def register_digit_crops(
 def compose_crop(
     digit: np.ndarray, background: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compose one image of the classification set: a digit anywhere in it.
-
-    Args:
-        digit: (8, 8) float32, ink in 0..1.
-        background: (64, 64, 3) uint8 RGB.
-        rng: the only source of randomness.
+    """Compose an image of the classification set: a digit, (8, 8) float32 ink in 0..1, anywhere.
 
     Returns:
         tuple: the (64, 64, 3) uint8 RGB image, and the (64, 64) bool pixels that the digit covers.

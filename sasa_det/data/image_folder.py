@@ -110,8 +110,7 @@ def register_class_folders(
     Registering the same folder under the same name again is harmless.
 
     Args:
-        name: the name for ``cfg.DATASETS``.
-        folder: holds a folder of images for each class.
+        name, folder: for ``cfg.DATASETS``, and what holds a folder of images for each class.
         class_names: the classes, if they are known before.
         prepare: called before the folder is read.
 

@@ -187,15 +187,7 @@ class UnreadableImages:
     """
 
     def __init__(self, limit: int, *, fraction: float = 0.0, num_images: int = 0):
-        """
-        Args:
-            limit: ``DATALOADER.SKIP_UNREADABLE``; 0 skips none.
-            fraction: ``DATALOADER.SKIP_UNREADABLE_FRACTION``, which counts if that is more.
-            num_images: images of the training data.
-
-        Raises:
-            ValueError: if the limit is negative, or the fraction not within [0, 1].
-        """
+        """Allow the limit, or a fraction of the images of the training data if that is more."""
         if limit < 0:
             raise ValueError(
                 f"max_unreadable (DATALOADER.SKIP_UNREADABLE) must be >= 0, got {limit}"
