@@ -165,7 +165,6 @@ class _Field(NamedTuple):
         wrong: the kind of a value that does not pass it.
         repeated: the kind of a value that an earlier entry has, if that is a problem.
         section: the section that has an entry of this id, if the value is one.
-        required: whether the key must be there.
     """
 
     is_valid: Callable[[object], bool]
@@ -173,12 +172,24 @@ class _Field(NamedTuple):
     wrong: Kind = WRONG_VALUE
     repeated: Kind | None = None
     section: str | None = None
-    required: bool = True
 
 
 def _is_name(value: object) -> bool:
     # TensorBoard fails on half of a surrogate pair, which no UTF-8 can hold.
     return isinstance(value, str) and value != "" and not _SURROGATE.search(value)
+
+
+def _is_file_name(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 4096
+
+
+def _is_crowd(value: object) -> bool:
+    # detectron2 would take any other value for a crowd, "0" among them.
+    return type(value) is int and value in (0, 1)
+
+
+def _is_area(value: object) -> bool:
+    return type(value) in _NUMBERS and 0 <= value < _LARGEST
 
 
 def _is_box(value: object) -> bool:
@@ -188,49 +199,25 @@ def _is_box(value: object) -> bool:
 _ID = _Field(
     lambda value: type(value) is int and -(2**63) <= value < 2**63, "an integer of 64 bits"
 )
+_OWN_ID = _ID._replace(repeated=REPEATED_ID)
 _SIDE = _Field(is_side, "an integer > 0")
-_FILE_NAME = _Field(
-    lambda value: isinstance(value, str) and 0 < len(value) <= 4096,
-    "a string of 1 to 4096 characters",
-    repeated=REPEATED_FILE,
-)
-# detectron2 would take any other value for a crowd, "0" among them.
-_CROWD = _Field(
-    lambda value: type(value) is int and value in (0, 1),
-    "the number 0 or 1",
-    BAD_CROWD,
-    required=False,
-)
-_AREA = _Field(
-    lambda value: type(value) in _NUMBERS and 0 <= value < _LARGEST,
-    "a number >= 0, and below 1e30",
-    BAD_AREA,
-    required=False,
-)
+_NAME = _Field(_is_name, "a string of Unicode characters that is not empty", repeated=REPEATED_NAME)
+_FILE_NAME = _Field(_is_file_name, "a string of 1 to 4096 characters", repeated=REPEATED_FILE)
 # The sections of a file, each after those that it refers to.
 FIELDS = {
-    "categories": {
-        "id": _ID._replace(repeated=REPEATED_ID),
-        "name": _Field(
-            _is_name, "a string of Unicode characters that is not empty", repeated=REPEATED_NAME
-        ),
-    },
-    "images": {
-        "id": _ID._replace(repeated=REPEATED_ID),
-        "file_name": _FILE_NAME,
-        "height": _SIDE,
-        "width": _SIDE,
-    },
+    "categories": {"id": _OWN_ID, "name": _NAME},
+    "images": {"id": _OWN_ID, "file_name": _FILE_NAME, "height": _SIDE, "width": _SIDE},
     "annotations": {
-        "id": _ID._replace(repeated=REPEATED_ID),
+        "id": _OWN_ID,
         "image_id": _ID._replace(section="images"),
-        "iscrowd": _CROWD,
+        "iscrowd": _Field(_is_crowd, "the number 0 or 1", BAD_CROWD),
         "category_id": _ID._replace(section="categories"),
         "bbox": _Field(_is_box, "four numbers: x, y, width, height", BAD_BOX),
-        "area": _AREA,
-        "ignore": _Field(lambda value: value == 0, "0 or absent", IGNORED, required=False),
+        "area": _Field(_is_area, "a number >= 0, and below 1e30", BAD_AREA),
+        "ignore": _Field(lambda value: value == 0, "0 or absent", IGNORED),
     },
 }
+_OPTIONAL = ("iscrowd", "area", "ignore")
 
 
 def check_fields(
@@ -248,7 +235,7 @@ def check_fields(
     valid, found = {}, []
     for key, field in FIELDS[section].items():
         if key not in entry:
-            if field.required:
+            if key not in _OPTIONAL:
                 found.append((MISSING_KEY, f"lacks {key!r}"))
             continue
         value = entry[key]
