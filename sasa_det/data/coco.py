@@ -67,16 +67,13 @@ def register_coco(
 
     Args:
         name: the name for ``cfg.DATASETS``.
-        json_file: COCO instances json.
-        image_root: the folder of the images.
+        json_file, image_root, **options: as of :func:`check_coco`.
         check: False in the other processes of a job, after one has checked the files: they
             are not read then, and the classes are known as soon as detectron2 loads them.
-        **options: as of :func:`check_coco`.
 
     Raises:
-        FileNotFoundError: as :func:`check_coco`.
-        DatasetError: as :func:`check_coco`, or if the name stands for other files. Registering the
-            same files under the same name again is harmless.
+        FileNotFoundError, DatasetError: as :func:`check_coco`; also if the name stands for other
+            files. Registering the same files under the same name again is harmless.
     """
     json_file, image_root = os.fspath(json_file), os.fspath(image_root)
     if is_registered(name, json_file=json_file, image_root=image_root):

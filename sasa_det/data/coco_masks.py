@@ -123,15 +123,11 @@ def _checked_lengths(segmentation: dict, size: tuple[int, int] | None) -> list[i
 def run_lengths(counts: str) -> list[int]:
     """Decode the run lengths of pycocotools' compressed RLE.
 
-    pycocotools itself checks nothing: of counts that are too short it reads memory that is not its
-    own.
+    pycocotools itself checks nothing: of counts that are too short it reads foreign memory.
 
     Args:
         counts: characters of 5 bits and one that says whether another follows, the lowest bits
             first, for each run length; from the third on less the one before the last.
-
-    Returns:
-        list[int]: the lengths, not checked.
 
     Raises:
         ValueError: if no encoder has written the counts; the message is a clause.

@@ -27,9 +27,6 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
 def split_digits(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Split scikit-learn's handwritten digits into training and validation, class by class.
 
-    Args:
-        seed: of the split, not negative.
-
     Returns:
         tuple: sorted int64 indices into ``sklearn.datasets.load_digits()`` of the training digits
         (about 80 % of every class) and of the validation digits.

@@ -107,15 +107,13 @@ def register_class_folders(
 ) -> None:
     """Register a folder of class folders, which is read when its data are asked for.
 
-    Registering the same folder under the same name again is harmless.
-
     Args:
         name, folder: for ``cfg.DATASETS``, and what holds a folder of images for each class.
         class_names: the classes, if they are known before.
         prepare: called before the folder is read.
 
     Raises:
-        DatasetError: if the name stands for another folder.
+        DatasetError: if the name stands for another folder; the same one is harmless.
     """
     folder = os.fspath(folder)
     if is_registered(name, image_root=folder):
@@ -169,9 +167,8 @@ def check_image_folders(names: Sequence[str]) -> None:
         names: data sets that are used together; their classes are in the metadata afterwards.
 
     Raises:
-        DatasetError: if a name is not registered or not of images to classify; a folder holds no
-            class folders or something that is not a regular file, links lead out of it, classes
-            have no image, or the data sets do not have the same classes.
+        DatasetError: if a name is not registered or not of images to classify, there are classes
+            without an image, links out of a folder or other than files in it, or other classes.
         FileNotFoundError: if a folder is missing; the message says what is there.
     """
     for name in names:

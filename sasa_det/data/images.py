@@ -40,9 +40,8 @@ def read_image(path: str, max_pixels: int, image_format: str = "RGB") -> np.ndar
         numpy.ndarray: (H, W, C), uint8 unless the format is YUV.
 
     Raises:
-        ImageError: if the file is missing, truncated, broken or not an image, it has more pixels,
-            or pixels of more than 8 bits, which a conversion to RGB would clip or cut, or it is a
-            PostScript program.
+        ImageError: if the file is missing, truncated, broken, no image or a PostScript program, or
+            has more pixels, or those of more than 8 bits, which a conversion to RGB would clip.
     """
     with _opened(path, max_pixels) as image:
         # Pillow turns a TIFF while it decodes it, and its orientation is gone then. detectron2 asks

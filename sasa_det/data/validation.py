@@ -204,12 +204,8 @@ class _Walk:
             for clause in error.args:
                 self._add(problems.NOT_COCO, clause)
             return
-        examine = {
-            "categories": self._category,
-            "images": self._image,
-            "annotations": self._annotation,
-        }
-        for section in FIELDS:
+        examine = [self._category, self._image, self._annotation]
+        for section, find in zip(FIELDS, examine, strict=True):
             self.sizes[section] = len(content[section])
             if not content[section] and section in _NEEDED:
                 clause = f"{section!r} is empty; at least one {_NEEDED[section]} is needed"
@@ -217,7 +213,7 @@ class _Walk:
             for index, entry in enumerate(content[section]):
                 valid, found = check_fields(section, index, entry, self._seen)
                 if isinstance(entry, dict):
-                    found += examine[section](index, entry, valid)
+                    found += find(index, entry, valid)
                 for kind, clause in found:
                     self._add_of(section, index, valid, kind, f" {clause}")
         if self.counts[problems.CORNER_BOX] <= _CORNERS_SHARE * self.sizes["annotations"]:

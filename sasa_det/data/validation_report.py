@@ -14,14 +14,11 @@ _PIPES = {"tablefmt": "github", "disable_numparse": True}
 
 
 def describe_report(report: CocoReport, *, everything: bool = False) -> str:
-    """Describe a report: what the data hold, the classes, and the problems by kind.
+    """Describe for a terminal what the data hold, the classes, and the problems by kind.
 
     Args:
         report: with all problems that shall be listed.
         everything: list all classes, not only the most frequent ones.
-
-    Returns:
-        str: lines for a terminal.
     """
     files = f"{printable(report.json_file)} with images in {printable(report.image_root)}"
     parts = [f"{files}, for {_USES[report.training]}"]
