@@ -19,16 +19,13 @@ SPLITS = ("train", "val")
 
 def builtin_path(*parts: str) -> str:
     """Return a path under ``$DETECTRON2_DATASETS``, which is ``datasets`` unless it is set."""
-    return os.path.join(os.path.expanduser(_root()), *parts)
+    root = os.getenv("DETECTRON2_DATASETS", "datasets")
+    return os.path.join(os.path.expanduser(root), *parts)
 
 
 def root_hint() -> str:
     """Say, for a message about a missing file, what the root of these data sets is."""
-    return f"$DETECTRON2_DATASETS, now {_root()!r}, sets the root of the builtin datasets"
-
-
-def _root() -> str:
-    return os.getenv("DETECTRON2_DATASETS", "datasets")
+    return f"$DETECTRON2_DATASETS, now {builtin_path()!r}, sets the root of the builtin datasets"
 
 
 def is_registered(name: str, **expected: Any) -> bool:

@@ -51,18 +51,18 @@ def _write_once(
     kind: str,
     info_file: str,
     write_images: Callable[[Path, dict[str, int]], None],
-    minimums: dict[str, int],
-    **parameters: int,
+    **with_minimum: tuple[int, int],
 ) -> Path:
     """Write a set beside ``root`` and rename it, or reuse it where it is there.
 
     So it is there whole or not at all, also when several processes write it at the same time. The
     parameters that it was made from are in its info file, under "info".
     """
-    for name, value in parameters.items():
-        least = minimums[name]
+    parameters = {}
+    for name, (value, least) in with_minimum.items():
         if type(value) is not int or value < least:
             raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+        parameters[name] = value
     parameters["version"] = GENERATOR_VERSION
     root = Path(root)
     if not _holds_anything(root):
@@ -147,11 +147,10 @@ def write_digits(
         "digits detection set",
         "val.json",
         _write_scenes,
-        {"num_train": 1, "num_val": 1, "image_size": 64, "seed": 0},
-        num_train=num_train,
-        num_val=num_val,
-        image_size=image_size,
-        seed=seed,
+        num_train=(num_train, 1),
+        num_val=(num_val, 1),
+        image_size=(image_size, 64),
+        seed=(seed, 0),
     )
 
 
@@ -247,12 +246,11 @@ def compose_scene(
         low, high = np.log(np.multiply(HEIGHT_RANGE, image_size))
         height = np.exp(rng.uniform(low, high - (high - low) * attempt / PLACEMENT_ATTEMPTS))
         alpha = scaled_ink(digits[index], height)
-        box = _drawn_box(alpha, image_size, rng)
-        mask = _mask(alpha, box, image_size)
+        box, window, mask = _draw_place(alpha, image_size, rng)
         ious = iou(np.array([box], float), np.array(boxes, float), [0] * len(boxes)) if boxes else 0
         if (occupied & mask).any() or np.any(ious > MAX_IOU):
             continue
-        paint(image, background, _window(box), alpha, rng)
+        paint(image, background, window, alpha, rng)
         occupied |= mask
         ink.append(mask)
         boxes.append(box)
@@ -260,23 +258,16 @@ def compose_scene(
     return Scene(image, background, np.stack(ink), np.stack(boxes), np.array(indices))
 
 
-def _drawn_box(alpha: np.ndarray, image_size: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw a place for a digit and return it as X, Y, width, height."""
+def _draw_place(
+    alpha: np.ndarray, image_size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, tuple[slice, slice], np.ndarray]:
+    """Draw a digit's box (X, Y, width, height), its rows and columns, and the pixels it covers."""
     h, w = alpha.shape
     x, y = (int(rng.integers(0, image_size - side, endpoint=True)) for side in (w, h))
-    return np.array([x, y, w, h])
-
-
-def _window(box: np.ndarray) -> tuple[slice, slice]:
-    x, y, w, h = box
-    return np.s_[y : y + h, x : x + w]
-
-
-def _mask(alpha: np.ndarray, box: np.ndarray, image_size: int) -> np.ndarray:
-    """Return the (image_size, image_size) bool pixels that a digit covers."""
+    window = np.s_[y : y + h, x : x + w]
     mask = np.zeros((image_size, image_size), dtype=bool)
-    mask[_window(box)] = alpha > 0
-    return mask
+    mask[window] = alpha > 0
+    return np.array([x, y, w, h]), window, mask
 
 
 def _write_scenes(folder: Path, parameters: dict[str, int]) -> None:
@@ -331,10 +322,9 @@ def write_digit_crops(
         "digits classification set",
         "info.json",
         _write_crops,
-        {"num_train": 10, "num_val": 10, "seed": 0},
-        num_train=num_train,
-        num_val=num_val,
-        seed=seed,
+        num_train=(num_train, 10),
+        num_val=(num_val, 10),
+        seed=(seed, 0),
     )
 
 
@@ -368,10 +358,10 @@ def compose_crop(
         alpha = scaled_ink(digit, np.exp(rng.uniform(*np.log(CROP_HEIGHTS))))
         if max(alpha.shape) <= CROP_SIZE:
             break
-    box = _drawn_box(alpha, CROP_SIZE, rng)
+    _, window, mask = _draw_place(alpha, CROP_SIZE, rng)
     image = background.copy()
-    paint(image, background, _window(box), alpha, rng)
-    return image, _mask(alpha, box, CROP_SIZE)
+    paint(image, background, window, alpha, rng)
+    return image, mask
 
 
 def _write_crops(folder: Path, parameters: dict[str, int]) -> None:

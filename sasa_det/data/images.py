@@ -51,16 +51,6 @@ def read_image(path: str, max_pixels: int, image_format: str = "RGB") -> np.ndar
         return detection_utils.convert_PIL_to_numpy(image, image_format)
 
 
-def check_pixels(path: str, max_pixels: int, *, size: tuple[int, int] | None = None) -> None:
-    """Raise ImageError if :func:`read_image` cannot read an image, or it has another size.
-
-    Args:
-        path, max_pixels: as of :func:`read_image`.
-        size: the height and width that it must have, orientation by EXIF applied; None for any.
-    """
-    check_size(path, read_image(path, max_pixels), size)
-
-
 def check_size(path: str, image: np.ndarray, size: tuple[int, int] | None) -> None:
     """Raise ImageError if the pixels of an image are not of the height and width given."""
     height, width = image.shape[:2]

@@ -4,6 +4,7 @@ import hashlib
 import os
 import random
 import signal
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, wraps
 from itertools import islice
@@ -119,9 +120,9 @@ class TrainLoader:
         self.num_images = len(dataset)
         self.batch_size, self.parts, self.seed = total_batch_size, parts, seed
         self._draw_epoch = _epochs_of(sampler, dataset, repeat_threshold)
-        self._groups = None
+        self._is_oblong = None
         if aspect_ratio_grouping:
-            self._groups = [int(record["width"] > record["height"]) for record in dataset]
+            self._is_oblong = [record["width"] > record["height"] for record in dataset]
         self._fingerprint = _fingerprint(dataset)
         if isinstance(dataset, list):
             dataset = DatasetFromList(dataset, copy=False)
@@ -159,24 +160,20 @@ class TrainLoader:
         rank = comm.get_rank()
         share = self.batch_size // comm.get_world_size()
         size = share // self.parts
-        if self._groups is None:
-            samples = self._samples(start * self.batch_size)
-            batches = iter(lambda: list(islice(samples, self.batch_size)), [])
-        else:
-            batches = islice(self._grouped_batches(), start, None)
-        for batch in batches:
+        # Which images make a batch of one orientation follows from all images before them.
+        first_drawn = 0 if self._is_oblong else start
+        for batch in islice(self._whole_batches(first_drawn), start - first_drawn, None):
             own = batch[rank * share : (rank + 1) * share]
             for first in range(0, share, size):
                 yield own[first : first + size]
 
-    def _grouped_batches(self) -> Iterator[list[tuple[int, int]]]:
+    def _whole_batches(self, start: int) -> Iterator[list[tuple[int, int]]]:
         # Images of one batch have one orientation, which keeps padding small.
-        waiting: dict[int, list[tuple[int, int]]] = {}
-        for sample in self._samples(0):
-            group = self._groups[sample[1]]
-            batch = waiting.setdefault(group, [])
-            batch.append(sample)
-            if len(batch) == self.batch_size:
+        waiting = defaultdict(list)
+        for sample in self._samples(start * self.batch_size):
+            group = self._is_oblong and self._is_oblong[sample[1]]
+            waiting[group].append(sample)
+            if len(waiting[group]) == self.batch_size:
                 yield waiting.pop(group)
 
     def _samples(self, start: int) -> Iterator[tuple[int, int]]:

@@ -24,7 +24,7 @@ from .coco_entries import (
     shown,
 )
 from .coco_masks import mask_problems
-from .images import MAX_PIXELS, check_image_files, check_pixels
+from .images import MAX_PIXELS, check_image_files, check_size, read_image
 
 # The share of the boxes from which on those that fit their image as two corners only are reported:
 # some boxes of many data sets are a little too large.
@@ -226,7 +226,7 @@ class _Walk:
         for index, image in tqdm(self._files.items(), desc="Images", unit=""):
             path = os.path.join(self._image_root, image["file_name"])
             try:
-                check_pixels(path, self._max_pixels, size=_size(image))
+                check_size(path, read_image(path, self._max_pixels), _size(image))
             except ImageError as error:
                 self._add_of("images", index, image, problems.UNREADABLE, f": {error}")
 

@@ -23,7 +23,15 @@ def describe_report(report: CocoReport, *, everything: bool = False) -> str:
     files = f"{printable(report.json_file)} with images in {printable(report.image_root)}"
     parts = [f"{files}, for {_USES[report.training]}"]
     if NOT_COCO not in report.counts:
-        parts += [_contents(report), _classes(report, everything), _id_note(report)]
+        rows = [
+            ["images", f"{report.num_images:,}"],
+            ["images without annotations", f"{report.num_unannotated:,}"],
+            ["annotations", f"{report.num_annotations:,}"],
+            ["crowds among them", f"{report.num_crowds:,}"],
+            ["classes", f"{len(report.categories):,}"],
+        ]
+        contents = tabulate(rows, tablefmt="plain", colalign=("left", "right"))
+        parts += [contents, _classes(report, everything), _id_note(report)]
     parts += [*_problems(report), _verdict(report)]
     return "\n\n".join(filter(None, parts))
 
@@ -52,17 +60,6 @@ def _count(report: CocoReport, kind: Kind) -> str:
     if not kind.has_share:
         return f"{count:,}"
     return f"{count:,} of {report.num_annotations:,}, {count / report.num_annotations:.1%}"
-
-
-def _contents(report: CocoReport) -> str:
-    rows = [
-        ["images", f"{report.num_images:,}"],
-        ["images without annotations", f"{report.num_unannotated:,}"],
-        ["annotations", f"{report.num_annotations:,}"],
-        ["crowds among them", f"{report.num_crowds:,}"],
-        ["classes", f"{len(report.categories):,}"],
-    ]
-    return tabulate(rows, tablefmt="plain", colalign=("left", "right"))
 
 
 def _classes(report: CocoReport, everything: bool) -> str:

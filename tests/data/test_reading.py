@@ -22,7 +22,7 @@ from sasa_det.data import (
     build_test_mapper,
     build_train_mapper,
 )
-from sasa_det.data.images import check_pixels
+from sasa_det.data.images import check_size, read_image
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 
@@ -93,7 +93,7 @@ def test_fault_is_told_with_the_path(tmp_path, name, use):
     cfg.INPUT.JITTER.ENABLED = use == "jitter"
     with pytest.raises(ImageError) as error:
         if use == "check":
-            check_pixels(str(path), cfg.INPUT.MAX_PIXELS, size=(40, 60))
+            check_size(str(path), read_image(str(path), cfg.INPUT.MAX_PIXELS), (40, 60))
         elif use == "classify":
             ClassificationMapper(is_train=False)(record(path))
         else:
@@ -107,20 +107,20 @@ def test_fault_is_told_with_the_path(tmp_path, name, use):
 def test_images_of_8_bits_pass_and_are_mapped(tmp_path, mode):
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     Image.fromarray(PIXELS).convert(mode).save(path)
-    check_pixels(str(path), 40 * 60, size=(40, 60))
+    check_size(str(path), read_image(str(path), 40 * 60), (40, 60))
     for mapper in (build_train_mapper(config()), build_test_mapper(config())):
         assert mapper(record(path))["image"].shape == (3, 40, 60)
     with pytest.raises(ImageError, match="60 x 40 pixels, more than the 2,399"):
-        check_pixels(str(path), 40 * 60 - 1)
+        read_image(str(path), 40 * 60 - 1)
 
 
 def test_turned_image_has_the_size_it_is_seen_in(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees
     Image.fromarray(PIXELS).save(tmp_path / "a.jpg", exif=exif)
-    check_pixels(str(tmp_path / "a.jpg"), 10_000, size=(60, 40))
+    check_size(str(tmp_path / "a.jpg"), read_image(str(tmp_path / "a.jpg"), 10_000), (60, 40))
     with pytest.raises(ImageError, match="has 40 x 60 pixels"):
-        check_pixels(str(tmp_path / "a.jpg"), 10_000, size=(40, 60))
+        check_size(str(tmp_path / "a.jpg"), read_image(str(tmp_path / "a.jpg"), 10_000), (40, 60))
 
 
 def test_higher_limit_than_pillows_has_its_way(tmp_path, monkeypatch):
