@@ -1,17 +1,53 @@
 """Registered data sets: their classes, and the order of these."""
 
-import difflib
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MapDataset, Metadata, MetadataCatalog
 
-from ..errors import DatasetError
+from ..errors import DatasetError, nearest
 from ..utils.text import printable
 
 logger = logging.getLogger(__name__)
+
+# Parts of a data set, and the folders that hold them.
+SPLITS = ("train", "val")
+
+
+def builtin_path(*parts: str) -> str:
+    """Return a path under ``$DETECTRON2_DATASETS``, which is ``datasets`` unless it is set."""
+    root = os.getenv("DETECTRON2_DATASETS", "datasets")
+    return os.path.join(os.path.expanduser(root), *parts)
+
+
+def root_hint() -> str:
+    """Say, for a message about a missing file, what the root of these data sets is."""
+    return f"$DETECTRON2_DATASETS, now {builtin_path()!r}, sets the root of the builtin datasets"
+
+
+def is_registered(name: str, **expected: Any) -> bool:
+    """Return whether a name is registered with these metadata, whatever way paths are spelled.
+
+    Raises:
+        DatasetError: if it is registered with others.
+    """
+    if name not in DatasetCatalog:
+        return False
+    metadata = MetadataCatalog.get(name)
+    found = {key: metadata.get(key) for key in expected}
+    if any(_real(found[key]) != _real(value) for key, value in expected.items()):
+        raise DatasetError(
+            f"dataset {name!r} is already registered with {found}, not with {expected}: give the "
+            "new data another name"
+        )
+    return True
+
+
+def _real(value: Any) -> Any:
+    return os.path.realpath(value) if isinstance(value, str) else value
 
 
 def num_classes_of(dataset_names: Sequence[str]) -> int:
@@ -33,15 +69,8 @@ def num_classes_of(dataset_names: Sequence[str]) -> int:
                 f"dataset {name!r} has no 'thing_classes' in its metadata: register it with "
                 "sasa_det.data.register_coco or set them"
             )
-    first = dataset_names[0]
-    for name, names in classes.items():
-        if not are_same_classes(names, classes[first]):
-            raise DatasetError(
-                f"datasets {first!r} ({shortened(classes[first])}) and {name!r} "
-                f"({shortened(names)}) have different classes"
-                f"{class_differences(classes[first], names)}: data sets that are used together "
-                "must have the same classes"
-            )
+    first, *others = dataset_names
+    check_same_classes(others, classes[first], f"dataset {first!r}")
     return len(classes[first])
 
 
@@ -49,12 +78,10 @@ def metadata_of(name: str) -> Metadata:
     """Return the metadata of a registered data set.
 
     Raises:
-        DatasetError: if the name is not registered; the message has the nearest ones that are.
+        DatasetError: if the name is not registered; the message has the nearest one that is.
     """
     if name not in DatasetCatalog:
-        nearest = difflib.get_close_matches(name, DatasetCatalog.keys())
-        hint = f", did you mean {' or '.join(map(repr, nearest))}" if nearest else ""
-        raise DatasetError(f"dataset {name!r} is not registered{hint}")
+        raise DatasetError(f"dataset {name!r} is not registered{nearest(name, DatasetCatalog)}")
     return MetadataCatalog.get(name)
 
 
@@ -70,25 +97,12 @@ def shortened(names: Sequence[str]) -> str:
     return f"{len(names)}: {shown}"
 
 
-def class_differences(names: Sequence[str], others: Sequence[str]) -> str:
-    """Say which classes only one of two data sets has, or nothing if it is their order alone."""
-    first, second = sorted(set(names) - set(others)), sorted(set(others) - set(names))
-    sides = {"first": first, "second": second}
-    parts = [f"{shortened(only)} in the {side} alone" for side, only in sides.items() if only]
-    return f", {' and '.join(parts)}" if parts else ""
-
-
 # The metadata that belong to class indices.
 _INDEXED = ("thing_classes", "thing_dataset_id_to_contiguous_id", "thing_colors")
 
 
 def warn_of_classes(known: Sequence[str] | None, classes: Sequence[str]) -> None:
-    """Log a warning if a run starts from weights for as many classes that are not its own.
-
-    Args:
-        known: the classes of the weights; None if they are not known.
-        classes: of the training data.
-    """
+    """Log a warning if training data have as many, but not the known classes of the weights."""
     if known is not None and len(known) == len(classes) and list(known) != list(classes):
         logger.warning(
             "The weights were trained for the classes %s, and the training data have %s: what "
@@ -99,23 +113,25 @@ def warn_of_classes(known: Sequence[str] | None, classes: Sequence[str]) -> None
 
 
 def check_same_classes(names: Sequence[str], classes: Sequence[str], owner: str) -> None:
-    """Check that data sets have the classes of a model, in any order.
+    """Raise DatasetError unless data sets have the classes of an owner, in any order.
 
     Args:
         names: registered data sets; one whose classes are not known yet is left out.
-        classes: of the model.
-        owner: whose they are, for the sentence.
-
-    Raises:
-        DatasetError: naming the classes that only one of the two has.
+        classes: of the owner, as a model.
+        owner: its name in the message.
     """
     for name in names:
         own = metadata_of(name).get("thing_classes")
-        if own is not None and not are_same_classes(own, classes):
-            raise DatasetError(
-                f"dataset {name!r} ({shortened(own)}) and {owner} ({shortened(classes)}) have "
-                f"different classes{class_differences(own, classes)}: they must have the same ones"
-            )
+        if own is None or are_same_classes(own, classes):
+            continue
+        sides = {"first": set(own) - set(classes), "second": set(classes) - set(own)}
+        alone = {side: sorted(names) for side, names in sides.items() if names}
+        parts = [f"{shortened(names)} in the {side} alone" for side, names in alone.items()]
+        differences = f", {' and '.join(parts)}" if parts else ""
+        raise DatasetError(
+            f"dataset {name!r} ({shortened(own)}) and {owner} ({shortened(classes)}) have "
+            f"different classes{differences}: they must have the same ones"
+        )
 
 
 def follow_classes(
@@ -123,8 +139,7 @@ def follow_classes(
 ) -> None:
     """Let the class indices of data sets be those of a model, whenever the data are loaded.
 
-    Where a data set has the same classes in another order, its annotations and metadata are
-    changed as it is loaded, and the log says so.
+    Of a data set with the same classes in another order, annotations and metadata are changed.
 
     Args:
         names: registered data sets.
@@ -138,7 +153,8 @@ def follow_classes(
         if not names:
             return
         first, *names = names
-        owner, order = f"dataset {first!r}", partial(_classes_of, first)
+        owner = f"dataset {first!r}"
+        order = partial(MetadataCatalog.get(first).get, "thing_classes")
     else:
         order = partial(list, classes)
     for name in names:
@@ -195,7 +211,3 @@ def _reindexed(index: Sequence[int], record: dict[str, Any]) -> dict[str, Any]:
             for annotation in record["annotations"]
         ]
     return record
-
-
-def _classes_of(name: str) -> list[str] | None:
-    return MetadataCatalog.get(name).get("thing_classes")

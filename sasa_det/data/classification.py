@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 from ..errors import ImageError
 from .images import MAX_PIXELS, read_rgb
-from .loader import TrainLoader, end_with_parent, loader_options, sampled_epochs
+from .loader import TrainLoader, end_with_parent, loader_options
 
 _FLIPS = {"horizontal": [v2.RandomHorizontalFlip()], "vertical": [v2.RandomVerticalFlip()]}
 _FLIPS["none"] = []
@@ -45,11 +45,8 @@ class ClassificationMapper:
             min_area: smallest part of the image's area that training cuts out, in (0, 1].
             resize_test: length of the shorter side in testing, at least ``crop_size``.
             flip: "horizontal", "vertical" or "none".
-            image_format: "RGB" or "BGR".
+            image_format: "RGB" or "BGR"; a ValueError refuses others.
             max_pixels: images of more are refused.
-
-        Raises:
-            ValueError: if an argument is out of range; the message names its config key.
         """
         if image_format not in ("RGB", "BGR"):
             raise ValueError(
@@ -70,18 +67,10 @@ class ClassificationMapper:
         self.scaled_side = 0 if is_train else resize_test
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Map a record, which is left as it is.
-
-        Args:
-            record: with "file_name", "image_id" and "label".
-
-        Returns:
-            dict: "image", a (3, S, S) uint8 tensor in ``INPUT.FORMAT`` order, beside the record's
-            "label", "file_name" and "image_id".
+        """Return "image", (3, S, S) uint8, beside a record's "label", "file_name" and "image_id".
 
         Raises:
-            ImageError: if the image is missing, truncated, broken, too large, of more than 8 bits,
-                or so long that it would be too large when scaled.
+            ImageError: if the image cannot be read, is too large, or would be when it is scaled.
         """
         path = record["file_name"]
         image = read_rgb(path, self.max_pixels)
@@ -89,25 +78,18 @@ class ClassificationMapper:
         if self.scaled_side**2 * longer > self.max_pixels * shorter:
             raise ImageError(
                 f"image {path} has {image.width} x {image.height} pixels, which are more than the "
-                f"{self.max_pixels:,} that INPUT.MAX_PIXELS allows when its shorter side is scaled "
-                f"to {self.scaled_side}",
+                f"{self.max_pixels:,} that max_pixels (INPUT.MAX_PIXELS) allows when its shorter "
+                f"side is scaled to {self.scaled_side}",
                 path,
             )
         pixels = self.transform(image)
         if self.image_format == "BGR":
             pixels = pixels.flip(0)
-        return {
-            "image": pixels,
-            **{key: record[key] for key in ("label", "file_name", "image_id")},
-        }
+        return {"image": pixels} | {key: record[key] for key in ("label", "file_name", "image_id")}
 
 
 def build_mapper(cfg: CfgNode, is_train: bool) -> ClassificationMapper:
-    """Build the mapper of a config.
-
-    Raises:
-        ValueError: if a config value is out of range; the message names the key.
-    """
+    """Build the mapper of a config; a ValueError names a key whose value is out of range."""
     keys = cfg.INPUT.CLASSIFICATION
     return ClassificationMapper(
         is_train=is_train,
@@ -121,10 +103,7 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> ClassificationMapper:
 
 
 def collate_classification(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Make a batch of mapped records, at least one.
-
-    Args:
-        samples: what :class:`ClassificationMapper` returns, of one size.
+    """Make a batch of at least one mapped record.
 
     Returns:
         dict: "image" (N, 3, S, S) uint8, "label" (N,) int64, "file_name" and "image_id" as lists.
@@ -136,11 +115,10 @@ def build_classification_train_loader(cfg: CfgNode, seed: int | None = None) -> 
     """Build the loader of the data sets of ``DATASETS.TRAIN``, one after the other.
 
     Args:
-        cfg: a config with sasa_det's keys.
-        seed: as of :func:`sasa_det.data.build_train_loader`.
+        cfg, seed: as of :func:`sasa_det.data.build_train_loader`.
 
     Returns:
-        TrainLoader: of batches as of :func:`collate_classification`, made in the workers.
+        TrainLoader: of batches as of :func:`collate_classification`.
 
     Raises:
         ValueError: if the sampler is one for detection or the batch cannot be split evenly.
@@ -156,9 +134,9 @@ def build_classification_train_loader(cfg: CfgNode, seed: int | None = None) -> 
     return TrainLoader(
         records,
         build_mapper(cfg, is_train=True),
-        batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
         seed=max(cfg.SEED, 0) if seed is None else seed,
-        epochs=sampled_epochs(records),
+        aspect_ratio_grouping=False,
         collate=collate_classification,
         **loader_options(cfg),
     )
@@ -166,10 +144,6 @@ def build_classification_train_loader(cfg: CfgNode, seed: int | None = None) -> 
 
 def build_classification_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
     """Build a loader of this process' share of a data set's images, each of them once.
-
-    Args:
-        cfg: a config with sasa_det's keys.
-        dataset_name: of the data set.
 
     Returns:
         DataLoader: of batches of up to ``TEST.IMS_PER_BATCH`` images, as of
@@ -204,14 +178,11 @@ def _map_or_tell(
 def _collate_readable(
     crop_size: int, samples: Sequence[dict[str, Any] | ImageError]
 ) -> dict[str, Any]:
-    readable = [sample for sample in samples if not isinstance(sample, ImageError)]
-    batch = {
-        "image": torch.empty((0, 3, crop_size, crop_size), dtype=torch.uint8),
-        "label": torch.empty(0, dtype=torch.int64),
-        "file_name": [],
-        "image_id": [],
-    }
-    if readable:
-        batch = collate_classification(readable)
-    batch["unreadable"] = [sample for sample in samples if isinstance(sample, ImageError)]
-    return batch
+    unreadable = [sample for sample in samples if isinstance(sample, ImageError)]
+    if len(unreadable) < len(samples):
+        batch = collate_classification([s for s in samples if not isinstance(s, ImageError)])
+    else:
+        images = torch.empty((0, 3, crop_size, crop_size), dtype=torch.uint8)
+        labels = torch.empty(0, dtype=torch.int64)
+        batch = {"image": images, "label": labels, "file_name": [], "image_id": []}
+    return {**batch, "unreadable": unreadable}

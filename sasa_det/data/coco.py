@@ -1,19 +1,29 @@
 """Data sets in COCO's json format: checked before training, and registered with detectron2."""
 
+import json
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
+from pycocotools.mask import frPyObjects
 
 from ..errors import DatasetError
-from .builtin import root_hint
-from .catalog import are_same_classes, metadata_of, shortened
-from .coco_entries import MISSING_FILE, NO_POLYGON, UNUSED_KEYPOINTS, UNUSED_MASK
-from .coco_records import load_coco
+from .catalog import are_same_classes, is_registered, metadata_of, root_hint, shortened
+from .coco_entries import (
+    BAD_MASK,
+    MISSING_FILE,
+    NO_POLYGON,
+    UNUSED_KEYPOINTS,
+    UNUSED_MASK,
+    numbers_problem,
+)
+from .coco_masks import mask_problem, usable_polygons
 from .validation import CocoReport, check_exists, validate_coco
 from .validation_report import summarize_warnings
 
@@ -21,9 +31,6 @@ logger = logging.getLogger(__name__)
 
 # Problems of a kind that are kept, as examples.
 _KEPT = 10
-
-# Reports on files without errors, so that a process reads each only once.
-_known_reports: dict[tuple, CocoReport] = {}
 
 
 def check_coco(
@@ -36,11 +43,7 @@ def check_coco(
     """Check that a COCO json file and its images can be trained or evaluated on.
 
     Args:
-        json_file, image_root, training: as of :func:`validate_coco`.
-        **options: ``max_pixels``, ``mask_format`` and ``num_keypoints`` of the same.
-
-    Returns:
-        CocoReport: what the file holds, and warnings.
+        json_file, image_root, training, **options: as of :func:`validate_coco`.
 
     Raises:
         FileNotFoundError: if the json file, the folder or an image is missing.
@@ -64,26 +67,16 @@ def register_coco(
 
     Args:
         name: the name for ``cfg.DATASETS``.
-        json_file: COCO instances json.
-        image_root: the folder of the images.
+        json_file, image_root, **options: as of :func:`check_coco`.
         check: False in the other processes of a job, after one has checked the files: they
             are not read then, and the classes are known as soon as detectron2 loads them.
-        **options: as of :func:`check_coco`.
 
     Raises:
-        FileNotFoundError: as :func:`check_coco`.
-        DatasetError: as :func:`check_coco`, or if the name stands for other files. Registering the
-            same files under the same name again is harmless.
+        FileNotFoundError, DatasetError: as :func:`check_coco`; also if the name stands for other
+            files. Registering the same files under the same name again is harmless.
     """
     json_file, image_root = os.fspath(json_file), os.fspath(image_root)
-    if name in DatasetCatalog:
-        known = MetadataCatalog.get(name)
-        found = (known.get("json_file"), known.get("image_root"))
-        if None in found or _real(*found) != _real(json_file, image_root):
-            raise DatasetError(
-                f"dataset {name!r} is already registered with json_file and image_root {found}, "
-                f"not {(json_file, image_root)}: give the new data another name"
-            )
+    if is_registered(name, json_file=json_file, image_root=image_root):
         return
     report = _check_once(json_file, image_root, **options) if check else None
     DatasetCatalog.register(name, partial(load_coco, json_file, image_root, name))
@@ -98,9 +91,8 @@ def check_registered(names: Sequence[str], training: bool, **options: Any) -> No
     """Check registered data sets before they are used, and log the warnings about them.
 
     Files are looked for where the metadata has ``json_file`` and ``image_root``; those that are
-    evaluated with COCO's metrics go through :func:`check_coco` as well. This reads the whole json
-    file, which takes seconds for COCO, unless this process has done so before: one process of a job
-    is enough.
+    evaluated with COCO's metrics go through :func:`check_coco` as well, once in a process, which
+    takes seconds for COCO: one process of a job is enough.
 
     Args:
         names: as in ``cfg.DATASETS``.
@@ -154,26 +146,22 @@ def _check_loading(name: str, report: CocoReport) -> None:
         )
 
 
-def _real(*paths: str) -> list[str]:
-    return [os.path.realpath(path) for path in paths]
-
-
 def _check_once(
     json_file: str, image_root: str, training: bool | None = None, **options: Any
 ) -> CocoReport:
     """As :func:`check_coco`, but without reading again what this process found free of errors."""
     check_exists(json_file, image_root)
     stat = os.stat(PathManager.get_local_path(json_file))
-    key = (
-        *(os.path.abspath(json_file), os.path.abspath(image_root)),
-        *(stat.st_ino, stat.st_size, stat.st_mtime_ns),
-        *sorted(options.items()),
-    )
-    if key not in _known_reports:
-        _known_reports[key] = check_coco(json_file, image_root, **options)
-    report = _known_reports[key].for_use(training)
+    places = os.path.abspath(json_file), os.path.abspath(image_root)
+    state = (*places, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    report = _check_state(state, json_file, image_root, **options).for_use(training)
     _refuse_errors(report)
     return report
+
+
+@cache
+def _check_state(state: tuple, *args: Any, **options: Any) -> CocoReport:
+    return check_coco(*args, **options)
 
 
 def _refuse_errors(report: CocoReport) -> None:
@@ -188,3 +176,64 @@ def _refuse_errors(report: CocoReport) -> None:
         more = report.count("error") - 1
         rest = f" (and {more:,} more errors, which tools/validate_data.py lists)" if more else ""
         raise DatasetError(f"{report.json_file}: {first.message}{rest}")
+
+
+def load_coco(json_file: str, image_root: str, dataset_name: str) -> list[dict[str, Any]]:
+    """Load a COCO json file that has been checked, and set the classes in the metadata.
+
+    The arguments and records are those of detectron2's ``load_coco_json``, but an annotation whose
+    mask or keypoints cannot be used is kept without them. detectron2 drops it, or fails, even where
+    boxes alone are trained.
+    """
+    with open(PathManager.get_local_path(json_file), encoding="utf-8") as file:
+        content = json.load(file)
+    categories = sorted(content["categories"], key=lambda category: category["id"])
+    classes = {category["id"]: index for index, category in enumerate(categories)}
+    MetadataCatalog.get(dataset_name).set(
+        thing_classes=[category["name"] for category in categories],
+        thing_dataset_id_to_contiguous_id=classes,
+    )
+    annotations = defaultdict(list)
+    for entry in content["annotations"]:
+        annotations[entry["image_id"]].append(entry)
+    return [
+        {
+            "file_name": os.path.join(image_root, image["file_name"]),
+            "height": image["height"],
+            "width": image["width"],
+            "image_id": image["id"],
+            "annotations": [
+                _annotation(entry, (image["height"], image["width"]), classes)
+                for entry in annotations[image["id"]]
+            ],
+        }
+        for image in sorted(content["images"], key=lambda image: image["id"])
+    ]
+
+
+def _annotation(
+    entry: dict[str, Any], size: tuple[int, int], classes: dict[int, int]
+) -> dict[str, Any]:
+    kept = {key: entry[key] for key in ("iscrowd", "bbox") if key in entry}
+    kept |= {"category_id": classes[entry["category_id"]], "bbox_mode": BoxMode.XYWH_ABS}
+    if mask := _mask(entry.get("segmentation"), size):
+        kept["segmentation"] = mask
+    keypoints = entry.get("keypoints")
+    if keypoints and numbers_problem(keypoints) is None:
+        # From indices of pixels to their centers, as detectron2 has them.
+        kept["keypoints"] = [n if i % 3 == 2 else n + 0.5 for i, n in enumerate(keypoints)]
+    return kept
+
+
+def _mask(segmentation: object, size: tuple[int, int]) -> object:
+    """Return a segmentation as detectron2 keeps it, or None where there is no usable one."""
+    if not segmentation:
+        return None
+    problem = mask_problem(segmentation, size)
+    if problem and problem[0] == BAD_MASK:
+        return None
+    if isinstance(segmentation, list):
+        return usable_polygons(segmentation)
+    if isinstance(segmentation["counts"], list):
+        return frPyObjects(segmentation, *size)
+    return segmentation

@@ -12,7 +12,6 @@ class Kind(NamedTuple):
 
     Attributes:
         title: what it is, in the plural.
-        severity: "error", which is refused, or "warning".
         effect: what becomes of the data, or what they probably are.
         training: the one use that it matters for, True for training and False for evaluation;
             None where it matters for both.
@@ -22,106 +21,108 @@ class Kind(NamedTuple):
     """
 
     title: str
-    severity: str
     effect: str = "refused"
     training: bool | None = None
     has_share: bool = False
     left_out_with: Collection[str] = ()
 
-
-def _error(title: str, training: bool | None = None) -> Kind:
-    return Kind(title, "error", training=training)
-
-
-def _warning(title: str, effect: str, **attributes: Any) -> Kind:
-    return Kind(title, "warning", effect, **attributes)
-
-
-def _suspicion(title: str, effect: str, training: bool | None = None) -> Kind:
-    return Kind(title, "warning", effect, training, has_share=True)
+    @property
+    def severity(self) -> str:
+        return "error" if self.effect == "refused" else "warning"
 
 
 _ALWAYS = ("", "polygon", "bitmask")
 
 # The file and its sections.
-NOT_COCO = _error("not COCO instances")
-EMPTY_SECTION = _error("empty sections")
-NOTHING_TO_TRAIN_ON = _error("nothing to train on", training=True)
-NO_AP = _warning("no annotations", "AP cannot be computed", training=False)
-UNUSED_CLASS = _warning("classes without boxes", "they cannot be learned")
+NOT_COCO = Kind("not COCO instances")
+EMPTY_SECTION = Kind("empty sections")
+NOTHING_TO_TRAIN_ON = Kind("nothing to train on", training=True)
+NO_AP = Kind("no annotations", "AP cannot be computed", training=False)
+UNUSED_CLASS = Kind("classes without boxes", "they cannot be learned")
 # Any entry.
-NOT_AN_OBJECT = _error("entries that are not objects")
-MISSING_KEY = _error("missing keys")
-WRONG_VALUE = _error("values of a wrong type or range")
-REPEATED_ID = _error("repeated ids")
-REPEATED_FILE = _warning("images that share a file", "each counts as an image of its own")
-REPEATED_NAME = _warning("categories that share a name", "each is a class of its own")
-UNKNOWN_REFERENCE = _error("annotations of unknown images or categories")
+NOT_AN_OBJECT = Kind("entries that are not objects")
+MISSING_KEY = Kind("missing keys")
+WRONG_VALUE = Kind("values of a wrong type or range")
+REPEATED_ID = Kind("repeated ids")
+REPEATED_FILE = Kind("images that share a file", "each counts as an image of its own")
+REPEATED_NAME = Kind("categories that share a name", "each is a class of its own")
+UNKNOWN_REFERENCE = Kind("annotations of unknown images or categories")
 # Image files.
-UNSAFE_FILE = _error("file names that lead out of the image folder")
-MISSING_FILE = _error("missing image files")
-TOO_LARGE = _error("images of more pixels than INPUT.MAX_PIXELS")
-UNREADABLE = _error("unreadable images")
+UNSAFE_FILE = Kind("file names that lead out of the image folder")
+MISSING_FILE = Kind("missing image files")
+TOO_LARGE = Kind("images of more pixels than max_pixels (INPUT.MAX_PIXELS)")
+UNREADABLE = Kind("unreadable images")
 # Annotations.
-NEGATIVE_ID = _error("annotations of negative id", training=False)
-ID_ZERO = _suspicion(
+NEGATIVE_ID = Kind("annotations of negative id", training=False)
+ID_ZERO = Kind(
     "annotations of id 0",
     "probably ids that count from 0; the COCO metrics take 0 for no object",
     training=False,
+    has_share=True,
 )
-BAD_CROWD = _error("iscrowd other than 0 and 1")
-IGNORED = _error("annotations with ignore, which detectron2 refuses")
-MISSING_FOR_AP = _error("annotations without area or iscrowd", training=False)
-BAD_AREA = _error("areas that are not numbers from 0 to 1e30", training=False)
-ZERO_AREA = _suspicion(
+BAD_CROWD = Kind("iscrowd other than 0 and 1")
+IGNORED = Kind("annotations with ignore, which detectron2 refuses")
+MISSING_FOR_AP = Kind("annotations without area or iscrowd", training=False)
+BAD_AREA = Kind("areas that are not numbers from 0 to 1e30", training=False)
+ZERO_AREA = Kind(
     "annotations of area 0 with a box that is not empty",
     "probably areas that were never computed; all count as small in APs, APm and APl",
     training=False,
+    has_share=True,
 )
-DUPLICATE = _suspicion(
+DUPLICATE = Kind(
     "annotations with the image, class and box of another one",
     "probably exact duplicates; each counts as an object of its own",
+    has_share=True,
 )
 # Boxes.
-BAD_BOX = _error("boxes that are not four numbers")
-INFINITE_BOX = _error("boxes of NaN, infinity or numbers beyond 1e30")
-NEGATIVE_BOX = _error("boxes of negative width or height")
-EMPTY_BOX = _warning("boxes of no width or height", "training drops them", left_out_with=_ALWAYS)
-OUTSIDE_BOX = _warning("boxes outside of their image", "training drops them", left_out_with=_ALWAYS)
-PARTLY_OUTSIDE_BOX = _warning("boxes partly outside of their image", "training cuts them off")
-FRACTION_BOX = _suspicion(
-    "boxes within 0..1", "probably fractions of the image's size; they are taken for pixels"
+BAD_BOX = Kind("boxes that are not four numbers")
+INFINITE_BOX = Kind("boxes of NaN, infinity or numbers beyond 1e30")
+NEGATIVE_BOX = Kind("boxes of negative width or height")
+EMPTY_BOX = Kind("boxes of no width or height", "training drops them", left_out_with=_ALWAYS)
+OUTSIDE_BOX = Kind("boxes outside of their image", "training drops them", left_out_with=_ALWAYS)
+PARTLY_OUTSIDE_BOX = Kind("boxes partly outside of their image", "training cuts them off")
+FRACTION_BOX = Kind(
+    "boxes within 0..1",
+    "probably fractions of the image's size; they are taken for pixels",
+    has_share=True,
 )
-CORNER_BOX = _suspicion(
+CORNER_BOX = Kind(
     "boxes that leave their image unless their numbers are two corners",
     "probably stored as x0, y0, x1, y1; they are taken for x, y, width, height",
+    has_share=True,
 )
-BOX_MODE = _suspicion(
+BOX_MODE = Kind(
     "annotations with bbox_mode",
     "probably detectron2's own dicts; bbox is taken for x, y, width, height all the same",
+    has_share=True,
 )
 # Masks.
-BAD_MASK = _error("unusable segmentations")
-UNUSED_MASK = _warning("unusable segmentations", "left alone, because masks are not used")
-MISSING_MASK = _error("annotations without the mask that MODEL.MASK_ON needs")
-MISSING_MASK_FOR_AP = _error("annotations without the mask that mask AP needs", training=False)
-MASK_NOT_POLYGON = _error("RLE masks under INPUT.MASK_FORMAT polygon", training=True)
-BAD_POLYGON = _warning("polygons of fewer than 6 or an odd count of numbers", "left out of masks")
-NO_POLYGON = _warning(
+BAD_MASK = Kind("unusable segmentations")
+UNUSED_MASK = Kind("unusable segmentations", "left alone, because masks are not used")
+MISSING_MASK = Kind("annotations without the mask that use_instance_mask (MODEL.MASK_ON) needs")
+MISSING_MASK_FOR_AP = Kind("annotations without the mask that mask AP needs", training=False)
+MASK_NOT_POLYGON = Kind(
+    "RLE masks under instance_mask_format (INPUT.MASK_FORMAT) polygon", training=True
+)
+BAD_POLYGON = Kind("polygons of fewer than 6 or an odd count of numbers", "left out of masks")
+NO_POLYGON = Kind(
     "annotations without a usable polygon",
     "training of masks drops them",
     left_out_with=("polygon", "bitmask"),
 )
-EMPTY_MASK = _warning(
+EMPTY_MASK = Kind(
     "masks without a pixel in their image",
-    "training with INPUT.MASK_FORMAT bitmask drops them",
+    "training with instance_mask_format (INPUT.MASK_FORMAT) bitmask drops them",
     left_out_with=("bitmask",),
 )
 # Keypoints.
-BAD_KEYPOINTS = _error("annotations without the keypoints that MODEL.KEYPOINT_ON needs")
-BAD_KEYPOINTS_FOR_AP = _error("annotations that keypoint AP cannot use", training=False)
-UNUSED_KEYPOINTS = _warning("unusable keypoints", "left alone, because keypoints are not used")
-NO_VISIBLE_KEYPOINT = _warning(
+BAD_KEYPOINTS = Kind(
+    "annotations without the keypoints that use_keypoint (MODEL.KEYPOINT_ON) needs"
+)
+BAD_KEYPOINTS_FOR_AP = Kind("annotations that keypoint AP cannot use", training=False)
+UNUSED_KEYPOINTS = Kind("unusable keypoints", "left alone, because keypoints are not used")
+NO_VISIBLE_KEYPOINT = Kind(
     "annotations without a labelled keypoint",
     "training drops images of them alone",
     left_out_with=_ALWAYS,
@@ -155,8 +156,22 @@ def is_side(value: object) -> bool:
     return type(value) is int and 0 < value < 2**31
 
 
-def _is_id(value: object) -> bool:
-    return type(value) is int and -(2**63) <= value < 2**63
+class _Field(NamedTuple):
+    """What a key of an entry must hold.
+
+    Attributes:
+        is_valid: tests a value.
+        must_be: the test in words.
+        wrong: the kind of a value that does not pass it.
+        repeated: the kind of a value that an earlier entry has, if that is a problem.
+        section: the section that has an entry of this id, if the value is one.
+    """
+
+    is_valid: Callable[[object], bool]
+    must_be: str
+    wrong: Kind = WRONG_VALUE
+    repeated: Kind | None = None
+    section: str | None = None
 
 
 def _is_name(value: object) -> bool:
@@ -173,82 +188,54 @@ def _is_crowd(value: object) -> bool:
     return type(value) is int and value in (0, 1)
 
 
-def _is_box(value: object) -> bool:
-    return type(value) is list and len(value) == 4 and _NUMBERS.issuperset(map(type, value))
-
-
 def _is_area(value: object) -> bool:
     return type(value) in _NUMBERS and 0 <= value < _LARGEST
 
 
-class _Field(NamedTuple):
-    """What a key of an entry must hold.
-
-    Attributes:
-        is_valid: tests a value.
-        must_be: the test in words.
-        wrong: the kind of a value that does not pass it.
-        repeated: the kind of a value that an earlier entry has, if that is a problem.
-        section: the section that has an entry of this id, if the value is one.
-        required: whether the key must be there.
-    """
-
-    is_valid: Callable[[object], bool]
-    must_be: str
-    wrong: Kind = WRONG_VALUE
-    repeated: Kind | None = None
-    section: str | None = None
-    required: bool = True
+def _is_box(value: object) -> bool:
+    return type(value) is list and len(value) == 4 and _NUMBERS.issuperset(map(type, value))
 
 
-_ID = _Field(_is_id, "an integer of 64 bits")
+_ID = _Field(
+    lambda value: type(value) is int and -(2**63) <= value < 2**63, "an integer of 64 bits"
+)
+_OWN_ID = _ID._replace(repeated=REPEATED_ID)
 _SIDE = _Field(is_side, "an integer > 0")
-_NAME = _Field(_is_name, "a string of Unicode characters that is not empty")
-_FILE_NAME = _Field(_is_file_name, "a string of 1 to 4096 characters")
+_NAME = _Field(_is_name, "a string of Unicode characters that is not empty", repeated=REPEATED_NAME)
+_FILE_NAME = _Field(_is_file_name, "a string of 1 to 4096 characters", repeated=REPEATED_FILE)
 # The sections of a file, each after those that it refers to.
 FIELDS = {
-    "categories": {
-        "id": _ID._replace(repeated=REPEATED_ID),
-        "name": _NAME._replace(repeated=REPEATED_NAME),
-    },
-    "images": {
-        "id": _ID._replace(repeated=REPEATED_ID),
-        "file_name": _FILE_NAME._replace(repeated=REPEATED_FILE),
-        "height": _SIDE,
-        "width": _SIDE,
-    },
+    "categories": {"id": _OWN_ID, "name": _NAME},
+    "images": {"id": _OWN_ID, "file_name": _FILE_NAME, "height": _SIDE, "width": _SIDE},
     "annotations": {
-        "id": _ID._replace(repeated=REPEATED_ID),
+        "id": _OWN_ID,
         "image_id": _ID._replace(section="images"),
-        "iscrowd": _Field(_is_crowd, "the number 0 or 1", BAD_CROWD, required=False),
+        "iscrowd": _Field(_is_crowd, "the number 0 or 1", BAD_CROWD),
         "category_id": _ID._replace(section="categories"),
         "bbox": _Field(_is_box, "four numbers: x, y, width, height", BAD_BOX),
-        "area": _Field(_is_area, "a number >= 0, and below 1e30", BAD_AREA, required=False),
-        "ignore": _Field(lambda value: value == 0, "0 or absent", IGNORED, required=False),
+        "area": _Field(_is_area, "a number >= 0, and below 1e30", BAD_AREA),
+        "ignore": _Field(lambda value: value == 0, "0 or absent", IGNORED),
     },
 }
+_OPTIONAL = ("iscrowd", "area", "ignore")
 
 
 def check_fields(
     section: str, index: int, entry: object, seen: Mapping[tuple[str, str], dict[Any, int]]
 ) -> tuple[dict[str, Any], list[Finding]]:
-    """Check the fields of an entry.
+    """Return the valid fields of an entry, and what is wrong with the others.
 
     Args:
-        section: of the file, a key of :data:`FIELDS`.
-        index: of the entry in the section.
+        section, index: where the entry is in the file.
         entry: a value of the json file.
         seen: for each section and key the index of the first entry that has a value; changed.
-
-    Returns:
-        tuple: the valid fields, and what is wrong with the others.
     """
     if not isinstance(entry, dict):
         return {}, [(NOT_AN_OBJECT, f"must be an object, not {described(entry)}")]
     valid, found = {}, []
     for key, field in FIELDS[section].items():
         if key not in entry:
-            if field.required:
+            if key not in _OPTIONAL:
                 found.append((MISSING_KEY, f"lacks {key!r}"))
             continue
         value = entry[key]
@@ -271,11 +258,9 @@ def check_fields(
 
 
 def box_problems(entry: dict[str, Any], size: tuple[int, int] | None) -> Iterator[Finding]:
-    """Yield what is wrong with the box of an annotation.
+    """Yield what is wrong with the box, four numbers, of an annotation.
 
-    Args:
-        entry: with a "bbox" of four numbers.
-        size: (height, width) of the image, if they are valid.
+    The size is the (height, width) of the image, if they are valid.
     """
     box = entry["bbox"]
     kind, rest = _worst_of_box(box, size) or (None, "")
@@ -330,12 +315,7 @@ def numbers_problem(values: object) -> str | None:
 
 
 def keypoints_problems(entry: dict[str, Any], number: int) -> Iterator[Finding]:
-    """Yield what is wrong with the keypoints of an annotation.
-
-    Args:
-        entry: the annotation.
-        number: how many it must have; 0 where keypoints are not used.
-    """
+    """Yield what is wrong with the keypoints of an annotation; 0 are needed if none are used."""
     keypoints, visible = entry.get("keypoints"), entry.get("num_keypoints")
     if not number and not keypoints:
         return

@@ -29,7 +29,7 @@ def mask_problems(
     if not segmentation:
         if mask_format:
             kind = problems.MISSING_MASK_FOR_AP if is_crowd else problems.MISSING_MASK
-            yield kind, "lacks 'segmentation'; masks are trained (MODEL.MASK_ON)"
+            yield kind, "lacks 'segmentation', which use_instance_mask (MODEL.MASK_ON) needs"
         return
     kind, clause = mask_problem(segmentation, size) or (None, "")
     if not mask_format:
@@ -43,7 +43,8 @@ def mask_problems(
     if kind == problems.BAD_MASK:
         return
     if mask_format == "polygon" and isinstance(segmentation, dict) and not is_crowd:
-        yield problems.MASK_NOT_POLYGON, "has an RLE mask; set INPUT.MASK_FORMAT bitmask"
+        clause = "has an RLE mask; set instance_mask_format (INPUT.MASK_FORMAT) to bitmask"
+        yield problems.MASK_NOT_POLYGON, clause
     if kind and size and isinstance(segmentation, list):
         try:
             frPyObjects(segmentation, *size)
@@ -53,15 +54,7 @@ def mask_problems(
 
 
 def mask_problem(segmentation: object, size: tuple[int, int] | None) -> Finding | None:
-    """Return the worst problem of a segmentation, or None.
-
-    Args:
-        segmentation: a value of the json file that is not empty.
-        size: (height, width) of the image, if they are valid.
-
-    Returns:
-        tuple: BAD_MASK, EMPTY_MASK, or of polygons BAD_POLYGON or NO_POLYGON, and a clause.
-    """
+    """Return the worst problem of a segmentation that is not empty, or None."""
     if isinstance(segmentation, list):
         return _polygon_problem(segmentation, size)
     if not isinstance(segmentation, dict):
@@ -107,11 +100,7 @@ def _has_pixels(polygon: list[float], height: int, width: int) -> bool:
 
 
 def _checked_lengths(segmentation: dict, size: tuple[int, int] | None) -> list[int]:
-    """Return the run lengths of a mask.
-
-    Raises:
-        ValueError: if they are not those of a mask of the image; the message is a clause.
-    """
+    """Return the run lengths of a mask; the ValueError for those of no mask is a clause."""
     counts, rle_size = segmentation.get("counts"), segmentation.get("size")
     if not isinstance(rle_size, list) or len(rle_size) != 2 or not all(map(is_side, rle_size)):
         raise ValueError("without 'size', the image's [height, width]")
@@ -134,15 +123,11 @@ def _checked_lengths(segmentation: dict, size: tuple[int, int] | None) -> list[i
 def run_lengths(counts: str) -> list[int]:
     """Decode the run lengths of pycocotools' compressed RLE.
 
-    pycocotools itself checks nothing: of counts that are too short it reads memory that is not its
-    own.
+    pycocotools itself checks nothing: of counts that are too short it reads foreign memory.
 
     Args:
         counts: characters of 5 bits and one that says whether another follows, the lowest bits
             first, for each run length; from the third on less the one before the last.
-
-    Returns:
-        list[int]: the lengths, not checked.
 
     Raises:
         ValueError: if no encoder has written the counts; the message is a clause.

@@ -27,9 +27,6 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
 def split_digits(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Split scikit-learn's handwritten digits into training and validation, class by class.
 
-    Args:
-        seed: of the split, not negative.
-
     Returns:
         tuple: sorted int64 indices into ``sklearn.datasets.load_digits()`` of the training digits
         (about 80 % of every class) and of the validation digits.
@@ -101,11 +98,8 @@ def paint(
     """Paint a digit in a colour that stands out from the background there.
 
     Args:
-        image: (H, W, 3) uint8 RGB, changed in place.
-        background: (H, W, 3) uint8 RGB, the image without any digit.
-        place: the rows and columns to paint.
-        alpha: (h, w) float32 opacity in 0..1 of these.
-        rng: the only source of randomness.
+        image: (H, W, 3) uint8 RGB, changed in place; the background is this without any digit.
+        place: the rows and columns to paint, with the (h, w) float32 opacity ``alpha`` in 0..1.
     """
     level = float(background[place].mean(axis=(0, 1)) @ LUMINANCE)
     target = min(level + rng.uniform(*CONTRAST_RANGE), 255.0)

@@ -8,18 +8,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler
 from PIL import Image
+from pycocotools.mask import iou
 from tqdm import tqdm
 
 from ..errors import DatasetError
-from .builtin import SPLITS, builtin_path
+from .catalog import SPLITS, builtin_path, is_registered
 from .digit_drawing import (
     DIGIT_NAMES,
     HEIGHT_RANGE,
@@ -46,64 +46,53 @@ CROP_SIZE = 64
 CROP_HEIGHTS = (36, 60)
 
 
-class _GeneratedSet(NamedTuple):
-    """A data set that is made from parameters.
+def _write_once(
+    root: str | os.PathLike,
+    kind: str,
+    info_file: str,
+    write_images: Callable[[Path, dict[str, int]], None],
+    **with_minimum: tuple[int, int],
+) -> Path:
+    """Write a set beside ``root`` and rename it, or reuse it where it is there.
 
-    Attributes:
-        kind: its name in messages.
-        info_file: the json file in its folder that holds the parameters under "info".
-        minimums: the least value of each parameter.
-        write_images: fills an empty folder, given its path and the parameters.
+    So it is there whole or not at all, also when several processes write it at the same time. The
+    parameters that it was made from are in its info file, under "info".
     """
-
-    kind: str
-    info_file: str
-    minimums: dict[str, int]
-    write_images: Callable[[Path, dict[str, int]], None]
-
-    def write(self, root: str | os.PathLike, **parameters: int) -> Path:
-        """Write the set beside ``root`` and rename it, or reuse it where it is there.
-
-        So it is there whole or not at all, also when several processes write it at the same time.
-        """
-        for name, value in parameters.items():
-            least = self.minimums[name]
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-        parameters["version"] = GENERATOR_VERSION
-        root = Path(root)
-        if _holds_anything(root):
-            self._check_parameters(root, parameters)
-            return root
-        logger.info("Writing the %s to %s: %s", self.kind, root, parameters)
+    parameters = {}
+    for name, (value, least) in with_minimum.items():
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+        parameters[name] = value
+    parameters["version"] = GENERATOR_VERSION
+    root = Path(root)
+    if not _holds_anything(root):
+        logger.info("Writing the %s to %s: %s", kind, root, parameters)
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as folder:
             # A subfolder, because the temporary folder itself is readable by its owner only.
             staging = Path(folder) / root.name
             staging.mkdir()
-            self.write_images(staging, parameters)
+            write_images(staging, parameters)
             try:
                 os.rename(staging, root)
+                return root
             except OSError:
                 if not _holds_anything(root):
                     raise
                 logger.info("Another process has written %s meanwhile: using that", root)
-                self._check_parameters(root, parameters)
-        return root
-
-    def _check_parameters(self, root: Path, parameters: dict[str, int]) -> None:
-        try:
-            found = json.loads((root / self.info_file).read_text())["info"]["parameters"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DatasetError(
-                f"{root} is not a {self.kind} ({type(error).__name__} reading {self.info_file}): "
-                "name a folder that does not exist"
-            ) from error
-        if found != parameters:
-            raise DatasetError(
-                f"{root} was written with {found}, not with the requested {parameters}: "
-                "name another folder or remove this one"
-            )
+    try:
+        found = json.loads((root / info_file).read_text())["info"]["parameters"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DatasetError(
+            f"{root} is not a {kind} ({type(error).__name__} reading {info_file}): "
+            "name a folder that does not exist"
+        ) from error
+    if found != parameters:
+        raise DatasetError(
+            f"{root} was written with {found}, not with the requested {parameters}: "
+            "name another folder or remove this one"
+        )
+    return root
 
 
 def _holds_anything(root: Path) -> bool:
@@ -144,21 +133,24 @@ def write_digits(
     at all. The same arguments give the same bytes on the same library versions.
 
     Args:
-        root: the folder to write.
-        num_train: training images, at least 1.
-        num_val: validation images, at least 1.
+        root: the folder to write, which is returned.
+        num_train, num_val: images for training and validation, at least 1.
         image_size: height and width of the images in pixels, at least 64.
         seed: of the split of the digits and of every image, not negative.
-
-    Returns:
-        Path: ``root``.
 
     Raises:
         ValueError: if an argument is out of range.
         DatasetError: if ``root`` holds something else than this set.
     """
-    return _DETECTION_SET.write(
-        root, num_train=num_train, num_val=num_val, image_size=image_size, seed=seed
+    return _write_once(
+        root,
+        "digits detection set",
+        "val.json",
+        _write_scenes,
+        num_train=(num_train, 1),
+        num_val=(num_val, 1),
+        image_size=(image_size, 64),
+        seed=(seed, 0),
     )
 
 
@@ -171,8 +163,7 @@ def register_digits(
     data set, or when a ``COCOEvaluator`` is made. Calling this again is harmless.
 
     Args:
-        root: the folder of the set; None means ``name`` under ``$DETECTRON2_DATASETS``, which is
-            ``datasets`` unless it is set.
+        root: the folder of the set; None means ``name`` under ``$DETECTRON2_DATASETS``.
         name: what the names of the data sets begin with.
         **parameters: arguments of :func:`write_digits`.
 
@@ -187,18 +178,10 @@ def register_digits(
     }
     for split in SPLITS:
         dataset, json_file = f"{name}_{split}", os.path.join(root, f"{split}.json")
-        if dataset not in DatasetCatalog:
+        if not is_registered(dataset, json_file=json_file, digits_parameters=parameters):
             handler = _WriteOnFirstUse(json_file, partial(write_digits, root, **parameters))
             PathManager.register_handler(handler, allow_override=True)
             register_coco_instances(dataset, metadata, json_file, os.path.join(root, split))
-            continue
-        known = MetadataCatalog.get(dataset)
-        if known.get("json_file") != json_file or known.get("digits_parameters") != parameters:
-            raise DatasetError(
-                f"dataset {dataset!r} is already registered with json_file "
-                f"{known.get('json_file')!r} and parameters {known.get('digits_parameters')}: "
-                "give other data another name"
-            )
 
 
 class _WriteOnFirstUse(PathHandler):
@@ -246,13 +229,9 @@ class Scene:
 def compose_scene(
     digits: np.ndarray, candidates: np.ndarray, image_size: int, rng: np.random.Generator
 ) -> Scene:
-    """Compose one image of the detection set, with 2 to 5 digits.
+    """Compose an image of the detection set of 2 to 5 digits, whose indices are candidates.
 
-    Args:
-        digits: (n, 8, 8) float32, ink in 0..1.
-        candidates: (m,) integer, the digits that may be drawn.
-        image_size: height and width in pixels.
-        rng: the only source of randomness.
+    The digits are (n, 8, 8) float32 ink in 0..1.
     """
     background = draw_background(image_size, rng)
     image = background.copy()
@@ -267,11 +246,11 @@ def compose_scene(
         low, high = np.log(np.multiply(HEIGHT_RANGE, image_size))
         height = np.exp(rng.uniform(low, high - (high - low) * attempt / PLACEMENT_ATTEMPTS))
         alpha = scaled_ink(digits[index], height)
-        box = _drawn_box(alpha, image_size, rng)
-        mask = _mask(alpha, box, image_size)
-        if (occupied & mask).any() or any(_iou(box, b) > MAX_IOU for b in boxes):
+        box, window, mask = _draw_place(alpha, image_size, rng)
+        ious = iou(np.array([box], float), np.array(boxes, float), [0] * len(boxes)) if boxes else 0
+        if (occupied & mask).any() or np.any(ious > MAX_IOU):
             continue
-        paint(image, background, _window(box), alpha, rng)
+        paint(image, background, window, alpha, rng)
         occupied |= mask
         ink.append(mask)
         boxes.append(box)
@@ -279,31 +258,16 @@ def compose_scene(
     return Scene(image, background, np.stack(ink), np.stack(boxes), np.array(indices))
 
 
-def _drawn_box(alpha: np.ndarray, image_size: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw a place for a digit and return it as X, Y, width, height."""
+def _draw_place(
+    alpha: np.ndarray, image_size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, tuple[slice, slice], np.ndarray]:
+    """Draw a digit's box (X, Y, width, height), its rows and columns, and the pixels it covers."""
     h, w = alpha.shape
     x, y = (int(rng.integers(0, image_size - side, endpoint=True)) for side in (w, h))
-    return np.array([x, y, w, h])
-
-
-def _window(box: np.ndarray) -> tuple[slice, slice]:
-    x, y, w, h = box
-    return np.s_[y : y + h, x : x + w]
-
-
-def _mask(alpha: np.ndarray, box: np.ndarray, image_size: int) -> np.ndarray:
-    """Return the (image_size, image_size) bool pixels that a digit covers."""
+    window = np.s_[y : y + h, x : x + w]
     mask = np.zeros((image_size, image_size), dtype=bool)
-    mask[_window(box)] = alpha > 0
-    return mask
-
-
-def _iou(first: np.ndarray, second: np.ndarray) -> float:
-    """Intersection over union of two X, Y, width, height boxes."""
-    sides = np.minimum(first[:2] + first[2:], second[:2] + second[2:])
-    sides = np.maximum(sides - np.maximum(first[:2], second[:2]), 0)
-    inter = sides.prod()
-    return inter / (first[2:].prod() + second[2:].prod() - inter)
+    mask[window] = alpha > 0
+    return np.array([x, y, w, h]), window, mask
 
 
 def _write_scenes(folder: Path, parameters: dict[str, int]) -> None:
@@ -351,20 +315,17 @@ def write_digit_crops(
     class, and ``info.json``, whole or not at all. It shows the digits of the detection set of the
     same seed: those of its validation images are in no training image.
 
-    Args:
-        root: the folder to write.
-        num_train: training images, at least 10.
-        num_val: validation images, at least 10.
-        seed: of the split of the digits and of every image, not negative.
-
-    Returns:
-        Path: ``root``.
-
-    Raises:
-        ValueError: if an argument is out of range.
-        DatasetError: if ``root`` holds something else than this set.
+    Arguments and errors are those of :func:`write_digits`, but each split has at least 10 images.
     """
-    return _CLASSIFICATION_SET.write(root, num_train=num_train, num_val=num_val, seed=seed)
+    return _write_once(
+        root,
+        "digits classification set",
+        "info.json",
+        _write_crops,
+        num_train=(num_train, 10),
+        num_val=(num_val, 10),
+        seed=(seed, 0),
+    )
 
 
 def register_digit_crops(
@@ -372,14 +333,8 @@ def register_digit_crops(
 ) -> None:
     """Register ``{name}_train`` and ``{name}_val`` in detectron2 without writing anything yet.
 
-    The set is written when one of them is first loaded. Calling this again is harmless.
-
-    Args:
-        root, name: as of :func:`register_digits`.
-        **parameters: arguments of :func:`write_digit_crops`.
-
-    Raises:
-        DatasetError: if the names are taken by other data.
+    The set is written when one of them is first loaded. Arguments and errors are those of
+    :func:`register_digits`, but the parameters those of :func:`write_digit_crops`.
     """
     root = os.fspath(builtin_path(name) if root is None else root)
     for split in SPLITS:
@@ -394,12 +349,7 @@ def register_digit_crops(
 def compose_crop(
     digit: np.ndarray, background: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compose one image of the classification set: a digit anywhere in it.
-
-    Args:
-        digit: (8, 8) float32, ink in 0..1.
-        background: (64, 64, 3) uint8 RGB.
-        rng: the only source of randomness.
+    """Compose an image of the classification set: a digit, (8, 8) float32 ink in 0..1, anywhere.
 
     Returns:
         tuple: the (64, 64, 3) uint8 RGB image, and the (64, 64) bool pixels that the digit covers.
@@ -408,10 +358,10 @@ def compose_crop(
         alpha = scaled_ink(digit, np.exp(rng.uniform(*np.log(CROP_HEIGHTS))))
         if max(alpha.shape) <= CROP_SIZE:
             break
-    box = _drawn_box(alpha, CROP_SIZE, rng)
+    _, window, mask = _draw_place(alpha, CROP_SIZE, rng)
     image = background.copy()
-    paint(image, background, _window(box), alpha, rng)
-    return image, _mask(alpha, box, CROP_SIZE)
+    paint(image, background, window, alpha, rng)
+    return image, mask
 
 
 def _write_crops(folder: Path, parameters: dict[str, int]) -> None:
@@ -427,17 +377,3 @@ def _write_crops(folder: Path, parameters: dict[str, int]) -> None:
         _save_image(image, folder / split / DIGIT_NAMES[label] / f"{number + 1:04d}.png")
     info = {"description": "Handwritten digits, one in each image", "parameters": parameters}
     (folder / "info.json").write_text(json.dumps({"info": info}))
-
-
-_DETECTION_SET = _GeneratedSet(
-    "digits detection set",
-    "val.json",
-    {"num_train": 1, "num_val": 1, "image_size": 64, "seed": 0},
-    _write_scenes,
-)
-_CLASSIFICATION_SET = _GeneratedSet(
-    "digits classification set",
-    "info.json",
-    {"num_train": 10, "num_val": 10, "seed": 0},
-    _write_crops,
-)

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -16,9 +16,15 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..errors import DatasetError
 from ..utils.text import abbreviated_list
-from .builtin import SPLITS, builtin_path, root_hint
-from .catalog import metadata_of, num_classes_of
-from .images import is_inside
+from .catalog import (
+    SPLITS,
+    builtin_path,
+    is_registered,
+    metadata_of,
+    num_classes_of,
+    root_hint,
+)
+from .images import link_out
 
 logger = logging.getLogger(__name__)
 
@@ -35,15 +41,14 @@ class ImageRecords(Sequence):
 
     A million dicts would take half a gigabyte in every process, this takes their names' length. A
     record is {"file_name": path, "image_id": path relative to the folder, "label": int}.
+
+    Args:
+        folder: what the names are relative to.
+        names: (n,) bytes, of the files.
+        labels: (n,) int64, class indices.
     """
 
     def __init__(self, folder: str, names: np.ndarray, labels: np.ndarray):
-        """
-        Args:
-            folder: what the names are relative to.
-            names: (n,) bytes, of the files.
-            labels: (n,) int64, class indices.
-        """
         self.folder, self.names, self.labels = folder, names, labels
 
     def __len__(self) -> int:
@@ -86,11 +91,7 @@ def register_image_folder(root: str | os.PathLike, check: bool = True) -> tuple[
 
 
 def register_imagenet() -> None:
-    """Register ``imagenet_train`` and ``imagenet_val`` without looking for their files.
-
-    They are ``imagenet/train`` and ``imagenet/val`` under ``$DETECTRON2_DATASETS``, which is
-    ``datasets`` unless it is set.
-    """
+    """Register ``imagenet_train`` and ``imagenet_val``, of ``$DETECTRON2_DATASETS/imagenet``."""
     for split in SPLITS:
         # A common name: whoever has registered other data under it keeps them.
         if f"imagenet_{split}" not in DatasetCatalog:
@@ -106,25 +107,16 @@ def register_class_folders(
 ) -> None:
     """Register a folder of class folders, which is read when its data are asked for.
 
-    Registering the same folder under the same name again is harmless.
-
     Args:
-        name: the name for ``cfg.DATASETS``.
-        folder: holds a folder of images for each class.
+        name, folder: for ``cfg.DATASETS``, and what holds a folder of images for each class.
         class_names: the classes, if they are known before.
         prepare: called before the folder is read.
 
     Raises:
-        DatasetError: if the name stands for another folder.
+        DatasetError: if the name stands for another folder; the same one is harmless.
     """
     folder = os.fspath(folder)
-    if name in DatasetCatalog:
-        known = MetadataCatalog.get(name).get("image_root")
-        if known is None or os.path.realpath(known) != os.path.realpath(folder):
-            raise DatasetError(
-                f"dataset {name!r} is already registered with image_root {known!r}, not "
-                f"{folder!r}: give the new data another name"
-            )
+    if is_registered(name, image_root=folder):
         return
     DatasetCatalog.register(name, partial(_read_registered, name, prepare))
     metadata = MetadataCatalog.get(name)
@@ -136,10 +128,9 @@ def register_class_folders(
 def hold_out(name: str, fraction: float) -> tuple[str, str]:
     """Register two parts of a data set: images to train on and images held out.
 
-    Which images are held out of a class follows from the digests of their paths in the folder: it
-    is the same for any seed, machine and place of the folder. Their number is the fraction of the
-    class, rounded, but at least one of two images and never all of them. A later call with another
-    fraction takes the place of an earlier one.
+    Which images are held out of a class follows from the digests of their paths in the folder
+    alone. Their number is the fraction of the class, rounded, but at least one of two images and
+    never all of them. A later call with another fraction takes the place of an earlier one.
 
     Args:
         name: a data set of images to classify; it is read once for both parts.
@@ -172,15 +163,12 @@ def hold_out(name: str, fraction: float) -> tuple[str, str]:
 def check_image_folders(names: Sequence[str]) -> None:
     """Read the folders of registered data sets to find mistakes in them, and log counts.
 
-    Their classes are in the metadata afterwards.
-
     Args:
-        names: data sets that are used together.
+        names: data sets that are used together; their classes are in the metadata afterwards.
 
     Raises:
-        DatasetError: if a name is not registered or not of images to classify; a folder holds no
-            class folders or something that is not a regular file, links lead out of it, classes
-            have no image, or the data sets do not have the same classes.
+        DatasetError: if a name is not registered or not of images to classify, there are classes
+            without an image, links out of a folder or other than files in it, or other classes.
         FileNotFoundError: if a folder is missing; the message says what is there.
     """
     for name in names:
@@ -205,26 +193,24 @@ def _read_registered(name: str, prepare: Callable[[], object] | None) -> ImageRe
     metadata = MetadataCatalog.get(name)
     if prepare is not None:
         prepare()
-    try:
-        classes, records = _read(metadata.image_root)
-    except FileNotFoundError as error:
-        if name == metadata.image_root:
-            raise
-        raise FileNotFoundError(f"dataset {name!r}: {error} ({root_hint()})") from error
+    folder = metadata.image_root
+    if not os.path.isdir(folder):
+        reason = _missing(folder)
+        given = name == folder
+        raise FileNotFoundError(reason if given else f"dataset {name!r}: {reason} ({root_hint()})")
+    classes, records = _read(folder)
     known = metadata.get("thing_classes")
     if known is None:
         metadata.thing_classes = classes
     elif list(known) != classes:
         raise DatasetError(
-            f"the class folders of {metadata.image_root!r} ({len(classes)}: {_named(classes)}) are "
-            f"not the classes that dataset {name!r} is known to have ({len(known)}: "
-            f"{_named(known)})"
+            f"the class folders of {folder!r} ({len(classes)}: {_named(classes)}) are not the "
+            f"classes that dataset {name!r} is known to have ({len(known)}: {_named(known)})"
         )
     return records
 
 
 def _read_part(name: str, part: str, split: Callable[[], list[Subset]], number: int) -> Subset:
-    """Return the records of one part of a data set, which has the classes of the whole."""
     records = split()[number]
     MetadataCatalog.get(part).thing_classes = MetadataCatalog.get(name).thing_classes
     return records
@@ -250,17 +236,41 @@ def _split(name: str, fraction: float) -> list[Subset]:
 
 def _read(folder: str) -> tuple[list[str], ImageRecords]:
     """Return the sorted classes and the records of a folder of class folders."""
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(_missing(folder))
     # Whoever links train to another disk names that place; the data may not name others.
     places = {os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))}
     images, left_out = [], []
-    _list_images(folder, "", places, images, left_out)
+
+    def list_images(inner: str, above: tuple[str, ...] = ()) -> None:
+        """List the images in class folders, and what is left out, by their paths."""
+        outer = os.path.join(folder, inner)
+        own = os.path.realpath(outer)
+        if own in above:
+            raise DatasetError(f"{outer!r} is a link to a folder that it is in itself")
+        try:
+            with os.scandir(outer) as entries:
+                for entry in entries:
+                    path = os.path.join(inner, entry.name)
+                    is_image = entry.name.lower().endswith(IMG_EXTENSIONS)
+                    if not _is_data(entry.name):
+                        if is_image or entry.is_dir():
+                            left_out.append(path)
+                        continue
+                    if clause := link_out(entry, places):
+                        raise DatasetError(f"{entry.path!r} {clause}")
+                    if entry.is_dir():
+                        list_images(path, (*above, own))
+                    elif not entry.is_file() and os.path.exists(entry.path):
+                        raise DatasetError(f"{entry.path!r} is not a regular file")
+                    elif is_image and inner:
+                        images.append(path)
+        except OSError as error:
+            raise DatasetError(f"{outer!r} cannot be listed: {error.strerror}") from error
+
+    list_images("")
     if left_out:
         message = f"{folder}: left out {_named(sorted(left_out))}, hidden or made by other programs"
         log_first_n(logging.WARNING, message, key="message")
-    with os.scandir(folder) as entries:
-        classes = sorted(entry.name for entry in entries if entry.is_dir() and _is_data(entry.name))
+    classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and _is_data(e.name))
     if not classes:
         raise DatasetError(
             f"{folder!r} holds no class folders: each class is a folder of its images"
@@ -282,48 +292,6 @@ def _read(folder: str) -> tuple[list[str], ImageRecords]:
 def _is_data(name: str) -> bool:
     """Return whether a file or folder is neither hidden nor made by another program."""
     return not name.startswith(".") and name not in _NO_DATA
-
-
-def _list_images(
-    root: str,
-    inner: str,
-    places: Collection[str],
-    images: list[str],
-    left_out: list[str],
-    above: tuple[str, ...] = (),
-) -> None:
-    """List the images in a folder's class folders and what is left out, by their paths in it.
-
-    Links that lead out of the places of the data or around in them are refused, and so is what is
-    not a regular file. What is left out is not looked into.
-    """
-    folder = os.path.join(root, inner)
-    own = os.path.realpath(folder)
-    if own in above:
-        raise DatasetError(f"{folder!r} is a link to a folder that it is in itself")
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                path = os.path.join(inner, entry.name)
-                is_image = entry.name.lower().endswith(IMG_EXTENSIONS)
-                if not _is_data(entry.name):
-                    if is_image or entry.is_dir():
-                        left_out.append(path)
-                    continue
-                if entry.is_symlink():
-                    target = os.path.realpath(entry.path)
-                    if not any(is_inside(target, place) for place in places):
-                        raise DatasetError(
-                            f"{entry.path!r} is a link to {target!r}, out of the image folder"
-                        )
-                if entry.is_dir():
-                    _list_images(root, path, places, images, left_out, (*above, own))
-                elif not entry.is_file() and os.path.exists(entry.path):
-                    raise DatasetError(f"{entry.path!r} is not a regular file")
-                elif is_image and inner:
-                    images.append(path)
-    except OSError as error:
-        raise DatasetError(f"{folder!r} cannot be listed: {error.strerror}") from error
 
 
 def _missing(folder: str) -> str:

@@ -2,9 +2,9 @@
 
 import logging
 import os
-from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import BinaryIO
 
 import numpy as np
@@ -40,9 +40,8 @@ def read_image(path: str, max_pixels: int, image_format: str = "RGB") -> np.ndar
         numpy.ndarray: (H, W, C), uint8 unless the format is YUV.
 
     Raises:
-        ImageError: if the file is missing, truncated, broken or not an image, it has more pixels,
-            or pixels of more than 8 bits, which a conversion to RGB would clip or cut, or it is a
-            PostScript program.
+        ImageError: if the file is missing, truncated, broken, no image or a PostScript program, or
+            has more pixels, or those of more than 8 bits, which a conversion to RGB would clip.
     """
     with _opened(path, max_pixels) as image:
         # Pillow turns a TIFF while it decodes it, and its orientation is gone then. detectron2 asks
@@ -50,23 +49,6 @@ def read_image(path: str, max_pixels: int, image_format: str = "RGB") -> np.ndar
         image.load()
         image = detection_utils._apply_exif_orientation(image)
         return detection_utils.convert_PIL_to_numpy(image, image_format)
-
-
-def check_pixels(
-    path: str, max_pixels: int, *, size: tuple[int, int] | None = None, image_format: str = "RGB"
-) -> None:
-    """Check an image by decoding all of it, as training does.
-
-    Args:
-        path: the image file.
-        max_pixels: as of :func:`read_image`.
-        size: the height and width that it must have, orientation by EXIF applied; None for any.
-        image_format: as ``INPUT.FORMAT``.
-
-    Raises:
-        ImageError: as :func:`read_image`, or if the image has another size.
-    """
-    check_size(path, read_image(path, max_pixels, image_format), size)
 
 
 def check_size(path: str, image: np.ndarray, size: tuple[int, int] | None) -> None:
@@ -81,17 +63,9 @@ def check_size(path: str, image: np.ndarray, size: tuple[int, int] | None) -> No
 
 
 def read_rgb(path: str, max_pixels: int) -> Image.Image:
-    """Read an image as torchvision's data sets do, which leave its orientation by EXIF alone.
+    """Read an image in RGB as torchvision does, which leaves its orientation by EXIF alone.
 
-    Args:
-        path: the image file.
-        max_pixels: as of :func:`read_image`.
-
-    Returns:
-        PIL.Image.Image: in RGB; other modes are converted.
-
-    Raises:
-        ImageError: as :func:`read_image`.
+    Arguments and errors are those of :func:`read_image`.
     """
     with _opened(path, max_pixels) as image:
         if image.format == "TIFF":
@@ -113,7 +87,7 @@ def _opened(path: str, max_pixels: int) -> Iterator[Image.Image]:
         raise
     # Over a broken file Pillow's many plugins raise almost anything, SyntaxError among it.
     except Exception as error:
-        raise unreadable(path, error) from error
+        raise _unreadable(path, error) from error
 
 
 def _check_header(path: str, image: Image.Image, file: BinaryIO, max_pixels: int) -> None:
@@ -124,7 +98,7 @@ def _check_header(path: str, image: Image.Image, file: BinaryIO, max_pixels: int
     if width * height > max_pixels:
         raise ImageError(
             f"image {path} has {width} x {height} pixels, more than the {max_pixels:,} that "
-            "INPUT.MAX_PIXELS allows",
+            "max_pixels (INPUT.MAX_PIXELS) allows",
             path,
         )
     if _is_deep(image, file):
@@ -165,11 +139,10 @@ def _is_deep(image: Image.Image, file: BinaryIO) -> bool:
 
 def _content(file: BinaryIO) -> bytes:
     position = file.tell()
-    try:
-        file.seek(0)
-        return file.read()
-    finally:
-        file.seek(position)
+    file.seek(0)
+    content = file.read()
+    file.seek(position)
+    return content
 
 
 @contextmanager
@@ -183,8 +156,7 @@ def pixel_limit(max_pixels: int | None) -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def unreadable(path: str, error: Exception) -> ImageError:
-    """Return an ImageError that names an image and why reading it raised an error."""
+def _unreadable(path: str, error: Exception) -> ImageError:
     if isinstance(error, FileNotFoundError):
         return ImageError(f"image {path} does not exist", path)
     if isinstance(error, UnidentifiedImageError):
@@ -197,35 +169,31 @@ def unreadable(path: str, error: Exception) -> ImageError:
 class UnreadableImages:
     """The images that training goes on without, up to a limit.
 
-    Reading happens in worker processes, counting in the training process: a worker returns the
-    errors that it met beside the sample that stands in, and the training process passes each of
-    them to :meth:`skip`. So images are counted and logged in one place with any number of workers,
-    and what ends the run is the error itself, not torch's report of a worker's traceback. Where
-    several processes train, each shares what it has in ``unshared`` with the others, so that all
-    of them count all images.
+    Workers return the errors that they met, and the training process passes each to :meth:`skip`.
+    So images are counted and logged in one place with any number of workers, and what ends the run
+    is the error itself, not torch's report of a worker's traceback. Where several processes train,
+    each shares what it has in ``unshared``, so that all of them count all images.
     """
 
     def __init__(self, limit: int, *, fraction: float = 0.0, num_images: int = 0):
-        """
-        Args:
-            limit: ``DATALOADER.SKIP_UNREADABLE``; 0 skips none.
-            fraction: ``DATALOADER.SKIP_UNREADABLE_FRACTION``, which counts if that is more.
-            num_images: images of the training data.
-
-        Raises:
-            ValueError: if the limit is negative, or the fraction not within [0, 1].
-        """
+        """Allow the limit, or a fraction of the images of the training data if that is more."""
         if limit < 0:
-            raise ValueError(f"DATALOADER.SKIP_UNREADABLE must be >= 0, got {limit}")
+            raise ValueError(
+                f"max_unreadable (DATALOADER.SKIP_UNREADABLE) must be >= 0, got {limit}"
+            )
         if not 0 <= fraction <= 1:
             raise ValueError(
-                f"DATALOADER.SKIP_UNREADABLE_FRACTION must be within [0, 1], got {fraction}"
+                "max_unreadable_fraction (DATALOADER.SKIP_UNREADABLE_FRACTION) must be within "
+                f"[0, 1], got {fraction}"
             )
         share = int(fraction * num_images)
         self.limit = max(limit, share)
-        self.source = "DATALOADER.SKIP_UNREADABLE"
+        self.source = "max_unreadable (DATALOADER.SKIP_UNREADABLE)"
         if share > limit:
-            self.source += f"_FRACTION {fraction:g} of {num_images:,} images"
+            self.source = (
+                "max_unreadable_fraction (DATALOADER.SKIP_UNREADABLE_FRACTION) "
+                f"{fraction:g} of {num_images:,} images"
+            )
         self.paths: list[str] = []
         self.unshared: list[str] = []
 
@@ -234,24 +202,23 @@ class UnreadableImages:
 
         Raises:
             ImageError: the same, if no image may be skipped.
-            DatasetError: if it is one image too many; the message lists the first ones and the log
-                all of them.
+            DatasetError: if it is one image too many; the log lists all of them.
         """
         if get_worker_info() is not None:
             raise RuntimeError("UnreadableImages.skip counts in the training process, not a worker")
         if self.limit == 0:
             raise error
-        if error.path not in self.paths:
-            self._count(error.path, error)
+        if self._count(error.path, error):
             self.unshared.append(error.path)
 
     def merge(self, paths: Sequence[str]) -> None:
         """Count the image files that other processes have skipped, as :meth:`skip` does."""
         for path in paths:
-            if path not in self.paths:
-                self._count(path, f"image {path} (by another process)")
+            self._count(path, f"image {path} (by another process)")
 
-    def _count(self, path: str, message: object) -> None:
+    def _count(self, path: str, message: object) -> bool:
+        if path in self.paths:
+            return False
         if len(self.paths) == self.limit:
             lines = "\n".join([*self.paths, path])
             logger.error("Unreadable images, of which the last is one too many:\n%s", lines)
@@ -261,8 +228,13 @@ class UnreadableImages:
             )
         self.paths.append(path)
         logger.warning(
-            "Skipped: %s (%d of at most %d, %s)", message, len(self.paths), self.limit, self.source
+            "Skipped: %s; %d of at most %d that %s allows",
+            message,
+            len(self.paths),
+            self.limit,
+            self.source,
         )
+        return True
 
 
 def check_image_files(
@@ -277,44 +249,40 @@ def check_image_files(
         file_names: names by any key.
 
     Yields:
-        tuple: for each file that cannot be used its key, whether it is unsafe (it
-            is missing otherwise), and a clause that says why.
+        tuple: of each file that cannot be used the key, whether it is unsafe, not missing, and why.
     """
     root = os.path.realpath(image_root)
-    folders = defaultdict(lambda: defaultdict(list))
+    listed = cache(_listed)
     for key, name in file_names.items():
+        path = os.path.join(image_root, name)
+        folder, base = os.path.split(path)
         reason = _unsafe_name(name)
+        if reason is None:
+            problems, missing = listed(folder, root)
+            reason = "leads out of the image folder" if problems is None else None
         if reason:
             yield key, True, f"file_name {name!r} {reason}"
-        else:
-            folder, base = os.path.split(name)
-            folders[folder][base].append(key)
-
-    for folder, wanted in folders.items():
-        found = _problems_in_folder(image_root, folder, wanted, root)
-        for base, keys in wanted.items():
-            for key in keys if found[base] else ():
-                yield key, *found[base]
+        elif problem := problems.get(base, (False, missing)):
+            is_unsafe, clause = problem
+            yield key, is_unsafe, f"{path!r} {clause}"
 
 
-def _problems_in_folder(
-    image_root: str | os.PathLike, folder: str, names: Collection[str], root: str
-) -> dict[str, tuple[bool, str] | None]:
-    """Return for each name in a folder what is wrong with its file: unsafe or missing, and why."""
-    path = os.path.join(image_root, folder)
-    if not is_inside(os.path.realpath(path), root):
-        clause = "file_name {!r} leads out of the image folder"
-        return {name: (True, clause.format(os.path.join(folder, name))) for name in names}
-    found, reason = {}, "does not exist"
+def _listed(folder: str, root: str) -> tuple[dict[str, tuple[bool, str] | None] | None, str]:
+    """Return what is wrong with the files of a folder by name, and with names that are not in it.
+
+    The first is None for a folder that is not in the root.
+    """
+    missing = "does not exist"
+    if not is_inside(os.path.realpath(folder), root):
+        return None, missing
     try:
-        with os.scandir(path) as entries:
-            found = {e.name: _file_problem(e, root) for e in entries if e.name in names}
+        with os.scandir(folder) as entries:
+            return {entry.name: _file_problem(entry, root) for entry in entries}, missing
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
-        reason = f"cannot be looked for: {error.strerror}"
-    missing = {name: (False, f"{os.path.join(path, name)!r} {reason}") for name in names}
-    return missing | found
+        missing = f"cannot be looked for: {error.strerror}"
+    return {}, missing
 
 
 def _unsafe_name(name: str) -> str | None:
@@ -332,16 +300,21 @@ def _unsafe_name(name: str) -> str | None:
 
 
 def _file_problem(entry: os.DirEntry, root: str) -> tuple[bool, str] | None:
+    if clause := link_out(entry, [root]):
+        return True, clause
     # What a plain file needs is known from the listing: only links take further calls.
-    if not entry.is_symlink():
-        if entry.is_file():
-            return None
-    elif not is_inside(os.path.realpath(entry.path), root):
-        target = os.path.realpath(entry.path)
-        return True, f"{entry.path!r} is a link to {target!r}, out of the image folder"
-    elif os.path.isfile(entry.path):
+    if entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path):
         return None
-    return False, f"{entry.path!r} is not a regular file"
+    return False, "is not a regular file"
+
+
+def link_out(entry: os.DirEntry, folders: Collection[str]) -> str | None:
+    """Return a clause about an entry that is a link out of all of the folders, which are real."""
+    if entry.is_symlink():
+        target = os.path.realpath(entry.path)
+        if not any(is_inside(target, folder) for folder in folders):
+            return f"is a link to {target!r}, out of the image folder"
+    return None
 
 
 def is_inside(path: str, root: str) -> bool:

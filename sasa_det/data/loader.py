@@ -4,8 +4,9 @@ import hashlib
 import os
 import random
 import signal
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import partial, wraps
 from itertools import islice
 from multiprocessing.synchronize import Event
 from multiprocessing.util import Finalize
@@ -29,16 +30,26 @@ from .mapper import build_train_mapper
 _ATTEMPTS = 100
 
 
-class _Samples(Dataset):
-    """Mapped records; each sample's random numbers depend on the seed and its position alone."""
+class _Batches(Dataset):
+    """Batches of mapped records; random numbers of a sample follow from seed and position alone."""
 
-    def __init__(self, records: Sequence[dict], mapper: Callable[[dict], dict | None], seed: int):
-        self.records, self.mapper, self.seed = records, mapper, seed
+    def __init__(
+        self,
+        records: Sequence[dict],
+        mapper: Callable[[dict], dict | None],
+        collate: Callable[[list[dict[str, Any]]], Any],
+        seed: int,
+    ):
+        self.records, self.mapper, self.collate, self.seed = records, mapper, collate, seed
 
-    def __getitem__(self, sample: tuple[int, int]) -> tuple[list[ImageError], dict[str, Any]]:
-        """Return a mapped record and the errors of unreadable ones that it stands in for."""
-        position, index = sample
+    def __getitem__(self, samples: list[tuple[int, int]]) -> tuple[list[ImageError], Any]:
+        """Return the errors of unreadable images, and a batch in which others stand in for them."""
         errors = []
+        mapped = [self._mapped(position, index, errors) for position, index in samples]
+        return errors, self.collate(mapped)
+
+    def _mapped(self, position: int, index: int, errors: list[ImageError]) -> dict[str, Any]:
+        before = len(errors)
         with seeded(self.seed, position):
             # As in detectron2, another record stands in for one that the mapper drops.
             for _ in range(_ATTEMPTS):
@@ -48,22 +59,13 @@ class _Samples(Dataset):
                     errors.append(error)
                     mapped = None
                 if mapped is not None:
-                    return errors, mapped
+                    return mapped
                 index = random.randrange(len(self.records))
-        if errors:
-            raise errors[0]
+        if errors[before:]:
+            raise errors[before]
         raise DatasetError(
             f"the mapper dropped {_ATTEMPTS} records in a row: there is next to no training data"
         )
-
-
-def _collated(
-    collate: Callable[[list[dict[str, Any]]], Any],
-    samples: list[tuple[list[ImageError], dict[str, Any]]],
-) -> tuple[list[ImageError], Any]:
-    """Make a batch, in the process that read it, beside the errors of unreadable images."""
-    errors = [error for errors, _ in samples for error in errors]
-    return errors, collate([mapped for _, mapped in samples])
 
 
 class TrainLoader:
@@ -76,13 +78,14 @@ class TrainLoader:
 
     def __init__(
         self,
-        records: Sequence[dict[str, Any]],
+        dataset: Sequence[dict[str, Any]],
         mapper: Callable[[dict], dict | None],
         *,
-        batch_size: int,
-        seed: int,
-        epochs: Callable[[int], Iterator[Tensor]],
-        aspect_ratio_grouping: bool = False,
+        total_batch_size: int,
+        seed: int = 0,
+        sampler: str = "TrainingSampler",
+        repeat_threshold: float = 0.0,
+        aspect_ratio_grouping: bool = True,
         parts: int = 1,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -92,13 +95,13 @@ class TrainLoader:
     ):
         """
         Args:
-            records: dataset dicts in detectron2's format. Those of a list are packed for the
+            dataset: dataset dicts in detectron2's format. Those of a list are packed for the
                 workers to share; another sequence is kept as it is.
             mapper: makes the model's input of one; None drops it.
-            batch_size: images of all processes together.
+            total_batch_size: images of all processes together.
             seed: what order and augmentation follow from, not negative.
-            epochs: makes from a seed an endless sequence of epochs, each an (n,) int64 tensor of
-                indices of ``records`` in their order.
+            sampler: "TrainingSampler", or "RepeatFactorTrainingSampler" with ``repeat_threshold``.
+            repeat_threshold: frequency of a category below which its images are repeated.
             aspect_ratio_grouping: whether a batch's images are all upright or all oblong.
             parts: parts that each process' share of a batch is split into.
             num_workers: processes that read and augment, for each training process.
@@ -108,26 +111,25 @@ class TrainLoader:
             max_unreadable_fraction: the same as a fraction of all; the larger number counts.
 
         Raises:
-            ValueError: if the batch cannot be split evenly.
+            ValueError: if the sampler is unknown or the batch cannot be split evenly.
             DatasetError: if there are no records.
         """
-        check_shares(batch_size, comm.get_world_size(), parts)
-        if not len(records):
+        check_shares(total_batch_size, comm.get_world_size(), parts)
+        if not len(dataset):
             raise DatasetError("there are no training data: at least one record is needed")
-        self.num_images = len(records)
-        self.batch_size, self.parts, self.seed = batch_size, parts, seed
-        self._epochs = epochs
-        self._groups = None
+        self.num_images = len(dataset)
+        self.batch_size, self.parts, self.seed = total_batch_size, parts, seed
+        self._draw_epoch = _epochs_of(sampler, dataset, repeat_threshold)
+        self._is_oblong = None
         if aspect_ratio_grouping:
-            self._groups = [int(record["width"] > record["height"]) for record in records]
-        self._fingerprint = _fingerprint(records)
-        self._records = records
-        if isinstance(records, list):
-            self._records = DatasetFromList(records, copy=False)
-        self._mapper, self._collate = mapper, collate
+            self._is_oblong = [record["width"] > record["height"] for record in dataset]
+        self._fingerprint = _fingerprint(dataset)
+        if isinstance(dataset, list):
+            dataset = DatasetFromList(dataset, copy=False)
+        self._batches = partial(_Batches, dataset, mapper, collate)
         self._num_workers, self._pin_memory = num_workers, pin_memory
         self._unreadable = UnreadableImages(
-            max_unreadable, fraction=max_unreadable_fraction, num_images=len(records)
+            max_unreadable, fraction=max_unreadable_fraction, num_images=self.num_images
         )
         self._yielded = 0
         self._closing = multiprocessing.Event()
@@ -136,10 +138,11 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Any]:
         loader = DataLoader(
-            _Samples(self._records, self._mapper, self.seed),
-            batch_sampler=self._shares(self._yielded // self.parts),
+            self._batches(self.seed),
+            batch_size=None,
+            sampler=self._shares(self._yielded // self.parts),
             num_workers=self._num_workers,
-            collate_fn=partial(_collated, self._collate),
+            collate_fn=trivial_batch_collator,
             worker_init_fn=partial(_begin_worker, self._closing),
             pin_memory=self._pin_memory,
             # Its own: the loader would take a number from torch's generator.
@@ -152,38 +155,35 @@ class TrainLoader:
             yield batch
 
     def _shares(self, start: int) -> Iterator[list[tuple[int, int]]]:
-        """Yield (position, index) of each part of this process' batches, endlessly.
-
-        Every process draws the whole batch and keeps its share, so that the order of the data does
-        not depend on the number of processes.
-        """
-        rank, world_size = comm.get_rank(), comm.get_world_size()
-        share = self.batch_size // world_size
+        """Yield (position, index) of each part of this process' batches, endlessly."""
+        # Every process draws the whole batch, for an order that does not depend on their number.
+        rank = comm.get_rank()
+        share = self.batch_size // comm.get_world_size()
         size = share // self.parts
-        if self._groups is None:
-            samples = self._samples(start * self.batch_size)
-            batches = iter(lambda: list(islice(samples, self.batch_size)), [])
-        else:
-            batches = islice(self._grouped_batches(), start, None)
-        for batch in batches:
+        # Which images make a batch of one orientation follows from all images before them.
+        first_drawn = 0 if self._is_oblong else start
+        for batch in islice(self._whole_batches(first_drawn), start - first_drawn, None):
             own = batch[rank * share : (rank + 1) * share]
             for first in range(0, share, size):
                 yield own[first : first + size]
 
-    def _grouped_batches(self) -> Iterator[list[tuple[int, int]]]:
+    def _whole_batches(self, start: int) -> Iterator[list[tuple[int, int]]]:
         # Images of one batch have one orientation, which keeps padding small.
-        waiting: dict[int, list[tuple[int, int]]] = {}
-        for sample in self._samples(0):
-            group = self._groups[sample[1]]
-            batch = waiting.setdefault(group, [])
-            batch.append(sample)
-            if len(batch) == self.batch_size:
+        waiting = defaultdict(list)
+        for sample in self._samples(start * self.batch_size):
+            group = self._is_oblong and self._is_oblong[sample[1]]
+            waiting[group].append(sample)
+            if len(waiting[group]) == self.batch_size:
                 yield waiting.pop(group)
 
     def _samples(self, start: int) -> Iterator[tuple[int, int]]:
         """Pass over whole epochs, which may be a hundred of a million images, at once."""
+        # Iterating over detectron2's sampler would give the indices of this process alone.
+        generator = torch.Generator().manual_seed(self.seed)
         position = 0
-        for epoch in self._epochs(self.seed):
+        while True:
+            epoch = self._draw_epoch(generator)
+            epoch = epoch[torch.randperm(len(epoch), generator=generator)]
             skipped = min(max(start - position, 0), len(epoch))
             yield from enumerate(epoch[skipped:].tolist(), position + skipped)
             position += len(epoch)
@@ -194,7 +194,7 @@ class TrainLoader:
         return len(self._unreadable.unshared)
 
     def share_unreadable(self) -> None:
-        """Count the images that any process has skipped; for all processes together.
+        """Count the images that any process has skipped, to be called by all of them.
 
         Raises:
             DatasetError: if they are more than may be skipped.
@@ -224,7 +224,7 @@ class TrainLoader:
             raise DatasetError(
                 "the training data are not those that the checkpoint was trained on: images, boxes "
                 "or classes have changed, or their order; give the old data, or begin another run "
-                "with the checkpoint as MODEL.WEIGHTS"
+                "that starts from the weights of the checkpoint (MODEL.WEIGHTS)"
             )
         self.seed = state["seed"]
         self._yielded = state["images"] // self.batch_size * self.parts
@@ -236,9 +236,27 @@ def check_shares(batch_size: int, num_processes: int, parts: int) -> None:
     shares = num_processes * parts
     if batch_size % shares:
         raise ValueError(
-            "SOLVER.IMS_PER_BATCH must be a multiple of the number of processes times "
-            f"SOLVER.ACCUMULATION_STEPS, which is {shares}, got {batch_size}."
+            "total_batch_size (SOLVER.IMS_PER_BATCH) must be a multiple of the number of processes "
+            f"times parts (SOLVER.ACCUMULATION_STEPS), which is {shares}, got {batch_size}."
         )
+
+
+def _epochs_of(
+    sampler: str, records: Sequence[dict], repeat_threshold: float
+) -> Callable[[torch.Generator], Tensor]:
+    """Return what draws the indices of an epoch, before they are shuffled, for a sampler."""
+    if sampler == "TrainingSampler":
+        indices = torch.arange(len(records))
+        return lambda generator: indices
+    if sampler == "RepeatFactorTrainingSampler":
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            records, repeat_threshold
+        )
+        return RepeatFactorTrainingSampler(factors, seed=0)._get_epoch_indices
+    raise ValueError(
+        "sampler (DATALOADER.SAMPLER_TRAIN) must be TrainingSampler or "
+        f"RepeatFactorTrainingSampler, got {sampler}."
+    )
 
 
 def _fingerprint(records: Sequence[dict[str, Any]]) -> str:
@@ -252,10 +270,9 @@ def _fingerprint(records: Sequence[dict[str, Any]]) -> str:
 
 
 def end_with_parent(worker_id: int = 0) -> None:
-    """End this process when the one that started it has ended, also where that was killed.
+    """End this worker of a DataLoader when its parent has ended, also where that was killed.
 
-    To be called in a worker of a DataLoader. One whose batches nobody takes any more waits for
-    their pipe, to which its siblings hold the other end, and would wait for ever.
+    It would wait for ever for the pipe of its batches, to which its siblings hold the other end.
     """
 
     def wait() -> None:
@@ -297,8 +314,8 @@ def build_train_loader(
             :func:`build_train_mapper` if None.
 
     Raises:
-        ValueError: if the sampler is unknown or the batch cannot be split evenly.
-        DatasetError: if no image has the annotations that the config asks for.
+        ValueError, DatasetError: as :class:`TrainLoader`; also if no image has the annotations
+            that the config asks for.
     """
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
     proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN
@@ -311,7 +328,7 @@ def build_train_loader(
         )
     except AssertionError as error:  # as detectron2 says that no image is left
         raise DatasetError(f"DATASETS.TRAIN cannot be used for training: {error}") from error
-    return detection_train_loader(
+    return TrainLoader(
         records,
         mapper or build_train_mapper(cfg),
         total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
@@ -335,85 +352,7 @@ def loader_options(cfg: CfgNode) -> dict[str, Any]:
     }
 
 
-def detection_train_loader(
-    dataset: Sequence[dict[str, Any]],
-    mapper: Callable[[dict], dict | None],
-    *,
-    total_batch_size: int,
-    seed: int = 0,
-    sampler: str = "TrainingSampler",
-    repeat_threshold: float = 0.0,
-    aspect_ratio_grouping: bool = True,
-    parts: int = 1,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    max_unreadable: int = 0,
-    max_unreadable_fraction: float = 0.0,
-) -> TrainLoader:
-    """Make the loader of a data set.
-
-    Args:
-        dataset: dataset dicts in detectron2's format.
-        mapper: makes the model's input of one; None drops it.
-        total_batch_size: images of all processes together.
-        seed: what order and augmentation follow from, not negative.
-        sampler: "TrainingSampler", or "RepeatFactorTrainingSampler" with ``repeat_threshold``.
-        repeat_threshold: frequency of a category below which its images are repeated.
-        aspect_ratio_grouping, parts, num_workers, pin_memory, max_unreadable,
-            max_unreadable_fraction: as of :class:`TrainLoader`.
-
-    Raises:
-        ValueError: if the sampler is unknown or the batch cannot be split evenly.
-    """
-    return TrainLoader(
-        dataset,
-        mapper,
-        batch_size=total_batch_size,
-        seed=seed,
-        epochs=sampled_epochs(dataset, sampler, repeat_threshold),
-        aspect_ratio_grouping=aspect_ratio_grouping,
-        parts=parts,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        max_unreadable=max_unreadable,
-        max_unreadable_fraction=max_unreadable_fraction,
-    )
-
-
-def sampled_epochs(
-    records: Sequence[dict], sampler: str = "TrainingSampler", repeat_threshold: float = 0.0
-) -> Callable[[int], Iterator[Tensor]]:
-    """Return what makes the endless sequence of epochs of detectron2's samplers from a seed.
-
-    Iterating over a sampler would give the indices of this process alone.
-
-    Args:
-        records: what the indices are of.
-        sampler, repeat_threshold: as of :func:`detection_train_loader`.
-
-    Raises:
-        ValueError: if the sampler is unknown.
-    """
-    if sampler == "TrainingSampler":
-
-        def indices(generator: torch.Generator) -> Tensor:
-            return torch.arange(len(records))
-
-    elif sampler == "RepeatFactorTrainingSampler":
-        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            records, repeat_threshold
-        )
-        indices = RepeatFactorTrainingSampler(factors, seed=0)._get_epoch_indices
-    else:
-        raise ValueError(
-            "DATALOADER.SAMPLER_TRAIN must be TrainingSampler or RepeatFactorTrainingSampler, got "
-            f"{sampler}."
-        )
-
-    def epochs(seed: int) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            epoch = indices(generator)
-            yield epoch[torch.randperm(len(epoch), generator=generator)]
-
-    return epochs
+@wraps(TrainLoader, assigned=(), updated=())
+def detection_train_loader(*args: Any, **options: Any) -> TrainLoader:
+    """Build a :class:`TrainLoader` from its arguments, for LazyConfigs."""
+    return TrainLoader(*args, **options)

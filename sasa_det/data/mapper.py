@@ -26,9 +26,6 @@ def jitter_and_crop_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmen
         cfg: a config with sasa_det's keys.
         is_train: False gives detectron2's usual resizing for inference.
 
-    Returns:
-        list: to be applied in this order.
-
     Raises:
         ValueError: if a config value is out of range; the message names the key.
     """
@@ -72,11 +69,7 @@ class DetectionMapper(DatasetMapper):
 
     @configurable
     def __init__(self, *args: Any, max_pixels: int, **kwargs: Any):
-        """
-        Args:
-            *args, **kwargs: as of detectron2's mapper.
-            max_pixels: ``INPUT.MAX_PIXELS``; images of more are refused.
-        """
+        """Take the arguments of detectron2's mapper and ``INPUT.MAX_PIXELS``."""
         super().__init__(*args, **kwargs)
         self.max_pixels = max_pixels
 
@@ -164,7 +157,7 @@ class _Inputs(T.AugInput):
 
 
 def _box_in_image(annotation: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """Return an annotation with a box of floats in X0, Y0, X1, Y1, none of it outside the image."""
+    """Return an annotation with a box of floats as XYXY_ABS, none of it outside the image."""
     box = [float(value) for value in annotation["bbox"]]
     box = BoxMode.convert(box, annotation["bbox_mode"], BoxMode.XYXY_ABS)
     limits = [float(record[side]) for side in ("width", "height")] * 2
@@ -175,27 +168,20 @@ def _box_in_image(annotation: dict[str, Any], record: dict[str, Any]) -> dict[st
 def build_train_mapper(cfg: CfgNode) -> DetectionMapper:
     """Build the training mapper, with jitter and crop if ``INPUT.JITTER.ENABLED``.
 
-    Boxes are clipped to the crop, and instances that lie outside of it are dropped.
-
-    Args:
-        cfg: a config with sasa_det's keys.
-
     Returns:
         DetectionMapper: maps a dataset dict to one with "image", a (3, H, W) uint8 tensor in
-        ``INPUT.FORMAT`` order, H and W being ``CROP_SIZE`` with jitter, and "instances".
+        ``INPUT.FORMAT`` order, H and W being ``CROP_SIZE`` with jitter, and "instances", without
+        those outside of the crop.
 
     Raises:
         ValueError: as :func:`jitter_and_crop_augmentations`.
     """
-    if not cfg.INPUT.JITTER.ENABLED:
-        return DetectionMapper(cfg, is_train=True)
-    return DetectionMapper(
-        cfg,
-        is_train=True,
-        augmentations=jitter_and_crop_augmentations(cfg, is_train=True),
+    options = {}
+    if cfg.INPUT.JITTER.ENABLED:
+        options["augmentations"] = jitter_and_crop_augmentations(cfg, is_train=True)
         # A mask that was cut has a tighter box than the clipped one.
-        recompute_boxes=cfg.MODEL.MASK_ON,
-    )
+        options["recompute_boxes"] = cfg.MODEL.MASK_ON
+    return DetectionMapper(cfg, is_train=True, **options)
 
 
 def build_test_mapper(cfg: CfgNode) -> DetectionMapper:

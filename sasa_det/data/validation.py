@@ -4,8 +4,6 @@ import gc
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -26,15 +24,13 @@ from .coco_entries import (
     shown,
 )
 from .coco_masks import mask_problems
-from .images import MAX_PIXELS, check_image_files, check_pixels
+from .images import MAX_PIXELS, check_image_files, check_size, read_image
 
 # The share of the boxes from which on those that fit their image as two corners only are reported:
 # some boxes of many data sets are a little too large.
 _CORNERS_SHARE = 0.05
 # Sections that must not be empty, whatever the use, and one of their entries in words.
 _NEEDED = {"categories": "category", "images": "image"}
-# The fields of a section's entries that are the ids of the image and of the annotation.
-_ID_KEYS = {"categories": (None, None), "images": ("id", None), "annotations": ("image_id", "id")}
 
 
 class Category(NamedTuple):
@@ -50,12 +46,8 @@ class CocoReport:
     """What a COCO json file holds, and what is wrong with it for a use.
 
     Attributes:
-        json_file: the file.
-        image_root: the folder of its images.
         training: the use: True for training, False for evaluation, None if it is not known.
-        num_images: images listed.
         num_annotations: annotations listed, crowds included.
-        num_crowds: annotations of crowds.
         num_unannotated: images without annotations.
         categories: in the order of their ids, which is the order of detectron2's contiguous class
             indices.
@@ -120,7 +112,7 @@ def validate_coco(
     limit: int | None = None,
     pixels: bool = False,
 ) -> CocoReport:
-    """Find all that is wrong with a COCO json file and its images.
+    """Find all that is wrong with a COCO json file and its images, and count what it holds.
 
     Args:
         json_file: COCO instances json; anything that detectron2's PathManager reads.
@@ -134,28 +126,22 @@ def validate_coco(
         limit: problems of each kind to keep; all are counted.
         pixels: decode every image as well, with a progress bar.
 
-    Returns:
-        CocoReport: counts, classes and problems.
-
     Raises:
         FileNotFoundError: if the json file or the folder is missing.
     """
     check_exists(json_file, image_root)
-    walk = _Walk(image_root, max_pixels, mask_format, num_keypoints)
-    counts, kept = Counter(), []
-
-    def collect(found: Iterator[Problem]) -> None:
-        for problem in found:
-            counts[problem.kind] += 1
-            if limit is None or counts[problem.kind] <= limit:
-                kept.append(problem)
-
-    with _no_garbage_collection():
-        collect(walk.problems(json_file))
-    if counts[problems.CORNER_BOX] <= _CORNERS_SHARE * walk.sizes["annotations"]:
-        del counts[problems.CORNER_BOX]
+    walk = _Walk(image_root, max_pixels, mask_format, num_keypoints, limit)
+    # COCO's millions of objects, none of them garbage, would make the garbage collection run again
+    # and again, for more than half of the time.
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        walk.through(json_file)
+    finally:
+        if collects:
+            gc.enable()
     if pixels:
-        collect(walk.pixel_problems())
+        walk.decode_images()
     return CocoReport(
         json_file=os.fspath(json_file),
         image_root=os.fspath(image_root),
@@ -168,9 +154,9 @@ def validate_coco(
             Category(identity, name, walk.boxes[identity])
             for identity, name in sorted(walk.names.items())
         ),
-        counts=dict(counts),
+        counts=dict(walk.counts),
         has_decoded=pixels,
-        problems=tuple(problem for problem in kept if problem.kind in counts),
+        problems=tuple(problem for problem in walk.problems if problem.kind in walk.counts),
     )
 
 
@@ -185,27 +171,21 @@ def check_exists(json_file: str | os.PathLike, image_root: str | os.PathLike) ->
         raise FileNotFoundError(f"image folder {image_root} of {json_file} does not exist")
 
 
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    # COCO's millions of objects, none of them garbage, would make it run again and again, for more
-    # than half of the time.
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 class _Walk:
-    """Walks through a COCO json file, finds its problems, and counts what it holds on the way."""
+    """Walks through a COCO json file, collects its problems, and counts what it holds."""
 
     def __init__(
-        self, image_root: str | os.PathLike, max_pixels: int, mask_format: str, num_keypoints: int
+        self,
+        image_root: str | os.PathLike,
+        max_pixels: int,
+        mask_format: str,
+        num_keypoints: int,
+        limit: int | None,
     ):
-        self._image_root, self._max_pixels = image_root, max_pixels
+        self._image_root, self._max_pixels, self._limit = image_root, max_pixels, limit
         self._mask_format, self._num_keypoints = mask_format, num_keypoints
+        self.counts: Counter[Kind] = Counter()
+        self.problems: list[Problem] = []  # up to the limit of each kind
         self.sizes: Counter[str] = Counter()  # number of entries by section
         self.names: dict[int, str] = {}  # of the categories by id
         self.boxes: Counter[int] = Counter()  # annotations, without crowds, by id of the category
@@ -216,51 +196,62 @@ class _Walk:
         self._objects: set[int] = set()
         self._files: dict[int, dict[str, Any]] = {}  # fields of the images whose file is there
 
-    def problems(self, json_file: str | os.PathLike) -> Iterator[Problem]:
-        """Yield the problems of a file, those first that others may follow from."""
+    def through(self, json_file: str | os.PathLike) -> None:
+        """Find the problems of a file, those first that others may follow from."""
         try:
             content = _read(json_file)
-        except _NotCoco as error:
+        except ValueError as error:
             for clause in error.args:
-                yield Problem(problems.NOT_COCO, clause)
+                self._add(problems.NOT_COCO, clause)
             return
-        examine = {
-            "categories": self._category,
-            "images": self._image,
-            "annotations": self._annotation,
-        }
-        for section in FIELDS:
+        examine = [self._category, self._image, self._annotation]
+        for section, find in zip(FIELDS, examine, strict=True):
             self.sizes[section] = len(content[section])
             if not content[section] and section in _NEEDED:
                 clause = f"{section!r} is empty; at least one {_NEEDED[section]} is needed"
-                yield Problem(problems.EMPTY_SECTION, clause)
+                self._add(problems.EMPTY_SECTION, clause)
             for index, entry in enumerate(content[section]):
                 valid, found = check_fields(section, index, entry, self._seen)
                 if isinstance(entry, dict):
-                    found += examine[section](index, entry, valid)
+                    found += find(index, entry, valid)
                 for kind, clause in found:
-                    image_id, annotation_id = (valid.get(key) for key in _ID_KEYS[section])
-                    where = _where(section, index, valid)
-                    yield Problem(kind, f"{where} {clause}", image_id, annotation_id)
-        yield from self._useless_annotations()
-        yield from self._missing_files()
+                    self._add_of(section, index, valid, kind, f" {clause}")
+        if self.counts[problems.CORNER_BOX] <= _CORNERS_SHARE * self.sizes["annotations"]:
+            del self.counts[problems.CORNER_BOX]
+        self._find_useless_annotations()
+        self._find_missing_files()
 
-    def pixel_problems(self) -> Iterator[Problem]:
-        """Yield the problems of decoding the images whose file is there, with a progress bar."""
+    def decode_images(self) -> None:
+        """Find the problems of decoding the images whose file is there, with a progress bar."""
         for index, image in tqdm(self._files.items(), desc="Images", unit=""):
             path = os.path.join(self._image_root, image["file_name"])
             try:
-                check_pixels(path, self._max_pixels, size=_size(image))
+                check_size(path, read_image(path, self._max_pixels), _size(image))
             except ImageError as error:
-                message = f"{_where('images', index, image)}: {error}"
-                yield Problem(problems.UNREADABLE, message, image.get("id"))
+                self._add_of("images", index, image, problems.UNREADABLE, f": {error}")
 
-    def _category(self, index: int, entry: dict, valid: dict) -> Iterator[Finding]:
+    def _add(self, kind: Kind, *details: Any) -> None:
+        self.counts[kind] += 1
+        if self._limit is None or self.counts[kind] <= self._limit:
+            self.problems.append(Problem(kind, *details))
+
+    def _add_of(
+        self, section: str, index: int, valid: dict[str, Any], kind: Kind, clause: str
+    ) -> None:
+        """Add a problem of an entry, whose name the clause is appended to."""
+        identity, image_id = valid.get("id"), valid.get("image_id")
+        known = [f"id {identity}"] if identity is not None else []
+        known += [f"of image {image_id}"] if image_id is not None else []
+        where = f"{section}[{index}]" + (f" ({' '.join(known)})" if known else "")
+        ids = {"images": [identity], "annotations": [image_id, identity]}.get(section, [])
+        self._add(kind, where + clause, *ids)
+
+    def _category(self, index: int, entry: dict, valid: dict) -> list[Finding]:
         if valid.keys() == {"id", "name"}:
             self.names.setdefault(valid["id"], valid["name"])
-        return iter(())
+        return []
 
-    def _image(self, index: int, entry: dict, valid: dict) -> Iterator[Finding]:
+    def _image(self, index: int, entry: dict, valid: dict) -> list[Finding]:
         size = _size(valid)
         if "id" in valid:
             self.image_sizes.setdefault(valid["id"], size)
@@ -268,7 +259,8 @@ class _Walk:
             self._files[index] = valid
         if size and size[0] * size[1] > self._max_pixels:
             clause = f"has {size[1]} x {size[0]} pixels, more than the {self._max_pixels:,} that "
-            yield problems.TOO_LARGE, clause + "INPUT.MAX_PIXELS allows"
+            return [(problems.TOO_LARGE, clause + "max_pixels (INPUT.MAX_PIXELS) allows")]
+        return []
 
     def _annotation(self, index: int, entry: dict, valid: dict) -> list[Finding]:
         size, is_crowd = None, valid.get("iscrowd") == 1
@@ -288,7 +280,13 @@ class _Walk:
             found.append((problems.MISSING_FOR_AP, clause))
         if "bbox" in valid:
             found += box_problems(entry, size)
-            found += self._duplicate(valid, is_crowd)
+        if {"image_id", "category_id", "bbox"} <= valid.keys():
+            # Of a million annotations the objects themselves would take too much memory.
+            key = hash((valid["image_id"], valid["category_id"], is_crowd, *valid["bbox"]))
+            if key in self._objects:
+                clause = f"has image, class and bbox {shown(valid['bbox'])} of another one"
+                found.append((problems.DUPLICATE, clause))
+            self._objects.add(key)
         found += mask_problems(entry.get("segmentation"), size, self._mask_format, is_crowd)
         found += keypoints_problems(entry, self._num_keypoints)
         self._num_left_out += is_crowd or any(
@@ -296,49 +294,33 @@ class _Walk:
         )
         return found
 
-    def _duplicate(self, valid: dict, is_crowd: bool) -> Iterator[Finding]:
-        if "image_id" in valid and "category_id" in valid:
-            # Of a million annotations the objects themselves would take too much memory.
-            key = hash((valid["image_id"], valid["category_id"], is_crowd, *valid["bbox"]))
-            if key in self._objects:
-                clause = f"has image, class and bbox {shown(valid['bbox'])} of another one"
-                yield problems.DUPLICATE, clause
-            self._objects.add(key)
-
-    def _useless_annotations(self) -> Iterator[Problem]:
-        """Yield what leaves nothing to train on or to evaluate."""
+    def _find_useless_annotations(self) -> None:
+        """Find what leaves nothing to train on or to evaluate."""
         number = self.sizes["annotations"]
         if not number:
             clause = "'annotations' is empty; a training set needs at least one annotation"
-            yield Problem(problems.NOTHING_TO_TRAIN_ON, clause)
+            self._add(problems.NOTHING_TO_TRAIN_ON, clause)
             kind = problems.BAD_KEYPOINTS_FOR_AP if self._num_keypoints else problems.NO_AP
-            yield Problem(kind, "'annotations' is empty: AP cannot be computed")
+            self._add(kind, "'annotations' is empty: AP cannot be computed")
             return
         if self._num_left_out == number:
             what = "crowds"
             if self.num_crowds < number:
                 what += ", or without a box in their image and the mask or keypoints to be trained"
             clause = f"all 'annotations' are {what}: training leaves them out"
-            yield Problem(problems.NOTHING_TO_TRAIN_ON, clause)
+            self._add(problems.NOTHING_TO_TRAIN_ON, clause)
         for identity, name in self.names.items():
             if not self.boxes[identity]:
-                clause = f"category {identity} ({shown(name)}) has no boxes"
-                yield Problem(problems.UNUSED_CLASS, clause)
+                self._add(
+                    problems.UNUSED_CLASS, f"category {identity} ({shown(name)}) has no boxes"
+                )
 
-    def _missing_files(self) -> Iterator[Problem]:
-        """Yield the problems of the images' files, and forget those that cannot be used."""
+    def _find_missing_files(self) -> None:
+        """Find the problems of the images' files, and forget those that cannot be used."""
         names = {index: image["file_name"] for index, image in self._files.items()}
-        for index, unsafe, clause in check_image_files(self._image_root, names):
-            image = self._files.pop(index)
-            kind = problems.UNSAFE_FILE if unsafe else problems.MISSING_FILE
-            yield Problem(kind, f"{_where('images', index, image)}: {clause}", image.get("id"))
-
-
-def _where(section: str, index: int, valid: dict[str, Any]) -> str:
-    """Name an entry in a message."""
-    known = [f"id {valid['id']}"] if "id" in valid else []
-    known += [f"of image {valid['image_id']}"] if "image_id" in valid else []
-    return f"{section}[{index}]" + (f" ({' '.join(known)})" if known else "")
+        for index, is_unsafe, clause in check_image_files(self._image_root, names):
+            kind = problems.UNSAFE_FILE if is_unsafe else problems.MISSING_FILE
+            self._add_of("images", index, self._files.pop(index), kind, f": {clause}")
 
 
 def _size(image: dict[str, Any]) -> tuple[int, int] | None:
@@ -346,26 +328,22 @@ def _size(image: dict[str, Any]) -> tuple[int, int] | None:
     return (image["height"], image["width"]) if {"height", "width"} <= image.keys() else None
 
 
-class _NotCoco(Exception):
-    """A file that does not hold COCO instances; the arguments are clauses that say why."""
-
-
 def _read(json_file: str | os.PathLike) -> dict[str, Any]:
+    """Read a file; a ValueError has the clauses that say why it does not hold COCO instances."""
     path = PathManager.get_local_path(os.fspath(json_file))
     try:
-        if os.path.getsize(path) == 0:
-            raise _NotCoco("is empty")
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
     except OSError as error:
-        raise _NotCoco(f"cannot be read: {error.strerror}") from error
+        raise ValueError(f"cannot be read: {error.strerror}") from error
     # A UnicodeDecodeError is a ValueError, as json's own error is.
     except ValueError as error:
-        raise _NotCoco(f"is not JSON: {error}") from error
+        reason = f"is not JSON: {error}" if os.path.getsize(path) else "is empty"
+        raise ValueError(reason) from error
     except RecursionError as error:
-        raise _NotCoco("is not COCO instances: it is nested too deeply") from error
+        raise ValueError("is not COCO instances: it is nested too deeply") from error
     if not isinstance(content, dict):
-        raise _NotCoco(f"must hold a JSON object (COCO instances), not {described(content)}")
+        raise ValueError(f"must hold a JSON object (COCO instances), not {described(content)}")
     clauses = []
     for section in ("images", "annotations", "categories"):
         if section not in content:
@@ -376,5 +354,5 @@ def _read(json_file: str | os.PathLike) -> dict[str, Any]:
         elif not isinstance(content[section], list):
             clauses.append(f"{section!r} must be a list, not {described(content[section])}")
     if clauses:
-        raise _NotCoco(*clauses)
+        raise ValueError(*clauses)
     return content

@@ -14,20 +14,25 @@ _PIPES = {"tablefmt": "github", "disable_numparse": True}
 
 
 def describe_report(report: CocoReport, *, everything: bool = False) -> str:
-    """Describe a report: what the data hold, the classes, and the problems by kind.
+    """Describe for a terminal what the data hold, the classes, and the problems by kind.
 
     Args:
         report: with all problems that shall be listed.
         everything: list all classes, not only the most frequent ones.
-
-    Returns:
-        str: lines for a terminal.
     """
     files = f"{printable(report.json_file)} with images in {printable(report.image_root)}"
     parts = [f"{files}, for {_USES[report.training]}"]
     if NOT_COCO not in report.counts:
-        parts += [_contents(report), _classes(report, everything), _id_note(report)]
-    parts += [_overview(report), _details(report), _verdict(report)]
+        rows = [
+            ["images", f"{report.num_images:,}"],
+            ["images without annotations", f"{report.num_unannotated:,}"],
+            ["annotations", f"{report.num_annotations:,}"],
+            ["crowds among them", f"{report.num_crowds:,}"],
+            ["classes", f"{len(report.categories):,}"],
+        ]
+        contents = tabulate(rows, tablefmt="plain", colalign=("left", "right"))
+        parts += [contents, _classes(report, everything), _id_note(report)]
+    parts += [*_problems(report), _verdict(report)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -55,17 +60,6 @@ def _count(report: CocoReport, kind: Kind) -> str:
     if not kind.has_share:
         return f"{count:,}"
     return f"{count:,} of {report.num_annotations:,}, {count / report.num_annotations:.1%}"
-
-
-def _contents(report: CocoReport) -> str:
-    rows = [
-        ["images", f"{report.num_images:,}"],
-        ["images without annotations", f"{report.num_unannotated:,}"],
-        ["annotations", f"{report.num_annotations:,}"],
-        ["crowds among them", f"{report.num_crowds:,}"],
-        ["classes", f"{len(report.categories):,}"],
-    ]
-    return tabulate(rows, tablefmt="plain", colalign=("left", "right"))
 
 
 def _classes(report: CocoReport, everything: bool) -> str:
@@ -96,31 +90,24 @@ def _id_note(report: CocoReport) -> str:
     )
 
 
-def _kinds(report: CocoReport) -> list[tuple[str, Kind]]:
-    return [(s, kind) for s in ("error", "warning") for kind in report.kinds(s)]
-
-
-def _overview(report: CocoReport) -> str:
-    rows = []
-    for severity, kind in _kinds(report):
-        is_refused = kind.severity == "error" and severity == "warning"
-        effect = f"refused in {_USES[kind.training]}" if is_refused else kind.effect
-        rows.append([severity, kind.title, _count(report, kind), effect])
+def _problems(report: CocoReport) -> list[str]:
+    """Return a table of the kinds of problems, and the problems of each kind."""
+    rows, blocks = [], []
+    for severity in ("error", "warning"):
+        for kind in report.kinds(severity):
+            is_refused = kind.severity == "error" and severity == "warning"
+            effect = f"refused in {_USES[kind.training]}" if is_refused else kind.effect
+            rows.append([severity, kind.title, _count(report, kind), effect])
+            examples = report.examples(kind)
+            lines = [f"{severity}: {kind.title} ({_count(report, kind)})"]
+            lines += [f"  {printable(problem.message)}" for problem in examples]
+            if more := report.counts[kind] - len(examples):
+                lines.append(f"  ... and {more:,} more, which --all lists")
+            blocks.append("\n".join(lines))
     headers = ["", "problem", "count", "what follows"]
     align = ("left", "left", "right", "left")
-    return f"Problems\n\n{tabulate(rows, headers, colalign=align, **_PIPES)}" if rows else ""
-
-
-def _details(report: CocoReport) -> str:
-    blocks = []
-    for severity, kind in _kinds(report):
-        count, examples = report.counts[kind], report.examples(kind)
-        lines = [f"{severity}: {kind.title} ({_count(report, kind)})"]
-        lines += [f"  {printable(problem.message)}" for problem in examples]
-        if count > len(examples):
-            lines.append(f"  ... and {count - len(examples):,} more, which --all lists")
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)
+    table = f"Problems\n\n{tabulate(rows, headers, colalign=align, **_PIPES)}" if rows else ""
+    return [table, *blocks]
 
 
 def _verdict(report: CocoReport) -> str:

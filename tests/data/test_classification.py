@@ -265,7 +265,9 @@ def test_unreadable_training_images_are_skipped_up_to_a_fraction(data, num_worke
     assert [len(batch["label"]) for batch in batches] == [4] * 5
     assert loader.state_dict()["unreadable"] == [paths[3]]
     truncate(paths[4])
-    with pytest.raises(DatasetError, match="after the 1 that .*_FRACTION 0.1 of 10 images allows"):
+    with pytest.raises(
+        DatasetError, match=r"after the 1 that .*_FRACTION\) 0.1 of 10 images allows"
+    ):
         take(train_loader(data[:1], **keys), 5)
     with pytest.raises(ImageError, match=f"({paths[3]}|{paths[4]}) cannot be read"):
         take(train_loader(data[:1], **{"DATALOADER.NUM_WORKERS": num_workers}), 5)

@@ -6,7 +6,7 @@ from detectron2.data.datasets import load_coco_json, register_coco_instances
 from pycocotools.mask import decode
 
 from sasa_det.data import DatasetError, check_registered, register_coco
-from sasa_det.data.coco_records import load_coco
+from sasa_det.data.coco import load_coco
 
 RLE = {"size": [4, 6], "counts": [1, 2, 21]}
 

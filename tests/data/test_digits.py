@@ -13,7 +13,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from sasa_det.data import check_coco, check_registered, digits, register_digits
-from sasa_det.data.builtin import SPLITS
+from sasa_det.data.catalog import SPLITS
 from sasa_det.data.digit_drawing import load_digits as load_source
 from sasa_det.data.digit_drawing import split_digits
 from sasa_det.data.digits import compose_scene, write_digits

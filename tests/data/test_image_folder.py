@@ -197,12 +197,12 @@ MISTAKES = {
     "empty class": (empty, "'{root}/train' has class folders without an image: 'cat' (of 2;"),
     "class only in val": (
         lambda root: fill(root / "val", ["dog/3.png"]),
-        "'{root}/train' (2: ant, cat) and '{root}/val' (3: ant, cat, dog) have different classes, "
-        "1: dog in the second alone: data sets",
+        "'{root}/val' (3: ant, cat, dog) and dataset '{root}/train' (2: ant, cat) have different "
+        "classes, 1: dog in the first alone: they must have the same ones",
     ),
     "other classes": (
         move("val/cat", "val/cow"),
-        "different classes, 1: cat in the first alone and 1: cow in the second alone: data sets",
+        "different classes, 1: cow in the first alone and 1: cat in the second alone: they must",
     ),
     "pipe": (
         lambda root: os.mkfifo(root / "train" / "cat" / "c.png"),
@@ -300,7 +300,9 @@ def test_only_data_sets_of_whole_images_are_taken(root):
     for function in (lambda name: hold_out(name, 0.5), lambda name: check_image_folders([name])):
         with pytest.raises(DatasetError, match="evaluator_type 'classification', got 'coco'"):
             function("coco_2017_val")
-        with pytest.raises(DatasetError, match="'imagenet_trian' is not registered, did you mean"):
+        with pytest.raises(
+            DatasetError, match="'imagenet_trian' is not registered; did you mean imagenet_"
+        ):
             function("imagenet_trian")
 
 

@@ -27,15 +27,9 @@ def mapper(record):
     return {**record, "drawn": drawn}
 
 
-def shuffled(seed):
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield torch.randperm(len(RECORDS), generator=generator)
-
-
 def make(mapper=mapper, batch_size=4, seed=3, **options):
-    options = {"epochs": shuffled, **options}
-    return TrainLoader(RECORDS, mapper, batch_size=batch_size, seed=seed, **options)
+    options = {"total_batch_size": batch_size, "aspect_ratio_grouping": False, **options}
+    return TrainLoader(RECORDS, mapper, seed=seed, **options)
 
 
 def take(loader, count):
@@ -78,7 +72,7 @@ def test_positions_are_of_the_same_records():
     first = make()
     take(first, 1)
     others = [{**record, "file_name": f"/moved/{record['file_name']}"} for record in RECORDS]
-    options = {"batch_size": 4, "seed": 3, "epochs": shuffled}
+    options = {"total_batch_size": 4, "aspect_ratio_grouping": False}
     TrainLoader(others, mapper, **options).load_state_dict(first.state_dict())
     with pytest.raises(DatasetError, match="training data are not those"):
         TrainLoader(others[::-1], mapper, **options).load_state_dict(first.state_dict())
@@ -86,7 +80,7 @@ def test_positions_are_of_the_same_records():
 
 def test_labels_tell_records_from_others():
     labelled, other = ([{**record, "label": label} for record in RECORDS] for label in (0, 1))
-    options = {"batch_size": 4, "seed": 3, "epochs": shuffled}
+    options = {"total_batch_size": 4, "aspect_ratio_grouping": False}
     state = TrainLoader(labelled, mapper, **options).state_dict()
     TrainLoader(labelled, mapper, **options).load_state_dict(state)
     for records in (other, RECORDS):
@@ -147,7 +141,7 @@ def test_uneven_shares_are_refused():
 
 def test_no_records_are_refused():
     with pytest.raises(DatasetError, match="no training data"):
-        TrainLoader([], mapper, batch_size=4, seed=3, epochs=shuffled)
+        TrainLoader([], mapper, total_batch_size=4)
 
 
 def test_grouped_batches_have_one_orientation():
@@ -191,6 +185,12 @@ def test_order_is_that_of_detectron2(sampler):
     )  # fmt: skip
     ids = [x["image_id"] for batch in take(loader, 40) for x in batch]
     assert ids == list(itertools.islice(expected, 80))
+
+
+def test_unknown_sampler_is_refused():
+    message = "sampler .DATALOADER.SAMPLER_TRAIN. must be TrainingSampler or Repeat.*, got Sampler"
+    with pytest.raises(ValueError, match=message):
+        make(sampler="Sampler")
 
 
 def test_data_in_which_no_image_is_left(request):

@@ -13,7 +13,7 @@ from sasa_det.data import (
     build_test_mapper,
     build_train_mapper,
 )
-from sasa_det.data.images import check_pixels
+from sasa_det.data.images import check_size, read_image
 
 HEIGHT, WIDTH = 32, 48
 # An object in no symmetric place; the colours are those of the palette in "palette.tif".
@@ -101,9 +101,9 @@ def test_pixels_and_boxes_are_those_that_are_seen(tmp_path, name, orientation):
     annotation = {"bbox": [X, Y, BOX_WIDTH, BOX_HEIGHT], "bbox_mode": BoxMode.XYWH_ABS}
     record["annotations"] = [{**annotation, "category_id": 0, "iscrowd": 0}]
 
-    check_pixels(str(path), 10_000, size=(HEIGHT, WIDTH))
+    check_size(str(path), read_image(str(path), 10_000), (HEIGHT, WIDTH))
     with pytest.raises(ImageError, match=f"has {WIDTH} x {HEIGHT} pixels"):
-        check_pixels(str(path), 10_000, size=(WIDTH, HEIGHT))
+        check_size(str(path), read_image(str(path), 10_000), (WIDTH, HEIGHT))
     for jitter in (False, True):
         mapped = build_train_mapper(config(jitter))(record)
         # Jitter pads below to a square.

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sasa_det.config import add_sasa_config
 from sasa_det.data import ClassificationMapper, ImageError, build_test_mapper, build_train_mapper
-from sasa_det.data.images import check_pixels
+from sasa_det.data.images import check_size, read_image
 
 HEIGHT, WIDTH = 40, 60
 COLOUR = np.random.default_rng(0).integers(0, 2**16, (HEIGHT, WIDTH, 3), dtype=np.uint16)
@@ -146,7 +146,7 @@ def test_more_than_8_bits_are_refused(tmp_path, name):
     path = tmp_path / name
     DEEP[name](path)
     readers = [*detection_mappers(), ClassificationMapper(is_train=True)]
-    readers.append(lambda record: check_pixels(record["file_name"], 10_000))
+    readers.append(lambda record: read_image(record["file_name"], 10_000))
     for read in readers:
         with pytest.raises(ImageError) as error:
             read(record(path))
@@ -160,7 +160,7 @@ def test_more_than_8_bits_are_refused(tmp_path, name):
 def test_8_bits_are_read(tmp_path, name):
     path = tmp_path / name
     OF_8_BITS[name](path)
-    check_pixels(str(path), 10_000, size=(HEIGHT, WIDTH))
+    check_size(str(path), read_image(str(path), 10_000), (HEIGHT, WIDTH))
     with Image.open(path) as image:
         expected = np.asarray(image.convert("RGB"))[..., ::-1]
     test, *train = detection_mappers()

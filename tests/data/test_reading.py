@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import re
 import struct
 import zlib
 
@@ -21,7 +22,7 @@ from sasa_det.data import (
     build_test_mapper,
     build_train_mapper,
 )
-from sasa_det.data.images import check_pixels
+from sasa_det.data.images import check_size, read_image
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 
@@ -56,7 +57,10 @@ FAULTS = {
     ),
     "header.png": (lambda path: png(path, 60, 40), "cannot be read: image file is truncated"),
     "bomb.png": (lambda path: png(path, 20000, 20000), "has 20000 x 20000 pixels, more than"),
-    "large.png": (lambda path: png(path, 10001, 10000), "more than the 100,000,000 that INPUT.MAX"),
+    "large.png": (
+        lambda path: png(path, 10001, 10000),
+        "more than the 100,000,000 that max_pixels (INPUT.MAX_PIXELS) allows",
+    ),
     "other.png": (
         lambda path: Image.fromarray(PIXELS[:, :50]).save(path),
         "has 50 x 40 pixels, but its annotations are for 60 x 40",
@@ -89,7 +93,7 @@ def test_fault_is_told_with_the_path(tmp_path, name, use):
     cfg.INPUT.JITTER.ENABLED = use == "jitter"
     with pytest.raises(ImageError) as error:
         if use == "check":
-            check_pixels(str(path), cfg.INPUT.MAX_PIXELS, size=(40, 60))
+            check_size(str(path), read_image(str(path), cfg.INPUT.MAX_PIXELS), (40, 60))
         elif use == "classify":
             ClassificationMapper(is_train=False)(record(path))
         else:
@@ -103,20 +107,20 @@ def test_fault_is_told_with_the_path(tmp_path, name, use):
 def test_images_of_8_bits_pass_and_are_mapped(tmp_path, mode):
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     Image.fromarray(PIXELS).convert(mode).save(path)
-    check_pixels(str(path), 40 * 60, size=(40, 60))
+    check_size(str(path), read_image(str(path), 40 * 60), (40, 60))
     for mapper in (build_train_mapper(config()), build_test_mapper(config())):
         assert mapper(record(path))["image"].shape == (3, 40, 60)
     with pytest.raises(ImageError, match="60 x 40 pixels, more than the 2,399"):
-        check_pixels(str(path), 40 * 60 - 1)
+        read_image(str(path), 40 * 60 - 1)
 
 
 def test_turned_image_has_the_size_it_is_seen_in(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees
     Image.fromarray(PIXELS).save(tmp_path / "a.jpg", exif=exif)
-    check_pixels(str(tmp_path / "a.jpg"), 10_000, size=(60, 40))
+    check_size(str(tmp_path / "a.jpg"), read_image(str(tmp_path / "a.jpg"), 10_000), (60, 40))
     with pytest.raises(ImageError, match="has 40 x 60 pixels"):
-        check_pixels(str(tmp_path / "a.jpg"), 10_000, size=(40, 60))
+        check_size(str(tmp_path / "a.jpg"), read_image(str(tmp_path / "a.jpg"), 10_000), (40, 60))
 
 
 def test_higher_limit_than_pillows_has_its_way(tmp_path, monkeypatch):
@@ -158,6 +162,10 @@ def test_error_survives_the_way_between_processes():
     assert (str(copy), copy.path) == ("image a.png is empty", "a.png")
 
 
+LIMIT = "max_unreadable (DATALOADER.SKIP_UNREADABLE)"
+FRACTION = "max_unreadable_fraction (DATALOADER.SKIP_UNREADABLE_FRACTION)"
+
+
 def test_no_image_is_skipped_by_default():
     met = error("a.png")
     with pytest.raises(ImageError) as raised:
@@ -171,15 +179,14 @@ def test_images_are_skipped_up_to_the_limit_each_counted_once(caplog):
         for name in ("a.png", "a.png", "b.png", "a.png"):
             unreadable.skip(error(name))
     assert caplog.messages == [
-        "Skipped: image a.png is empty (1 of at most 2, DATALOADER.SKIP_UNREADABLE)",
-        "Skipped: image b.png is empty (2 of at most 2, DATALOADER.SKIP_UNREADABLE)",
+        f"Skipped: image a.png is empty; 1 of at most 2 that {LIMIT} allows",
+        f"Skipped: image b.png is empty; 2 of at most 2 that {LIMIT} allows",
     ]
     assert unreadable.paths == ["a.png", "b.png"]
     with pytest.raises(DatasetError) as raised:
         unreadable.skip(error("c.png"))
     assert str(raised.value) == (
-        "image c.png is empty, after the 2 that DATALOADER.SKIP_UNREADABLE allows to skip: "
-        "a.png, b.png"
+        f"image c.png is empty, after the 2 that {LIMIT} allows to skip: a.png, b.png"
     )
 
 
@@ -191,7 +198,7 @@ def test_what_other_processes_skip_counts_too(caplog):
         unreadable.merge(["a.png", "b.png"])
     assert unreadable.paths == ["a.png", "b.png"] and unreadable.unshared == ["a.png"]
     assert caplog.messages[1:] == [
-        "Skipped: image b.png (by another process) (2 of at most 3, DATALOADER.SKIP_UNREADABLE)"
+        f"Skipped: image b.png (by another process); 2 of at most 3 that {LIMIT} allows"
     ]
     with pytest.raises(DatasetError, match="d.png .by another process., after the 3 .*a.png, b.pn"):
         unreadable.merge(["c.png", "d.png"])
@@ -212,21 +219,19 @@ def test_more_than_a_fraction_ends_with_the_list(caplog):
             unreadable.skip(error(f"{number}.png"))
         with pytest.raises(DatasetError) as raised:
             unreadable.skip(error("last.png"))
-    assert "1 of at most 12, DATALOADER.SKIP_UNREADABLE_FRACTION 0.01 of" in caplog.messages[0]
+    assert f"; 1 of at most 12 that {FRACTION} 0.01 of 1,299 images allows" in caplog.messages[0]
     names = [f"{number}.png" for number in range(12)]
     assert str(raised.value) == (
-        "image last.png is empty, after the 12 that DATALOADER.SKIP_UNREADABLE_FRACTION 0.01 of "
-        f"1,299 images allows to skip: {', '.join(names[:10])} and 2 more"
+        f"image last.png is empty, after the 12 that {FRACTION} 0.01 of 1,299 images allows to "
+        f"skip: {', '.join(names[:10])} and 2 more"
     )
     assert caplog.messages[-1].splitlines()[1:] == [*names, "last.png"]
 
 
 def test_limits_out_of_range_are_refused():
-    with pytest.raises(ValueError, match=r"DATALOADER\.SKIP_UNREADABLE must be >= 0, got -1"):
+    with pytest.raises(ValueError, match=re.escape(f"{LIMIT} must be >= 0, got -1")):
         UnreadableImages(-1)
-    with pytest.raises(
-        ValueError, match=r"SKIP_UNREADABLE_FRACTION must be within \[0, 1\], got 2"
-    ):
+    with pytest.raises(ValueError, match=re.escape(f"{FRACTION} must be within [0, 1], got 2")):
         UnreadableImages(0, fraction=2, num_images=10)
 
 

@@ -177,8 +177,8 @@ FULL = compressed(np.ones((4, 6), np.uint8))
 @pytest.mark.parametrize(
     "segmentation, kind, message",
     [
-        (None, "MISSING_MASK", "lacks 'segmentation'"),
-        ([], "MISSING_MASK", "lacks 'segmentation'"),
+        (None, "MISSING_MASK", "use_instance_mask (MODEL.MASK_ON) needs"),
+        ([], "MISSING_MASK", "use_instance_mask (MODEL.MASK_ON) needs"),
         ("abc", "BAD_MASK", "has segmentation 'abc'; it must be polygons"),
         ([1, 2, 3, 4, 5, 6], "BAD_MASK", "has a polygon 1; it must be a list of numbers"),
         ([[1, 2, 3, 4, 5, "6"]], "BAD_MASK", "it must be a list of numbers"),
@@ -232,7 +232,8 @@ def test_masks_without_faults(write, content):
     content["annotations"][0]["segmentation"] = RLE
     polygons = validate_coco(*write(content), mask_format="polygon")
     assert polygons.for_use(True).severity(problems.MASK_NOT_POLYGON) == "error"
-    assert problems.MASK_NOT_POLYGON in polygons.counts
+    (problem,) = polygons.examples(problems.MASK_NOT_POLYGON)
+    assert problem.message.endswith("; set instance_mask_format (INPUT.MASK_FORMAT) to bitmask")
 
 
 @given(

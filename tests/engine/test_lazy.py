@@ -241,7 +241,10 @@ MISTAKES = {
         ["--num-gpus", "2", "model.head.norm=SyncBN"],
         "model.head.norm must not be SyncBN where several processes train on CPUs",
     ),
-    "processes": (["--num-gpus", "3"], "dataloader.train.total_batch_size must be a multiple"),
+    "processes": (
+        ["--num-gpus", "3"],
+        "total_batch_size (dataloader.train.total_batch_size) must be a multiple",
+    ),
     "nothing to resume": (["--resume"], "holds no checkpoint to resume"),
     "both": (["--resume", "auto", "--overwrite"], "--resume and --overwrite exclude each other"),
 }

@@ -143,7 +143,10 @@ MISTAKES = {
     "name": (["MODEL.BACKBONE.NAME", "build_sasa_resnet"], "did you mean build_sasa_resnet_back"),
     "classes": (["MODEL.RETINANET.NUM_CLASSES", "3"], "MODEL.RETINANET.NUM_CLASSES is 3"),
     "weights": (["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS nowhere.pth does not exist"),
-    "processes": (["--num-gpus", "3"], "SOLVER.IMS_PER_BATCH must be a multiple of the number of"),
+    "processes": (
+        ["--num-gpus", "3"],
+        "(SOLVER.IMS_PER_BATCH) must be a multiple of the number of",
+    ),
     "machines": (["--num-machines", "2"], "--dist-url must be an address that all machines reach"),
     "address": (["--num-gpus", "2", "--dist-url", "host"], "--dist-url must be auto, tcp://host"),
     "gpu": (["MODEL.DEVICE", "cuda:99"], "MODEL.DEVICE is cuda:99 but"),
