@@ -231,13 +231,23 @@ class TrainLoader:
         self._unreadable.paths = list(state["unreadable"])
 
 
-def check_shares(batch_size: int, num_processes: int, parts: int) -> None:
-    """Raise ValueError unless a batch is split evenly into the parts of all processes."""
+def check_shares(
+    batch_size: int,
+    num_processes: int,
+    parts: int,
+    names: tuple[str, str] = ("total_batch_size", "parts"),
+) -> None:
+    """Raise ValueError unless a batch is split evenly into the parts of all processes.
+
+    Args:
+        batch_size, num_processes, parts: as for :class:`TrainLoader`.
+        names: names of the batch size and of the parts in the message.
+    """
     shares = num_processes * parts
     if batch_size % shares:
         raise ValueError(
-            "total_batch_size (SOLVER.IMS_PER_BATCH) must be a multiple of the number of processes "
-            f"times parts (SOLVER.ACCUMULATION_STEPS), which is {shares}, got {batch_size}."
+            f"{names[0]} must be a multiple of the number of processes times {names[1]}, which is "
+            f"{shares}, got {batch_size}."
         )
 
 

@@ -18,6 +18,7 @@ from ..config.load import BUILD_ERRORS, explain_build_error
 from ..config.options import RunOptions
 from ..config.values import check_schedule
 from ..data.catalog import check_same_classes, num_classes_of
+from ..data.loader import check_shares
 from ..errors import UsageError, nearest
 from ..evaluation.validation_loss import validation_losses
 from ..modeling.batch_norm import check_batch_norms
@@ -260,13 +261,13 @@ def _check_batch(options: RunOptions, num_processes: int) -> None:
         value = getattr(options, field)
         if value > limit:
             raise UsageError(f"{options.key(field)} must be at most {limit}, got {value}.")
-    shares = num_processes * options.accumulation_steps
-    if options.total_batch_size % shares:
-        raise UsageError(
-            f"{options.key('total_batch_size')} must be a multiple of the number of processes "
-            f"times {options.key('accumulation_steps')}, which is {shares}, got "
-            f"{options.total_batch_size}."
+    names = options.key("total_batch_size"), options.key("accumulation_steps")
+    try:
+        check_shares(
+            options.total_batch_size, num_processes, options.accumulation_steps, names=names
         )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _check_sharding(options: RunOptions, num_processes: int) -> None:

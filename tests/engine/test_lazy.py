@@ -243,7 +243,8 @@ MISTAKES = {
     ),
     "processes": (
         ["--num-gpus", "3"],
-        "total_batch_size (dataloader.train.total_batch_size) must be a multiple",
+        "dataloader.train.total_batch_size must be a multiple of the number of processes times "
+        "train.accumulation_steps, which is 3",
     ),
     "nothing to resume": (["--resume"], "holds no checkpoint to resume"),
     "both": (["--resume", "auto", "--overwrite"], "--resume and --overwrite exclude each other"),

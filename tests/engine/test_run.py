@@ -145,7 +145,7 @@ MISTAKES = {
     "weights": (["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS nowhere.pth does not exist"),
     "processes": (
         ["--num-gpus", "3"],
-        "(SOLVER.IMS_PER_BATCH) must be a multiple of the number of",
+        "SOLVER.IMS_PER_BATCH must be a multiple of the number of",
     ),
     "machines": (["--num-machines", "2"], "--dist-url must be an address that all machines reach"),
     "address": (["--num-gpus", "2", "--dist-url", "host"], "--dist-url must be auto, tcp://host"),

@@ -76,8 +76,8 @@ MODELS = {
     ),
     "parts": (
         ["SOLVER.ACCUMULATION_STEPS", "3"],
-        "total_batch_size (SOLVER.IMS_PER_BATCH) must be a multiple of the number of processes "
-        "times parts (SOLVER.ACCUMULATION_STEPS), which is 3, got 2.",
+        "SOLVER.IMS_PER_BATCH must be a multiple of the number of processes times "
+        "SOLVER.ACCUMULATION_STEPS, which is 3, got 2.",
     ),
 }
 
