@@ -15,7 +15,7 @@ from ..utils.files import write_text
 from .matching import align_names, check_filled
 from .reading import check_file, check_finite, iteration_of, read_checkpoint, read_iteration
 from .sharding import full_state, is_sharded
-from .sources import locate
+from .sources import WEIGHTS_KEYS, locate
 from .writing import write_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class Checkpointer(DetectionCheckpointer):
         """
         if not path:
             if self.strict:
-                raise CheckpointError("no weights are given: name a checkpoint in MODEL.WEIGHTS.")
+                raise CheckpointError(f"no weights are given: name a checkpoint {WEIGHTS_KEYS}.")
             logger.info("No weights are given: the model starts from its initialization.")
             return {}
         source = locate(path)

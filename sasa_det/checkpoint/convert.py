@@ -266,8 +266,8 @@ def _averages(ema: Any, weights: dict[str, Tensor], path: Path) -> dict[str, Ten
     averages = ema.get("weights") if isinstance(ema, dict) else None
     if not isinstance(averages, dict) or not averages:
         raise CheckpointError(
-            f"{path} holds no averaged weights, which a run with MODEL.EMA.DECAY saves; convert "
-            "its raw weights."
+            f"{path} holds no averaged weights, which a run with a decay of averages "
+            "(MODEL.EMA.DECAY, or train.ema.decay in a LazyConfig) saves; convert its raw weights."
         )
     for name, average in averages.items():
         weight = weights.get(name)

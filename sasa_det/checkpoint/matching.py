@@ -27,6 +27,9 @@ _STAGE_IN_HEAD = f"{_HEAD}res5."
 # A ResNet that classifies has its classifier beside its stages.
 _CLASSIFIER = "backbone.linear."
 
+# Where a run gets ``allow`` from.
+_ALLOW = "allow (MODEL.WEIGHTS_ALLOW, or train.weights_allow in a LazyConfig)"
+
 # Keys that a sentence names; the log has all.
 _shorten = partial(abbreviated_list, most=3)
 
@@ -121,7 +124,7 @@ def check_filled(
         for pattern in allow:
             if not fnmatch.filter(known, pattern):
                 raise CheckpointError(
-                    f"the pattern {pattern!r} of MODEL.WEIGHTS_ALLOW matches no weight of the model"
+                    f"the pattern {pattern!r} of {_ALLOW} matches no weight of the model"
                 )
         optional += allow
         backbone = _backbone_prefixes(known)
@@ -147,7 +150,7 @@ def check_filled(
     advice = (
         "every weight must be there"
         if strict
-        else "weights that may stay as they are initialized must be named in MODEL.WEIGHTS_ALLOW, "
+        else f"weights that may stay as they are initialized must be named in {_ALLOW}, "
         f"as in \"['{modules[0]}.*']\""
     )
     raise CheckpointError(f"it {' and '.join(reasons)}; {advice}")

@@ -15,6 +15,9 @@ from .integrity import sha256
 
 logger = logging.getLogger(__name__)
 
+# Where a run gets the name of its weights from.
+WEIGHTS_KEYS = "(MODEL.WEIGHTS, or train.init_checkpoint in a LazyConfig)"
+
 _DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/"
 
 
@@ -86,8 +89,8 @@ def check_sha256(path: Path, expected: str, name: str = "") -> None:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
     if found != expected:
         raise CheckpointError(
-            f"{name or path} has the SHA-256 {found}, not {expected} as its name in MODEL.WEIGHTS "
-            "says."
+            f"{name or path} has the SHA-256 {found}, not {expected} as the name of the weights "
+            f"{WEIGHTS_KEYS} says."
         )
 
 

@@ -43,8 +43,8 @@ class Report:
         dropped: by name in the source, why; what the source holds beside weights is among them.
         missing: by name in the target, why.
         mismatched: by name in the target, the name in the source and how their shapes differ.
-        weights_allow: patterns for MODEL.WEIGHTS_ALLOW, without which no model takes the result,
-            since weights are missing.
+        weights_allow: what a run has to allow that starts from the result, as ``allow`` of
+            :class:`~sasa_det.checkpoint.Checkpointer`, since weights are missing.
         preprocessing: of the images that the weights are for; None if it is unknown.
     """
 
@@ -77,7 +77,8 @@ class Report:
         if self.weights_allow:
             lines.append(
                 "To start from these incomplete weights, a run needs MODEL.WEIGHTS_ALLOW "
-                f'"{list(self.weights_allow)}".'
+                f'"{list(self.weights_allow)}", or train.weights_allow with the same list in a '
+                "LazyConfig."
             )
         return "\n".join(lines)
 
