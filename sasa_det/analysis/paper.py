@@ -15,7 +15,6 @@ from .complexity import (
     default_image_size,
     markdown,
     millions,
-    table_report,
     total,
 )
 from .cost_figure import CostedModel, draw_cost_figure
@@ -47,10 +46,20 @@ def paper_report(configs: Path) -> str:
         str: tables in Markdown.
     """
     return "\n\n".join(
-        f"{name}: {table.title}\n\n"
-        + table_report(table, [count_row(configs, table, row) for row in table.rows])
+        f"{name}: {table.title}\n\n{_table_report(configs, table)}"
         for name, table in PAPER_TABLES.items()
     )
+
+
+def _table_report(configs: Path, table: Table) -> str:
+    rows = []
+    for row in table.rows:
+        count = count_row(configs, table, row)
+        flops = (row.flops, billions(count.flops))
+        parameters = (row.parameters, millions(count.parameters))
+        rows.append((f"{row.name} {row.series}".rstrip(), *flops, *parameters, row.accuracy))
+    headers = ("model", "FLOPs (B), paper", "counted", "params (M), paper", "counted")
+    return markdown(rows, (*headers, f"{table.metric}, paper"))
 
 
 def draw_figure_5(
@@ -117,7 +126,7 @@ def _table(models: Sequence[CostedModel]) -> str:
             f"{model.name} {model.series}".rstrip(),
             billions(model.flops),
             millions(model.parameters),
-            "" if model.printed is None else f"{model.printed:.1f}",
+            model.printed,
             "" if model.measured is None else f"{model.measured:.1f}",
         )
         for model in models
