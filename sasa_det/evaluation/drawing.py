@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -34,7 +33,7 @@ def draw_detections(
     class_names: Sequence[str],
     score_threshold: float = 0.5,
     columns: int = 4,
-) -> None:
+) -> Figure:
     """Draw images twice, with their ground truth and with what was detected, into one PNG.
 
     Args:
@@ -46,34 +45,12 @@ def draw_detections(
         score_threshold: detections with a lower score are not drawn.
         columns: cells in a row, at least 1.
 
+    Returns:
+        Figure: what was drawn.
+
     Raises:
         ValueError: if there are no samples, or ``columns`` is less than 1.
     """
-    _save(_detections_figure(samples, class_names, score_threshold, columns), path)
-
-
-def draw_curves(runs: Mapping[str, str | os.PathLike], path: str | os.PathLike) -> None:
-    """Draw loss and AP of training runs against the iteration into one PNG.
-
-    Args:
-        runs: the legend's label of every run, and its ``metrics.json`` as detectron2's trainer
-            writes it.
-        path: the PNG to write.
-
-    Raises:
-        ValueError: if there are no runs, or a file is not JSON lines or has neither ``total_loss``
-            nor ``bbox/AP`` in it.
-        FileNotFoundError: if a metrics file does not exist.
-    """
-    _save(_curves_figure(runs), path)
-
-
-def _detections_figure(
-    samples: Sequence[Mapping[str, Any]],
-    class_names: Sequence[str],
-    score_threshold: float,
-    columns: int,
-) -> Figure:
     if not samples:
         raise ValueError("samples is empty: at least one is needed")
     if columns < 1:
@@ -99,6 +76,8 @@ def _detections_figure(
             )
             axes.set_title(title, fontsize=8, pad=3)
             _draw_panel(axes, sample["image"], *drawn, class_names, colours)
+    with whole_file(path) as part:
+        figure.savefig(part, format="png")
     return figure
 
 
@@ -157,7 +136,22 @@ def _text_colour(background: np.ndarray) -> str:
     return "black" if background @ (0.299, 0.587, 0.114) > 0.5 else "white"
 
 
-def _curves_figure(runs: Mapping[str, str | os.PathLike]) -> Figure:
+def draw_curves(runs: Mapping[str, str | os.PathLike], path: str | os.PathLike) -> Figure:
+    """Draw loss and AP of training runs against the iteration into one PNG.
+
+    Args:
+        runs: the legend's label of every run, and its ``metrics.json`` as detectron2's trainer
+            writes it.
+        path: the PNG to write.
+
+    Returns:
+        Figure: what was drawn.
+
+    Raises:
+        ValueError: if there are no runs, or a file is not JSON lines or has neither ``total_loss``
+            nor ``bbox/AP`` in it.
+        FileNotFoundError: if a metrics file does not exist.
+    """
     if not runs:
         raise ValueError("runs is empty: at least one metrics.json is needed")
     figure = Figure(figsize=(12, 4.5), dpi=DPI, layout="constrained")
@@ -202,6 +196,8 @@ def _curves_figure(runs: Mapping[str, str | os.PathLike]) -> Figure:
         ap_axes.text(
             0.5, 0.5, "no evaluation yet", ha="center", va="center", transform=ap_axes.transAxes
         )
+    with whole_file(path) as part:
+        figure.savefig(part, format="png")
     return figure
 
 
@@ -232,8 +228,3 @@ def _running_median(values: np.ndarray) -> np.ndarray:
     return np.array(
         [np.median(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))]
     )
-
-
-def _save(figure: Figure, path: str | os.PathLike) -> None:
-    with whole_file(path) as part:
-        FigureCanvasAgg(figure).print_png(part)
