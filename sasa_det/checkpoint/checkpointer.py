@@ -2,8 +2,8 @@
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,6 @@ from .sources import WEIGHTS_KEYS, locate
 from .writing import write_checkpoint
 
 logger = logging.getLogger(__name__)
-
-
-@contextmanager
-def _noting(failures: dict[str, str], name: str) -> Iterator[None]:
-    """Keep the message of a CheckpointError in a block under a name, and go on."""
-    try:
-        yield
-    except CheckpointError as error:
-        failures[name] = str(error)
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -81,9 +72,7 @@ class Checkpointer(DetectionCheckpointer):
             data = full_state(data, keep=self.save_to_disk)
         if not self.save_to_disk:
             return
-        check_finite(data["model"], f"{path} is not saved")
-        for key in self.checkpointables:
-            check_finite(data[key], f"{path} is not saved", f"the state of {key}, at")
+        check_finite(data, f"{path} is not saved", self.checkpointables)
         data.update(kwargs)
         logger.info("Saving checkpoint to %s", path)
         write_checkpoint(data, path)
@@ -111,7 +100,7 @@ class Checkpointer(DetectionCheckpointer):
             return {}
         source = locate(path)
         checkpoint = read_checkpoint(source.path)
-        check_finite(checkpoint["model"], source.path)
+        check_finite(checkpoint, source.path)
         if source.matching_heuristics:
             checkpoint["matching_heuristics"] = True
         return self._apply(checkpoint, source.path, checkpointables, strict=self.strict)
@@ -146,19 +135,25 @@ class Checkpointer(DetectionCheckpointer):
         Raises:
             CheckpointError: if none is valid, naming what was tried.
         """
-        last = None
-        tried: dict[str, str] = {}
-        with _noting(tried, "last_checkpoint"):
+        last, tried = None, {}
+        try:
             last = self._last_checkpoint()
             return last, self._read_training_state(last)
+        except CheckpointError as error:
+            tried["last_checkpoint"] = str(error)
         iterations = {}
         for path in self._training_files():
-            with _noting(tried, path.name):
+            try:
                 if path != last:
                     iterations[path] = read_iteration(path)
+            except CheckpointError as error:
+                tried[path.name] = str(error)
         for path in sorted(iterations, key=iterations.get, reverse=True):
-            with _noting(tried, path.name):
+            try:
                 checkpoint = self._read_training_state(path)
+            except CheckpointError as error:
+                tried[path.name] = str(error)
+            else:
                 logger.warning("%s Resuming from %s instead.", tried["last_checkpoint"], path)
                 return path, checkpoint
         reasons = "; ".join(f"{name}: {reason.rstrip('.')}" for name, reason in tried.items())
@@ -178,23 +173,18 @@ class Checkpointer(DetectionCheckpointer):
             raise ValueError(f"keep must be at least 1, got {keep}.")
         if not self.save_dir or not self.save_to_disk:
             return
-        name = re.compile(rf"{re.escape(prefix)}(\d+)\.pth")
-        numbers = {
-            path: int(match[1])
-            for path in Path(self.save_dir).iterdir()
-            if (match := name.fullmatch(path.name))
-        }
-        files = sorted(numbers, key=numbers.get)
+        name = re.compile(rf"{re.escape(prefix)}\d+\.pth")
+        files = [path for path in Path(self.save_dir).iterdir() if name.fullmatch(path.name)]
+        files.sort(key=lambda path: int(path.stem.removeprefix(prefix)))
         last = None
         with suppress(CheckpointError):
             last = self._last_checkpoint()
         old = [path for path in files[:-keep] if path != last]
         kept = [path for path in (last, *reversed(files)) if path and path not in old]
-        if not old or not self._has_valid(kept):
-            return
-        for path in old:
-            logger.info("Removing %s, the %d newest stay.", path, keep)
-            path.unlink(missing_ok=True)
+        if old and self._has_valid(kept):
+            for path in old:
+                logger.info("Removing %s, the %d newest stay.", path, keep)
+                path.unlink(missing_ok=True)
 
     def has_checkpoint(self) -> bool:
         """Return whether ``save_dir`` has something to resume, valid or not."""
@@ -249,11 +239,10 @@ class Checkpointer(DetectionCheckpointer):
     def _read_training_state(self, path: Path) -> dict[str, Any]:
         checkpoint = read_checkpoint(path)
         iteration_of(checkpoint, path)
-        check_finite(checkpoint["model"], path)
         for key in self.checkpointables:
             if key not in checkpoint:
                 raise CheckpointError(f"{path} holds no state of {key}.")
-            check_finite(checkpoint[key], path, f"the state of {key}, at")
+        check_finite(checkpoint, path, self.checkpointables)
         return checkpoint
 
     def _has_valid(self, paths: Sequence[Path]) -> bool:

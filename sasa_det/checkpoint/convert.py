@@ -154,7 +154,7 @@ def read_contents(source: str | os.PathLike, weights: str = "raw", prefix: str =
     tensors = checkpoint.pop("model")
     if weights == "ema":
         tensors = {**tensors, **_averages(checkpoint.pop("ema", None), tensors, path)}
-    check_finite(tensors, path)
+    check_finite({"model": tensors}, path)
     tensors = {name: _without_surroundings(tensor) for name, tensor in tensors.items()}
     try:
         layout = recognize(tensors, prefix)

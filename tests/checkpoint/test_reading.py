@@ -6,6 +6,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+from detectron2.utils import logger
 
 from sasa_det.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from sasa_det.checkpoint.reading import check_finite, classes_in, read_iteration
@@ -140,9 +141,7 @@ def test_the_refused_name_is_told(tmp_path, hostile):
 
 def test_the_ignored_switch_is_told_once(tmp_path, state, monkeypatch, caplog):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    from sasa_det.checkpoint import reading
-
-    reading._say_ignored.cache_clear()
+    logger._LOG_COUNTER.clear()
     for _ in range(2):
         read_checkpoint(save(tmp_path / "a.pth", state))
     assert caplog.text.count("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is ignored") == 1
@@ -280,10 +279,10 @@ def test_the_iteration_is_read_alone(tmp_path, state, hostile):
 def test_numbers_that_are_not_finite(dtype, value):
     weights = {"fine": torch.ones(3), "none": torch.ones(0), "count": torch.tensor(3)}
     weights["edge"] = torch.full((2,), torch.finfo(dtype).max, dtype=dtype)
-    check_finite(weights, "a.pth")
+    check_finite({"model": weights}, "a.pth")
     weights["bad"] = torch.tensor([1.0, value, 2.0], dtype=dtype)
     with pytest.raises(CheckpointError, match="a.pth: the weight bad is not finite"):
-        check_finite(weights, "a.pth")
+        check_finite({"model": weights}, "a.pth")
 
 
 def test_reading_changes_nothing(tmp_path, state):
