@@ -270,15 +270,7 @@ class Checkpointer(DetectionCheckpointer):
             align_names(model, checkpoint)
             weights = checkpoint["model"]
             incompatible = self._load_model(checkpoint)  # takes those of another shape out
-            mismatched = [key for key, _, _ in incompatible.incorrect_shapes]
-            check_filled(
-                model,
-                [*weights, *mismatched],
-                incompatible.missing_keys,
-                mismatched,
-                strict=strict,
-                allow=self.allow,
-            )
+            check_filled(model, weights, incompatible, strict=strict, allow=self.allow)
         except CheckpointError as error:
             raise CheckpointError(f"{path} does not fit the model: {error}.") from error
         self._log_incompatible_keys(incompatible)
