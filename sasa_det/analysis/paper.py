@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +102,18 @@ def draw_figure_5(
         draw_cost_figure(models, output)
     except OSError as error:
         raise UsageError(f"--output {output} cannot be written: {error.strerror}.") from error
-    return _table(models)
+    lines = [
+        (
+            f"{model.name} {model.series}".rstrip(),
+            billions(model.flops),
+            millions(model.parameters),
+            model.printed,
+            "" if model.measured is None else f"{model.measured:.1f}",
+        )
+        for model in models
+    ]
+    headers = ["model", "FLOPs (B)", "params (M)", "top-1, paper", "top-1, results"]
+    return markdown(lines, headers)
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
@@ -118,21 +128,6 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise UsageError(
             f"--output {output} cannot be written: {folder} is not a folder that can be written to."
         )
-
-
-def _table(models: Sequence[CostedModel]) -> str:
-    rows = [
-        (
-            f"{model.name} {model.series}".rstrip(),
-            billions(model.flops),
-            millions(model.parameters),
-            model.printed,
-            "" if model.measured is None else f"{model.measured:.1f}",
-        )
-        for model in models
-    ]
-    headers = ["model", "FLOPs (B)", "params (M)", "top-1, paper", "top-1, results"]
-    return markdown(rows, headers)
 
 
 def _path(configs: Path, table: Table, row: Row) -> Path:

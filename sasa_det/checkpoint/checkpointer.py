@@ -116,48 +116,13 @@ class Checkpointer(DetectionCheckpointer):
             dict: what else the file holds, such as ``iteration``.
 
         Raises:
-            CheckpointError: as of :meth:`load` and :meth:`newest_valid`.
+            CheckpointError: as of :meth:`load`, or if no training state is valid, naming what was
+                tried.
         """
         if resume and self.has_checkpoint():
-            file, checkpoint = self.newest_valid()
+            file, checkpoint = self._newest_valid()
             return self._apply(checkpoint, file, None, strict=True)
         return self.load(path, checkpointables=[])
-
-    def newest_valid(self) -> tuple[Path, dict[str, Any]]:
-        """Read the training state to resume from.
-
-        It is the one that ``last_checkpoint`` names, even if there are newer ones. If that cannot
-        be used, a warning says so, and it is the valid one of the highest iteration.
-
-        Returns:
-            tuple: the file and its content.
-
-        Raises:
-            CheckpointError: if none is valid, naming what was tried.
-        """
-        last, tried = None, {}
-        try:
-            last = self._last_checkpoint()
-            return last, self._read_training_state(last)
-        except CheckpointError as error:
-            tried["last_checkpoint"] = str(error)
-        iterations = {}
-        for path in self._training_files():
-            try:
-                if path != last:
-                    iterations[path] = read_iteration(path)
-            except CheckpointError as error:
-                tried[path.name] = str(error)
-        for path in sorted(iterations, key=iterations.get, reverse=True):
-            try:
-                checkpoint = self._read_training_state(path)
-            except CheckpointError as error:
-                tried[path.name] = str(error)
-            else:
-                logger.warning("%s Resuming from %s instead.", tried["last_checkpoint"], path)
-                return path, checkpoint
-        reasons = "; ".join(f"{name}: {reason.rstrip('.')}" for name, reason in tried.items())
-        raise CheckpointError(f"{self.save_dir} holds no valid training state ({reasons}).")
 
     def remove_old(self, prefix: str, keep: int) -> None:
         """Remove the oldest periodic checkpoints, those named by their iteration.
@@ -223,6 +188,35 @@ class Checkpointer(DetectionCheckpointer):
         if path.name != name or not self._is_inside(path):
             raise CheckpointError(f"{tag} names {name[:200]!r}, which is not a file of its folder.")
         return path
+
+    def _newest_valid(self) -> tuple[Path, dict[str, Any]]:
+        """Read the file that ``last_checkpoint`` names, even if there are newer ones.
+
+        If it cannot be used, a warning says so, and it is the valid one of the highest iteration.
+        """
+        last, tried = None, {}
+        try:
+            last = self._last_checkpoint()
+            return last, self._read_training_state(last)
+        except CheckpointError as error:
+            tried["last_checkpoint"] = str(error)
+        iterations = {}
+        for path in self._training_files():
+            try:
+                if path != last:
+                    iterations[path] = read_iteration(path)
+            except CheckpointError as error:
+                tried[path.name] = str(error)
+        for path in sorted(iterations, key=iterations.get, reverse=True):
+            try:
+                checkpoint = self._read_training_state(path)
+            except CheckpointError as error:
+                tried[path.name] = str(error)
+            else:
+                logger.warning("%s Resuming from %s instead.", tried["last_checkpoint"], path)
+                return path, checkpoint
+        reasons = "; ".join(f"{name}: {reason.rstrip('.')}" for name, reason in tried.items())
+        raise CheckpointError(f"{self.save_dir} holds no valid training state ({reasons}).")
 
     def _training_files(self) -> list[Path]:
         return sorted(

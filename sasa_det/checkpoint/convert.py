@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
-from ..config import add_sasa_config
+from ..config.defaults import default_config
 from ..config.keys import CONFIG_ERRORS, explain, flatten
 from ..config.load import BUILD_ERRORS, explain_build_error, load_config
 from ..config.yaml_file import parse_config
@@ -208,9 +208,7 @@ def _model_config(values: dict[str, Any], path: Path) -> CfgNode:
     advice = "name the config of the target with --config-file."
     if not isinstance(values.get("MODEL"), dict):
         raise UsageError(f"the config in {path} is not a yaml config with a MODEL; {advice}")
-    cfg = get_cfg()
-    add_sasa_config(cfg)
-    values = {"MODEL": values["MODEL"]}
+    cfg, values = default_config(), {"MODEL": values["MODEL"]}
     try:
         cfg.merge_from_other_cfg(CfgNode(values))
     except CONFIG_ERRORS as error:

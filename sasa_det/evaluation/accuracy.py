@@ -14,8 +14,6 @@ from ..utils.text import abbreviated_list
 
 logger = logging.getLogger(__name__)
 
-_SHOWN = 10
-
 
 class ClassificationEvaluator(DatasetEvaluator):
     """Accuracy over the images of all processes.
@@ -78,9 +76,8 @@ class ClassificationEvaluator(DatasetEvaluator):
         if len(unreadable) > limit or not images:
             raise DatasetError(
                 f"{len(unreadable)} of {total} images of {self._dataset_name} cannot be read, and "
-                f"{limit} may be left out "
-                "(DATALOADER.SKIP_UNREADABLE, SKIP_UNREADABLE_FRACTION): "
-                f"{abbreviated_list(unreadable, _SHOWN)}"
+                f"{limit} may be left out (DATALOADER.SKIP_UNREADABLE, SKIP_UNREADABLE_FRACTION): "
+                f"{abbreviated_list(unreadable, 10)}"
             )
         if not comm.is_main_process():
             return {}

@@ -115,7 +115,7 @@ def _draw_panel(
             y0 if above else y1,
             text,
             fontsize=FONT_SIZE,
-            color=_text_colour(colours[label]),
+            color="black" if colours[label] @ (0.299, 0.587, 0.114) > 0.5 else "white",
             ha="left" if from_left else "right",
             va="bottom" if above else "top",
             bbox={"facecolor": colours[label], "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
@@ -130,10 +130,6 @@ def _class_colours(count: int) -> np.ndarray:
     value = np.array([1.0, 0.75, 0.9])[index % 3]
     saturation = np.array([0.95, 0.85, 0.7])[index % 3]
     return hsv_to_rgb(np.stack([hue, saturation, value], axis=-1))
-
-
-def _text_colour(background: np.ndarray) -> str:
-    return "black" if background @ (0.299, 0.587, 0.114) > 0.5 else "white"
 
 
 def draw_curves(runs: Mapping[str, str | os.PathLike], path: str | os.PathLike) -> Figure:
@@ -209,10 +205,9 @@ def _read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
         try:
             records.append(json.loads(line))
         except ValueError as error:
-            if number == len(lines):
-                logger.warning("%s: the last line is cut off and left out", path)
-                break
-            raise ValueError(f"{path}: line {number} is not JSON: {error}") from error
+            if number < len(lines):
+                raise ValueError(f"{path}: line {number} is not JSON: {error}") from error
+            logger.warning("%s: the last line is cut off and left out", path)
     return records
 
 
