@@ -140,22 +140,12 @@ def parts_report(parts: list[Part], height: int, width: int) -> str:
     Returns:
         str: a table in Markdown.
     """
-    rows = [
-        (part.name, millions(part.parameters), billions(part.flops))
-        for part in [*parts, total(parts)]
-    ]
+    rows = []
+    for part in (*parts, total(parts)):
+        flops = "not counted" if part.flops is None else f"{part.flops / 1e9:.2f}"
+        rows.append((part.name, f"{part.parameters / 1e6:.2f}", flops))
     title = f"One image of {height} x {width}; a multiply-add is 2 FLOPs."
     return f"{title}\n\n{markdown(rows, ['part', 'params (M)', 'FLOPs (B)'])}"
-
-
-def millions(parameters: int) -> str:
-    """Write a number of parameters in 10^6."""
-    return f"{parameters / 1e6:.2f}"
-
-
-def billions(flops: int | None) -> str:
-    """Write a number of FLOPs in 10^9, or that it was not counted."""
-    return "not counted" if flops is None else f"{flops / 1e9:.2f}"
 
 
 def markdown(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:

@@ -7,15 +7,7 @@ from typing import Any
 
 from ..config.load import load_config
 from ..errors import UsageError, nearest
-from .complexity import (
-    Part,
-    billions,
-    count_config,
-    default_image_size,
-    markdown,
-    millions,
-    total,
-)
+from .complexity import Part, count_config, default_image_size, markdown, total
 from .cost_figure import CostedModel, draw_cost_figure
 from .paper_tables import ABLATIONS, PAPER_TABLES, Row, Table
 
@@ -54,8 +46,8 @@ def _table_report(configs: Path, table: Table) -> str:
     rows = []
     for row in table.rows:
         count = count_row(configs, table, row)
-        flops = (row.flops, billions(count.flops))
-        parameters = (row.parameters, millions(count.parameters))
+        flops = (row.flops, f"{count.flops / 1e9:.2f}")
+        parameters = (row.parameters, f"{count.parameters / 1e6:.2f}")
         rows.append((f"{row.name} {row.series}".rstrip(), *flops, *parameters, row.accuracy))
     headers = ("model", "FLOPs (B), paper", "counted", "params (M), paper", "counted")
     return markdown(rows, (*headers, f"{table.metric}, paper"))
@@ -105,8 +97,8 @@ def draw_figure_5(
     lines = [
         (
             f"{model.name} {model.series}".rstrip(),
-            billions(model.flops),
-            millions(model.parameters),
+            f"{model.flops / 1e9:.2f}",
+            f"{model.parameters / 1e6:.2f}",
             model.printed,
             "" if model.measured is None else f"{model.measured:.1f}",
         )

@@ -17,7 +17,7 @@ from ..config.keys import CONFIG_ERRORS, explain, flatten
 from ..config.load import BUILD_ERRORS, explain_build_error, load_config
 from ..config.yaml_file import parse_config
 from ..errors import CheckpointError, TransferError, UsageError
-from .layouts import Layout, recognize
+from .layouts import recognize
 from .preprocessing import is_preprocessing, preprocessing_of
 from .reading import check_finite, classes_in, read_checkpoint
 from .transfer import Report, transfer
@@ -135,7 +135,12 @@ def convert_checkpoint(
         return dataclasses.replace(report, dropped=dropped, preprocessing=preprocessing)
 
     if whole:
-        report = completed(_all_of(tensors, layout, source))
+        bare = layout.bare(tensors) if layout else {name: name for name in tensors}
+        names = {short: name for name, short in bare.items()}
+        if len(names) < len(bare):
+            raise CheckpointError(f"{source}: some names differ only by the part of a wrapper.")
+        left = {name: "outside the prefix" for name in tensors if name not in bare}
+        report = completed(Report(names, left))
         facts = {key: checkpoint[key] for key in _NAMING if key in checkpoint}
     else:
         try:
@@ -158,15 +163,6 @@ def convert_checkpoint(
     found = {name: _without_surroundings(tensors[old]) for name, old in report.loaded.items()}
     write_checkpoint({"model": found, **facts}, target)
     return report
-
-
-def _all_of(weights: dict[str, Tensor], layout: Layout | None, path: Path) -> Report:
-    """Report that all weights are written, or those behind the prefix that was given."""
-    bare = layout.bare(weights) if layout else {name: name for name in weights}
-    names = {short: name for name, short in bare.items()}
-    if len(names) < len(bare):
-        raise CheckpointError(f"{path}: some names differ only by the part of a wrapper.")
-    return Report(names, {name: "outside the prefix" for name in weights if name not in bare})
 
 
 def _averages(ema: Any, weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -19,9 +19,6 @@ from .safetensors_file import read_safetensors
 
 logger = logging.getLogger(__name__)
 
-# Any value but these leaves torch.load as it is.
-_TRUE = ("1", "y", "yes", "true")
-
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """Read a checkpoint into CPU memory after checking that no byte of it has changed.
@@ -150,7 +147,7 @@ def _read(file: BinaryIO, suffix: str) -> dict[str, Any]:
 
 
 def _load(file: BinaryIO | Path, **options: Any) -> Any:
-    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "").lower() in _TRUE:
+    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "").lower() in ("1", "y", "yes", "true"):
         message = (
             "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is ignored: no code in checkpoints is executed here."
         )

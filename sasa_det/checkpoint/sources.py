@@ -3,9 +3,9 @@
 import logging
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from detectron2.utils.file_io import PathManager
@@ -21,14 +21,8 @@ WEIGHTS_KEYS = "(MODEL.WEIGHTS, or train.init_checkpoint in a LazyConfig)"
 _DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/"
 
 
-@dataclass(frozen=True)
-class Source:
-    """A file of weights.
-
-    Attributes:
-        path: the file on this computer.
-        matching_heuristics: whether names are to be matched with the model's by their ends.
-    """
+class Source(NamedTuple):
+    """A file of weights, and whether its names are matched with the model's by their ends."""
 
     path: Path
     matching_heuristics: bool = False

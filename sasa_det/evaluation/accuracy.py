@@ -81,10 +81,6 @@ class ClassificationEvaluator(DatasetEvaluator):
             )
         if not comm.is_main_process():
             return {}
-        results = {
-            "top1": 100 * top1 / images,
-            "top5": 100 * top5 / images,
-            "images": images,
-            "unreadable": len(unreadable),
-        }
-        return {"classification": results}
+        accuracies = {"top1": 100 * top1 / images, "top5": 100 * top5 / images}
+        counts = {"images": images, "unreadable": len(unreadable)}
+        return {"classification": {**accuracies, **counts}}

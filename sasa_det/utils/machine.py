@@ -23,11 +23,8 @@ def describe_machine(device: str, dtype: str | None = None) -> str:
         machine = torch.cuda.get_device_name()
     else:
         cpuinfo = Path("/proc/cpuinfo")
-        model = (
-            re.search("^model name.*: *(.*)", cpuinfo.read_text(), re.M)
-            if cpuinfo.exists()
-            else None
-        )
+        text = cpuinfo.read_text() if cpuinfo.exists() else ""
+        model = re.search("^model name.*: *(.*)", text, re.MULTILINE)
         processor = model[1] if model else platform.processor() or platform.machine()
         machine = f"{processor}, {torch.get_num_threads()} threads"
     parts = [machine, *([dtype] if dtype else []), f"torch {torch.__version__}"]
