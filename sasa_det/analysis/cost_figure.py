@@ -26,6 +26,12 @@ _COLOURS = ("#555555", "#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")
 _OF_NO_SERIES = "#009E73"
 _PRINTED = {"marker": "o", "markersize": 13, "markerfacecolor": "white", "markeredgewidth": 1.5}
 _MEASURED = {"marker": "*", "markersize": 14, "markeredgecolor": "white", "markeredgewidth": 0.8}
+_TEXT = {
+    "textcoords": "offset points",
+    "fontsize": 7.5,
+    "path_effects": [withStroke(linewidth=2, foreground="white")],
+}
+_CENTRED = {**_TEXT, "va": "center_baseline"}
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ def _draw_accuracies(
         places = [(cost(model), model.printed) for model in printed]
         axes.plot(*zip(*places, strict=True), color=colour, **_PRINTED)
         for model, place in zip(printed, places, strict=True):
-            _write(axes, _number(model), place, colour, ha="center", va="center_baseline")
+            axes.annotate(_number(model), place, (0, 0), color=colour, ha="center", **_CENTRED)
     axes.margins(0.08)
     axes.set_ylabel("top-1 (%)")
     measured = [
@@ -112,7 +118,7 @@ def _draw_accuracies(
     for name, place, colour in measured:
         # To the side where there is room.
         x, side = (8, "left") if place[0] < 0.7 * right + 0.3 * left else (-8, "right")
-        _write(axes, name, place, colour, offset=(x, 0), ha=side, va="center_baseline")
+        axes.annotate(name, place, (x, 0), color=colour, ha=side, **_CENTRED)
 
 
 def _draw_costs(
@@ -123,7 +129,7 @@ def _draw_costs(
             if model.series == name and model.printed is None:
                 place = (cost(model), -row)
                 axes.plot(*place, "o", color=colour, markersize=4)
-                _write(axes, _number(model), place, colour, offset=(0, 4), ha="center")
+                axes.annotate(_number(model), place, (0, 4), color=colour, ha="center", **_TEXT)
     axes.set_ylim(0.5 - len(colours), 0.8)
     axes.set_yticks([])
 
@@ -141,24 +147,3 @@ def _legend(models: Sequence[CostedModel], colours: dict[str, str]) -> list[Line
 
 def _number(model: CostedModel) -> str:
     return re.search(r"[\d.]*$", model.name)[0]
-
-
-def _write(
-    axes: Axes,
-    text: str,
-    place: tuple[float, float],
-    colour: str,
-    *,
-    offset: tuple[float, float] = (0, 0),
-    **alignment: str,
-) -> None:
-    axes.annotate(
-        text,
-        place,
-        xytext=offset,
-        textcoords="offset points",
-        fontsize=7.5,
-        color=colour,
-        path_effects=[withStroke(linewidth=2, foreground="white")],
-        **alignment,
-    )

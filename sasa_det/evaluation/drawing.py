@@ -162,17 +162,13 @@ def draw_curves(runs: Mapping[str, str | os.PathLike], path: str | os.PathLike) 
             )
         colour = f"C{number % 10}"
         iterations, losses = curves["total_loss"]
-        loss_axes.plot(iterations, losses, color=colour, alpha=0.25, linewidth=0.8)
-        loss_axes.plot(
-            iterations, _running_median(losses), color=colour, linewidth=1.8, label=label
-        )
+        loss_axes.plot(iterations, losses, color=colour, alpha=0.25, lw=0.8)
+        loss_axes.plot(iterations, _running_median(losses), color=colour, lw=1.8, label=label)
         for key, style in (("bbox/AP", "-"), ("bbox/AP50", "--")):
             iterations, values = curves[key]
             if len(iterations):
                 name = f"{label}, {key.removeprefix('bbox/')}"
-                ap_axes.plot(
-                    iterations, values, style, color=colour, marker="o", markersize=4, label=name
-                )
+                ap_axes.plot(iterations, values, style, color=colour, marker="o", ms=4, label=name)
     loss_axes.set_title("Training loss (running median; raw behind it)")
     loss_axes.set_ylabel("total loss")
     loss_axes.set_yscale("log")
