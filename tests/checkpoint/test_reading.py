@@ -8,7 +8,7 @@ import pytest
 import torch
 from detectron2.utils import logger
 
-from sasa_det.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
+from sasa_det.checkpoint import CheckpointError, pickles, read_checkpoint, write_checkpoint
 from sasa_det.checkpoint.reading import check_finite, classes_in, read_iteration
 
 
@@ -205,6 +205,22 @@ def test_pickles_written_by_hand(tmp_path, opcodes):
     (tmp_path / "a.pkl").write_bytes(Content(opcodes).data)
     with pytest.raises(CheckpointError):
         read_checkpoint(tmp_path / "a.pkl")
+
+
+@pytest.mark.parametrize(
+    ("name", "stand_in"),
+    [
+        (b"numpy\ndtype\n", pickles._Dtype),
+        (b"collections\nOrderedDict\n", pickles._Dict),
+        (b"numpy.core.multiarray\n_reconstruct\n", pickles._Array),
+    ],
+)
+@pytest.mark.parametrize("state", [b"}X\x01\x00\x00\x00aK\x01s", b"N}X\x01\x00\x00\x00aK\x01s\x86"])
+def test_a_pickle_sets_no_attribute_of_a_class(tmp_path, name, stand_in, state):
+    (tmp_path / "a.pkl").write_bytes(Content(b"c" + name + state + b"b").data)
+    with pytest.raises(CheckpointError, match="TypeError"):
+        read_checkpoint(tmp_path / "a.pkl")
+    assert not hasattr(stand_in, "a")
 
 
 def test_the_pickle_written_by_hand_is_read_where_it_is_of_numbers(tmp_path):
