@@ -1,6 +1,6 @@
 """What the parts of a model cost: parameters and FLOPs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..config.load import BUILD_ERRORS, explain_build_error
 from ..errors import UsageError
 from ..modeling.classifier import Classifier
-from .paper_tables import Table
 
 
 @dataclass(frozen=True)
@@ -63,38 +62,33 @@ def count_config(cfg: CfgNode, height: int, width: int) -> list[Part]:
     try:
         with torch.device("meta"):
             model = build_model(cfg).eval()
-        return _count(model, len(cfg.MODEL.PIXEL_MEAN), height, width)
+        divisor = max(1, model.backbone.size_divisibility)
+        height, width = (-(-size // divisor) * divisor for size in (height, width))
+        image = torch.empty(1, len(cfg.MODEL.PIXEL_MEAN), height, width, device="meta")
+        parts, features = _count_backbone(model.backbone, image)
+        return parts + _count_head(model, features)
     except BUILD_ERRORS as error:
         raise UsageError(explain_build_error(error)) from error
-
-
-def _count(model: nn.Module, channels: int, height: int, width: int) -> list[Part]:
-    divisor = max(1, model.backbone.size_divisibility)
-    height, width = (-(-size // divisor) * divisor for size in (height, width))
-    image = torch.empty(1, channels, height, width, device="meta")
-    parts, features = _count_backbone(model.backbone, image)
-    return parts + _count_head(model, features)
 
 
 def _count_backbone(backbone: nn.Module, image: Tensor) -> tuple[list[Part], dict[str, Tensor]]:
     flops, features = _flops(backbone, image)
     trunk, path = backbone, type(backbone).__name__
-    whole = Part("whole", _parameters(backbone), flops[path])
-    fpn = []
     if isinstance(backbone, FPN):
         trunk, path = backbone.bottom_up, f"{path}.bottom_up"
-        below = Part("below", _parameters(trunk), flops[path])
-        fpn = [_difference("FPN", whole, below)]
-        whole = below
     parts = [
         Part(name, _parameters(child), flops.get(f"{path}.{name}", 0))
         for name, child in trunk.named_children()
         if _parameters(child)
     ]
-    other = _difference("other", whole, total(parts))
+    whole = _parameters(trunk), flops[path]
+    other = _rest("other", whole, parts)
     if other.parameters or other.flops:
         parts.append(other)
-    return parts + fpn, features
+    if trunk is not backbone:
+        whole = _parameters(backbone), flops[type(backbone).__name__]
+        parts.append(_rest("FPN", whole, parts))
+    return parts, features
 
 
 def _count_head(model: nn.Module, features: dict[str, Tensor]) -> list[Part]:
@@ -119,22 +113,20 @@ def _flops(module: nn.Module, inputs: Any) -> tuple[dict[str, int], Any]:
     return {path: sum(operations.values()) for path, operations in counts.items()}, output
 
 
-def _difference(name: str, whole: Part, part: Part) -> Part:
-    return Part(name, whole.parameters - part.parameters, whole.flops - part.flops)
+def _rest(name: str, whole: tuple[int, int], parts: list[Part]) -> Part:
+    counted = total(parts)
+    return Part(name, whole[0] - counted.parameters, whole[1] - counted.flops)
 
 
 def _parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-# The side of the images that the paper counts detectors on.
-_DETECTOR_SIZE = 640
-
-
 def default_image_size(cfg: CfgNode) -> tuple[int, int]:
     """Return height and width of the images that a config's model is counted on by default."""
     is_classifier = cfg.MODEL.META_ARCHITECTURE == "Classifier"
-    side = cfg.INPUT.CLASSIFICATION.CROP_SIZE if is_classifier else _DETECTOR_SIZE
+    # The paper counts detectors on images of 640 x 640.
+    side = cfg.INPUT.CLASSIFICATION.CROP_SIZE if is_classifier else 640
     return side, side
 
 
@@ -148,62 +140,14 @@ def parts_report(parts: list[Part], height: int, width: int) -> str:
     Returns:
         str: a table in Markdown.
     """
-    rows = [
-        (part.name, millions(part.parameters), billions(part.flops))
-        for part in [*parts, total(parts)]
-    ]
+    rows = []
+    for part in (*parts, total(parts)):
+        flops = "not counted" if part.flops is None else f"{part.flops / 1e9:.2f}"
+        rows.append((part.name, f"{part.parameters / 1e6:.2f}", flops))
     title = f"One image of {height} x {width}; a multiply-add is 2 FLOPs."
     return f"{title}\n\n{markdown(rows, ['part', 'params (M)', 'FLOPs (B)'])}"
-
-
-def table_report(table: Table, counts: Iterable[Part]) -> str:
-    """Tabulate what a table of the paper prints beside what this code counts.
-
-    Args:
-        table: of the paper.
-        counts: the whole of each of its models, in the order of its rows.
-
-    Returns:
-        str: a table in Markdown.
-    """
-    rows = [
-        (
-            f"{row.name} {row.series}".rstrip(),
-            _printed(row.flops),
-            billions(count.flops),
-            _printed(row.parameters),
-            millions(count.parameters),
-            _printed(row.accuracy),
-        )
-        for row, count in zip(table.rows, counts, strict=True)
-    ]
-    headers = [
-        "model",
-        "FLOPs (B), paper",
-        "counted",
-        "params (M), paper",
-        "counted",
-        f"{table.metric}, paper",
-    ]
-    return markdown(rows, headers)
-
-
-def millions(parameters: int) -> str:
-    """Write a number of parameters in 10^6."""
-    return f"{parameters / 1e6:.2f}"
-
-
-def billions(flops: int | None) -> str:
-    """Write a number of FLOPs in 10^9, or that it was not counted."""
-    return "not counted" if flops is None else f"{flops / 1e9:.2f}"
 
 
 def markdown(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
     """Tabulate texts in Markdown."""
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
-
-
-def _printed(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"

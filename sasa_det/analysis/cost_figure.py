@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
@@ -22,18 +21,17 @@ _TITLE = (
 _PRINTED_LABEL = "printed in Table 1, by number of layers"
 _WIDTHS_TITLE = "ResNet-50 by factor on its width, for which the paper prints no numbers"
 
-_DPI = 120
-
-_FONT_SIZE = 7.5
-
 # Told apart with any kind of colour vision (Okabe and Ito).
 _COLOURS = ("#555555", "#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")
-
 _OF_NO_SERIES = "#009E73"
-
 _PRINTED = {"marker": "o", "markersize": 13, "markerfacecolor": "white", "markeredgewidth": 1.5}
-
 _MEASURED = {"marker": "*", "markersize": 14, "markeredgecolor": "white", "markeredgewidth": 0.8}
+_TEXT = {
+    "textcoords": "offset points",
+    "fontsize": 7.5,
+    "path_effects": [withStroke(linewidth=2, foreground="white")],
+}
+_CENTRED = {**_TEXT, "va": "center_baseline"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class CostedModel:
     measured: float | None = None
 
 
-def draw_cost_figure(models: Sequence[CostedModel], path: str | os.PathLike) -> None:
+def draw_cost_figure(models: Sequence[CostedModel], path: str | os.PathLike) -> Figure:
     """Draw accuracies against FLOPs and against parameters into one PNG.
 
     Published accuracies of a series are circles on a line, measured ones are stars. Models of a
@@ -67,20 +65,17 @@ def draw_cost_figure(models: Sequence[CostedModel], path: str | os.PathLike) -> 
         models: at least one of them with an accuracy.
         path: the PNG to write.
 
+    Returns:
+        Figure: what was drawn.
+
     Raises:
         ValueError: no model has an accuracy.
     """
-    figure = _figure(models)
-    with whole_file(path) as part:
-        FigureCanvasAgg(figure).print_png(part)
-
-
-def _figure(models: Sequence[CostedModel]) -> Figure:
     if all(model.printed is None and model.measured is None for model in models):
         raise ValueError("models must hold one with an accuracy, published or measured.")
     series = dict.fromkeys(model.series for model in models if model.series)
     colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(series)}
-    figure = Figure(figsize=(12, 6.8), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(12, 6.8), dpi=120, layout="constrained")
     figure.suptitle(_TITLE)
     panels, strips = figure.subplots(2, 2, height_ratios=(4, 1))
     costs: dict[str, Cost] = {
@@ -96,6 +91,8 @@ def _figure(models: Sequence[CostedModel]) -> Figure:
             axes.grid(alpha=0.3)
     handles = _legend(models, colours)
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    with whole_file(path) as part:
+        figure.savefig(part, format="png")
     return figure
 
 
@@ -107,27 +104,21 @@ def _draw_accuracies(
         places = [(cost(model), model.printed) for model in printed]
         axes.plot(*zip(*places, strict=True), color=colour, **_PRINTED)
         for model, place in zip(printed, places, strict=True):
-            _write(axes, _number(model), place, colour, ha="center", va="center_baseline")
+            axes.annotate(_number(model), place, (0, 0), color=colour, ha="center", **_CENTRED)
     axes.margins(0.08)
     axes.set_ylabel("top-1 (%)")
-    measured = [model for model in models if model.measured is not None]
-    for model in measured:
-        colour = colours.get(model.series, _OF_NO_SERIES)
-        axes.plot(cost(model), model.measured, ls="", color=colour, **_MEASURED)
+    measured = [
+        (model.name, (cost(model), model.measured), colours.get(model.series, _OF_NO_SERIES))
+        for model in models
+        if model.measured is not None
+    ]
+    for _, place, colour in measured:
+        axes.plot(*place, ls="", color=colour, **_MEASURED)
     left, right = axes.get_xlim()
-    for model in measured:
-        colour = colours.get(model.series, _OF_NO_SERIES)
+    for name, place, colour in measured:
         # To the side where there is room.
-        side = 1 if cost(model) < 0.7 * right + 0.3 * left else -1
-        _write(
-            axes,
-            model.name,
-            (cost(model), model.measured),
-            colour,
-            offset=(8 * side, 0),
-            ha="left" if side == 1 else "right",
-            va="center_baseline",
-        )
+        x, side = (8, "left") if place[0] < 0.7 * right + 0.3 * left else (-8, "right")
+        axes.annotate(name, place, (x, 0), color=colour, ha=side, **_CENTRED)
 
 
 def _draw_costs(
@@ -138,7 +129,7 @@ def _draw_costs(
             if model.series == name and model.printed is None:
                 place = (cost(model), -row)
                 axes.plot(*place, "o", color=colour, markersize=4)
-                _write(axes, _number(model), place, colour, offset=(0, 4), ha="center")
+                axes.annotate(_number(model), place, (0, 4), color=colour, ha="center", **_TEXT)
     axes.set_ylim(0.5 - len(colours), 0.8)
     axes.set_yticks([])
 
@@ -156,24 +147,3 @@ def _legend(models: Sequence[CostedModel], colours: dict[str, str]) -> list[Line
 
 def _number(model: CostedModel) -> str:
     return re.search(r"[\d.]*$", model.name)[0]
-
-
-def _write(
-    axes: Axes,
-    text: str,
-    place: tuple[float, float],
-    colour: str,
-    *,
-    offset: tuple[float, float] = (0, 0),
-    **alignment: str,
-) -> None:
-    axes.annotate(
-        text,
-        place,
-        xytext=offset,
-        textcoords="offset points",
-        fontsize=_FONT_SIZE,
-        color=colour,
-        path_effects=[withStroke(linewidth=2, foreground="white")],
-        **alignment,
-    )

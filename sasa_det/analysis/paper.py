@@ -2,22 +2,12 @@
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..config.load import load_config
 from ..errors import UsageError, nearest
-from .complexity import (
-    Part,
-    billions,
-    count_config,
-    default_image_size,
-    markdown,
-    millions,
-    table_report,
-    total,
-)
+from .complexity import Part, count_config, default_image_size, markdown, total
 from .cost_figure import CostedModel, draw_cost_figure
 from .paper_tables import ABLATIONS, PAPER_TABLES, Row, Table
 
@@ -47,10 +37,20 @@ def paper_report(configs: Path) -> str:
         str: tables in Markdown.
     """
     return "\n\n".join(
-        f"{name}: {table.title}\n\n"
-        + table_report(table, [count_row(configs, table, row) for row in table.rows])
+        f"{name}: {table.title}\n\n{_table_report(configs, table)}"
         for name, table in PAPER_TABLES.items()
     )
+
+
+def _table_report(configs: Path, table: Table) -> str:
+    rows = []
+    for row in table.rows:
+        count = count_row(configs, table, row)
+        flops = (row.flops, f"{count.flops / 1e9:.2f}")
+        parameters = (row.parameters, f"{count.parameters / 1e6:.2f}")
+        rows.append((f"{row.name} {row.series}".rstrip(), *flops, *parameters, row.accuracy))
+    headers = ("model", "FLOPs (B), paper", "counted", "params (M), paper", "counted")
+    return markdown(rows, (*headers, f"{table.metric}, paper"))
 
 
 def draw_figure_5(
@@ -94,7 +94,18 @@ def draw_figure_5(
         draw_cost_figure(models, output)
     except OSError as error:
         raise UsageError(f"--output {output} cannot be written: {error.strerror}.") from error
-    return _table(models)
+    lines = [
+        (
+            f"{model.name} {model.series}".rstrip(),
+            f"{model.flops / 1e9:.2f}",
+            f"{model.parameters / 1e6:.2f}",
+            model.printed,
+            "" if model.measured is None else f"{model.measured:.1f}",
+        )
+        for model in models
+    ]
+    headers = ["model", "FLOPs (B)", "params (M)", "top-1, paper", "top-1, results"]
+    return markdown(lines, headers)
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
@@ -109,21 +120,6 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise UsageError(
             f"--output {output} cannot be written: {folder} is not a folder that can be written to."
         )
-
-
-def _table(models: Sequence[CostedModel]) -> str:
-    rows = [
-        (
-            f"{model.name} {model.series}".rstrip(),
-            billions(model.flops),
-            millions(model.parameters),
-            "" if model.printed is None else f"{model.printed:.1f}",
-            "" if model.measured is None else f"{model.measured:.1f}",
-        )
-        for model in models
-    ]
-    headers = ["model", "FLOPs (B)", "params (M)", "top-1, paper", "top-1, results"]
-    return markdown(rows, headers)
 
 
 def _path(configs: Path, table: Table, row: Row) -> Path:

@@ -2,8 +2,8 @@
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,10 @@ from ..utils.files import write_text
 from .matching import align_names, check_filled
 from .reading import check_file, check_finite, iteration_of, read_checkpoint, read_iteration
 from .sharding import full_state, is_sharded
-from .sources import locate
+from .sources import WEIGHTS_KEYS, locate
 from .writing import write_checkpoint
 
 logger = logging.getLogger(__name__)
-
-
-@contextmanager
-def _noting(failures: dict[str, str], name: str) -> Iterator[None]:
-    """Keep the message of a CheckpointError in a block under a name, and go on."""
-    try:
-        yield
-    except CheckpointError as error:
-        failures[name] = str(error)
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -81,9 +72,7 @@ class Checkpointer(DetectionCheckpointer):
             data = full_state(data, keep=self.save_to_disk)
         if not self.save_to_disk:
             return
-        check_finite(data["model"], f"{path} is not saved")
-        for key in self.checkpointables:
-            check_finite(data[key], f"{path} is not saved", f"the state of {key}, at")
+        check_finite(data, f"{path} is not saved", self.checkpointables)
         data.update(kwargs)
         logger.info("Saving checkpoint to %s", path)
         write_checkpoint(data, path)
@@ -106,12 +95,12 @@ class Checkpointer(DetectionCheckpointer):
         """
         if not path:
             if self.strict:
-                raise CheckpointError("no weights are given: name a checkpoint in MODEL.WEIGHTS.")
+                raise CheckpointError(f"no weights are given: name a checkpoint {WEIGHTS_KEYS}.")
             logger.info("No weights are given: the model starts from its initialization.")
             return {}
         source = locate(path)
         checkpoint = read_checkpoint(source.path)
-        check_finite(checkpoint["model"], source.path)
+        check_finite(checkpoint, source.path)
         if source.matching_heuristics:
             checkpoint["matching_heuristics"] = True
         return self._apply(checkpoint, source.path, checkpointables, strict=self.strict)
@@ -127,42 +116,13 @@ class Checkpointer(DetectionCheckpointer):
             dict: what else the file holds, such as ``iteration``.
 
         Raises:
-            CheckpointError: as of :meth:`load` and :meth:`newest_valid`.
+            CheckpointError: as of :meth:`load`, or if no training state is valid, naming what was
+                tried.
         """
         if resume and self.has_checkpoint():
-            file, checkpoint = self.newest_valid()
+            file, checkpoint = self._newest_valid()
             return self._apply(checkpoint, file, None, strict=True)
         return self.load(path, checkpointables=[])
-
-    def newest_valid(self) -> tuple[Path, dict[str, Any]]:
-        """Read the training state to resume from.
-
-        It is the one that ``last_checkpoint`` names, even if there are newer ones. If that cannot
-        be used, a warning says so, and it is the valid one of the highest iteration.
-
-        Returns:
-            tuple: the file and its content.
-
-        Raises:
-            CheckpointError: if none is valid, naming what was tried.
-        """
-        last = None
-        tried: dict[str, str] = {}
-        with _noting(tried, "last_checkpoint"):
-            last = self._last_checkpoint()
-            return last, self._read_training_state(last)
-        iterations = {}
-        for path in self._training_files():
-            with _noting(tried, path.name):
-                if path != last:
-                    iterations[path] = read_iteration(path)
-        for path in sorted(iterations, key=iterations.get, reverse=True):
-            with _noting(tried, path.name):
-                checkpoint = self._read_training_state(path)
-                logger.warning("%s Resuming from %s instead.", tried["last_checkpoint"], path)
-                return path, checkpoint
-        reasons = "; ".join(f"{name}: {reason.rstrip('.')}" for name, reason in tried.items())
-        raise CheckpointError(f"{self.save_dir} holds no valid training state ({reasons}).")
 
     def remove_old(self, prefix: str, keep: int) -> None:
         """Remove the oldest periodic checkpoints, those named by their iteration.
@@ -178,23 +138,18 @@ class Checkpointer(DetectionCheckpointer):
             raise ValueError(f"keep must be at least 1, got {keep}.")
         if not self.save_dir or not self.save_to_disk:
             return
-        name = re.compile(rf"{re.escape(prefix)}(\d+)\.pth")
-        numbers = {
-            path: int(match[1])
-            for path in Path(self.save_dir).iterdir()
-            if (match := name.fullmatch(path.name))
-        }
-        files = sorted(numbers, key=numbers.get)
+        name = re.compile(rf"{re.escape(prefix)}\d+\.pth")
+        files = [path for path in Path(self.save_dir).iterdir() if name.fullmatch(path.name)]
+        files.sort(key=lambda path: int(path.stem.removeprefix(prefix)))
         last = None
         with suppress(CheckpointError):
             last = self._last_checkpoint()
         old = [path for path in files[:-keep] if path != last]
         kept = [path for path in (last, *reversed(files)) if path and path not in old]
-        if not old or not self._has_valid(kept):
-            return
-        for path in old:
-            logger.info("Removing %s, the %d newest stay.", path, keep)
-            path.unlink(missing_ok=True)
+        if old and self._has_valid(kept):
+            for path in old:
+                logger.info("Removing %s, the %d newest stay.", path, keep)
+                path.unlink(missing_ok=True)
 
     def has_checkpoint(self) -> bool:
         """Return whether ``save_dir`` has something to resume, valid or not."""
@@ -234,6 +189,35 @@ class Checkpointer(DetectionCheckpointer):
             raise CheckpointError(f"{tag} names {name[:200]!r}, which is not a file of its folder.")
         return path
 
+    def _newest_valid(self) -> tuple[Path, dict[str, Any]]:
+        """Read the file that ``last_checkpoint`` names, even if there are newer ones.
+
+        If it cannot be used, a warning says so, and it is the valid one of the highest iteration.
+        """
+        last, tried = None, {}
+        try:
+            last = self._last_checkpoint()
+            return last, self._read_training_state(last)
+        except CheckpointError as error:
+            tried["last_checkpoint"] = str(error)
+        iterations = {}
+        for path in self._training_files():
+            try:
+                if path != last:
+                    iterations[path] = read_iteration(path)
+            except CheckpointError as error:
+                tried[path.name] = str(error)
+        for path in sorted(iterations, key=iterations.get, reverse=True):
+            try:
+                checkpoint = self._read_training_state(path)
+            except CheckpointError as error:
+                tried[path.name] = str(error)
+            else:
+                logger.warning("%s Resuming from %s instead.", tried["last_checkpoint"], path)
+                return path, checkpoint
+        reasons = "; ".join(f"{name}: {reason.rstrip('.')}" for name, reason in tried.items())
+        raise CheckpointError(f"{self.save_dir} holds no valid training state ({reasons}).")
+
     def _training_files(self) -> list[Path]:
         return sorted(
             path for path in Path(self.save_dir).glob("model_*.pth") if self._is_inside(path)
@@ -249,11 +233,10 @@ class Checkpointer(DetectionCheckpointer):
     def _read_training_state(self, path: Path) -> dict[str, Any]:
         checkpoint = read_checkpoint(path)
         iteration_of(checkpoint, path)
-        check_finite(checkpoint["model"], path)
         for key in self.checkpointables:
             if key not in checkpoint:
                 raise CheckpointError(f"{path} holds no state of {key}.")
-            check_finite(checkpoint[key], path, f"the state of {key}, at")
+        check_finite(checkpoint, path, self.checkpointables)
         return checkpoint
 
     def _has_valid(self, paths: Sequence[Path]) -> bool:
@@ -281,15 +264,7 @@ class Checkpointer(DetectionCheckpointer):
             align_names(model, checkpoint)
             weights = checkpoint["model"]
             incompatible = self._load_model(checkpoint)  # takes those of another shape out
-            mismatched = [key for key, _, _ in incompatible.incorrect_shapes]
-            check_filled(
-                model,
-                [*weights, *mismatched],
-                incompatible.missing_keys,
-                mismatched,
-                strict=strict,
-                allow=self.allow,
-            )
+            check_filled(model, weights, incompatible, strict=strict, allow=self.allow)
         except CheckpointError as error:
             raise CheckpointError(f"{path} does not fit the model: {error}.") from error
         self._log_incompatible_keys(incompatible)

@@ -5,19 +5,19 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
-from ..config import add_sasa_config
+from ..config.defaults import default_config
 from ..config.keys import CONFIG_ERRORS, explain, flatten
 from ..config.load import BUILD_ERRORS, explain_build_error, load_config
 from ..config.yaml_file import parse_config
 from ..errors import CheckpointError, TransferError, UsageError
-from .layouts import Layout, recognize
+from .layouts import recognize
 from .preprocessing import is_preprocessing, preprocessing_of
 from .reading import check_finite, classes_in, read_checkpoint
 from .transfer import Report, transfer
@@ -40,31 +40,6 @@ _NO_DATA = (
     *("DATASETS.TEST_JSON", "", "DATASETS.TEST_IMAGES", ""),
     *("DATASETS.IMAGE_FOLDER", "", "DATASETS.HOLDOUT", "0.0"),
 )
-
-
-class Contents(NamedTuple):
-    """What a checkpoint holds.
-
-    Attributes:
-        path: the file.
-        weights: by name.
-        layout: of the names, None if it is unknown.
-        naming: what detectron2 needs to match the names with a model's.
-        preprocessing: ``"format"``, ``"pixel_mean"`` and ``"pixel_std"`` of the images that the
-            weights were trained on; None if unknown.
-        config: that they were trained with, in yaml; "" if unknown.
-        classes: that the model was trained for, in the order of its indices; None if unknown.
-        training_state: names of everything else.
-    """
-
-    path: Path
-    weights: dict[str, Tensor]
-    layout: Layout | None
-    naming: dict[str, Any]
-    preprocessing: dict[str, Any] | None
-    config: str
-    classes: list[str] | None
-    training_state: tuple[str, ...]
 
 
 def convert_checkpoint(
@@ -92,7 +67,8 @@ def convert_checkpoint(
         model: whose backbone is to be filled. By default, that of the config that the source
             holds; if it holds none, all its weights are written as they are.
         weights: "raw", or "ema" for averages in the place of the weights that were averaged.
-        prefix: see :func:`read_contents`.
+        prefix: what the names of the network's weights begin with, where those of others do not,
+            as "model."; a prefix that all names have is found without.
         allow: shell patterns of weights that may be missing, of another shape or left over, see
             :func:`sasa_det.checkpoint.transfer.transfer`.
         whole: write all weights under their own names, without the parts of wrappers and the
@@ -106,7 +82,8 @@ def convert_checkpoint(
         CheckpointError: if the source cannot be used or does not fit, its weights are not finite
             or not averaged, or the target exists, is the source, has another suffix or cannot be
             written; nothing is written then.
-        UsageError: if there is no model for weights that need one.
+        UsageError: if there is no model for weights that need one, or the source holds a config
+            that cannot be parsed.
     """
     source, target = Path(source), Path(target)
     if target.suffix not in _SUFFIXES:
@@ -115,159 +92,85 @@ def convert_checkpoint(
         raise CheckpointError(f"the target {target} is the source.")
     if os.path.lexists(target) and not overwrite:
         raise CheckpointError(f"the target {target} exists; it is replaced with --overwrite only.")
-    contents = read_contents(source, weights, prefix)
-    if whole:
-        return _write_whole(contents, target)
-    if model is None:
-        layout = contents.layout
-        if layout is not None and layout.foreign:
+    checkpoint = read_checkpoint(source)
+    tensors = checkpoint.pop("model")
+    if weights == "ema":
+        tensors = {**tensors, **_averages(checkpoint.pop("ema", None), tensors, source)}
+    check_finite({"model": tensors}, source)
+    try:
+        layout = recognize(tensors, prefix)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source} cannot be used: {error}.") from error
+    foreign = layout is not None and layout.foreign
+    config = "" if foreign else checkpoint.get("config")
+    is_text = isinstance(config, str) and config != ""
+    values = parse_config(f"the config in {source}", config) if is_text else {}
+    config = config if values else ""
+    preprocessing = layout.preprocessing if foreign else checkpoint.get("preprocessing")
+    if not is_preprocessing(preprocessing):
+        preprocessing = preprocessing_of(values)
+    if not whole and model is None:
+        if foreign:
             raise UsageError(
                 f"{source} holds weights of {layout.owner}: name the config of the model that they "
                 "are for with --config-file."
             )
-        if not contents.config:
-            if allow:
-                raise UsageError(
-                    f"{source} holds no config: --allow takes the config of a model, given with "
-                    "--config-file."
-                )
-            return _write_whole(contents, target)
-        model = _build(_model_config(contents))
-    return write_backbone(contents, target, model, allow)
+        if allow and not config:
+            raise UsageError(
+                f"{source} holds no config: --allow takes the config of a model, given with "
+                "--config-file."
+            )
+        whole = not config
+        model = _build(_model_config(values, source)) if config else None
+    if layout is None and (prefix or not whole):
+        raise CheckpointError(
+            f"{source}: weights with names like {sorted(tensors)[0]} do not belong to this "
+            "project, detectron2, torchvision, timm or the official SAN release; where the network "
+            "is a part of something larger, --prefix names what its weights' names begin with."
+        )
+    rest = [str(key) for key in checkpoint if key not in (*_NAMING, *_FACTS)]
 
+    def completed(report: Report) -> Report:
+        dropped = {**report.dropped, **dict.fromkeys(rest, "state of training")}
+        return dataclasses.replace(report, dropped=dropped, preprocessing=preprocessing)
 
-def read_contents(source: str | os.PathLike, weights: str = "raw", prefix: str = "") -> Contents:
-    """Read what is to be converted.
-
-    Args:
-        source: a file that :func:`read_checkpoint` accepts.
-        weights: as of :func:`convert_checkpoint`.
-        prefix: what the names of the network's weights begin with, where those of others do not,
-            as "model."; a prefix that all names have is found without.
-
-    Raises:
-        CheckpointError: as of :func:`convert_checkpoint`.
-        UsageError: if the source holds a config that cannot be parsed.
-    """
-    path = Path(source)
-    checkpoint = read_checkpoint(path)
-    tensors = checkpoint.pop("model")
-    if weights == "ema":
-        tensors = {**tensors, **_averages(checkpoint.pop("ema", None), tensors, path)}
-    check_finite(tensors, path)
-    tensors = {name: _without_surroundings(tensor) for name, tensor in tensors.items()}
-    try:
-        layout = recognize(tensors, prefix)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} cannot be used: {error}.") from error
-    if layout is None and prefix:
-        raise _unknown(path, tensors)
-    naming = {key: checkpoint[key] for key in _NAMING if key in checkpoint}
-    training_state = [str(key) for key in checkpoint if key not in (*_NAMING, *_FACTS)]
-    preprocessing, config = _facts(checkpoint, layout, path)
+    if whole:
+        bare = layout.bare(tensors) if layout else {name: name for name in tensors}
+        names = {short: name for name, short in bare.items()}
+        if len(names) < len(bare):
+            raise CheckpointError(f"{source}: some names differ only by the part of a wrapper.")
+        left = {name: "outside the prefix" for name in tensors if name not in bare}
+        report = completed(Report(names, left))
+        facts = {key: checkpoint[key] for key in _NAMING if key in checkpoint}
+    else:
+        try:
+            report = completed(transfer(tensors, layout, model, allow))
+        except TransferError as error:
+            message = f"{source} does not fit the target: {error}."
+            raise TransferError(message, completed(error.report)) from error
+        except CheckpointError as error:
+            raise CheckpointError(f"{source} does not fit the target: {error}.") from error
+        facts = {"matching_heuristics": True}
+    if config or not whole:
+        digest = hashlib.sha256(config.encode()).hexdigest()
+        facts |= {"config": config, "config_digest": digest}
     classes = classes_in(checkpoint)
-    return Contents(
-        path, tensors, layout, naming, preprocessing, config, classes, tuple(training_state)
-    )
-
-
-def write_backbone(
-    contents: Contents, target: str | os.PathLike, model: nn.Module, allow: Sequence[str] = ()
-) -> Report:
-    """Write what a checkpoint holds for the backbone of a model, for any model with that backbone.
-
-    Args:
-        contents: of the checkpoint.
-        target: the file to write.
-        model: gives names and shapes; see :func:`transfer`.
-        allow: see :func:`transfer`.
-
-    Returns:
-        Report: of all weights, and of what else the checkpoint holds.
-
-    Raises:
-        CheckpointError: if the weights do not fit or the target cannot be written.
-    """
-    path, weights, layout = contents[:3]
-    if layout is None:
-        raise _unknown(path, weights)
-    try:
-        report = transfer(weights, layout, model, allow)
-    except TransferError as error:
-        report = _completed(error.report, contents)
-        raise TransferError(f"{path} does not fit the target: {error}.", report) from error
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} does not fit the target: {error}.") from error
-    facts = {"matching_heuristics": True, **_config_facts(contents.config)}
-    return _write(contents, target, report, facts)
-
-
-def _write_whole(contents: Contents, target: Path) -> Report:
-    path, found, layout = contents[:3]
-    bare = layout.bare(found) if layout else {name: name for name in found}
-    names = {short: name for name, short in bare.items()}
-    if len(names) < len(bare):
-        raise CheckpointError(f"{path}: some names differ only by the part of a wrapper.")
-    dropped = {name: "outside the prefix" for name in found if name not in bare}
-    facts = dict(contents.naming)
-    if contents.config:
-        facts |= _config_facts(contents.config)
-    if contents.classes:
+    if whole and classes:
         # Evaluation compares them with those of the data.
-        facts["classes"] = contents.classes
-    return _write(contents, target, Report(names, dropped), facts)
-
-
-def _config_facts(config: str) -> dict[str, str]:
-    return {"config": config, "config_digest": hashlib.sha256(config.encode()).hexdigest()}
-
-
-def _write(
-    contents: Contents, target: str | os.PathLike, report: Report, facts: dict[str, Any]
-) -> Report:
-    if contents.preprocessing is not None:
-        facts["preprocessing"] = contents.preprocessing
-    weights = {name: contents.weights[source] for name, source in report.loaded.items()}
-    write_checkpoint({"model": weights, **facts}, target)
-    return _completed(report, contents)
-
-
-def _completed(report: Report, contents: Contents) -> Report:
-    dropped = {**report.dropped, **dict.fromkeys(contents.training_state, "state of training")}
-    return dataclasses.replace(report, dropped=dropped, preprocessing=contents.preprocessing)
-
-
-def _unknown(path: Path, weights: dict[str, Tensor]) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: weights with names like {sorted(weights)[0]} do not belong to this project, "
-        "detectron2, torchvision, timm or the official SAN release; where the network is a part of "
-        "something larger, --prefix names what its weights' names begin with."
-    )
-
-
-def _facts(
-    checkpoint: dict[str, Any], layout: Layout | None, path: Path
-) -> tuple[dict[str, Any] | None, str]:
-    """Return the preprocessing and the config of the weights, None and "" where unknown."""
-    if layout is not None and layout.foreign:
-        return layout.preprocessing, ""
-    config, preprocessing = checkpoint.get("config"), checkpoint.get("preprocessing")
-    values = _parsed(config, path) if isinstance(config, str) else {}
-    if not is_preprocessing(preprocessing):
-        preprocessing = preprocessing_of(values)
-    return preprocessing, config if values else ""
-
-
-def _parsed(config: str, path: Path) -> dict[str, Any]:
-    return parse_config(f"the config in {path}", config) if config else {}
+        facts["classes"] = classes
+    if preprocessing is not None:
+        facts["preprocessing"] = preprocessing
+    found = {name: _without_surroundings(tensors[old]) for name, old in report.loaded.items()}
+    write_checkpoint({"model": found, **facts}, target)
+    return report
 
 
 def _averages(ema: Any, weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     averages = ema.get("weights") if isinstance(ema, dict) else None
     if not isinstance(averages, dict) or not averages:
         raise CheckpointError(
-            f"{path} holds no averaged weights, which a run with MODEL.EMA.DECAY saves; convert "
-            "its raw weights."
+            f"{path} holds no averaged weights, which a run with a decay of averages "
+            "(MODEL.EMA.DECAY, or train.ema.decay in a LazyConfig) saves; convert its raw weights."
         )
     for name, average in averages.items():
         weight = weights.get(name)
@@ -296,15 +199,12 @@ def build_target(config_file: str, opts: Sequence[str] = ()) -> nn.Module:
     return _build(load_config(config_file, [*opts, *_NO_DATA]))
 
 
-def _model_config(contents: Contents) -> CfgNode:
+def _model_config(values: dict[str, Any], path: Path) -> CfgNode:
     """Make a config of what the one in a checkpoint says about the model."""
-    path, values = contents.path, _parsed(contents.config, contents.path)
     advice = "name the config of the target with --config-file."
     if not isinstance(values.get("MODEL"), dict):
         raise UsageError(f"the config in {path} is not a yaml config with a MODEL; {advice}")
-    cfg = get_cfg()
-    add_sasa_config(cfg)
-    values = {"MODEL": values["MODEL"]}
+    cfg, values = default_config(), {"MODEL": values["MODEL"]}
     try:
         cfg.merge_from_other_cfg(CfgNode(values))
     except CONFIG_ERRORS as error:

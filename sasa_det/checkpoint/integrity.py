@@ -22,11 +22,7 @@ _COMMENT_SIZE = len(_MARKER) + _DIGEST_SIZE
 
 
 def append_sha256(path: Path) -> None:
-    """Append to a file of torch.save the SHA-256 of all that is before it.
-
-    Args:
-        path: a zip file without a comment.
-    """
+    """Append to a file of torch.save, which has no comment, the SHA-256 of all before it."""
     with open(path, "r+b") as file:
         file.seek(-_END_SIZE, os.SEEK_END)
         end = file.read()
@@ -36,9 +32,7 @@ def append_sha256(path: Path) -> None:
         file.write(struct.pack("<H", _COMMENT_SIZE) + _MARKER)
         size = file.tell()
         file.seek(0)
-        digest = sha256(file, size)
-        file.seek(size)
-        file.write(digest.encode())
+        file.write(sha256(file, size).encode())
 
 
 def check_integrity(file: BinaryIO) -> None:
@@ -69,13 +63,12 @@ def check_integrity(file: BinaryIO) -> None:
 def sha256(file: BinaryIO, size: int) -> str:
     """Return the SHA-256 of the next ``size`` bytes of a file in 64 hexadecimal digits."""
     digest = hashlib.sha256()
-    buffer = memoryview(bytearray(1 << 20))
     while size > 0:
-        count = file.readinto(buffer[: min(size, len(buffer))])
-        if not count:
+        part = file.read(min(size, 1 << 20))
+        if not part:
             raise CheckpointError("it became shorter while it was read")
-        digest.update(buffer[:count])
-        size -= count
+        digest.update(part)
+        size -= len(part)
     return digest.hexdigest()
 
 

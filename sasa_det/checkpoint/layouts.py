@@ -74,10 +74,17 @@ class Layout(NamedTuple):
         """Name weights as a backbone of this project, those that are known to the layout."""
         bare = self.bare(names)
         if self.patterns is None:
-            renamed = backbone_names(bare.values())
-        else:
-            renamed = _renamed(bare.values(), self.patterns)
-        return {name: renamed[short] for name, short in bare.items() if short in renamed}
+            ours = backbone_names(bare.values())
+            return {name: ours[short] for name, short in bare.items() if short in ours}
+        renamed = {}
+        for name, short in bare.items():
+            for pattern, template in self.patterns.items():
+                if match := re.fullmatch(pattern, short):
+                    parts = match.groupdict()
+                    stage = int(parts.pop("stage", 0))
+                    parts["stage"] = f"res{stage + 1}" if stage else "stem"
+                    renamed[name] = template.format(**parts)
+        return renamed
 
 
 def recognize(names: Collection[str], prefix: str = "") -> Layout | None:
@@ -104,18 +111,6 @@ def recognize(names: Collection[str], prefix: str = "") -> Layout | None:
             if any(name.startswith(layout.marks) for name in bare):
                 return layout._replace(prefix=found)
     return None
-
-
-def _renamed(names: Collection[str], patterns: dict[str, str]) -> dict[str, str]:
-    renamed = {}
-    for name in names:
-        for pattern, template in patterns.items():
-            if match := re.fullmatch(pattern, name):
-                parts = match.groupdict()
-                stage = int(parts.pop("stage", 0))
-                parts["stage"] = f"res{stage + 1}" if stage else "stem"
-                renamed[name] = template.format(**parts)
-    return renamed
 
 
 _OWN = Layout("this project or detectron2", ("backbone.", "stem.", "res2."))

@@ -2,15 +2,16 @@
 
 import fnmatch
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from detectron2.checkpoint.c2_model_loading import (
     align_and_update_state_dicts,
     convert_c2_detectron_names,
 )
+from fvcore.common.checkpoint import _IncompatibleKeys
 
 from ..errors import CheckpointError
 from ..utils.text import abbreviated_list
@@ -25,7 +26,10 @@ OPTIONAL = ("*num_batches_tracked", "pixel_mean", "pixel_std", "*anchor_generato
 _HEAD = "roi_heads."
 _STAGE_IN_HEAD = f"{_HEAD}res5."
 # A ResNet that classifies has its classifier beside its stages.
-_CLASSIFIER = "backbone.linear."
+_CLASSIFIER = "backbone.linear.*"
+
+# Where a run gets ``allow`` from.
+_ALLOW = "allow (MODEL.WEIGHTS_ALLOW, or train.weights_allow in a LazyConfig)"
 
 # Keys that a sentence names; the log has all.
 _shorten = partial(abbreviated_list, most=3)
@@ -83,9 +87,8 @@ def backbone_names(model: Collection[str]) -> dict[str, str]:
 
 def check_filled(
     model: Collection[str],
-    found: Collection[str],
-    missing: Sequence[str],
-    mismatched: Sequence[str],
+    weights: Collection[str],
+    incompatible: _IncompatibleKeys,
     *,
     strict: bool,
     allow: Iterable[str] = (),
@@ -98,42 +101,45 @@ def check_filled(
 
     Args:
         model: names of the model's weights.
-        found: names of the checkpoint's weights.
-        missing: names of the model's weights that loading the checkpoint did not set.
-        mismatched: names of the model's weights that have another shape in the checkpoint.
+        weights: names of the checkpoint's weights but for those of another shape than the model's.
+        incompatible: what loading the checkpoint returned.
         strict: whether to take no exceptions.
-        allow: shell patterns of names that may be missing or mismatched.
+        allow: shell patterns of names that may be missing or of another shape.
 
     Raises:
         CheckpointError: naming some of those that are not filled, without the name of the file; the
             log names all.
     """
     known = set(model)
+    mismatched = [key for key, _, _ in incompatible.incorrect_shapes]
+    found = [*weights, *mismatched]
     both = known.intersection(found)
     if not strict:
         _check_places(known, found)
-    if not both - set(mismatched):
-        _refuse_stranger(found, known, mismatched)
-    unfilled = set(missing) | set(mismatched)
+    if mismatched and both == set(mismatched):
+        raise CheckpointError(
+            f"all weights that it has for the model have other shapes: {_shorten(mismatched)}"
+        )
+    if not both:
+        raise CheckpointError(
+            f"none of its {len(found)} weights ({_shorten(sorted(found))}) is one of the model's "
+            f"{len(known)} ({_shorten(sorted(known))}); with ?matching_heuristics=True after its "
+            "name, names are matched by their ends"
+        )
+    unfilled = {*incompatible.missing_keys, *mismatched}
     optional = list(OPTIONAL)
     if not strict:
-        allow = list(allow)
         for pattern in allow:
             if not fnmatch.filter(known, pattern):
                 raise CheckpointError(
-                    f"the pattern {pattern!r} of MODEL.WEIGHTS_ALLOW matches no weight of the model"
+                    f"the pattern {pattern!r} of {_ALLOW} matches no weight of the model"
                 )
-        optional += allow
+            optional.append(pattern)
         backbone = _backbone_prefixes(known)
         if all(key.startswith(backbone) for key in both):
-            unfilled = {
-                key
-                for key in unfilled
-                if key.startswith(backbone) and not key.startswith(_CLASSIFIER)
-            }
-    refused = sorted(
-        key for key in unfilled if not any(fnmatch.fnmatchcase(key, p) for p in optional)
-    )
+            unfilled = {key for key in unfilled if key.startswith(backbone)}
+            optional.append(_CLASSIFIER)
+    refused = sorted(unfilled.difference(*(fnmatch.filter(unfilled, p) for p in optional)))
     if not refused:
         return
     lacking = [key for key in refused if key not in mismatched]
@@ -143,12 +149,12 @@ def check_filled(
             logger.error("Weights of the model %s: %s", what, ", ".join(keys))
     reasons = [f"has no {_shorten(lacking)}"] if lacking else []
     reasons += [f"has other shapes for {_shorten(other)}"] if other else []
-    modules = sorted({key.rpartition(".")[0] for key in refused})
+    module = min(key.rpartition(".")[0] for key in refused)
     advice = (
         "every weight must be there"
         if strict
-        else "weights that may stay as they are initialized must be named in MODEL.WEIGHTS_ALLOW, "
-        f"as in \"['{modules[0]}.*']\""
+        else f"weights that may stay as they are initialized must be named in {_ALLOW}, "
+        f"as in \"['{module}.*']\""
     )
     raise CheckpointError(f"it {' and '.join(reasons)}; {advice}")
 
@@ -162,20 +168,6 @@ def _check_places(known: set[str], found: Collection[str]) -> None:
                 f"its backbone's weights have other names ({key} is the model's {lacking[bare]}): "
                 "convert it with tools/convert_checkpoint.py first"
             )
-
-
-def _refuse_stranger(
-    found: Collection[str], known: Collection[str], mismatched: Sequence[str]
-) -> NoReturn:
-    if mismatched:
-        raise CheckpointError(
-            f"all weights that it has for the model have other shapes: {_shorten(mismatched)}"
-        )
-    raise CheckpointError(
-        f"none of its {len(found)} weights ({_shorten(sorted(found))}) is one of the model's "
-        f"{len(known)} ({_shorten(sorted(known))}); with ?matching_heuristics=True after its name, "
-        "names are matched by their ends"
-    )
 
 
 def _backbone_prefixes(model: Iterable[str]) -> tuple[str, ...]:

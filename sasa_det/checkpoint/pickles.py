@@ -30,9 +30,10 @@ def read_pickle(file: BinaryIO) -> Any:
     Raises:
         CheckpointError: if the file names anything else, without the name of the file.
     """
-    content = _Unpickler(file, encoding="latin1").load()
-    # A container may be in others many times over, as what holds itself twice, and so on.
-    return _plain(content, {})
+    return _Unpickler(file, encoding="latin1").load()
+
+
+# A pickle can set no attributes of what has a __setstate__, nor of a bound method.
 
 
 class _Dtype:
@@ -55,15 +56,16 @@ class _Dtype:
         return array.astype(self.value.newbyteorder("="), order="C")
 
 
-class _Array:
-    """Stands for a numpy.ndarray until its content is read."""
+class _Array(np.ndarray):
+    """A numpy.ndarray that is empty until its content is read."""
 
-    def __init__(self) -> None:
-        self.value: np.ndarray | None = None
+    def __new__(cls, *args: Any) -> "_Array":
+        return super().__new__(cls, 0)
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, is_fortran, data = state
-        self.value = dtype.array(data, shape, "F" if is_fortran else "C")
+        array = dtype.array(data, shape, "F" if is_fortran else "C")
+        super().__setstate__((1, array.shape, array.dtype, False, array.tobytes()))
 
 
 class _Dict(dict):
@@ -75,15 +77,14 @@ class _Dict(dict):
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Callable | str:
-        # Bound methods, since a pickle can set no attributes of those.
         allowed = {
-            "__builtin__.bytes": self._no_bytes,
+            "__builtin__.bytes": self._bytes,
             "_codecs.encode": self._bytes,
-            "collections.OrderedDict": self._dict,
-            "numpy.core.multiarray._reconstruct": self._array,
+            "collections.OrderedDict": _Dict,
+            "numpy.core.multiarray._reconstruct": _Array,
             "numpy.core.multiarray.scalar": self._scalar,
             "numpy.core.numeric._frombuffer": self._from_buffer,
-            "numpy.dtype": self._dtype,
+            "numpy.dtype": _Dtype,
             "numpy.ndarray": "numpy.ndarray",  # only an argument of _reconstruct
         }
         full_name = f"{module}.{name}"
@@ -96,20 +97,8 @@ class _Unpickler(pickle.Unpickler):
             )
         return allowed[known_name]
 
-    def _bytes(self, text: str, encoding: str) -> bytes:
+    def _bytes(self, text: str = "", encoding: str = "latin1") -> bytes:
         return text.encode("latin1")
-
-    def _no_bytes(self) -> bytes:
-        return b""
-
-    def _dict(self, *items: Any) -> _Dict:
-        return _Dict(*items)
-
-    def _dtype(self, *args: Any) -> _Dtype:
-        return _Dtype(*args)
-
-    def _array(self, kind: str, shape: tuple[int, ...], typecode: bytes | str) -> _Array:
-        return _Array()
 
     def _scalar(self, dtype: _Dtype, data: bytes | str) -> bool | int | float | complex:
         return dtype.array(data, (), "C").item()
@@ -118,17 +107,3 @@ class _Unpickler(pickle.Unpickler):
         self, data: bytes, dtype: _Dtype, shape: tuple[int, ...], order: str
     ) -> np.ndarray:
         return dtype.array(data, shape, order)
-
-
-def _plain(value: Any, done: dict[int, Any]) -> Any:
-    """Put arrays in the place of what stands for them, in each container once."""
-    if isinstance(value, _Array):
-        return value.value
-    if not isinstance(value, (dict, list, tuple)):
-        return value
-    if id(value) not in done:
-        if isinstance(value, dict):
-            done[id(value)] = {key: _plain(item, done) for key, item in value.items()}
-        else:
-            done[id(value)] = type(value)(_plain(item, done) for item in value)
-    return done[id(value)]

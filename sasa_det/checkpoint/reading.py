@@ -1,15 +1,16 @@
 """Reading checkpoints without executing anything in them."""
 
-import functools
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from detectron2.utils.logger import log_first_n
 
 from ..errors import CheckpointError
 from .integrity import check_integrity
@@ -17,9 +18,6 @@ from .pickles import read_pickle
 from .safetensors_file import read_safetensors
 
 logger = logging.getLogger(__name__)
-
-# Any value but these leaves torch.load as it is.
-_TRUE = ("1", "y", "yes", "true")
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
@@ -43,15 +41,13 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
             tensors, arrays of numbers, dicts, lists, text and numbers.
     """
     path = Path(path)
-    try:
+    with _explained(path):
         if path.exists() and not path.is_file() and not path.is_dir():
             raise CheckpointError("it is not a regular file")  # a pipe would be waited for
         with open(path, "rb") as file:
             check_integrity(file)
             file.seek(0)
             return _read(file, path.suffix)
-    except Exception as error:  # unpicklers raise anything on arbitrary bytes
-        raise _explained(path, error) from error
 
 
 def classes_in(checkpoint: Mapping[str, Any]) -> list[str] | None:
@@ -63,24 +59,15 @@ def classes_in(checkpoint: Mapping[str, Any]) -> list[str] | None:
     Returns:
         list[str]: None if the checkpoint does not hold them, as one of another project.
     """
-    trainer = checkpoint.get("trainer")
-    state = trainer if isinstance(trainer, dict) else {}
-    for classes in (checkpoint.get("classes"), state.get("classes")):
+    for holder in (checkpoint, checkpoint.get("trainer")):
+        classes = holder.get("classes") if isinstance(holder, dict) else None
         if classes and isinstance(classes, list) and all(isinstance(c, str) for c in classes):
             return classes
     return None
 
 
 def iteration_of(content: Any, path: Path) -> int:
-    """Return the iteration of a training state.
-
-    Args:
-        content: what a checkpoint holds.
-        path: the checkpoint, for the sentence.
-
-    Raises:
-        CheckpointError: if it holds none, and so is no training state.
-    """
+    """Return the iteration in the content of a file, or raise a CheckpointError."""
     iteration = content.get("iteration") if isinstance(content, dict) else None
     if type(iteration) is not int or iteration < 0:
         raise CheckpointError(f"{path} holds no training state: it has no iteration.")
@@ -88,18 +75,13 @@ def iteration_of(content: Any, path: Path) -> int:
 
 
 def read_iteration(path: Path) -> int:
-    """Read the iteration of a training state without reading its tensors.
-
-    Args:
-        path: a file of torch.save; it is not checked for changed bytes.
+    """Read the iteration of a training state without its tensors and without their checksum.
 
     Raises:
         CheckpointError: if the file is missing, no checkpoint or no training state.
     """
-    try:
+    with _explained(path):
         content = _load(path, mmap=True)
-    except Exception as error:  # as above
-        raise _explained(path, error) from error
     return iteration_of(content, path)
 
 
@@ -109,30 +91,32 @@ def check_file(path: Path) -> None:
     Raises:
         CheckpointError: if one has, or the file cannot be read.
     """
-    try:
-        with open(path, "rb") as file:
-            check_integrity(file)
-    except (CheckpointError, OSError) as error:
-        raise _explained(path, error) from error
+    with _explained(path), open(path, "rb") as file:
+        check_integrity(file)
 
 
-def check_finite(values: Any, source: str | os.PathLike, name: str = "the weight") -> None:
-    """Check that weights, or all tensors of a state, are numbers.
+def check_finite(
+    checkpoint: Mapping[str, Any], source: str | os.PathLike, states: Iterable[str] = ()
+) -> None:
+    """Check that all tensors of a checkpoint are numbers.
 
     Args:
-        values: nested dicts, lists and tuples.
+        checkpoint: ``"model"`` and, by the names of ``states``, nested dicts, lists and tuples.
         source: what they belong to, for the sentence.
-        name: what they are, likewise.
+        states: what to check beside the model.
 
     Raises:
         CheckpointError: naming the first tensor that holds an infinity or NaN.
     """
-    for path, tensor in _tensors(values):
-        if tensor.numel() and tensor.is_floating_point():
-            # Both extremes are NaN if any number is; no mask is made. Floats of one byte have none.
-            numbers = tensor.detach() if tensor.element_size() > 1 else tensor.detach().float()
-            if not torch.stack(torch.aminmax(numbers)).isfinite().all():
-                raise CheckpointError(f"{source}: {name} {path} is not finite.")
+    for part in ("model", *states):
+        name = "the weight" if part == "model" else f"the state of {part}, at"
+        for path, tensor in _tensors(checkpoint[part]):
+            if tensor.numel() and tensor.is_floating_point():
+                # Both extremes are NaN if any number is; no mask is made. Floats of one byte have
+                # none.
+                numbers = tensor.detach() if tensor.element_size() > 1 else tensor.detach().float()
+                if not torch.stack(torch.aminmax(numbers)).isfinite().all():
+                    raise CheckpointError(f"{source}: {name} {path} is not finite.")
 
 
 def _tensors(values: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -163,17 +147,13 @@ def _read(file: BinaryIO, suffix: str) -> dict[str, Any]:
 
 
 def _load(file: BinaryIO | Path, **options: Any) -> Any:
-    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "").lower() in _TRUE:
-        _say_ignored()
+    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "").lower() in ("1", "y", "yes", "true"):
+        message = (
+            "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is ignored: no code in checkpoints is executed here."
+        )
+        log_first_n(logging.WARNING, message)
     # Where it is asked for by name, torch lets no environment variable switch weights_only off.
     return torch.load(file, map_location="cpu", weights_only=True, **options)
-
-
-@functools.cache
-def _say_ignored() -> None:
-    logger.warning(
-        "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is ignored: no code in checkpoints is executed here."
-    )
 
 
 def _from_zoo(content: dict[str, Any]) -> dict[str, Any]:
@@ -215,18 +195,22 @@ def _as_tensors(weights: dict) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _explained(path: Path, error: Exception) -> CheckpointError:
-    if isinstance(error, CheckpointError):
-        return CheckpointError(f"{path} cannot be used: {error}.")
-    if isinstance(error, OSError):
-        return CheckpointError(f"{path} cannot be read ({error.strerror or error}).")
-    if refused := re.search(r"GLOBAL (\S+)", str(error)):
-        return CheckpointError(
-            f"{path} cannot be used: it refers to {refused[1]}, and may hold tensors, dicts, "
-            "lists, text and numbers only."
-        )
-    # What torch found comes after its advice.
-    reason = str(error).split("WeightsUnpickler error: ")[-1].strip().partition("\n")[0]
-    return CheckpointError(
-        f"{path} is not a checkpoint ({': '.join(filter(None, [type(error).__name__, reason]))})."
-    )
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn what a block raises into a CheckpointError that names a file."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}.") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}).") from error
+    except Exception as error:  # unpicklers raise anything on arbitrary bytes
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            raise CheckpointError(
+                f"{path} cannot be used: it refers to {refused[1]}, and may hold tensors, dicts, "
+                "lists, text and numbers only."
+            ) from error
+        # What torch found comes after its advice.
+        reason = str(error).split("WeightsUnpickler error: ")[-1].strip().partition("\n")[0]
+        kind = ": ".join(filter(None, [type(error).__name__, reason]))
+        raise CheckpointError(f"{path} is not a checkpoint ({kind}).") from error

@@ -9,9 +9,6 @@ import torch
 
 from ..errors import CheckpointError
 
-# A file begins with the size of its header in this many bytes; the header is JSON.
-_SIZE_BYTES = 8
-_METADATA = "__metadata__"
 # The one key of our metadata, since the library writes several in no fixed order. It holds JSON:
 # the facts, the order of the weights, and the SHA-256 of the file with zeros in the digest's place.
 _KEY = "sasa_det"
@@ -58,9 +55,10 @@ def read_safetensors(file: BinaryIO) -> dict[str, Any]:
     """
     content = file.read()
     weights = safetensors.torch.load(content)
-    size = int.from_bytes(content[:_SIZE_BYTES], "little")
-    names = json.loads(content[_SIZE_BYTES : _SIZE_BYTES + size])
-    metadata = names.pop(_METADATA, {})
+    # A file begins with the size of its header in eight bytes; the header is JSON.
+    size = int.from_bytes(content[:8], "little")
+    names = json.loads(content[8 : 8 + size])
+    metadata = names.pop("__metadata__", {})
     digest, facts = None, {}
     if _KEY in metadata:
         ours = json.loads(metadata[_KEY])

@@ -3,10 +3,10 @@
 import logging
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from urllib.parse import parse_qsl, urlsplit
+from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from detectron2.utils.file_io import PathManager
 
@@ -15,17 +15,14 @@ from .integrity import sha256
 
 logger = logging.getLogger(__name__)
 
+# Where a run gets the name of its weights from.
+WEIGHTS_KEYS = "(MODEL.WEIGHTS, or train.init_checkpoint in a LazyConfig)"
+
 _DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/"
 
 
-@dataclass(frozen=True)
-class Source:
-    """A file of weights.
-
-    Attributes:
-        path: the file on this computer.
-        matching_heuristics: whether names are to be matched with the model's by their ends.
-    """
+class Source(NamedTuple):
+    """A file of weights, and whether its names are matched with the model's by their ends."""
 
     path: Path
     matching_heuristics: bool = False
@@ -56,25 +53,35 @@ def locate(weights: str | os.PathLike) -> Source:
         parts = urlsplit(weights)
     except ValueError as error:
         raise CheckpointError(f"weights {weights} are not a path or address ({error}).") from error
+    if not re.fullmatch("(matching_heuristics=(True|False))?", parts.query):
+        raise CheckpointError(
+            f"weights {weights}: only matching_heuristics=True may follow the question mark."
+        )
+    if not re.fullmatch("(sha256=[0-9a-fA-F]{64})?", parts.fragment):
+        raise CheckpointError(
+            f"weights {weights}: only sha256= and 64 hexadecimal digits may follow the #."
+        )
     address = parts._replace(query="", fragment="").geturl()
-    heuristics = _matching_heuristics(weights, parts.query)
-    expected = _expected_digest(weights, parts.fragment)
-    if parts.scheme == "":
-        path = Path(address)
-        if expected is not None:
-            check_sha256(path, expected)
-    else:
-        path = _download(weights, parts.scheme, address, expected)
-    return Source(path, heuristics)
+    expected = parts.fragment.removeprefix("sha256=").lower()
+    if parts.scheme not in ("", "https", "detectron2"):
+        raise CheckpointError(
+            f"weights {weights}: must be a path or begin with https:// or detectron2://."
+        )
+    if parts.scheme and not expected:
+        raise CheckpointError(
+            f"weights {weights} are remote: give the SHA-256 of the file, as in "
+            f"{address}#sha256=<64 hexadecimal digits>."
+        )
+    if parts.scheme == "detectron2":
+        address = _DETECTRON2 + address.removeprefix("detectron2://")
+    path = _download(address, expected) if parts.scheme else Path(address)
+    if expected and not parts.scheme:
+        check_sha256(path, expected)
+    return Source(path, parts.query.endswith("True"))
 
 
 def check_sha256(path: Path, expected: str, name: str = "") -> None:
-    """Check the SHA-256 of a file.
-
-    Args:
-        path: the file.
-        expected: 64 hexadecimal digits in lower case.
-        name: of the file in the message; "" for its path.
+    """Check the SHA-256 of a file, which a message calls by its path or another name.
 
     Raises:
         CheckpointError: if it differs or the file cannot be read.
@@ -86,40 +93,12 @@ def check_sha256(path: Path, expected: str, name: str = "") -> None:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
     if found != expected:
         raise CheckpointError(
-            f"{name or path} has the SHA-256 {found}, not {expected} as its name in MODEL.WEIGHTS "
-            "says."
+            f"{name or path} has the SHA-256 {found}, not {expected} as the name of the weights "
+            f"{WEIGHTS_KEYS} says."
         )
 
 
-def _matching_heuristics(weights: str, query: str) -> bool:
-    options = parse_qsl(query, keep_blank_values=True)
-    if options not in ([], [("matching_heuristics", "True")], [("matching_heuristics", "False")]):
-        raise CheckpointError(
-            f"weights {weights}: only matching_heuristics=True may follow the question mark."
-        )
-    return options == [("matching_heuristics", "True")]
-
-
-def _expected_digest(weights: str, fragment: str) -> str | None:
-    if fragment and not re.fullmatch("sha256=[0-9a-fA-F]{64}", fragment):
-        raise CheckpointError(
-            f"weights {weights}: only sha256= and 64 hexadecimal digits may follow the #."
-        )
-    return fragment.removeprefix("sha256=").lower() or None
-
-
-def _download(weights: str, scheme: str, address: str, expected: str | None) -> Path:
-    if scheme not in ("https", "detectron2"):
-        raise CheckpointError(
-            f"weights {weights}: must be a path or begin with https:// or detectron2://."
-        )
-    if expected is None:
-        raise CheckpointError(
-            f"weights {weights} are remote: give the SHA-256 of the file, as in "
-            f"{address}#sha256=<64 hexadecimal digits>."
-        )
-    if scheme == "detectron2":
-        address = _DETECTRON2 + address.removeprefix("detectron2://")
+def _download(address: str, expected: str) -> Path:
     try:
         path = Path(PathManager.get_local_path(address))
         try:

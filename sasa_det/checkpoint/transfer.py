@@ -3,7 +3,7 @@
 import fnmatch
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tabulate import tabulate
@@ -16,12 +16,8 @@ from ..utils.text import abbreviated_list
 from .layouts import Layout
 from .matching import OPTIONAL, backbone_names
 
-# Why weights of the source are dropped, and those of the target missing.
-_CLASSIFIER = "classifier"
-_OUTSIDE = "outside the backbone"
+# Some reasons for which weights of the source are dropped, and those of the target missing.
 _NO_PLACE = "no such weight in the target"
-_NO_STAGE = "no such stage in the target"
-_REPLACED = "attention takes its place"
 _NO_PART = "not a part of a plain ResNet or SAN"
 _NO_STATISTICS = "the target's norm keeps no statistics"
 _COUNTED = "counted by the model itself"
@@ -43,12 +39,12 @@ class Report:
         dropped: by name in the source, why; what the source holds beside weights is among them.
         missing: by name in the target, why.
         mismatched: by name in the target, the name in the source and how their shapes differ.
-        weights_allow: patterns for MODEL.WEIGHTS_ALLOW, without which no model takes the result,
-            since weights are missing.
+        weights_allow: what a run has to allow that starts from the result, as ``allow`` of
+            :class:`~sasa_det.checkpoint.Checkpointer`, since weights are missing.
         preprocessing: of the images that the weights are for; None if it is unknown.
     """
 
-    loaded: dict[str, str]
+    loaded: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     mismatched: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -62,22 +58,20 @@ class Report:
             *(("missing", "", target, why) for target, why in self.missing.items()),
             *(("shape", source, target, how) for target, (source, how) in self.mismatched.items()),
         ]
-        headers = ("", "source", "target", "")
+        preprocessing = "unknown, since the source does not say it"
+        if self.preprocessing is not None:
+            preprocessing = "{format}, {pixel_mean}, {pixel_std}".format(**self.preprocessing)
         lines = [
-            tabulate(rows, headers, tablefmt="github", disable_numparse=True),
+            tabulate(rows, ("", "source", "target", ""), "github", disable_numparse=True),
             f"{len(self.loaded)} loaded, {len(self.dropped)} dropped, {len(self.missing)} missing, "
             f"{len(self.mismatched)} of another shape.",
+            f"Preprocessing: {preprocessing}.",
         ]
-        if self.preprocessing is None:
-            lines.append("Preprocessing: unknown, since the source does not say it.")
-        else:
-            lines.append(
-                "Preprocessing: {format}, {pixel_mean}, {pixel_std}.".format(**self.preprocessing)
-            )
         if self.weights_allow:
             lines.append(
                 "To start from these incomplete weights, a run needs MODEL.WEIGHTS_ALLOW "
-                f'"{list(self.weights_allow)}".'
+                f'"{list(self.weights_allow)}", or train.weights_allow with the same list in a '
+                "LazyConfig."
             )
         return "\n".join(lines)
 
@@ -118,15 +112,16 @@ def transfer(
     if layout.convolutional:
         _check_strides(model)
     names, bare = layout.rename(weights), layout.bare(weights)
-    loaded: dict[str, str] = {}
-    dropped: dict[str, str] = {}
-    mismatched: dict[str, tuple[str, str]] = {}
+    report = Report()
+    loaded, dropped, mismatched = report.loaded, report.dropped, report.mismatched
     for source, weight in weights.items():
         name = names.get(source)
         if (name or bare.get(source, "")).startswith("linear."):
-            dropped[source] = _CLASSIFIER
+            dropped[source] = "classifier"
         elif name is None:
-            dropped[source] = _NO_PART if layout.foreign and source in bare else _OUTSIDE
+            dropped[source] = (
+                _NO_PART if layout.foreign and source in bare else "outside the backbone"
+            )
         elif name not in shapes:
             dropped[source] = _why_no_place(name, shapes, attention)
         elif name in loaded or name in mismatched:
@@ -136,30 +131,37 @@ def transfer(
             mismatched[name] = (source, how)
         else:
             loaded[name] = source
-    missing = {
-        name: _why_missing(name, attention)
-        for name in shapes
-        if name not in loaded and name not in mismatched
-    }
-    wrong = {name: why for name, why in {**dropped, **missing}.items() if why in _WRONG}
-    wrong |= dict.fromkeys(mismatched, "")
+    needed = set()
+    for name in shapes:
+        if name in loaded or name in mismatched:
+            continue
+        place = next((beginning for beginning in attention if name.startswith(beginning)), None)
+        if _is_optional(name):
+            report.missing[name] = _COUNTED
+        elif place is None:
+            report.missing[name] = _NOT_THERE
+        else:
+            report.missing[name] = _ATTENTION
+            # All weights at such a place, in whatever stage and block.
+            needed.add(f"*.{re.sub(r'[0-9]', '?', place)}*")
+    reasons = {**dropped, **report.missing}
+    wrong = {name for name, why in reasons.items() if why in _WRONG} | mismatched.keys()
     allowed = {pattern: set(fnmatch.filter(wrong, pattern)) for pattern in allow}
-    needed = {f"*{p}" for p, names in allowed.items() if names - dropped.keys()}
-    needed |= {_pattern(name, attention) for name, why in missing.items() if why == _ATTENTION}
-    report = Report(loaded, dropped, missing, mismatched, tuple(sorted(needed)))
+    needed |= {f"*{p}" for p, names in allowed.items() if names - dropped.keys()}
+    report = replace(report, weights_allow=tuple(sorted(needed)))
     if not loaded:
         raise TransferError(
             f"none of its {len(weights)} weights ({abbreviated_list(sorted(weights), 3)}) fits the "
             f"target's backbone ({abbreviated_list(sorted(shapes), 3)})",
             report,
         )
-    refused = wrong.keys() - set().union(*allowed.values())
+    refused = wrong.difference(*allowed.values())
     if refused:
-        raise TransferError(_refusal(refused, report, layout), report)
+        raise TransferError(_refusal(refused, report), report)
     return report
 
 
-def _refusal(refused: Collection[str], report: Report, layout: Layout) -> str:
+def _refusal(refused: Collection[str], report: Report) -> str:
     lacking = sorted(refused & report.missing.keys())
     other = sorted(refused & report.mismatched.keys())
     left = sorted(refused & report.dropped.keys())
@@ -180,18 +182,16 @@ def _refusal(refused: Collection[str], report: Report, layout: Layout) -> str:
 def _why_no_place(name: str, shapes: Collection[str], attention: tuple[str, ...]) -> str:
     stage, module, kind = name.partition(".")[0], *name.rpartition(".")[::2]
     if not any(known.startswith(f"{stage}.") for known in shapes):
-        return _NO_STAGE
-    if any(fnmatch.fnmatchcase(name, pattern) for pattern in OPTIONAL):
+        return "no such stage in the target"
+    if _is_optional(name):
         return _COUNTED
     if kind in ("running_mean", "running_var") and f"{module}.weight" in shapes:
         return _NO_STATISTICS
-    return _REPLACED if name.startswith(attention) else _NO_PLACE
+    return "attention takes its place" if name.startswith(attention) else _NO_PLACE
 
 
-def _why_missing(name: str, attention: tuple[str, ...]) -> str:
-    if any(fnmatch.fnmatchcase(name, pattern) for pattern in OPTIONAL):
-        return _COUNTED
-    return _ATTENTION if name.startswith(attention) else _NOT_THERE
+def _is_optional(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in OPTIONAL)
 
 
 def _instead_of_convolution(model: nn.Module, state: Collection[str]) -> tuple[str, ...]:
@@ -216,9 +216,3 @@ def _check_strides(model: nn.Module) -> None:
                 f"its stages have their strides in 3x3 convolutions, the target's in 1x1 ones, "
                 f"as in {name}; set MODEL.RESNETS.STRIDE_IN_1X1 False"
             )
-
-
-def _pattern(name: str, attention: tuple[str, ...]) -> str:
-    """Return the pattern of all weights at a place of attention, in whatever stage and block."""
-    beginning = next(b for b in attention if name.startswith(b))
-    return f"*.{re.sub(r'[0-9]', '?', beginning)}*"

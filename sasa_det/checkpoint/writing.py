@@ -44,14 +44,13 @@ def write_checkpoint(data: dict[str, Any], path: str | os.PathLike) -> None:
             fails; nothing is left of the file then.
     """
     path = Path(path)
-    size = _measure(data)
+    size = _measure(data) + _MARGIN
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path.parent).free
-        if free < size + _MARGIN:
+        if free < size:
             raise CheckpointError(
-                f"{path} needs {_megabytes(size + _MARGIN)} but the disk has "
-                f"{_megabytes(free)} left."
+                f"{path} needs {size / 2**20:.0f} MiB but the disk has {free / 2**20:.0f} MiB left."
             )
         with whole_file(path) as part:
             if path.suffix == ".safetensors":
@@ -100,7 +99,3 @@ def _reason(error: BaseException) -> str:
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__
     return getattr(cause, "strerror", None) or str(error).partition("\n")[0]
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 2**20:.0f} MiB"

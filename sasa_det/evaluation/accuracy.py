@@ -14,8 +14,6 @@ from ..utils.text import abbreviated_list
 
 logger = logging.getLogger(__name__)
 
-_SHOWN = 10
-
 
 class ClassificationEvaluator(DatasetEvaluator):
     """Accuracy over the images of all processes.
@@ -78,16 +76,11 @@ class ClassificationEvaluator(DatasetEvaluator):
         if len(unreadable) > limit or not images:
             raise DatasetError(
                 f"{len(unreadable)} of {total} images of {self._dataset_name} cannot be read, and "
-                f"{limit} may be left out "
-                "(DATALOADER.SKIP_UNREADABLE, SKIP_UNREADABLE_FRACTION): "
-                f"{abbreviated_list(unreadable, _SHOWN)}"
+                f"{limit} may be left out (DATALOADER.SKIP_UNREADABLE, SKIP_UNREADABLE_FRACTION): "
+                f"{abbreviated_list(unreadable, 10)}"
             )
         if not comm.is_main_process():
             return {}
-        results = {
-            "top1": 100 * top1 / images,
-            "top5": 100 * top5 / images,
-            "images": images,
-            "unreadable": len(unreadable),
-        }
-        return {"classification": results}
+        accuracies = {"top1": 100 * top1 / images, "top5": 100 * top5 / images}
+        counts = {"images": images, "unreadable": len(unreadable)}
+        return {"classification": {**accuracies, **counts}}

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -34,7 +33,7 @@ def draw_detections(
     class_names: Sequence[str],
     score_threshold: float = 0.5,
     columns: int = 4,
-) -> None:
+) -> Figure:
     """Draw images twice, with their ground truth and with what was detected, into one PNG.
 
     Args:
@@ -46,34 +45,12 @@ def draw_detections(
         score_threshold: detections with a lower score are not drawn.
         columns: cells in a row, at least 1.
 
+    Returns:
+        Figure: what was drawn.
+
     Raises:
         ValueError: if there are no samples, or ``columns`` is less than 1.
     """
-    _save(_detections_figure(samples, class_names, score_threshold, columns), path)
-
-
-def draw_curves(runs: Mapping[str, str | os.PathLike], path: str | os.PathLike) -> None:
-    """Draw loss and AP of training runs against the iteration into one PNG.
-
-    Args:
-        runs: the legend's label of every run, and its ``metrics.json`` as detectron2's trainer
-            writes it.
-        path: the PNG to write.
-
-    Raises:
-        ValueError: if there are no runs, or a file is not JSON lines or has neither ``total_loss``
-            nor ``bbox/AP`` in it.
-        FileNotFoundError: if a metrics file does not exist.
-    """
-    _save(_curves_figure(runs), path)
-
-
-def _detections_figure(
-    samples: Sequence[Mapping[str, Any]],
-    class_names: Sequence[str],
-    score_threshold: float,
-    columns: int,
-) -> Figure:
     if not samples:
         raise ValueError("samples is empty: at least one is needed")
     if columns < 1:
@@ -99,6 +76,8 @@ def _detections_figure(
             )
             axes.set_title(title, fontsize=8, pad=3)
             _draw_panel(axes, sample["image"], *drawn, class_names, colours)
+    with whole_file(path) as part:
+        figure.savefig(part, format="png")
     return figure
 
 
@@ -136,7 +115,7 @@ def _draw_panel(
             y0 if above else y1,
             text,
             fontsize=FONT_SIZE,
-            color=_text_colour(colours[label]),
+            color="black" if colours[label] @ (0.299, 0.587, 0.114) > 0.5 else "white",
             ha="left" if from_left else "right",
             va="bottom" if above else "top",
             bbox={"facecolor": colours[label], "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
@@ -153,11 +132,22 @@ def _class_colours(count: int) -> np.ndarray:
     return hsv_to_rgb(np.stack([hue, saturation, value], axis=-1))
 
 
-def _text_colour(background: np.ndarray) -> str:
-    return "black" if background @ (0.299, 0.587, 0.114) > 0.5 else "white"
+def draw_curves(runs: Mapping[str, str | os.PathLike], path: str | os.PathLike) -> Figure:
+    """Draw loss and AP of training runs against the iteration into one PNG.
 
+    Args:
+        runs: the legend's label of every run, and its ``metrics.json`` as detectron2's trainer
+            writes it.
+        path: the PNG to write.
 
-def _curves_figure(runs: Mapping[str, str | os.PathLike]) -> Figure:
+    Returns:
+        Figure: what was drawn.
+
+    Raises:
+        ValueError: if there are no runs, or a file is not JSON lines or has neither ``total_loss``
+            nor ``bbox/AP`` in it.
+        FileNotFoundError: if a metrics file does not exist.
+    """
     if not runs:
         raise ValueError("runs is empty: at least one metrics.json is needed")
     figure = Figure(figsize=(12, 4.5), dpi=DPI, layout="constrained")
@@ -172,17 +162,13 @@ def _curves_figure(runs: Mapping[str, str | os.PathLike]) -> Figure:
             )
         colour = f"C{number % 10}"
         iterations, losses = curves["total_loss"]
-        loss_axes.plot(iterations, losses, color=colour, alpha=0.25, linewidth=0.8)
-        loss_axes.plot(
-            iterations, _running_median(losses), color=colour, linewidth=1.8, label=label
-        )
+        loss_axes.plot(iterations, losses, color=colour, alpha=0.25, lw=0.8)
+        loss_axes.plot(iterations, _running_median(losses), color=colour, lw=1.8, label=label)
         for key, style in (("bbox/AP", "-"), ("bbox/AP50", "--")):
             iterations, values = curves[key]
             if len(iterations):
                 name = f"{label}, {key.removeprefix('bbox/')}"
-                ap_axes.plot(
-                    iterations, values, style, color=colour, marker="o", markersize=4, label=name
-                )
+                ap_axes.plot(iterations, values, style, color=colour, marker="o", ms=4, label=name)
     loss_axes.set_title("Training loss (running median; raw behind it)")
     loss_axes.set_ylabel("total loss")
     loss_axes.set_yscale("log")
@@ -202,6 +188,8 @@ def _curves_figure(runs: Mapping[str, str | os.PathLike]) -> Figure:
         ap_axes.text(
             0.5, 0.5, "no evaluation yet", ha="center", va="center", transform=ap_axes.transAxes
         )
+    with whole_file(path) as part:
+        figure.savefig(part, format="png")
     return figure
 
 
@@ -213,10 +201,9 @@ def _read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
         try:
             records.append(json.loads(line))
         except ValueError as error:
-            if number == len(lines):
-                logger.warning("%s: the last line is cut off and left out", path)
-                break
-            raise ValueError(f"{path}: line {number} is not JSON: {error}") from error
+            if number < len(lines):
+                raise ValueError(f"{path}: line {number} is not JSON: {error}") from error
+            logger.warning("%s: the last line is cut off and left out", path)
     return records
 
 
@@ -232,8 +219,3 @@ def _running_median(values: np.ndarray) -> np.ndarray:
     return np.array(
         [np.median(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))]
     )
-
-
-def _save(figure: Figure, path: str | os.PathLike) -> None:
-    with whole_file(path) as part:
-        FigureCanvasAgg(figure).print_png(part)

@@ -42,8 +42,7 @@ def validation_losses(
         dict: mean losses a batch, and their sum, "total_loss".
     """
     modes = {module: module.training for module in model.modules()}
-    normalized = modules_with_loss_normalizer(model).values()
-    normalizers = [(module, module.loss_normalizer) for module in normalized]
+    normalizers = {m: m.loss_normalizer for m in modules_with_loss_normalizer(model).values()}
     model.train()
     for module in modes:
         if isinstance(module, (_BatchNorm, nn.modules.dropout._DropoutNd)):
@@ -54,7 +53,7 @@ def validation_losses(
         # The models write what they count into the storage: not into the run's own.
         with torch.no_grad(), EventStorage(), seeded(0):
             for batch in batches:
-                for module, _ in normalizers:
+                for module in normalizers:
                     del module.loss_normalizer
                 for name, loss in model(batch).items():
                     totals[name] = totals.get(name, 0.0) + float(loss)
@@ -62,7 +61,7 @@ def validation_losses(
     finally:
         for module, training in modes.items():
             module.training = training
-        for module, value in normalizers:
+        for module, value in normalizers.items():
             module.loss_normalizer = value
     shares = comm.all_gather((totals, count))
     count = sum(number for _, number in shares)

@@ -33,7 +33,8 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
             with open(part, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(part, path)
-            _sync_folder(folder)
+            with _ignoring(errno.EINVAL):  # some network file systems cannot
+                os.fsync(folder)
         finally:
             part.unlink(missing_ok=True)
 
@@ -49,21 +50,19 @@ def _locked(folder: Path) -> Iterator[int]:
     """Open a folder, and keep the lock of it in a block where its file system has locks."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
+        # NFS locks no folders.
+        with _ignoring(errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            # NFS locks no folders.
-            if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _sync_folder(descriptor: int) -> None:
-    """Wait until the names in a folder are on the disk."""
+@contextmanager
+def _ignoring(*numbers: int) -> Iterator[None]:
+    """Ignore the errors of these numbers in a block."""
     try:
-        os.fsync(descriptor)
+        yield
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot
+        if error.errno not in numbers:
             raise

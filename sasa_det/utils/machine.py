@@ -1,21 +1,11 @@
 """What a number was measured on."""
 
 import platform
+import re
 import time
 from pathlib import Path
 
 import torch
-
-
-def processor_name() -> str:
-    """Return the model name of the processor, or its architecture if it is not known."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def describe_machine(device: str, dtype: str | None = None) -> str:
@@ -26,11 +16,16 @@ def describe_machine(device: str, dtype: str | None = None) -> str:
         dtype: type of the numbers, if it is worth saying.
 
     Returns:
-        str: the processor or GPU, threads, torch's version, the date.
+        str: the processor's model as Linux tells it, else its architecture, and threads, or the
+        GPU; torch's version, the date.
     """
     if device == "cuda":
         machine = torch.cuda.get_device_name()
     else:
-        machine = f"{processor_name()}, {torch.get_num_threads()} threads"
+        cpuinfo = Path("/proc/cpuinfo")
+        text = cpuinfo.read_text() if cpuinfo.exists() else ""
+        model = re.search("^model name.*: *(.*)", text, re.MULTILINE)
+        processor = model[1] if model else platform.processor() or platform.machine()
+        machine = f"{processor}, {torch.get_num_threads()} threads"
     parts = [machine, *([dtype] if dtype else []), f"torch {torch.__version__}"]
     return ", ".join([*parts, time.strftime("%Y-%m-%d")])

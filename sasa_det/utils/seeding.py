@@ -31,15 +31,7 @@ def seeded(*key: int) -> Iterator[None]:
 
 
 def _seed_python_and_numpy(key: tuple[int, ...]) -> int:
-    """Seed the two and return 64 bits for torch."""
-    words = np.random.SeedSequence(_told_apart(key)).generate_state(4)
-    random.seed(int(words[0]))
-    np.random.seed(words[1])
-    return int(words[2]) << 32 | int(words[3])
-
-
-def _told_apart(key: tuple[int, ...]) -> tuple[int, ...]:
-    """Return a key that no key of another length and the same first number equals in NumPy.
+    """Seed the two and return 64 bits for torch.
 
     NumPy writes numbers as words of 32 bits and fills up to four of them with zeros, so that
     (seed, 1) of a sample and (seed, 1, 0, 0) of a step would be the same. Where zeros or numbers of
@@ -47,5 +39,8 @@ def _told_apart(key: tuple[int, ...]) -> tuple[int, ...]:
     the runs that go on from earlier checkpoints.
     """
     if (len(key) > 2 and not any(key[2:])) or any(number >= 2**32 for number in key[1:]):
-        return (*key, 0, len(key))
-    return key
+        key = (*key, 0, len(key))
+    words = np.random.SeedSequence(key).generate_state(4)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    return int(words[2]) << 32 | int(words[3])

@@ -1,9 +1,10 @@
+import functools
+
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from sasa_det.analysis import cost_figure
 from sasa_det.analysis.cost_figure import CostedModel, draw_cost_figure
 
 PRINTED = "printed in Table 1, by number of layers"
@@ -18,8 +19,9 @@ MODELS = [
 AXES = {"flops": (4, 8, 3, 1, 9, 5), "parameters": (10, 20, 5, 2, 12, 9)}
 
 
-def drawn(models):
-    return cost_figure._figure(models)
+@pytest.fixture
+def drawn(tmp_path):
+    return functools.partial(draw_cost_figure, path=tmp_path / "figure.png")
 
 
 def points(axes, marker):
@@ -33,7 +35,7 @@ def points(axes, marker):
 
 
 @pytest.mark.parametrize("column,cost", list(enumerate(AXES)))
-def test_accuracies_are_where_their_costs_are(column, cost):
+def test_accuracies_are_where_their_costs_are(drawn, column, cost):
     x = AXES[cost]
     figure = drawn(MODELS)
     panel, strip = figure.axes[column], figure.axes[column + 2]
@@ -52,7 +54,7 @@ def test_accuracies_are_where_their_costs_are(column, cost):
         assert cost.lower() in axes.get_xlabel().lower()
 
 
-def test_legend_names_what_is_there():
+def test_legend_names_what_is_there(drawn):
     for models, expected in (
         (MODELS, ["old", "new", "other models", PRINTED, "measured"]),
         (MODELS[:3], ["old", "new", PRINTED, "measured"]),
@@ -64,11 +66,10 @@ def test_legend_names_what_is_there():
 
 def test_the_picture_shows_the_stars(tmp_path):
     path = tmp_path / "new" / "a.png"
-    draw_cost_figure(MODELS, path)
+    figure = draw_cost_figure(MODELS, path)
     with Image.open(path) as image:
         assert image.format == "PNG"
         pixels = np.asarray(image.convert("RGB")).astype(int)
-    figure = drawn(MODELS)
     figure.draw_without_rendering()  # settles the panels' places
     for (x, y), colour in points(figure.axes[0], "*").items():
         column, row = np.floor(figure.axes[0].transData.transform((x, y))).astype(int)
@@ -76,7 +77,7 @@ def test_the_picture_shows_the_stars(tmp_path):
         assert np.abs(pixels[pixels.shape[0] - 1 - row, column] - expected).max() <= 10
 
 
-def test_texts_stay_in_the_picture():
+def test_texts_stay_in_the_picture(drawn):
     figure = drawn(MODELS)
     figure.draw_without_rendering()
     texts = [(axes.bbox, text) for axes in figure.axes for text in axes.texts]

@@ -316,7 +316,8 @@ def test_without_a_checkpoint_weights_are_loaded_alone(tmp_path, run, monkeypatc
 
 
 def test_strict_needs_weights(tmp_path):
-    with pytest.raises(CheckpointError, match="no weights are given: .*MODEL.WEIGHTS"):
+    keys = r"\(MODEL.WEIGHTS, or train.init_checkpoint in a LazyConfig\)"
+    with pytest.raises(CheckpointError, match=f"no weights are given: name a checkpoint {keys}"):
         Checkpointer(model_of(1), strict=True).load("")
     assert Checkpointer(model_of(1)).load("") == {}
 

@@ -151,6 +151,7 @@ def test_what_is_allowed_by_name(run, tmp_path, tool):
     assert not target.exists()
     status, output, _ = tool(*words, "--allow", "res5.*.conv3.weight")
     assert status == 0 and "MODEL.WEIGHTS_ALLOW \"['*res5.*.conv3.weight', '*res5" in output
+    assert "or train.weights_allow with the same list in a LazyConfig" in output
     refused(tool(*words, "--overwrite", "--allow", "res6.*"), "'res6.*' of --allow matches no")
 
 
@@ -309,5 +310,5 @@ def test_from_python(run, tmp_path):
     with pytest.raises(UsageError, match="no config: --allow"):
         source = saved(tmp_path / "a.pth", model={"backbone.a": torch.ones(1)})
         convert_checkpoint(source, tmp_path / "b.pth", allow=["a"])
-    with pytest.raises(CheckpointError, match="holds no averaged weights"):
+    with pytest.raises(CheckpointError, match="no averaged weights, .*DECAY, or train.ema.decay"):
         convert_checkpoint(source, tmp_path / "b.pth", build_target(DETECTOR), weights="ema")

@@ -6,8 +6,9 @@ import struct
 import numpy as np
 import pytest
 import torch
+from detectron2.utils import logger
 
-from sasa_det.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
+from sasa_det.checkpoint import CheckpointError, pickles, read_checkpoint, write_checkpoint
 from sasa_det.checkpoint.reading import check_finite, classes_in, read_iteration
 
 
@@ -140,9 +141,7 @@ def test_the_refused_name_is_told(tmp_path, hostile):
 
 def test_the_ignored_switch_is_told_once(tmp_path, state, monkeypatch, caplog):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    from sasa_det.checkpoint import reading
-
-    reading._say_ignored.cache_clear()
+    logger._LOG_COUNTER.clear()
     for _ in range(2):
         read_checkpoint(save(tmp_path / "a.pth", state))
     assert caplog.text.count("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is ignored") == 1
@@ -206,6 +205,22 @@ def test_pickles_written_by_hand(tmp_path, opcodes):
     (tmp_path / "a.pkl").write_bytes(Content(opcodes).data)
     with pytest.raises(CheckpointError):
         read_checkpoint(tmp_path / "a.pkl")
+
+
+@pytest.mark.parametrize(
+    ("name", "stand_in"),
+    [
+        (b"numpy\ndtype\n", pickles._Dtype),
+        (b"collections\nOrderedDict\n", pickles._Dict),
+        (b"numpy.core.multiarray\n_reconstruct\n", pickles._Array),
+    ],
+)
+@pytest.mark.parametrize("state", [b"}X\x01\x00\x00\x00aK\x01s", b"N}X\x01\x00\x00\x00aK\x01s\x86"])
+def test_a_pickle_sets_no_attribute_of_a_class(tmp_path, name, stand_in, state):
+    (tmp_path / "a.pkl").write_bytes(Content(b"c" + name + state + b"b").data)
+    with pytest.raises(CheckpointError, match="TypeError"):
+        read_checkpoint(tmp_path / "a.pkl")
+    assert not hasattr(stand_in, "a")
 
 
 def test_the_pickle_written_by_hand_is_read_where_it_is_of_numbers(tmp_path):
@@ -280,10 +295,10 @@ def test_the_iteration_is_read_alone(tmp_path, state, hostile):
 def test_numbers_that_are_not_finite(dtype, value):
     weights = {"fine": torch.ones(3), "none": torch.ones(0), "count": torch.tensor(3)}
     weights["edge"] = torch.full((2,), torch.finfo(dtype).max, dtype=dtype)
-    check_finite(weights, "a.pth")
+    check_finite({"model": weights}, "a.pth")
     weights["bad"] = torch.tensor([1.0, value, 2.0], dtype=dtype)
     with pytest.raises(CheckpointError, match="a.pth: the weight bad is not finite"):
-        check_finite(weights, "a.pth")
+        check_finite({"model": weights}, "a.pth")
 
 
 def test_reading_changes_nothing(tmp_path, state):

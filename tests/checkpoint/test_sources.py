@@ -111,7 +111,8 @@ def test_what_was_downloaded_before_is_used_or_downloaded_anew(
     assert locate(f"{name}#sha256={changed}").path == path and downloads == [address]
 
     # What is neither in the cache nor there is refused, and the cache is left as it was.
-    refusal = f"{address} has the SHA-256 {changed}, not {DIGEST} as its name"
+    refusal = f"{address} has the SHA-256 {changed}, not {DIGEST} as the name of the weights "
+    refusal += r"\(MODEL.WEIGHTS, or train.init_checkpoint in a LazyConfig\) says"
     with pytest.raises(CheckpointError, match=refusal):
         locate(f"{name}#sha256={DIGEST}")
     content.clear()

@@ -8,8 +8,13 @@ from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 
-from sasa_det.checkpoint import Checkpointer, CheckpointError, read_checkpoint, write_checkpoint
-from sasa_det.checkpoint.convert import read_contents, write_backbone
+from sasa_det.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    convert_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
 from sasa_det.config import add_sasa_config
 from sasa_det.errors import TransferError
 
@@ -77,7 +82,7 @@ def built(cfg, seed=0):
 
 def saved(folder, model, **rest):
     write_checkpoint({"model": model.state_dict(), **rest}, folder / "source.pth")
-    return read_contents(folder / "source.pth")
+    return folder / "source.pth"
 
 
 # --------------------------------------------------------------------- of this project, to models
@@ -92,7 +97,7 @@ def test_a_pretrained_backbone_gives_the_same_features(tmp_path, name, reader):
     pretrained = built(classifier(ALL + ["linear"], **keys))
     target = tmp_path / "backbone.pth"
     model = built(detector(name, **keys), seed=1)
-    report = write_backbone(saved(tmp_path, pretrained), target, model)
+    report = convert_checkpoint(saved(tmp_path, pretrained), target, model)
     assert not report.missing and not report.mismatched
     assert report.dropped == dict.fromkeys(
         ["backbone.linear.weight", "backbone.linear.bias"], "classifier"
@@ -113,9 +118,9 @@ def test_a_pretrained_backbone_gives_the_same_features(tmp_path, name, reader):
 
 def test_the_weights_are_the_source_s_bit_for_bit(tmp_path):
     pretrained = built(classifier())
-    contents = saved(tmp_path, pretrained)
+    path = saved(tmp_path, pretrained)
     for name in ("a.pth", "b.pth", "a.safetensors", "b.safetensors"):
-        write_backbone(contents, tmp_path / name, built(detector("RetinaNet")))
+        convert_checkpoint(path, tmp_path / name, built(detector("RetinaNet")))
     for suffix in (".pth", ".safetensors"):
         assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
         read = read_checkpoint(tmp_path / f"a{suffix}")
@@ -132,7 +137,7 @@ def test_the_weights_are_the_source_s_bit_for_bit(tmp_path):
 
 def test_a_pooled_classifier_and_back(tmp_path):
     pretrained = built(classifier(["res5"]))
-    report = write_backbone(saved(tmp_path, pretrained), tmp_path / "a.pth", pretrained)
+    report = convert_checkpoint(saved(tmp_path, pretrained), tmp_path / "a.pth", pretrained)
     assert report.dropped == dict.fromkeys(["linear.weight", "linear.bias"], "classifier")
     # A classifier of other classes starts from it, whatever its head.
     for features in (["res5"], ["linear"]):
@@ -146,15 +151,18 @@ def test_a_pooled_classifier_and_back(tmp_path):
 def test_of_a_detector_the_backbone_is_taken(tmp_path):
     trained = built(detector("RetinaNet"))
     model = built(classifier(["res5"]), seed=1)
-    contents = saved(tmp_path, trained, iteration=3, trainer={})
-    report = write_backbone(contents, tmp_path / "a.pth", model)
+    path = saved(tmp_path, trained, iteration=3, trainer={})
+    report = convert_checkpoint(path, tmp_path / "a.pth", model)
     assert report.dropped["head.cls_score.weight"] == "outside the backbone"
     assert report.dropped["backbone.fpn_lateral3.weight"] == "outside the backbone"
     assert report.dropped["trainer"] == report.dropped["iteration"] == "state of training"
     assert len(report.loaded) == len(model.backbone.state_dict())
-    assert {*report.loaded.values(), *report.dropped} == {*contents.weights, "iteration", "trainer"}
+    assert {*report.loaded.values(), *report.dropped} == {
+        *read_checkpoint(path)["model"],
+        *("iteration", "trainer"),
+    }
     # What was converted can be converted again.
-    again = write_backbone(read_contents(tmp_path / "a.pth"), tmp_path / "b.pth", model)
+    again = convert_checkpoint(tmp_path / "a.pth", tmp_path / "b.pth", model)
     assert list(again.loaded) == list(report.loaded) and not again.dropped
     assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
 
@@ -179,23 +187,26 @@ def source(tmp_path_factory):
     return saved(tmp_path_factory.mktemp("source"), built(classifier()))
 
 
-def without(contents, *names, **others):
-    weights = {key: w for key, w in contents.weights.items() if key not in names}
-    return contents._replace(weights={**weights, **others})
+def without(source, *names, **others):
+    """Write the weights of a file, some of them left out or changed, to another of its name."""
+    weights = {k: w for k, w in read_checkpoint(source)["model"].items() if k not in names}
+    path = source.parent / "changed" / source.name
+    write_checkpoint({"model": {**weights, **others}}, path)
+    return path
 
 
 def test_a_weight_that_is_not_there(source, tmp_path):
     model = built(detector("RetinaNet"))
     key = "res4.1.attention.key.weight"
-    contents = without(source, f"backbone.{key}")
+    path = without(source, f"backbone.{key}")
     with pytest.raises(TransferError, match=f"source.pth does not fit .*it has no {key};") as error:
-        write_backbone(contents, tmp_path / "a.pth", model)
+        convert_checkpoint(path, tmp_path / "a.pth", model)
     assert "\n" not in str(error.value)
     assert error.value.report.missing == {key: "not in the source"}
     assert key in str(error.value.report)
     assert not any(tmp_path.iterdir())
     advised = re.search("as in --allow '(.*)'", str(error.value))[1]
-    report = write_backbone(contents, tmp_path / "a.pth", model, allow=[advised])
+    report = convert_checkpoint(path, tmp_path / "a.pth", model, allow=[advised])
     assert report.missing == {key: "not in the source"}
     # The file has to be taken as it is by name, too.
     with pytest.raises(CheckpointError, match=key):
@@ -206,10 +217,10 @@ def test_a_weight_that_is_not_there(source, tmp_path):
 def test_a_weight_of_another_shape(source, tmp_path):
     model = built(detector("RetinaNet"))
     other = {"backbone.res5.0.conv3.weight": torch.ones(2, 3)}
-    contents = without(source, *other, **other)
+    path = without(source, *other, **other)
     with pytest.raises(TransferError, match=r"other shapes for res5.0.conv3.weight \(\(2, 3\) in"):
-        write_backbone(contents, tmp_path / "a.pth", model, allow=["res2.*"])
-    report = write_backbone(contents, tmp_path / "a.pth", model, allow=["res5.0.conv3.weight"])
+        convert_checkpoint(path, tmp_path / "a.pth", model, allow=["res2.*"])
+    report = convert_checkpoint(path, tmp_path / "a.pth", model, allow=["res5.0.conv3.weight"])
     assert list(report.mismatched) == ["res5.0.conv3.weight"]
     assert report.mismatched["res5.0.conv3.weight"][0] == "backbone.res5.0.conv3.weight"
     assert "res5.0.conv3.weight" not in read_checkpoint(tmp_path / "a.pth")["model"]
@@ -217,21 +228,23 @@ def test_a_weight_of_another_shape(source, tmp_path):
 
 def test_patterns_have_to_match(source, tmp_path):
     with pytest.raises(CheckpointError, match="pattern 'ers5.*' of --allow matches no weight"):
-        write_backbone(source, tmp_path / "a.pth", built(classifier()), allow=["res5.*", "ers5.*"])
+        convert_checkpoint(
+            source, tmp_path / "a.pth", built(classifier()), allow=["res5.*", "ers5.*"]
+        )
     assert not any(tmp_path.iterdir())
 
 
 def test_every_weight_is_in_one_place(source, tmp_path):
     model = built(classifier(MODEL__RESNETS__DEPTH=38))
     with pytest.raises(TransferError) as error:
-        write_backbone(source, tmp_path / "a.pth", model)
+        convert_checkpoint(source, tmp_path / "a.pth", model)
     report = error.value.report
     sources = [
         *report.loaded.values(),
         *report.dropped,
         *(n for n, _ in report.mismatched.values()),
     ]
-    assert sorted(sources) == sorted(source.weights)
+    assert sorted(sources) == sorted(read_checkpoint(source)["model"])
     targets = [*report.loaded, *report.missing, *report.mismatched]
     state = [key for key in model.backbone.state_dict() if not key.startswith("linear.")]
     assert sorted(targets) == sorted(state)
@@ -247,17 +260,17 @@ def test_every_weight_is_in_one_place(source, tmp_path):
 def test_what_the_target_has_no_place_for(source, tmp_path, keys, left, patterns):
     model = built(classifier(**keys))
     with pytest.raises(TransferError, match=f"the target has no place for .*{left}"):
-        write_backbone(source, tmp_path / "a.pth", model)
-    report = write_backbone(source, tmp_path / "a.pth", model, allow=patterns)
+        convert_checkpoint(source, tmp_path / "a.pth", model)
+    report = convert_checkpoint(source, tmp_path / "a.pth", model, allow=patterns)
     assert any(left in name for name in report.dropped)
 
 
 def test_deeper_into_shallower_is_refused_and_fewer_stages_are_not(tmp_path):
     deep = saved(tmp_path, built(classifier(MODEL__RESNETS__DEPTH=38)))
     with pytest.raises(TransferError, match=r"no place for .*res2\.1\."):
-        write_backbone(deep, tmp_path / "a.pth", built(classifier()))
+        convert_checkpoint(deep, tmp_path / "a.pth", built(classifier()))
     shallow = built(classifier(["res4"], MODEL__RESNETS__DEPTH=38))
-    report = write_backbone(deep, tmp_path / "a.pth", shallow)
+    report = convert_checkpoint(deep, tmp_path / "a.pth", shallow)
     stages = {n.split(".")[1] for n, why in report.dropped.items() if why.startswith("no such sta")}
     assert stages == {"res5"}
 
@@ -265,7 +278,7 @@ def test_deeper_into_shallower_is_refused_and_fewer_stages_are_not(tmp_path):
 def test_nothing_fits(source, tmp_path):
     other = torch.nn.ModuleDict({"backbone": torch.nn.Linear(2, 2)})
     with pytest.raises(CheckpointError, match="none of its .* weights .* fits the target's"):
-        write_backbone(source, tmp_path / "a.pth", other, allow=["*"])
+        convert_checkpoint(source, tmp_path / "a.pth", other, allow=["*"])
 
 
 def test_a_layout_that_is_unknown(tmp_path):
@@ -273,7 +286,7 @@ def test_a_layout_that_is_unknown(tmp_path):
     with pytest.raises(
         CheckpointError, match="vgg.pth: weights with names like features.0.weight do not"
     ):
-        write_backbone(read_contents(tmp_path / "vgg.pth"), tmp_path / "a.pth", built(classifier()))
+        convert_checkpoint(tmp_path / "vgg.pth", tmp_path / "a.pth", built(classifier()))
 
 
 # ------------------------------------------------------------------------------------ torchvision
@@ -291,10 +304,10 @@ def resnet50():
 
 
 @pytest.fixture(scope="module")
-def torchvision_contents(resnet50, tmp_path_factory):
+def torchvision_weights(resnet50, tmp_path_factory):
     path = tmp_path_factory.mktemp("torchvision") / "resnet50.pth.tar"
     torch.save({"state_dict": resnet50.state_dict(), "epoch": 90}, path)
-    return read_contents(path)
+    return path
 
 
 def resnet(stem, stages, **keys):
@@ -303,9 +316,9 @@ def resnet(stem, stages, **keys):
     return build_backbone(cfg, ShapeSpec(channels=3)).eval()
 
 
-def test_a_convolutional_resnet_is_torchvision_s(resnet50, torchvision_contents, tmp_path):
+def test_a_convolutional_resnet_is_torchvision_s(resnet50, torchvision_weights, tmp_path):
     backbone = resnet("convolution", [])
-    report = write_backbone(torchvision_contents, tmp_path / "a.pth", backbone)
+    report = convert_checkpoint(torchvision_weights, tmp_path / "a.pth", backbone)
     assert len(report.loaded) == 318 and not report.missing and not report.mismatched
     assert report.dropped == {
         "fc.weight": "classifier",
@@ -321,9 +334,9 @@ def test_a_convolutional_resnet_is_torchvision_s(resnet50, torchvision_contents,
             torch.testing.assert_close(value, expected)
 
 
-def test_an_attentional_resnet_takes_what_is_convolutional(torchvision_contents, tmp_path):
+def test_an_attentional_resnet_takes_what_is_convolutional(torchvision_weights, tmp_path):
     target = resnet("convolution", ["res4", "res5"])
-    report = write_backbone(torchvision_contents, tmp_path / "a.pth", target)
+    report = convert_checkpoint(torchvision_weights, tmp_path / "a.pth", target)
     state = target.state_dict()
     is_attention = re.compile(r"res[45]\.\d\.(attention|norm)\.").match
     assert set(report.missing) == {key for key in state if is_attention(key)}
@@ -340,8 +353,8 @@ def test_an_attentional_resnet_takes_what_is_convolutional(torchvision_contents,
     Checkpointer(model, allow=report.weights_allow).load(str(tmp_path / "a.pth"))
 
 
-def test_an_attention_stem_takes_nothing(torchvision_contents, tmp_path):
-    report = write_backbone(torchvision_contents, tmp_path / "a.pth", resnet("attention", ALL))
+def test_an_attention_stem_takes_nothing(torchvision_weights, tmp_path):
+    report = convert_checkpoint(torchvision_weights, tmp_path / "a.pth", resnet("attention", ALL))
     assert not any(name.startswith("stem.") for name in report.loaded)
     assert report.dropped["conv1.weight"] == "attention takes its place"
     assert report.weights_allow == ("*.res?.?.attention.*", "*.res?.?.norm.*", "*.stem.*")
@@ -349,51 +362,51 @@ def test_an_attention_stem_takes_nothing(torchvision_contents, tmp_path):
     assert all(pointwise(name) for name in report.loaded) and len(report.loaded) == 216
 
 
-def test_what_should_be_there_has_to_be(torchvision_contents, tmp_path):
+def test_what_should_be_there_has_to_be(torchvision_weights, tmp_path):
     for key, message in (
         ("conv1.weight", "it has no stem.conv1.weight"),
         ("layer3.1.conv3.weight", "it has no res4.1.conv3.weight"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            write_backbone(
-                without(torchvision_contents, key), tmp_path / "a.pth", resnet("convolution", ALL)
+            convert_checkpoint(
+                without(torchvision_weights, key), tmp_path / "a.pth", resnet("convolution", ALL)
             )
     with pytest.raises(CheckpointError, match="other shapes for res2.0.conv1.norm.bias"):
         target = resnet("convolution", ALL, MODEL__SASA__WIDTH_MULTIPLIER=2.0)
-        write_backbone(torchvision_contents, tmp_path / "a.pth", target)
+        convert_checkpoint(torchvision_weights, tmp_path / "a.pth", target)
     assert not any(tmp_path.iterdir())
 
 
-def test_another_kind_of_resnet_is_refused(torchvision_contents, tmp_path):
+def test_another_kind_of_resnet_is_refused(torchvision_weights, tmp_path):
     squeeze = {"layer1.0.se.fc1.weight": torch.ones(1)}
-    contents = without(torchvision_contents, **squeeze)
+    path = without(torchvision_weights, **squeeze)
     with pytest.raises(CheckpointError, match="has no place for layer1.0.se.fc1.weight"):
-        write_backbone(contents, tmp_path / "a.pth", resnet("attention", ALL))
-    write_backbone(contents, tmp_path / "a.pth", resnet("attention", ALL), allow=["*.se.*"])
+        convert_checkpoint(path, tmp_path / "a.pth", resnet("attention", ALL))
+    convert_checkpoint(path, tmp_path / "a.pth", resnet("attention", ALL), allow=["*.se.*"])
 
 
-def test_a_norm_without_statistics_is_another(torchvision_contents, tmp_path):
+def test_a_norm_without_statistics_is_another(torchvision_weights, tmp_path):
     with pytest.raises(TransferError, match="no place for .*running_mean") as error:
         target = resnet("convolution", [], MODEL__RESNETS__NORM="GN")
-        write_backbone(torchvision_contents, tmp_path / "a.pth", target)
+        convert_checkpoint(torchvision_weights, tmp_path / "a.pth", target)
     assert not error.value.report.missing
     target = resnet("convolution", [], MODEL__RESNETS__NORM="FrozenBN")
-    report = write_backbone(torchvision_contents, tmp_path / "b.pth", target)
+    report = convert_checkpoint(torchvision_weights, tmp_path / "b.pth", target)
     counts = [name for name in report.dropped if name.endswith("num_batches_tracked")]
     assert len(counts) == 53 and len(report.loaded) == 318 - 53
 
 
-def test_strides_in_pointwise_convolutions_are_refused(torchvision_contents, tmp_path):
+def test_strides_in_pointwise_convolutions_are_refused(torchvision_weights, tmp_path):
     cfg = get_cfg()
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
     cfg.MODEL.RESNETS.NORM = "BN"
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
     backbone = build_backbone(cfg, ShapeSpec(channels=3))
     with pytest.raises(CheckpointError, match="set MODEL.RESNETS.STRIDE_IN_1X1 False"):
-        write_backbone(torchvision_contents, tmp_path / "a.pth", backbone)
+        convert_checkpoint(torchvision_weights, tmp_path / "a.pth", backbone)
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
     backbone = build_backbone(cfg, ShapeSpec(channels=3))
-    report = write_backbone(torchvision_contents, tmp_path / "a.pth", backbone)
+    report = convert_checkpoint(torchvision_weights, tmp_path / "a.pth", backbone)
     assert len(report.loaded) == 318
 
 
@@ -459,7 +472,7 @@ def test_the_official_san_release(tmp_path, kind, count):
     cfg.MODEL.SAN.DEPTH, cfg.MODEL.SAN.ATTENTION = 10, kind
     cfg.MODEL.SAN.OUT_FEATURES = ["res2", "res5"]
     backbone = build_backbone(cfg, ShapeSpec(channels=3))
-    report = write_backbone(read_contents(tmp_path / "s.pth"), tmp_path / "a.pth", backbone)
+    report = convert_checkpoint(tmp_path / "s.pth", tmp_path / "a.pth", backbone)
     assert not report.missing and not report.mismatched
     classifier = dict.fromkeys(["module.fc.weight", "module.fc.bias"], "classifier")
     training = ["epoch", "optimizer", "scheduler", "top1_val", "top5_val"]
@@ -479,4 +492,4 @@ def test_the_official_san_release(tmp_path, kind, count):
     cfg.MODEL.SAN.ATTENTION = "patchwise" if kind == "pairwise" else "pairwise"
     with pytest.raises(CheckpointError, match="does not fit the target"):
         other = build_backbone(cfg, ShapeSpec(channels=3))
-        write_backbone(read_contents(tmp_path / "s.pth"), tmp_path / "b.pth", other)
+        convert_checkpoint(tmp_path / "s.pth", tmp_path / "b.pth", other)

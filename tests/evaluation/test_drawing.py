@@ -3,6 +3,7 @@ import os
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from sasa_det.evaluation import drawing
@@ -31,15 +32,15 @@ def colour_along(pixels, figure, axes, points):
 
 
 def drawn(path, samples, **options):
-    draw_detections(samples, path, NAMES, **options)
+    """The pixels of the file, and the figure."""
+    figure = draw_detections(samples, path, NAMES, **options)
     with Image.open(path) as image:
         assert image.format == "PNG"
-        return np.asarray(image.convert("RGB")).astype(int)
+        return np.asarray(image.convert("RGB")).astype(int), figure
 
 
 def test_boxes_are_drawn_where_they_are_in_the_colour_of_their_class(tmp_path):
-    pixels = drawn(tmp_path / "a.png", [sample()])
-    figure = drawing._detections_figure([sample()], NAMES, 0.5, 4)
+    pixels, figure = drawn(tmp_path / "a.png", [sample()])
     colours = np.rint(drawing._class_colours(3) * 255)
     # Middles of the bottom and right edges; labels are at the top.
     gt_edge = [(48, 45), (60, 30)]
@@ -52,9 +53,9 @@ def test_boxes_are_drawn_where_they_are_in_the_colour_of_their_class(tmp_path):
         assert (colour_along(pixels, figure, axes, points) == 90).all()
 
 
-def test_threshold_decides_what_is_drawn():
+def test_threshold_decides_what_is_drawn(tmp_path):
     for threshold, labels in ((0.5, ["owl 0.90"]), (0.3, ["cat 0.30", "owl 0.90"]), (0.95, [])):
-        figure = drawing._detections_figure([sample()], NAMES, threshold, 4)
+        _, figure = drawn(tmp_path / "a.png", [sample()], score_threshold=threshold)
         gt_axes, axes = figure.axes
         assert [text.get_text() for text in axes.texts] == labels
         assert [text.get_text() for text in gt_axes.texts] == ["dog"]
@@ -64,7 +65,7 @@ def test_threshold_decides_what_is_drawn():
 def test_size_of_the_grid(tmp_path):
     cell, panel = 2 * drawing.PANEL + drawing.GAP, drawing.PANEL + drawing.TITLE
     for count, columns, rows, wide in ((1, 4, 1, 1), (5, 4, 2, 4), (3, 1, 3, 1)):
-        pixels = drawn(tmp_path / f"{count}.png", [sample()] * count, columns=columns)
+        pixels, _ = drawn(tmp_path / f"{count}.png", [sample()] * count, columns=columns)
         width = wide * cell + (wide + 1) * drawing.CELL_GAP
         height = rows * panel + drawing.CELL_GAP
         expected = (int(height * drawing.DPI), int(width * drawing.DPI))
@@ -80,8 +81,7 @@ def test_images_of_all_shapes_and_without_boxes(tmp_path):
         "scores": np.zeros(0),
         "classes": np.zeros(0, int),
     }
-    pixels = drawn(tmp_path / "a.png", [empty, sample(120, 30)])
-    figure = drawing._detections_figure([empty, sample(120, 30)], NAMES, 0.5, 4)
+    pixels, figure = drawn(tmp_path / "a.png", [empty, sample(120, 30)])
     corners = [(1, 1), (119, 1), (1, 29), (119, 29)]
     assert (colour_along(pixels, figure, 0, corners) == 90).all()
 
@@ -107,12 +107,12 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     path.write_bytes(b"old")
 
-    def fail(self, target):
+    def fail(self, target, **options):
         with open(target, "wb") as file:
             file.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(drawing.FigureCanvasAgg, "print_png", fail)
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", fail)
     with pytest.raises(OSError, match="disk full"):
         draw_detections([sample()], path, NAMES)
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.png"]
@@ -135,7 +135,7 @@ def test_curves_show_the_numbers_of_the_file(tmp_path):
         {"iteration": 60, "total_loss": 2.0},
     ]
     path = write_lines(tmp_path / "metrics.json", records)
-    loss_axes, ap_axes = drawing._curves_figure({"run": path}).axes
+    loss_axes, ap_axes = draw_curves({"run": path}, tmp_path / "a.png").axes
     raw, smooth = (line.get_xydata().tolist() for line in loss_axes.lines)
     assert raw == [[0, 4], [20, 3], [40, 1], [60, 2]]
     # Medians of each value and its neighbours; the ends have one.
@@ -163,7 +163,7 @@ def test_curves_file_is_a_png_with_ink_on_both_panels(tmp_path):
 
 def test_run_without_evaluation_says_so(tmp_path):
     path = write_lines(tmp_path / "metrics.json", [{"iteration": 0, "total_loss": 1.0}])
-    _, ap_axes = drawing._curves_figure({"run": path}).axes
+    _, ap_axes = draw_curves({"run": path}, tmp_path / "a.png").axes
     assert [text.get_text() for text in ap_axes.texts] == ["no evaluation yet"]
 
 
