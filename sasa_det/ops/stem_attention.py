@@ -165,8 +165,8 @@ def _(x, query, key, value, mixing, rel_rows, rel_cols, num_heads):
 )
 def _attend_pooled(x, query, key, value, mixing, rel_rows, rel_cols, scale, shift, num_heads):
     matrices = _projections(query, key, value, mixing)
-    return torch.ops.sasa_det_cpu.stem_attention_pooled(
-        x, *matrices, rel_rows, rel_cols, num_heads, scale, shift, ""
+    return torch.ops.sasa_det_cpu.stem_attention(
+        x, *matrices, rel_rows, rel_cols, num_heads, "", scale, shift
     )
 
 
