@@ -28,12 +28,6 @@ def attention_options(cfg: CfgNode) -> dict[str, Any]:
     }
 
 
-def check_choice(name: str, value: Any, allowed) -> None:
-    """Raise ValueError, with ``name`` in it, unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
-
-
 def check_norm(name: str, value: Any) -> None:
     """Raise ValueError, with ``name`` in it, unless detectron2 knows the norm ``value``."""
     try:
