@@ -33,31 +33,48 @@ struct Geometry {
 class Plane {
  public:
   Plane(const void* tensor, bool bfloat16, int64_t index, const Geometry& g)
-      : tensor_(const_cast<void*>(tensor)), bfloat16_(bfloat16), first_(index * g.depth), g_(g) {}
+      : bfloat16_(bfloat16),
+        width_(g.width),
+        depth_(g.depth),
+        channel_(int64_t(g.height) * g.width),
+        start_(const_cast<char*>(static_cast<const char*>(tensor)) +
+               index * g.depth * channel_ * (bfloat16 ? 2 : 4)) {}
 
   // Copy row y of all channels to `to` and on, `stride` floats a channel.
   void read_row(int y, float* to, int stride) const {
-    for (int c = 0; c < g_.depth; ++c, to += stride)
-      read_numbers<LANES>(tensor_, bfloat16_, place(c, y, 0), g_.width, to);
+    for (int c = 0; c < depth_; ++c, to += stride) {
+      const int64_t offset = c * channel_ + int64_t(y) * width_;
+      if (bfloat16_) {
+        const uint16_t* from = reinterpret_cast<const uint16_t*>(start_) + offset;
+        for (int x = 0; x < width_; ++x) to[x] = widen(from[x]);
+      } else {
+        std::memcpy(to, reinterpret_cast<const float*>(start_) + offset, size_t(width_) * 4);
+      }
+    }
   }
 
   // Write a vector at pixel (y, x) of channel c, as far as it lies inside the image.
   INLINE void write(int c, int y, int x, Vec value) const {
-    float numbers[LANES];
-    store(numbers, value);
-    const int count = std::min(LANES, g_.width - x);
-    write_numbers<LANES>(tensor_, bfloat16_, place(c, y, x), count, numbers);
+    const int64_t offset = c * channel_ + int64_t(y) * width_ + x;
+    const int count = std::min(LANES, width_ - x);
+    if (bfloat16_) {
+      uint16_t* to = reinterpret_cast<uint16_t*>(start_) + offset;
+      for (int i = 0; i < count; ++i) to[i] = narrow(value[i]);
+    } else {
+      float* to = reinterpret_cast<float*>(start_) + offset;
+      if (count == LANES) {
+        store(to, value);
+      } else {
+        for (int i = 0; i < count; ++i) to[i] = value[i];
+      }
+    }
   }
 
  private:
-  INLINE int64_t place(int c, int y, int x) const {
-    return ((first_ + c) * g_.height + y) * g_.width + x;
-  }
-
-  void* tensor_;
   bool bfloat16_;
-  int64_t first_;
-  const Geometry& g_;
+  int width_, depth_;
+  int64_t channel_;
+  char* start_;
 };
 
 // The padded rows of a plane that a block of rows can see; row y lies at slot y % ring.

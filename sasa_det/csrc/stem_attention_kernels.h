@@ -126,27 +126,51 @@ class StemWork {
       for (int x = 0; x < width_; x += BLOCK) f(image, y, x);
   }
 
-  INLINE int64_t place(int64_t channel, int y, int x) const {
-    return (channel * height_ + y) * width_ + x;
-  }
-
   // Copy a block of `count` channels, (channels, places), with zeros for what lies outside.
   INLINE void read(const void* image, int64_t channel, int count, int y, int x, float* to) const {
     const int rows = std::min(BLOCK, height_ - y), cols = std::min(BLOCK, width_ - x);
+    const int64_t size = int64_t(height_) * width_;
     if (rows < BLOCK || cols < BLOCK) std::memset(to, 0, size_t(count) * PLACES * 4);
-    for (int c = 0; c < count; ++c)
-      for (int i = 0; i < rows; ++i)
-        read_numbers<BLOCK>(image, a_.bfloat16, place(channel + c, y + i, x), cols,
-                            to + c * PLACES + i * BLOCK);
+    for (int c = 0; c < count; ++c) {
+      const int64_t start = (channel + c) * size + int64_t(y) * width_ + x;
+      for (int i = 0; i < rows; ++i) {
+        float* row = to + c * PLACES + i * BLOCK;
+        if (a_.bfloat16) {
+          const uint16_t* from = static_cast<const uint16_t*>(image) + start + int64_t(i) * width_;
+          for (int j = 0; j < cols; ++j) row[j] = widen(from[j]);
+        } else {
+          const float* from = static_cast<const float*>(image) + start + int64_t(i) * width_;
+          if (cols == BLOCK) {
+            std::memcpy(row, from, BLOCK * 4);
+          } else {
+            for (int j = 0; j < cols; ++j) row[j] = from[j];
+          }
+        }
+      }
+    }
   }
 
   INLINE void write(void* image, int64_t channel, int count, int y, int x,
                     const float* from) const {
     const int rows = std::min(BLOCK, height_ - y), cols = std::min(BLOCK, width_ - x);
-    for (int c = 0; c < count; ++c)
-      for (int i = 0; i < rows; ++i)
-        write_numbers<BLOCK>(image, a_.bfloat16, place(channel + c, y + i, x), cols,
-                             from + c * PLACES + i * BLOCK);
+    const int64_t size = int64_t(height_) * width_;
+    for (int c = 0; c < count; ++c) {
+      const int64_t start = (channel + c) * size + int64_t(y) * width_ + x;
+      for (int i = 0; i < rows; ++i) {
+        const float* row = from + c * PLACES + i * BLOCK;
+        if (a_.bfloat16) {
+          uint16_t* to = static_cast<uint16_t*>(image) + start + int64_t(i) * width_;
+          for (int j = 0; j < cols; ++j) to[j] = narrow(row[j]);
+        } else {
+          float* to = static_cast<float*>(image) + start + int64_t(i) * width_;
+          if (cols == BLOCK) {
+            std::memcpy(to, row, BLOCK * 4);
+          } else {
+            for (int j = 0; j < cols; ++j) to[j] = row[j];
+          }
+        }
+      }
+    }
   }
 
   // Write a block's maximum of every channel after scale, shift and ReLU.
@@ -165,10 +189,14 @@ class StemWork {
           sum += scaled;
         }
       // A comparison lets NaN pass by; the sum does not.
-      const float result = sum != sum ? sum : highest > 0 ? highest : 0.0f;
+      float result = sum != sum ? sum : highest > 0 ? highest : 0.0f;
       const int64_t at = ((image * channels_ + channel) * block_rows + y / BLOCK) * block_cols +
                          x / BLOCK;
-      write_numbers<1>(a_.output, a_.bfloat16, at, 1, &result);
+      if (a_.bfloat16) {
+        static_cast<uint16_t*>(a_.output)[at] = narrow(result);
+      } else {
+        static_cast<float*>(a_.output)[at] = result;
+      }
     }
   }
 
