@@ -9,14 +9,7 @@ PRIMITIVES = ("attention", "convolution")
 
 
 def attention_options(cfg: CfgNode) -> dict[str, Any]:
-    """Read the keyword arguments that all attention layers of a model share.
-
-    Args:
-        cfg: a config with sasa_det's keys.
-
-    Returns:
-        dict: keywords of :class:`sasa_det.layers.LocalSelfAttention2d`.
-    """
+    """Read the keywords of :class:`sasa_det.layers.LocalSelfAttention2d` that all layers share."""
     sasa = cfg.MODEL.SASA
     return {
         "kernel_size": sasa.KERNEL_SIZE,

@@ -93,15 +93,9 @@ class LastLevelP6P7Attention(nn.Module):
 
 
 def build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:
-    """Put the FPN that ``MODEL.SASA.FPN`` asks for on a backbone.
+    """Put the FPN that ``MODEL.SASA.FPN`` asks for, attentional or detectron2's, on a backbone.
 
-    Args:
-        cfg: a config with sasa_det's keys.
-        bottom_up: the backbone.
-        top_block: makes the levels above p5.
-
-    Returns:
-        FPN: an :class:`AttentionFPN`, or detectron2's.
+    ``top_block`` makes the levels above p5.
     """
     check_choice("MODEL.SASA.FPN", cfg.MODEL.SASA.FPN, PRIMITIVES)
     check_norm("MODEL.FPN.NORM", cfg.MODEL.FPN.NORM)
@@ -121,15 +115,7 @@ def build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:
 
 
 def build_retinanet_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
-    """Put an FPN with RetinaNet's levels P6 and P7 on a backbone.
-
-    Args:
-        cfg: a config with sasa_det's keys.
-        bottom_up: the backbone.
-
-    Returns:
-        FPN: features p3 to p7 for in-features res3 to res5.
-    """
+    """Put an FPN with RetinaNet's levels P6 and P7 on a backbone."""
     in_feature = cfg.MODEL.SASA.TOP_BLOCK_IN_FEATURE
     check_choice("MODEL.SASA.TOP_BLOCK_IN_FEATURE", in_feature, ("p5", "res5"))
     out_channels = cfg.MODEL.FPN.OUT_CHANNELS
