@@ -20,24 +20,8 @@ from . import others
 from .measure import Case, Contender, Run, Settings
 from .training import trainer_cases
 
-GROUPS = ("op", "layer", "stem", "backbone", "retinanet", "kernel_size", "image_size", "trainer")
 ATTENTION = "attention"
 CONVOLUTION = "3x3 convolution"
-
-
-def make_cases(settings: Settings, groups: Iterable[str]) -> list[Case]:
-    """Return the cases of the given groups, in the order of GROUPS."""
-    makers = {
-        "op": _op_cases,
-        "layer": _layer_cases,
-        "stem": _stem_cases,
-        "backbone": _backbone_cases,
-        "retinanet": _retinanet_cases,
-        "kernel_size": _kernel_size_cases,
-        "image_size": _image_size_cases,
-        "trainer": trainer_cases,
-    }
-    return [case for group in GROUPS if group in groups for case in makers[group](settings)]
 
 
 def _passes(
@@ -65,6 +49,16 @@ def _passes(
     return run
 
 
+_HEADS = 8
+
+
+def _tensors(settings: Settings, channels: int, size: int, kernel_size: int) -> list[Tensor]:
+    """Return query, key, value and both embeddings."""
+    shape = (_HEADS, channels // _HEADS // 2, kernel_size)
+    tensors = [settings.features(channels, size) for _ in range(3)]
+    return tensors + [torch.randn(shape, device=settings.device) for _ in range(2)]
+
+
 def _op(
     settings: Settings,
     channels: int,
@@ -73,11 +67,8 @@ def _op(
     backend: str | None,
     training: bool = False,
 ) -> Run:
-    heads = 8
-    tensors = [settings.features(channels, size) for _ in range(3)]
-    shape = (heads, channels // heads // 2, kernel_size)
-    tensors += [torch.randn(shape, device=settings.device) for _ in range(2)]
-    options = {"kernel_size": kernel_size, "num_heads": heads, "backend": backend}
+    tensors = _tensors(settings, channels, size, kernel_size)
+    options = {"kernel_size": kernel_size, "num_heads": _HEADS, "backend": backend}
     if not training:
         return lambda: local_attention(*tensors, **options)
     tensors = [x.requires_grad_() for x in tensors]
@@ -87,13 +78,6 @@ def _op(
         return torch.autograd.grad(local_attention(*tensors, **options), tensors, grad)
 
     return run
-
-
-def _flex(settings: Settings, channels: int, size: int, kernel_size: int) -> Run:
-    query, key, value = (settings.features(channels, size) for _ in range(3))
-    shape = (8, channels // 16, kernel_size)
-    rows, cols = (torch.randn(shape, device=settings.device) for _ in range(2))
-    return others.flex_attention(query, key, value, rows, cols, kernel_size)
 
 
 def _convolution(channels: int, kernel_size: int = 3) -> nn.Module:
@@ -112,14 +96,9 @@ def _cases(
     ways: Mapping[str, Callable[..., Run]],
     passes: Mapping[str, bool] = _PASSES,
 ) -> list[Case]:
-    """Return a case for each of the passes.
+    """Return a case of the given ways, the baseline first, for each of the passes, by name.
 
-    Args:
-        group: of all cases.
-        name: what their names begin with.
-        title: of a case, with ``{}`` in place of the pass.
-        ways: the contenders, the baseline first; they are made with ``training=`` True or False.
-        passes: name of a pass to whether it trains.
+    The ways are made with ``training=`` True or False; ``{}`` in the title stands for the pass.
     """
     cases = []
     for what, training in passes.items():
@@ -145,9 +124,11 @@ def _op_cases(settings: Settings) -> list[Case]:
     }
     title = f"attention alone, {{}}, {settings.batch}x256x{size}x{size}, k 7, 8 heads"
     forward, backward = _cases("op", "op", title, ways)
-    flex = Contender(
-        "FlexAttention", partial(_flex, settings, 256, size, 7), foreign=True, slow=True
-    )
+
+    def make_flex() -> Run:
+        return others.flex_attention(*_tensors(settings, 256, size, 7), kernel_size=7)
+
+    flex = Contender("FlexAttention", make_flex, foreign=True, slow=True)
     return [replace(forward, contenders=(*forward.contenders, flex)), backward]
 
 
@@ -263,36 +244,49 @@ def _detection_inputs(settings: Settings) -> list[dict]:
 def _kernel_size_cases(settings: Settings) -> list[Case]:
     size = settings.image_size // 8
     return [
-        _growth_case(settings, "kernel_size", k, "k x k convolution", size, (k, k), f", k {k}")
+        _growth_case(settings, "kernel_size", k, size, {"k x k convolution": k, ATTENTION: k})
         for k in (3, 5, 7, 9, 11)
     ]
 
 
 def _image_size_cases(settings: Settings) -> list[Case]:
     return [
-        _growth_case(settings, "image_size", size, CONVOLUTION, size // 8, (3, 7))
+        _growth_case(settings, "image_size", size, size // 8, {CONVOLUTION: 3, ATTENTION: 7})
         for size in (320, 640, 960, 1280)
     ]
 
 
 def _growth_case(
-    settings: Settings,
-    group: str,
-    at: int,
-    baseline: str,
-    size: int,
-    kernel_sizes: tuple[int, int],
-    suffix: str = "",
+    settings: Settings, group: str, at: int, size: int, kernel_sizes: Mapping[str, int]
 ) -> Case:
-    """Compare layers with the kernel sizes of convolution and attention in the forward pass."""
-    ways = {
-        baseline: partial(_convolution, 256, kernel_sizes[0]),
-        ATTENTION: partial(LocalSelfAttention2d, 256, 256, kernel_sizes[1]),
+    """Compare a convolution with attention, by name and kernel size, in the forward pass."""
+    baseline, attention = kernel_sizes
+    layers = {
+        baseline: partial(_convolution, 256, kernel_sizes[baseline]),
+        attention: partial(LocalSelfAttention2d, 256, 256, kernel_sizes[attention]),
     }
-    contenders = (
+    contenders = tuple(
         Contender(name, partial(_passes, settings, build, 256, size, False))
-        for name, build in ways.items()
+        for name, build in layers.items()
     )
-    title = f"layer, forward, {settings.batch}x256x{size}x{size}{suffix}"
-    name = f"{group.replace('_', ' ')} {at}"
-    return Case(group, name, title, baseline, tuple(contenders), at=at)
+    title = f"layer, forward, {settings.batch}x256x{size}x{size}"
+    if group == "kernel_size":
+        title += f", k {at}"
+    return Case(group, f"{group.replace('_', ' ')} {at}", title, baseline, contenders, at=at)
+
+
+GROUPS: dict[str, Callable[[Settings], list[Case]]] = {
+    "op": _op_cases,
+    "layer": _layer_cases,
+    "stem": _stem_cases,
+    "backbone": _backbone_cases,
+    "retinanet": _retinanet_cases,
+    "kernel_size": _kernel_size_cases,
+    "image_size": _image_size_cases,
+    "trainer": trainer_cases,
+}
+
+
+def make_cases(settings: Settings, groups: Iterable[str]) -> list[Case]:
+    """Return the cases of the given groups, in the order of GROUPS."""
+    return [case for group, make in GROUPS.items() if group in groups for case in make(settings)]

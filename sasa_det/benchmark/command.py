@@ -20,7 +20,6 @@ from ..utils.machine import describe_machine
 from .cases import GROUPS, make_cases
 from .measure import (
     Case,
-    Contender,
     Result,
     Settings,
     extra_peak_memory,
@@ -147,16 +146,7 @@ def _memory(case: Case, contender: str, command: list[str]) -> int:
 
 def _print_memory(cases: list[Case], case_name: str, contender_name: str, device: str) -> None:
     use_exact_memory()
-    (contender,) = [
-        contender
-        for case in cases
-        if case.name == case_name
-        for contender in case.contenders
-        if contender.name == contender_name
-    ]
-    print(extra_peak_memory(_built(contender), device))
-
-
-def _built(contender: Contender):
+    (case,) = [case for case in cases if case.name == case_name]
+    (contender,) = [each for each in case.contenders if each.name == contender_name]
     torch.manual_seed(0)
-    return contender.make()
+    print(extra_peak_memory(contender.make(), device))

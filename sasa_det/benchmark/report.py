@@ -38,8 +38,7 @@ def tabulate_results(cases: Sequence[Case], results: Sequence[Result]) -> str:
             row.append("" if ratio is None else f"{ratio:.2f}")
         rows.append(row)
     headers = ["what", "how", "ms", "ratio", "extra MiB", "ratio"]
-    width = len(headers)
-    rows = [row + [""] * (width - len(row)) for row in rows]
+    rows = [row + [""] * (len(headers) - len(row)) for row in rows]
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 

@@ -1,13 +1,4 @@
 // AVX2 with FMA: 8 floats in each of 16 registers.
-#include <algorithm>
-#include <array>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <new>
-#include <utility>
-
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -17,24 +8,10 @@
 #pragma GCC target("avx2,fma")
 #endif
 
+#define KERNELS avx2_kernels
 #define LANES 8
-#define ROWS 3
 #define OFFSETS 4
-
-namespace sasa_det {
-namespace {
-#include "vector.h"
-#include "memory.h"
-#include "local_attention_kernels.h"
-#include "stem_attention_kernels.h"
-}  // namespace
-
-extern const Kernels avx2_kernels = {
-    {local_forward_tasks, local_forward, local_backward_tasks, local_backward},
-    {stem_tasks, stem_forward, stem_backward},
-};
-
-}  // namespace sasa_det
+#include "instruction_set.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,13 +1,4 @@
 // AVX-512: 16 floats in each of 32 registers.
-#include <algorithm>
-#include <array>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <new>
-#include <utility>
-
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -17,24 +8,10 @@
 #pragma GCC target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")
 #endif
 
+#define KERNELS avx512_kernels
 #define LANES 16
-#define ROWS 3
 #define OFFSETS 7
-
-namespace sasa_det {
-namespace {
-#include "vector.h"
-#include "memory.h"
-#include "local_attention_kernels.h"
-#include "stem_attention_kernels.h"
-}  // namespace
-
-extern const Kernels avx512_kernels = {
-    {local_forward_tasks, local_forward, local_backward_tasks, local_backward},
-    {stem_tasks, stem_forward, stem_backward},
-};
-
-}  // namespace sasa_det
+#include "instruction_set.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

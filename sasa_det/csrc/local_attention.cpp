@@ -1,48 +1,28 @@
 // Local attention for CPU tensors: tensors to pointers, and tasks to threads.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
-#include <string>
-#include <tuple>
-#include <vector>
-
-#include "kernels.h"
+#include "tensors.h"
 
 namespace sasa_det {
 namespace {
 
-using Optional = std::optional<at::Tensor>;
-
 // Contiguous tensors that outlive the call, and the call's arguments that point into them.
 struct Arguments {
   Arguments(const at::Tensor& query_, const Optional& key_, const at::Tensor& value_,
-            const Optional& rel_rows_, const Optional& rel_cols_, int64_t kernel_size,
+            const Optional& rel_rows, const Optional& rel_cols, int64_t kernel_size,
             int64_t num_heads, bool mask)
       : query(query_.contiguous()),
         key(key_ ? key_->contiguous() : at::Tensor()),
         value(value_.contiguous()),
-        rel_rows(rel_rows_ ? rel_rows_->to(at::kFloat).contiguous() : at::Tensor()),
-        rel_cols(rel_cols_ ? rel_cols_->to(at::kFloat).contiguous() : at::Tensor()) {
+        embeddings(rel_rows, rel_cols, query_.size(1), num_heads, kernel_size) {
     const auto type = query.scalar_type();
     TORCH_CHECK_VALUE(type == at::kFloat || type == at::kBFloat16,
                       "query must be float32 or bfloat16, got ", type, ".");
     TORCH_CHECK_VALUE(query.dim() == 4, "query must be (N, C, H, W), got ", query.sizes(), ".");
-    TORCH_CHECK_VALUE(num_heads > 0 && query.size(1) % num_heads == 0, "channels ", query.size(1),
-                      " must be a multiple of num_heads ", num_heads, ".");
     TORCH_CHECK_VALUE(kernel_size > 0 && kernel_size % 2 == 1, "kernel_size must be odd, got ",
                       kernel_size, ".");
     for (const at::Tensor* other : {&key, &value})
       TORCH_CHECK_VALUE(!other->defined() || (other->sizes() == query.sizes() &&
                                               other->scalar_type() == type),
                         "key and value must have query's shape and type.");
-    TORCH_CHECK_VALUE(rel_rows.defined() == rel_cols.defined(),
-                      "rel_rows and rel_cols must be given together.");
-    const std::vector<int64_t> shape = {num_heads, query.size(1) / num_heads / 2, kernel_size};
-    for (const at::Tensor* embedding : {&rel_rows, &rel_cols})
-      TORCH_CHECK_VALUE(!embedding->defined() || (embedding->sizes() == at::IntArrayRef(shape) &&
-                                                  query.size(1) / num_heads % 2 == 0),
-                        "rel_rows and rel_cols must be ", shape, ", got ", embedding->sizes(), ".");
     call = {};
     call.batch = query.size(0);
     call.heads = num_heads;
@@ -55,19 +35,15 @@ struct Arguments {
     call.query = query.const_data_ptr();
     call.key = key.defined() ? key.const_data_ptr() : nullptr;
     call.value = value.const_data_ptr();
-    if (rel_rows.defined()) {
-      call.rel_rows = rel_rows.const_data_ptr<float>();
-      call.rel_cols = rel_cols.const_data_ptr<float>();
+    if (embeddings.rows.defined()) {
+      call.rel_rows = embeddings.rows.const_data_ptr<float>();
+      call.rel_cols = embeddings.cols.const_data_ptr<float>();
     }
   }
-  at::Tensor query, key, value, rel_rows, rel_cols;
+  at::Tensor query, key, value;
+  Embeddings embeddings;
   LocalAttention call;
 };
-
-void run(int64_t tasks, const LocalAttention& call,
-         void (*work)(const LocalAttention&, int64_t, int64_t)) {
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { work(call, begin, end); });
-}
 
 at::Tensor forward(const at::Tensor& query, const Optional& key, const at::Tensor& value,
                    const Optional& rel_rows, const Optional& rel_cols, int64_t kernel_size,
@@ -96,7 +72,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
   const auto floats = query.options().dtype(at::kFloat);
   at::Tensor grad_rows = at::empty({0}, query.options());
   at::Tensor grad_cols = at::empty({0}, query.options());
-  if (a.rel_rows.defined()) {
+  if (rel_rows) {
     const std::vector<int64_t> shape = {a.call.batch, num_heads, a.call.depth / 2, kernel_size};
     grad_rows = at::zeros(shape, floats);
     grad_cols = at::zeros(shape, floats);
@@ -110,7 +86,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     a.call.grad_value = grad_value.mutable_data_ptr();
     run(chosen.backward_tasks(a.call), a.call, chosen.backward);
   }
-  if (a.rel_rows.defined()) {
+  if (rel_rows) {
     grad_rows = grad_rows.sum(0).to(rel_rows->scalar_type());
     grad_cols = grad_cols.sum(0).to(rel_cols->scalar_type());
   }
@@ -122,16 +98,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
 TORCH_LIBRARY_FRAGMENT(sasa_det_cpu, library) {
   library.def(
       "local_attention(Tensor query, Tensor? key, Tensor value, Tensor? rel_rows, Tensor? rel_cols, "
-      "int kernel_size, int num_heads, bool mask, str instructions) -> Tensor");
+      "int kernel_size, int num_heads, bool mask, str instructions) -> Tensor",
+      torch::dispatch(c10::DispatchKey::CPU, forward));
   library.def(
       "local_attention_backward(Tensor grad, Tensor query, Tensor? key, Tensor value, Tensor? rel_rows, "
       "Tensor? rel_cols, int kernel_size, int num_heads, bool mask, str instructions) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(sasa_det_cpu, CPU, library) {
-  library.impl("local_attention", forward);
-  library.impl("local_attention_backward", backward);
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+      torch::dispatch(c10::DispatchKey::CPU, backward));
 }
 
 }  // namespace sasa_det

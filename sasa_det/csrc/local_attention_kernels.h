@@ -1,10 +1,11 @@
-// Local attention, forward and backward, for one instruction set: included once by each source
-// that has set LANES, ROWS and OFFSETS, in its namespace.
+// Local attention, forward and backward, for one instruction set, see instruction_set.h.
 //
 // Vectors run over neighbouring pixels of an image row, so that no dot product needs a horizontal
 // sum. A block of up to ROWS query rows and up to OFFSETS column offsets shares what it loads: the
 // two loops over the head's channels, `dots` and `mix`, keep ROWS x OFFSETS vectors in registers.
 // Rows of the image are copied once, padded, into a ring of as many as a block can see.
+
+constexpr int ROWS = 3;
 
 struct Geometry {
   explicit Geometry(const LocalAttention& a)
@@ -79,9 +80,12 @@ class Plane {
 // The padded rows of a plane that a block of rows can see; row y lies at slot y % ring.
 class Ring {
  public:
-  Ring(float* memory, const Geometry& g)
-      : memory_(memory), row_(int64_t(g.depth) * g.stride), size_(g.ring), next_(0), g_(g) {}
-  static size_t floats(const Geometry& g) { return size_t(g.ring) * g.depth * g.stride; }
+  Ring(Scratch& scratch, const Geometry& g)
+      : memory_(scratch.take(size_t(g.ring) * g.depth * g.stride)),
+        row_(int64_t(g.depth) * g.stride),
+        size_(g.ring),
+        next_(0),
+        g_(g) {}
   void restart(int row) { next_ = std::max(row, 0); }
   void read_up_to(const Plane& plane, int end) {
     for (; next_ < std::min(end, g_.height); ++next_)
@@ -154,24 +158,17 @@ void mix(Block weight, const float* b, int stride, int depth, float* to, int to_
 typedef void (*Dots)(Block, const float*, int, int, Block, Block, Block);
 typedef void (*Mix)(Block, const float*, int, int, float*, int);
 
-template <int R, int... J>
-constexpr std::array<Dots, sizeof...(J)> dots_of(std::integer_sequence<int, J...>) {
-  return {dots<R, J + 1>...};
+template <int... I>
+constexpr std::array<Dots, sizeof...(I)> all_dots(std::integer_sequence<int, I...>) {
+  return {dots<I / OFFSETS + 1, I % OFFSETS + 1>...};
 }
-template <int... R>
-constexpr std::array<std::array<Dots, OFFSETS>, ROWS> all_dots(std::integer_sequence<int, R...>) {
-  return {dots_of<R + 1>(std::make_integer_sequence<int, OFFSETS>())...};
+template <int... I>
+constexpr std::array<Mix, sizeof...(I)> all_mix(std::integer_sequence<int, I...>) {
+  return {mix<I / OFFSETS + 1, I % OFFSETS + 1>...};
 }
-template <int R, int... J>
-constexpr std::array<Mix, sizeof...(J)> mix_of(std::integer_sequence<int, J...>) {
-  return {mix<R, J + 1>...};
-}
-template <int... R>
-constexpr std::array<std::array<Mix, OFFSETS>, ROWS> all_mix(std::integer_sequence<int, R...>) {
-  return {mix_of<R + 1>(std::make_integer_sequence<int, OFFSETS>())...};
-}
-static constexpr auto DOTS = all_dots(std::make_integer_sequence<int, ROWS>());
-static constexpr auto MIX = all_mix(std::make_integer_sequence<int, ROWS>());
+static constexpr auto DOTS = all_dots(std::make_integer_sequence<int, ROWS * OFFSETS>());
+static constexpr auto MIX = all_mix(std::make_integer_sequence<int, ROWS * OFFSETS>());
+INLINE int shape(int rows, int offsets) { return (rows - 1) * OFFSETS + offsets - 1; }
 
 // Call f(first, count) for the parts, at most OFFSETS wide and about equal, of a window's row.
 template <typename F>
@@ -183,24 +180,33 @@ INLINE void by_parts(int kernel, F f) {
   }
 }
 
+// Which of the query rows y and on see an image row: `count` of them from `first` on, the first of
+// them as row `window_row` of its window.
+struct Seen {
+  Seen(const Geometry& g, int row, int y, int rows)
+      : first(std::max(0, row - g.reach - y)),
+        count(std::min(rows - 1, row + g.reach - y) - first + 1),
+        window_row(row - (y + first) + g.reach) {}
+  // The next query row sees the same image row one window row earlier.
+  Block in(Block windows, int kernel) const {
+    return {windows(first, window_row * kernel), windows.row - kernel * windows.offset,
+            windows.offset};
+  }
+  int first, count, window_row;
+};
+
 // The logits and softmax of a block of query rows at one vector of columns.
 class Windows {
  public:
-  static size_t scratch(const Geometry& g) {
-    return Scratch::rounded(size_t(2) * ROWS * g.kernel * LANES);
-  }
   Windows(const LocalAttention& a, const Geometry& g, Scratch& scratch)
       : g_(g),
         content_(a.key != nullptr),
         mask_(a.mask),
-        embeddings_(a.rel_rows != nullptr),
-        terms_(scratch.take(size_t(2) * ROWS * g.kernel * LANES)) {
-    if (embeddings_) {
-      row_terms_ = {terms_, int64_t(g.kernel) * LANES, LANES};
-      col_terms_ = {terms_ + int64_t(ROWS) * g.kernel * LANES, int64_t(g.kernel) * LANES, LANES};
-    } else {
-      row_terms_ = col_terms_ = {nullptr, 0, 0};
-    }
+        embeddings_(a.rel_rows != nullptr) {
+    if (!embeddings_) return;
+    const int64_t row = int64_t(g.kernel) * LANES;
+    row_terms_ = {scratch.take(ROWS * row), row, LANES};
+    col_terms_ = {scratch.take(ROWS * row), row, LANES};
   }
 
   // Unnormalised weights and their sums. `query` (r, 0) points at channel 0 of row y + r at
@@ -209,28 +215,25 @@ class Windows {
                int rows, int x, Block weights, Vec* sums) const {
     if (embeddings_) embedding_terms(query, rel_rows, rel_cols, rows);
     for (int row = y - g_.reach; row < y + rows + g_.reach; ++row) {
-      const int first = std::max(0, row - g_.reach - y);
-      const int count = std::min(rows - 1, row + g_.reach - y) - first + 1;
-      const int window_row = row - (y + first) + g_.reach;
-      // The next query row sees the same image row one window row earlier.
-      const Block to{weights(first, window_row * g_.kernel),
-                     weights.row - g_.kernel * weights.offset, weights.offset};
-      const Block row_term{row_terms_.start ? row_terms_(first, window_row) : nullptr,
+      const Seen seen(g_, row, y, rows);
+      const Block to = seen.in(weights, g_.kernel);
+      const Block row_term{row_terms_.start ? row_terms_(seen.first, seen.window_row) : nullptr,
                            row_terms_.row - row_terms_.offset, 0};
-      const Block col_term{col_terms_.start ? col_terms_(first, 0) : nullptr, col_terms_.row,
+      const Block col_term{col_terms_.start ? col_terms_(seen.first, 0) : nullptr, col_terms_.row,
                            col_terms_.offset};
       const bool inside = row >= 0 && row < g_.height;
       if (inside && content_) {
         const float* key = (*keys)[row] + g_.left + x - g_.reach;
         by_parts(g_.kernel, [&](int j, int width) {
-          DOTS[count - 1][width - 1]({query(first, 0), query.row, 0}, key + j, g_.stride, g_.depth,
-                                     {to(0, j), to.row, to.offset}, row_term,
-                                     {col_term(0, j), col_term.row, col_term.offset});
+          DOTS[shape(seen.count, width)](
+              {query(seen.first, 0), query.row, 0}, key + j, g_.stride, g_.depth,
+              {to(0, j), to.row, to.offset}, row_term,
+              {col_term(0, j), col_term.row, col_term.offset});
         });
         continue;
       }
       const bool left_out = !inside && mask_;
-      for (int r = 0; r < count; ++r)
+      for (int r = 0; r < seen.count; ++r)
         for (int j = 0; j < g_.kernel; ++j) {
           Vec logit = all(left_out ? -INFINITY : 0.0f);
           if (!left_out && embeddings_) logit = load(row_term(r, 0)) + load(col_term(r, j));
@@ -292,8 +295,7 @@ class Windows {
 
   const Geometry& g_;
   bool content_, mask_, embeddings_;
-  float* terms_;
-  Block row_terms_, col_terms_;
+  Block row_terms_ = {}, col_terms_ = {};
 };
 
 // Add up, for query rows y and on, weights times the rows of `values` that each of them sees.
@@ -301,15 +303,12 @@ INLINE void gather(const Geometry& g, const Ring& values, int y, int rows, int x
                    float* to) {
   const int to_row = g.depth * LANES;
   for (int row = std::max(0, y - g.reach); row < std::min(g.height, y + rows + g.reach); ++row) {
-    const int first = std::max(0, row - g.reach - y);
-    const int count = std::min(rows - 1, row + g.reach - y) - first + 1;
-    const int window_row = row - (y + first) + g.reach;
-    const Block weight{weights(first, window_row * g.kernel),
-                       weights.row - g.kernel * weights.offset, weights.offset};
+    const Seen seen(g, row, y, rows);
+    const Block weight = seen.in(weights, g.kernel);
     const float* value = values[row] + g.left + x - g.reach;
     by_parts(g.kernel, [&](int j, int width) {
-      MIX[count - 1][width - 1]({weight(0, j), weight.row, weight.offset}, value + j, g.stride,
-                                g.depth, to + int64_t(first) * to_row, to_row);
+      MIX[shape(seen.count, width)]({weight(0, j), weight.row, weight.offset}, value + j,
+                                      g.stride, g.depth, to + int64_t(seen.first) * to_row, to_row);
     });
   }
 }
@@ -325,10 +324,8 @@ void local_forward(const LocalAttention& a, int64_t first_task, int64_t last_tas
   const Geometry g(a);
   const size_t queries = size_t(ROWS) * g.depth * g.stride, weight_row = size_t(g.window) * LANES;
   const size_t sums = size_t(ROWS) * g.depth * LANES;
-  Scratch scratch(2 * Scratch::rounded(Ring::floats(g)) + Scratch::rounded(queries) +
-                  Scratch::rounded(ROWS * weight_row) + Scratch::rounded(sums) +
-                  Windows::scratch(g));
-  Ring keys(scratch.take(Ring::floats(g)), g), values(scratch.take(Ring::floats(g)), g);
+  Scratch scratch;
+  Ring keys(scratch, g), values(scratch, g);
   float* query = scratch.take(queries);
   const Block weights{scratch.take(ROWS * weight_row), int64_t(weight_row), LANES};
   float* output = scratch.take(sums);
@@ -372,14 +369,10 @@ class LocalBackward {
   explicit LocalBackward(const LocalAttention& a)
       : a_(a),
         g_(a),
-        scratch_(4 * Scratch::rounded(Ring::floats(g_)) + 2 * Scratch::rounded(window_floats()) +
-                 2 * Scratch::rounded(sum_floats()) + Windows::scratch(g_) +
-                 2 * Scratch::rounded(size_t(ROWS) * g_.kernel * LANES) +
-                 2 * Scratch::rounded(embedding_floats())),
-        keys_(scratch_.take(Ring::floats(g_)), g_),
-        values_(scratch_.take(Ring::floats(g_)), g_),
-        queries_(scratch_.take(Ring::floats(g_)), g_),
-        grads_(scratch_.take(Ring::floats(g_)), g_),
+        keys_(scratch_, g_),
+        values_(scratch_, g_),
+        queries_(scratch_, g_),
+        grads_(scratch_, g_),
         weights_(scratch_.take(window_floats())),
         grad_logits_(scratch_.take(window_floats())),
         first_sum_(scratch_.take(sum_floats())),
@@ -470,20 +463,18 @@ class LocalBackward {
   // to(r, o) = g . v for every offset; 0 for neighbours outside the image.
   void weight_gradients(Block grad, int y, int rows, int x, Block to) const {
     for (int row = y - g_.reach; row < y + rows + g_.reach; ++row) {
-      const int first = std::max(0, row - g_.reach - y);
-      const int count = std::min(rows - 1, row + g_.reach - y) - first + 1;
-      const int window_row = row - (y + first) + g_.reach;
-      const Block at{to(first, window_row * g_.kernel), to.row - g_.kernel * to.offset, to.offset};
+      const Seen seen(g_, row, y, rows);
+      const Block at = seen.in(to, g_.kernel);
       if (row < 0 || row >= g_.height) {
-        for (int r = 0; r < count; ++r)
+        for (int r = 0; r < seen.count; ++r)
           for (int j = 0; j < g_.kernel; ++j) store(at(r, j), Vec{});
         continue;
       }
       const float* value = values_[row] + g_.left + x - g_.reach;
       by_parts(g_.kernel, [&](int j, int width) {
-        DOTS[count - 1][width - 1]({grad(first, 0), grad.row, 0}, value + j, g_.stride, g_.depth,
-                                   {at(0, j), at.row, at.offset}, {nullptr, 0, 0},
-                                   {nullptr, 0, 0});
+        DOTS[shape(seen.count, width)]({grad(seen.first, 0), grad.row, 0}, value + j, g_.stride,
+                                        g_.depth, {at(0, j), at.row, at.offset}, {nullptr, 0, 0},
+                                        {nullptr, 0, 0});
       });
     }
   }
@@ -536,23 +527,21 @@ class LocalBackward {
     const int to_row = g_.depth * LANES;
     for (int row = std::max(0, y - g_.reach); row < std::min(g_.height, y + rows + g_.reach);
          ++row) {
-      const int first = std::max(0, row - g_.reach - y);
-      const int count = std::min(rows - 1, row + g_.reach - y) - first + 1;
-      const int window_row = y + first - row + g_.reach;
+      const Seen seen(g_, row, y, rows);
+      const int window_row = y + seen.first - row + g_.reach;
       const int64_t shift = g_.left + x - g_.reach;
       by_parts(g_.kernel, [&](int j, int width) {
         // A query j - reach columns on sees this key at column offset reach - j.
         const int offset = window_row * g_.kernel + (g_.kernel - 1 - j);
         const int64_t next_row = int64_t(g_.kernel) * g_.stride, next_offset = 1 - g_.stride;
-        float* to = first_sum_ + int64_t(first) * to_row;
+        const int64_t to = int64_t(seen.first) * to_row;
+        const int parts = shape(seen.count, width);
         if (a_.key)
-          MIX[count - 1][width - 1]({window(grad_logits_, row, x)(0, offset) - g_.reach + j,
-                                     next_row, next_offset},
-                                    queries_[row] + shift + j, g_.stride, g_.depth, to, to_row);
-        to = second_sum_ + int64_t(first) * to_row;
-        MIX[count - 1][width - 1]({window(weights_, row, x)(0, offset) - g_.reach + j, next_row,
-                                   next_offset},
-                                  grads_[row] + shift + j, g_.stride, g_.depth, to, to_row);
+          MIX[parts]({window(grad_logits_, row, x)(0, offset) - g_.reach + j, next_row,
+                      next_offset},
+                     queries_[row] + shift + j, g_.stride, g_.depth, first_sum_ + to, to_row);
+        MIX[parts]({window(weights_, row, x)(0, offset) - g_.reach + j, next_row, next_offset},
+                   grads_[row] + shift + j, g_.stride, g_.depth, second_sum_ + to, to_row);
       });
     }
     for (int r = 0; r < rows; ++r)

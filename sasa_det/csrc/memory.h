@@ -1,27 +1,32 @@
-// Scratch memory and bfloat16; included once by each source, in its namespace.
+// Scratch memory and bfloat16, see instruction_set.h.
 
 // Zeroed memory of one thread, cut into pieces that start on cache lines.
 class Scratch {
  public:
-  explicit Scratch(size_t floats)
-      : memory_(static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64))) {
-    if (memory_ == nullptr) throw std::bad_alloc();
-    std::memset(memory_, 0, floats * 4);
-    next_ = memory_;
-  }
-  ~Scratch() { std::free(memory_); }
+  Scratch() = default;
   Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  static size_t rounded(size_t floats) { return (floats + 15) / 16 * 16; }
+  ~Scratch() {
+    for (int i = 0; i < count_; ++i) std::free(chunks_[i]);
+  }
   float* take(size_t floats) {
-    float* piece = next_;
-    next_ += rounded(floats);
-    return piece;
+    const size_t bytes = (floats * 4 + 63) / 64 * 64;
+    if (bytes > left_) {
+      left_ = std::max(bytes, size_t(1) << 16);
+      next_ = static_cast<char*>(std::aligned_alloc(64, left_));
+      if (next_ == nullptr) throw std::bad_alloc();
+      chunks_[count_++] = next_;
+    }
+    char* piece = next_;
+    next_ += bytes;
+    left_ -= bytes;
+    return static_cast<float*>(std::memset(piece, 0, bytes));
   }
 
  private:
-  float* memory_;
-  float* next_;
+  std::array<char*, 32> chunks_;
+  int count_ = 0;
+  char* next_ = nullptr;
+  size_t left_ = 0;
 };
 
 INLINE float widen(uint16_t x) {

@@ -1,32 +1,19 @@
 // The attention stem for CPU tensors: tensors to pointers, and tasks to threads.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
-#include <string>
-#include <tuple>
-#include <vector>
-
-#include "kernels.h"
+#include "tensors.h"
 
 namespace sasa_det {
 namespace {
 
-using Optional = std::optional<at::Tensor>;
-
-at::Tensor floats(const at::Tensor& x) { return x.to(at::kFloat).contiguous(); }
-
 // Contiguous tensors that outlive the call, and the call's arguments that point into them.
 struct Arguments {
   Arguments(const at::Tensor& x_, const at::Tensor& query_, const at::Tensor& key_,
-            const at::Tensor& value_, const Optional& rel_rows_, const Optional& rel_cols_,
+            const at::Tensor& value_, const Optional& rel_rows, const Optional& rel_cols,
             int64_t num_heads)
       : x(x_.contiguous()),
         query(floats(query_)),
         key(floats(key_)),
         value(floats(value_.movedim(0, -1))),
-        rel_rows(rel_rows_ ? floats(*rel_rows_) : at::Tensor()),
-        rel_cols(rel_cols_ ? floats(*rel_cols_) : at::Tensor()) {
+        embeddings(rel_rows, rel_cols, query_.size(0), num_heads, 2 * STEM_BLOCK - 1) {
     const auto type = x.scalar_type();
     TORCH_CHECK_VALUE(type == at::kFloat || type == at::kBFloat16,
                       "x must be float32 or bfloat16, got ", type, ".");
@@ -38,15 +25,6 @@ struct Arguments {
     TORCH_CHECK_VALUE(value.sizes() == at::IntArrayRef({channels, x.size(1), STEM_PLACES}),
                       "value must be (", STEM_PLACES, ", ", channels, ", ", x.size(1), "), got ",
                       value_.sizes(), ".");
-    TORCH_CHECK_VALUE(num_heads > 0 && channels % num_heads == 0, "channels ", channels,
-                      " must be a multiple of num_heads ", num_heads, ".");
-    TORCH_CHECK_VALUE(rel_rows.defined() == rel_cols.defined(),
-                      "rel_rows and rel_cols must be given together.");
-    const std::vector<int64_t> shape = {num_heads, channels / num_heads / 2, 2 * STEM_BLOCK - 1};
-    for (const at::Tensor* embedding : {&rel_rows, &rel_cols})
-      TORCH_CHECK_VALUE(!embedding->defined() || (embedding->sizes() == at::IntArrayRef(shape) &&
-                                                  channels / num_heads % 2 == 0),
-                        "rel_rows and rel_cols must be ", shape, ", got ", embedding->sizes(), ".");
     call = {};
     call.batch = x.size(0);
     call.in_channels = x.size(1);
@@ -59,50 +37,36 @@ struct Arguments {
     call.query = query.const_data_ptr<float>();
     call.key = key.const_data_ptr<float>();
     call.value = value.const_data_ptr<float>();
-    if (rel_rows.defined()) {
-      call.rel_rows = rel_rows.const_data_ptr<float>();
-      call.rel_cols = rel_cols.const_data_ptr<float>();
+    if (embeddings.rows.defined()) {
+      call.rel_rows = embeddings.rows.const_data_ptr<float>();
+      call.rel_cols = embeddings.cols.const_data_ptr<float>();
     }
   }
-  at::Tensor x, query, key, value, rel_rows, rel_cols;
+  at::Tensor x, query, key, value;
+  Embeddings embeddings;
   StemAttention call;
 };
 
-void run(int64_t tasks, const StemAttention& call,
-         void (*work)(const StemAttention&, int64_t, int64_t)) {
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { work(call, begin, end); });
-}
-
 at::Tensor forward(const at::Tensor& x, const at::Tensor& query, const at::Tensor& key,
                    const at::Tensor& value, const Optional& rel_rows, const Optional& rel_cols,
-                   int64_t num_heads, const std::string& instructions) {
+                   int64_t num_heads, const std::string& instructions,
+                   const Optional& scale_, const Optional& shift_) {
   const StemAttentionKernels& chosen =
       choose_kernels(instructions, STEM_PLACES).stem_attention;
   Arguments a(x, query, key, value, rel_rows, rel_cols, num_heads);
-  at::Tensor output =
-      at::empty({a.call.batch, a.call.channels, a.call.height, a.call.width}, x.options());
+  std::vector<int64_t> shape = {a.call.batch, a.call.channels, a.call.height, a.call.width};
+  at::Tensor scale, shift;
+  if (scale_) {
+    scale = floats(*scale_);
+    shift = floats(shift_.value());
+    TORCH_CHECK_VALUE(scale.numel() == a.call.channels && shift.numel() == a.call.channels,
+                      "scale and shift must hold ", a.call.channels, " numbers.");
+    a.call.scale = scale.const_data_ptr<float>();
+    a.call.shift = shift.const_data_ptr<float>();
+    for (int side : {2, 3}) shape[side] = (shape[side] + STEM_BLOCK - 1) / STEM_BLOCK;
+  }
+  at::Tensor output = at::empty(shape, x.options());
   if (output.numel() == 0) return output;
-  a.call.output = output.mutable_data_ptr();
-  run(chosen.tasks(a.call), a.call, chosen.forward);
-  return output;
-}
-
-at::Tensor forward_pooled(const at::Tensor& x, const at::Tensor& query, const at::Tensor& key,
-                          const at::Tensor& value, const Optional& rel_rows,
-                          const Optional& rel_cols, int64_t num_heads, const at::Tensor& scale_,
-                          const at::Tensor& shift_, const std::string& instructions) {
-  const StemAttentionKernels& chosen =
-      choose_kernels(instructions, STEM_PLACES).stem_attention;
-  Arguments a(x, query, key, value, rel_rows, rel_cols, num_heads);
-  const at::Tensor scale = floats(scale_), shift = floats(shift_);
-  TORCH_CHECK_VALUE(scale.numel() == a.call.channels && shift.numel() == a.call.channels,
-                    "scale and shift must hold ", a.call.channels, " numbers.");
-  const int64_t rows = (a.call.height + STEM_BLOCK - 1) / STEM_BLOCK;
-  const int64_t cols = (a.call.width + STEM_BLOCK - 1) / STEM_BLOCK;
-  at::Tensor output = at::empty({a.call.batch, a.call.channels, rows, cols}, x.options());
-  if (output.numel() == 0) return output;
-  a.call.scale = scale.const_data_ptr<float>();
-  a.call.shift = shift.const_data_ptr<float>();
   a.call.output = output.mutable_data_ptr();
   run(chosen.tasks(a.call), a.call, chosen.forward);
   return output;
@@ -126,8 +90,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   at::Tensor grad_value =
       at::empty({tasks, a.call.channels, a.call.in_channels, STEM_PLACES}, options);
   at::Tensor grad_rows = at::empty({0}, x.options()), grad_cols = at::empty({0}, x.options());
-  if (a.rel_rows.defined()) {
-    const auto sizes = a.rel_rows.sizes();
+  if (rel_rows) {
+    const auto sizes = rel_rows->sizes();
     grad_rows = at::empty({tasks, sizes[0], sizes[1], sizes[2]}, options);
     grad_cols = at::empty_like(grad_rows);
     a.call.grad_rows = grad_rows.mutable_data_ptr<float>();
@@ -139,7 +103,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   a.call.grad_key = grad_key.mutable_data_ptr<float>();
   a.call.grad_value = grad_value.mutable_data_ptr<float>();
   if (tasks > 0) run(tasks, a.call, chosen.backward);
-  if (a.rel_rows.defined()) {
+  if (rel_rows) {
     grad_rows = grad_rows.sum(0).to(rel_rows->scalar_type());
     grad_cols = grad_cols.sum(0).to(rel_cols->scalar_type());
   }
@@ -156,20 +120,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
 TORCH_LIBRARY_FRAGMENT(sasa_det_cpu, library) {
   library.def(
       "stem_attention(Tensor x, Tensor query, Tensor key, Tensor value, Tensor? rel_rows, "
-      "Tensor? rel_cols, int num_heads, str instructions) -> Tensor");
-  library.def(
-      "stem_attention_pooled(Tensor x, Tensor query, Tensor key, Tensor value, Tensor? rel_rows, "
-      "Tensor? rel_cols, int num_heads, Tensor scale, Tensor shift, str instructions) -> Tensor");
+      "Tensor? rel_cols, int num_heads, str instructions, Tensor? scale=None, "
+      "Tensor? shift=None) -> Tensor",
+      torch::dispatch(c10::DispatchKey::CPU, forward));
   library.def(
       "stem_attention_backward(Tensor grad, Tensor x, Tensor query, Tensor key, Tensor value, "
       "Tensor? rel_rows, Tensor? rel_cols, int num_heads, bool image_gradient, str instructions) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(sasa_det_cpu, CPU, library) {
-  library.impl("stem_attention", forward);
-  library.impl("stem_attention_pooled", forward_pooled);
-  library.impl("stem_attention_backward", backward);
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      torch::dispatch(c10::DispatchKey::CPU, backward));
 }
 
 }  // namespace sasa_det

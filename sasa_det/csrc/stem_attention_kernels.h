@@ -1,5 +1,4 @@
-// The attention stem, forward and backward, for one instruction set: included once by each source
-// that has set LANES, in its namespace.
+// The attention stem, forward and backward, for one instruction set, see instruction_set.h.
 //
 // The 16 pixels of a block are the lanes, as queries in most places: a query's softmax then runs
 // over vectors, not within one. Queries, keys and values are made from the few channels of the
@@ -59,38 +58,14 @@ class StemWork {
         depth_(int(a.channels / a.heads)),
         half_(depth_ / 2),
         height_(int(a.height)),
-        width_(int(a.width)),
-        scratch_(2 * Scratch::rounded(size_t(in_) * PLACES) +
-                 8 * Scratch::rounded(size_t(depth_) * PLACES) +
-                 4 * Scratch::rounded(PLACES * PLACES) + 4 * Scratch::rounded(BLOCK * PLACES) +
-                 2 * Scratch::rounded(embedding_floats()) +
-                 2 * Scratch::rounded(embedding_floats()) +
-                 3 * Scratch::rounded(size_t(channels_) * in_ * PLACES)),
-        x_(scratch_.take(size_t(in_) * PLACES)),
-        grad_x_(scratch_.take(size_t(in_) * PLACES)),
-        query_(scratch_.take(size_t(depth_) * PLACES)),
-        key_(scratch_.take(size_t(depth_) * PLACES)),
-        value_(scratch_.take(size_t(depth_) * PLACES)),
-        output_(scratch_.take(size_t(depth_) * PLACES)),
-        grad_(scratch_.take(size_t(depth_) * PLACES)),
-        grad_query_(scratch_.take(size_t(depth_) * PLACES)),
-        grad_key_(scratch_.take(size_t(depth_) * PLACES)),
-        grad_value_(scratch_.take(size_t(depth_) * PLACES)),
-        weights_(scratch_.take(PLACES * PLACES)),
-        grad_logits_(scratch_.take(PLACES * PLACES)),
-        weights_by_key_(scratch_.take(PLACES * PLACES)),
-        grad_logits_by_key_(scratch_.take(PLACES * PLACES)),
-        row_terms_(scratch_.take(BLOCK * PLACES)),
-        col_terms_(scratch_.take(BLOCK * PLACES)),
-        grad_row_terms_(scratch_.take(BLOCK * PLACES)),
-        grad_col_terms_(scratch_.take(BLOCK * PLACES)),
-        rows_(scratch_.take(embedding_floats())),
-        cols_(scratch_.take(embedding_floats())),
-        grad_rows_(scratch_.take(embedding_floats())),
-        grad_cols_(scratch_.take(embedding_floats())),
-        grad_query_weight_(scratch_.take(size_t(channels_) * in_ * PLACES)),
-        grad_key_weight_(scratch_.take(size_t(channels_) * in_ * PLACES)),
-        grad_value_weight_(scratch_.take(size_t(channels_) * in_ * PLACES)) {
+        width_(int(a.width)) {
+    take(in_ * PLACES, {&x_, &grad_x_});
+    take(depth_ * PLACES, {&query_, &key_, &value_, &output_});
+    take(depth_ * PLACES, {&grad_, &grad_query_, &grad_key_, &grad_value_});
+    take(PLACES * PLACES, {&weights_, &grad_logits_, &weights_by_key_, &grad_logits_by_key_});
+    take(BLOCK * PLACES, {&row_terms_, &col_terms_, &grad_row_terms_, &grad_col_terms_});
+    take(embedding_floats(), {&rows_, &cols_, &grad_rows_, &grad_cols_});
+    take(weight_floats(), {&grad_query_weight_, &grad_key_weight_, &grad_value_weight_});
     if (a.rel_rows) spread_embeddings();
   }
 
@@ -105,19 +80,17 @@ class StemWork {
       for (int head = 0; head < a_.heads; ++head) {
         softmax(head, y, x);
         block_mix(weights_, value_, depth_, output_);
-        if (a_.scale) {
+        if (a_.scale)
           write_pooled(image, head, y, x);
-          continue;
-        }
-        write(a_.output, image * channels_ + head * depth_, depth_, y, x, output_);
+        else
+          write(a_.output, image * channels_ + head * depth_, depth_, y, x, output_);
       }
     });
   }
 
   void backward(int64_t task) {
-    const size_t weight_floats = size_t(channels_) * in_ * PLACES;
     for (float* sums : {grad_query_weight_, grad_key_weight_, grad_value_weight_})
-      std::memset(sums, 0, weight_floats * 4);
+      std::memset(sums, 0, weight_floats() * 4);
     std::memset(grad_rows_, 0, embedding_floats() * 4);
     std::memset(grad_cols_, 0, embedding_floats() * 4);
     each_block(task, [&](int64_t image, int y, int x) {
@@ -135,6 +108,10 @@ class StemWork {
   }
 
  private:
+  void take(size_t floats, std::initializer_list<float**> pieces) {
+    for (float** piece : pieces) *piece = scratch_.take(floats);
+  }
+  size_t weight_floats() const { return size_t(channels_) * in_ * PLACES; }
   size_t embedding_floats() const {
     return a_.rel_rows ? size_t(a_.heads) * BLOCK * half_ * PLACES : 0;
   }

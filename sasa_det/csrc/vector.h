@@ -1,5 +1,5 @@
 // Vectors of LANES floats in the compiler's own notation, which it turns into the instructions of
-// the surrounding target. Included once by each source that has set LANES, in its namespace.
+// the surrounding target, see instruction_set.h.
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));

@@ -13,7 +13,7 @@ from ..ops import (
     relative_embedding,
     stem_attention,
 )
-from ..ops.local_attention import check_heads
+from ..ops.local_attention import check_choice, check_heads
 from .plain import is_plain_call, is_plain_pointwise
 
 STEM_VALUES = ("mixture", "pointwise", "convolution")
@@ -60,8 +60,7 @@ class AttentionStem(nn.Module):
         """
         super().__init__()
         check_heads(out_channels, num_heads, "out_channels")
-        if values not in STEM_VALUES:
-            raise ValueError(f"values must be one of {list(STEM_VALUES)}, got {values!r}.")
+        check_choice("values", values, STEM_VALUES)
         for name, number in {"num_mixtures": num_mixtures, "block_size": block_size}.items():
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}.")
@@ -83,13 +82,9 @@ class AttentionStem(nn.Module):
         else:
             side = 1 if values == "pointwise" else block_size
             self.value = nn.Conv2d(in_channels, out_channels, side, bias=False)
-        if relative:
-            shape = (num_heads, head_width // 2, 2 * block_size - 1)
-            self.rel_rows = nn.Parameter(torch.empty(shape))
-            self.rel_cols = nn.Parameter(torch.empty(shape))
-        else:
-            self.register_parameter("rel_rows", None)
-            self.register_parameter("rel_cols", None)
+        shape = (num_heads, head_width // 2, 2 * block_size - 1)
+        for name in ("rel_rows", "rel_cols"):
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)) if relative else None)
         self.norm = nn.Identity() if norm is None else norm(out_channels)
         self.reset_parameters()
 

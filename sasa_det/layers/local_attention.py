@@ -7,7 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import local_attention
-from ..ops.local_attention import BORDERS, check_backend, check_heads, check_kernel_size
+from ..ops.local_attention import (
+    BORDERS,
+    check_backend,
+    check_choice,
+    check_heads,
+    check_kernel_size,
+)
 from .position import sinusoidal_encoding
 from .projection import project
 
@@ -64,10 +70,8 @@ class LocalSelfAttention2d(nn.Module):
         check_kernel_size(kernel_size)
         check_heads(out_channels, num_heads, "out_channels")
         check_backend(backend)
-        if position not in POSITIONS:
-            raise ValueError(f"position must be one of {list(POSITIONS)}, got {position!r}.")
-        if border not in BORDERS:
-            raise ValueError(f"border must be one of {list(BORDERS)}, got {border!r}.")
+        check_choice("position", position, POSITIONS)
+        check_choice("border", border, BORDERS)
         if stride not in (1, 2):
             raise ValueError(f"stride must be 1 or 2, got {stride!r}.")
         if not content and position != "relative":
@@ -90,13 +94,10 @@ class LocalSelfAttention2d(nn.Module):
         self.query = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         self.key = nn.Conv2d(in_channels, out_channels, 1, bias=False) if content else None
         self.value = nn.Conv2d(in_channels, out_channels, 1, bias=False)
-        if position == "relative":
-            shape = (num_heads, out_channels // num_heads // 2, kernel_size)
-            self.rel_rows = nn.Parameter(torch.empty(shape))
-            self.rel_cols = nn.Parameter(torch.empty(shape))
-        else:
-            self.register_parameter("rel_rows", None)
-            self.register_parameter("rel_cols", None)
+        shape = (num_heads, out_channels // num_heads // 2, kernel_size)
+        for name in ("rel_rows", "rel_cols"):
+            embedding = nn.Parameter(torch.empty(shape)) if position == "relative" else None
+            self.register_parameter(name, embedding)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -143,14 +144,10 @@ class LocalSelfAttention2d(nn.Module):
         Returns:
             (N, out_channels, ceil(H / stride), ceil(W / stride)).
         """
-        query, key, value = self._project(x)
+        tensors = (*self._project(x), self.rel_rows, self.rel_cols)
         if torch.jit.is_scripting():  # which takes operators and no keyword-only defaults
             x = torch.ops.sasa_det.local_attention(
-                query,
-                key,
-                value,
-                self.rel_rows,
-                self.rel_cols,
+                *tensors,
                 self.kernel_size,
                 self.num_heads,
                 self.border == "mask",
@@ -158,11 +155,7 @@ class LocalSelfAttention2d(nn.Module):
             )[0]
         else:
             x = local_attention(
-                query,
-                key,
-                value,
-                self.rel_rows,
-                self.rel_cols,
+                *tensors,
                 kernel_size=self.kernel_size,
                 num_heads=self.num_heads,
                 border=self.border,
@@ -186,15 +179,12 @@ class LocalSelfAttention2d(nn.Module):
                 key = self.key(placed)
             return self.query(placed), key, self.value(x)
         else:
-            return self._project_together(x, placed)
-
-    def _project_together(self, x: Tensor, placed: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        if self.key is None:
-            query, value = project(x, (self.query, self.value))
-            return query, None, value
-        if placed is x:
-            return project(x, (self.query, self.key, self.value))
-        return (*project(placed, (self.query, self.key)), *project(x, (self.value,)))
+            if self.key is None:
+                query, value = project(x, (self.query, self.value))
+                return query, None, value
+            if placed is x:
+                return project(x, (self.query, self.key, self.value))
+            return (*project(placed, (self.query, self.key)), *project(x, (self.value,)))
 
     def extra_repr(self) -> str:
         return (

@@ -22,15 +22,7 @@ def sinusoidal_encoding(
 
     Returns:
         (channels, height, width).
-
-    Raises:
-        ValueError: if ``channels`` is no multiple of 4.
     """
-    if channels % 4:
-        raise ValueError(
-            "channels of an absolute position encoding must be a multiple of 4 (sine and cosine "
-            f"for row and column), got {channels}."
-        )
     quarter = channels // 4
     exponent = torch.arange(quarter, dtype=torch.float32, device=device) / quarter
     frequency = torch.exp(-math.log(10000.0) * exponent)

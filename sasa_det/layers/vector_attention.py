@@ -1,6 +1,11 @@
-"""Pairwise and patchwise self-attention: layers whose weights are vectors, one for each channel."""
+"""Pairwise and patchwise self-attention: layers whose weights are vectors, one for each channel.
+
+Their borders are reflected. A side of at most ``kernel_size // 2`` pixels is too short for that and
+reflected back and forth; see :func:`sasa_det.ops.aggregation.reflect`.
+"""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..ops.aggregation import aggregate, reflect
-from ..ops.local_attention import check_kernel_size
+from ..ops.local_attention import check_choice, check_kernel_size
 from ..ops.precision import accumulation_dtype, autocast_disabled
 
 # The first one of each is that of the paper's models.
@@ -23,25 +28,37 @@ PATCHWISE_RELATIONS = ("concatenation", "star_product", "clique_product")
 
 
 class _VectorAttention2d(nn.Module):
-    """What pairwise and patchwise attention share: projections, weights, aggregation."""
-
     relations: tuple[str, ...]
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int,
-        relation: str | None,
-        relation_channels: int | None,
-        share_channels: int,
+        kernel_size: int = 7,
+        relation: str | None = None,
+        relation_channels: int | None = None,
+        share_channels: int = 8,
+        norm: Callable[[int], nn.Module] | None = nn.BatchNorm2d,
     ):
+        """
+        Args:
+            in_channels: channels of the input.
+            out_channels: channels m of the output.
+            kernel_size: odd extent of the window.
+            relation: one of the layer's relations; the first of them if None.
+            relation_channels: channels r of queries and keys, a quarter of out_channels if None.
+            share_channels: output channels that share a weight.
+            norm: makes the norm layers of the weights from a channel count; None for no norm. In
+                pairwise attention their inputs are (N, C, kernel_size^2, H W).
+
+        Raises:
+            ValueError: naming the argument, its value and what is allowed.
+        """
         super().__init__()
         check_kernel_size(kernel_size)
         if relation is None:
             relation = self.relations[0]
-        if relation not in self.relations:
-            raise ValueError(f"relation must be one of {list(self.relations)}, got {relation!r}.")
+        check_choice("relation", relation, self.relations)
         if share_channels < 1 or out_channels % share_channels:
             raise ValueError(
                 f"out_channels {out_channels} must be a multiple of share_channels "
@@ -61,23 +78,21 @@ class _VectorAttention2d(nn.Module):
         self.key = nn.Conv2d(in_channels, relation_channels, 1)
         self.value = nn.Conv2d(in_channels, out_channels, 1)
 
-    def _make_weights(
-        self,
-        in_channels: int,
-        hidden_channels: int,
-        out_channels: int,
-        norm: Callable[[int], nn.Module] | None,
-    ) -> nn.Sequential:
-        """Make the mapping gamma from relations to weights."""
+        inputs, hidden, outputs = self._weight_channels()
         norm = norm or (lambda channels: nn.Identity())
-        return nn.Sequential(
-            norm(in_channels),
+        # The mapping gamma from relations to weights.
+        self.weights = nn.Sequential(
+            norm(inputs),
             nn.ReLU(inplace=True),
-            nn.Conv2d(in_channels, hidden_channels, 1, bias=False),
-            norm(hidden_channels),
+            nn.Conv2d(inputs, hidden, 1, bias=False),
+            norm(hidden),
             nn.ReLU(inplace=True),
-            nn.Conv2d(hidden_channels, out_channels, 1),
+            nn.Conv2d(hidden, outputs, 1),
         )
+
+    def _weight_channels(self) -> tuple[int, int, int]:
+        """Return the channels before, within and behind the mapping from relations to weights."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """
@@ -113,54 +128,34 @@ class _VectorAttention2d(nn.Module):
 class PairwiseAttention2d(_VectorAttention2d):
     """Pairwise self-attention of "Exploring Self-attention for Image Recognition", Section 3.1.
 
-    The weights of pixel j for pixel i are a function of the two pixels' features and of their
-    relative position, normalized over the window by a softmax: a set operator.
-
-    The borders are reflected. A side of at most ``kernel_size // 2`` pixels is too short for that
-    and reflected back and forth; see :func:`sasa_det.ops.aggregation.reflect`.
+    The weights of pixel j for pixel i are a function of the two pixels' features, compared by
+    subtraction, summation, concatenation, hadamard_product or dot_product, and of their relative
+    position, normalized over the window by a softmax: a set operator.
     """
 
     relations = PAIRWISE_RELATIONS
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int = 7,
-        relation: str | None = None,
-        relation_channels: int | None = None,
-        share_channels: int = 8,
-        position_size: int = 0,
-        norm: Callable[[int], nn.Module] | None = nn.BatchNorm2d,
-    ):
+    def __init__(self, *args: Any, position_size: int = 0, **options: Any):
         """
         Args:
-            in_channels: channels of the input.
-            out_channels: channels m of the output.
-            kernel_size: odd extent of the window.
-            relation: how features of two pixels are compared: "subtraction" if None, "summation",
-                "concatenation", "hadamard_product" or "dot_product".
-            relation_channels: channels r of queries and keys, a quarter of out_channels if None.
-            share_channels: output channels that share a weight.
+            args, options: as of :class:`PatchwiseAttention2d`.
             position_size: positions run from -1 to 1 over ``position_size`` pixels, whatever the
                 size of the image, so that a weight learned at one size holds at another; 0 lets
                 them run from -1 to 1 over the image, as published.
-            norm: makes the norm layers of the weights from a channel count; None for no norm. Their
-                inputs are (N, C, kernel_size^2, H W).
 
         Raises:
             ValueError: naming the argument, its value and what is allowed.
         """
-        super().__init__(
-            in_channels, out_channels, kernel_size, relation, relation_channels, share_channels
-        )
+        super().__init__(*args, **options)
         if position_size != 0 and position_size < 2:
             raise ValueError(f"position_size must be 0 or at least 2, got {position_size}.")
         self.position_size = position_size
+        self.position = nn.Conv2d(2, 2, 1)
+
+    def _weight_channels(self) -> tuple[int, int, int]:
         hidden = self.relation_channels
         channels = {"concatenation": 2 * hidden, "dot_product": 1}.get(self.relation, hidden)
-        self.weights = self._make_weights(channels + 2, hidden, self.groups, norm)
-        self.position = nn.Conv2d(2, 2, 1)
+        return channels + 2, hidden, self.groups
 
     def window_weights(self, query: Tensor, key: Tensor) -> Tensor:
         n, _, height, width = query.shape
@@ -209,48 +204,20 @@ class PatchwiseAttention2d(_VectorAttention2d):
 
     The weights of a pixel's window are a function of all features in it, in their order, and may
     be of any size and sign. It is more general than a convolution, whose weights are constants.
-
-    The borders are reflected. A side of at most ``kernel_size // 2`` pixels is too short for that
-    and reflected back and forth; see :func:`sasa_det.ops.aggregation.reflect`.
+    They see the concatenation of the pixel's query and all keys, the star_product of the query
+    with every key, or the clique_product of all queries with all keys.
     """
 
     relations = PATCHWISE_RELATIONS
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int = 7,
-        relation: str | None = None,
-        relation_channels: int | None = None,
-        share_channels: int = 8,
-        norm: Callable[[int], nn.Module] | None = nn.BatchNorm2d,
-    ):
-        """
-        Args:
-            in_channels: channels of the input.
-            out_channels: channels m of the output.
-            kernel_size: odd extent of the window.
-            relation: what the weights see of a window: "concatenation" of the pixel's query and
-                all keys if None, "star_product" of the query with every key, or "clique_product"
-                of all queries with all keys.
-            relation_channels: channels r of queries and keys, a quarter of out_channels if None.
-            share_channels: output channels that share a weight.
-            norm: makes the norm layers of the weights from a channel count; None for no norm.
-
-        Raises:
-            ValueError: naming the argument, its value and what is allowed.
-        """
-        super().__init__(
-            in_channels, out_channels, kernel_size, relation, relation_channels, share_channels
-        )
-        window = kernel_size**2
+    def _weight_channels(self) -> tuple[int, int, int]:
+        window = self.kernel_size**2
         channels = {
             "concatenation": self.relation_channels * (window + 1),
             "star_product": window,
             "clique_product": window**2,
         }[self.relation]
-        self.weights = self._make_weights(channels, self.groups, self.groups * window, norm)
+        return channels, self.groups, self.groups * window
 
     def window_weights(self, query: Tensor, key: Tensor) -> Tensor:
         relation = self._relate(query, self._windows(key)).unflatten(2, query.shape[2:])

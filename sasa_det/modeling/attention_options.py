@@ -9,14 +9,7 @@ PRIMITIVES = ("attention", "convolution")
 
 
 def attention_options(cfg: CfgNode) -> dict[str, Any]:
-    """Read the keyword arguments that all attention layers of a model share.
-
-    Args:
-        cfg: a config with sasa_det's keys.
-
-    Returns:
-        dict: keywords of :class:`sasa_det.layers.LocalSelfAttention2d`.
-    """
+    """Read the keywords of :class:`sasa_det.layers.LocalSelfAttention2d` that all layers share."""
     sasa = cfg.MODEL.SASA
     return {
         "kernel_size": sasa.KERNEL_SIZE,
@@ -26,12 +19,6 @@ def attention_options(cfg: CfgNode) -> dict[str, Any]:
         "border": sasa.BORDER,
         "backend": sasa.BACKEND or None,
     }
-
-
-def check_choice(name: str, value: Any, allowed) -> None:
-    """Raise ValueError, with ``name`` in it, unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
 
 
 def check_norm(name: str, value: Any) -> None:

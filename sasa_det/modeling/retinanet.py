@@ -12,7 +12,8 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..layers import LocalSelfAttention2d
-from .attention_options import PRIMITIVES, attention_options, check_choice, check_norm
+from ..ops.local_attention import check_choice
+from .attention_options import PRIMITIVES, attention_options, check_norm
 
 
 class AttentionRetinaNetHead(nn.Module):
@@ -128,15 +129,6 @@ def _prediction(
     return nn.Sequential(*layers)
 
 
-def _convolutional_head(cfg: CfgNode, input_shape: list[ShapeSpec]) -> RetinaNetHead:
-    options = RetinaNetHead.from_config(cfg, input_shape)
-    name = options["norm"]
-    if name == "GN":
-        # detectron2 0.6 tries the norm on one channel, which a group norm of 32 groups refuses.
-        options["norm"] = lambda channels: nn.GroupNorm(min(32, channels), channels)
-    return RetinaNetHead(**options)
-
-
 @META_ARCH_REGISTRY.register()
 class AttentionRetinaNet(RetinaNet):
     """:paper:`RetinaNet` with the head that ``MODEL.SASA.HEAD`` asks for.
@@ -163,7 +155,11 @@ class AttentionRetinaNet(RetinaNet):
         if cfg.MODEL.SASA.HEAD == "attention":
             options["head"] = AttentionRetinaNetHead(cfg, input_shape)
         else:
-            options["head"] = _convolutional_head(cfg, input_shape)
+            head = RetinaNetHead.from_config(cfg, input_shape)
+            if head["norm"] == "GN":
+                # detectron2 0.6 tries the norm on one channel, too few for a norm of 32 groups.
+                head["norm"] = lambda channels: nn.GroupNorm(min(32, channels), channels)
+            options["head"] = RetinaNetHead(**head)
         return options
 
     def losses(self, anchors, pred_logits, gt_labels, *args) -> dict[str, Tensor]:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operator import fake_gradients, present_gradients
-from .precision import accumulation_dtype, without_autocast
+from .gradient import define_operator, register_gradient
+from .precision import accumulation_dtype
 
 
 def place_matrices(weight: Tensor, mixing: Tensor) -> Tensor:
@@ -141,16 +141,13 @@ def _spans(query: Tensor) -> Iterator[slice]:
         yield slice(start, start + span)
 
 
-@torch.library.custom_op("sasa_det::block_attention", mutates_args=())
-@without_autocast
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    embedding: Tensor | None,
-    block_size: int,
-    num_heads: int,
-) -> Tensor:
+_ATTENTION = (
+    "Tensor query, Tensor key, Tensor value, Tensor? embedding, SymInt block_size, SymInt num_heads"
+)
+
+
+@define_operator("block_attention", f"({_ATTENTION}) -> Tensor")
+def _attend(query, key, value, embedding, block_size, num_heads):
     dtype = accumulation_dtype(query.dtype)
     q, k, v = (_heads_first(x, block_size, num_heads, dtype) for x in (query, key, value))
     r = None if embedding is None else embedding.to(dtype)
@@ -167,17 +164,11 @@ def _(query, key, value, embedding, block_size, num_heads):
     return value.new_empty(value.shape)
 
 
-@torch.library.custom_op("sasa_det::block_attention_backward", mutates_args=())
-@without_autocast
-def _attend_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    embedding: Tensor | None,
-    block_size: int,
-    num_heads: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@define_operator(
+    "block_attention_backward",
+    f"(Tensor grad, {_ATTENTION}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _attend_backward(grad, query, key, value, embedding, block_size, num_heads):
     dtype = accumulation_dtype(query.dtype)
     q, k, v, g = (_heads_first(x, block_size, num_heads, dtype) for x in (query, key, value, grad))
     r = None if embedding is None else embedding.to(dtype)
@@ -203,28 +194,13 @@ def _attend_backward(
     return (*grads, grad_r if embedding is None else grad_r.to(embedding.dtype))
 
 
-@_attend_backward.register_fake
-def _(grad, query, key, value, embedding, block_size, num_heads):
-    return fake_gradients((query, key, value, embedding), query)
+register_gradient(_attend, _attend_backward, num_tensors=4)
+
+_MIXTURE = "Tensor x, Tensor weight, Tensor mixing"
 
 
-def _attend_context(ctx, inputs, output):
-    *tensors, ctx.block_size, ctx.num_heads = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _attend_autograd(ctx, grad):
-    tensors = ctx.saved_tensors
-    grads = _attend_backward(grad, *tensors, ctx.block_size, ctx.num_heads)
-    return (*present_gradients(grads, tensors), None, None)
-
-
-_attend.register_autograd(_attend_autograd, setup_context=_attend_context)
-
-
-@torch.library.custom_op("sasa_det::mixed_values", mutates_args=())
-@without_autocast
-def _mix(x: Tensor, weight: Tensor, mixing: Tensor) -> Tensor:
+@define_operator("mixed_values", f"({_MIXTURE}) -> Tensor")
+def _mix(x, weight, mixing):
     dtype = accumulation_dtype(x.dtype)
     block_size = mixing.shape[-1]
     matrices = place_matrices(weight.to(dtype), mixing.to(dtype))
@@ -238,11 +214,8 @@ def _(x, weight, mixing):
     return x.new_empty((x.shape[0], weight.shape[1], x.shape[2], x.shape[3]))
 
 
-@torch.library.custom_op("sasa_det::mixed_values_backward", mutates_args=())
-@without_autocast
-def _mix_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, mixing: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+@define_operator("mixed_values_backward", f"(Tensor grad, {_MIXTURE}) -> (Tensor, Tensor, Tensor)")
+def _mix_backward(grad, x, weight, mixing):
     dtype = accumulation_dtype(x.dtype)
     block_size = mixing.shape[-1]
     w, p = weight.to(dtype), mixing.to(dtype)
@@ -257,17 +230,4 @@ def _mix_backward(
     )
 
 
-@_mix_backward.register_fake
-def _(grad, x, weight, mixing):
-    return fake_gradients((x, weight, mixing), x)
-
-
-def _mix_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _mix_autograd(ctx, grad):
-    return _mix_backward(grad, *ctx.saved_tensors)
-
-
-_mix.register_autograd(_mix_autograd, setup_context=_mix_context)
+register_gradient(_mix, _mix_backward, num_tensors=3)

@@ -38,35 +38,13 @@ def why_not(query: Tensor, num_heads: int, forced: bool = False) -> str | None:
     return None
 
 
-def forward(
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor,
-    rel_rows: Tensor | None,
-    rel_cols: Tensor | None,
-    kernel_size: int,
-    num_heads: int,
-    mask: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
     """See :func:`sasa_det.ops.operator.attend`; the backward pass needs no log-sum-exp."""
-    output = torch.ops.sasa_det_cpu.local_attention(
-        query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask, ""
-    )
+    output = torch.ops.sasa_det_cpu.local_attention(query, *arguments, "")
     return output, query.new_empty(0, dtype=torch.float32)
 
 
-def backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor,
-    rel_rows: Tensor | None,
-    rel_cols: Tensor | None,
-    log_sum: Tensor,
-    kernel_size: int,
-    num_heads: int,
-    mask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(grad, query, key, value, rel_rows, rel_cols, log_sum, kernel_size, num_heads, mask):
     """See :func:`sasa_det.ops.operator.attend_backward`."""
     return torch.ops.sasa_det_cpu.local_attention_backward(
         grad, query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask, ""

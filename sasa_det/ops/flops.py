@@ -6,6 +6,7 @@ fewer operations changes nothing. torch counts a multiply-add as 2 FLOPs, fvcore
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -18,97 +19,60 @@ from .stem_attention import STEM_BLOCK
 Shape = Sequence[int]
 
 
+# Each takes those of an operator's arguments that it needs, by name; shapes in place of tensors.
 def _local_attention_macs(
-    query: Shape, key: Shape | None, value: Shape, rel_rows: Shape | None, _, kernel_size: int
+    query: Shape, key: Shape | None, rel_rows: Shape | None, kernel_size: int, **_
 ) -> int:
     terms = (key is not None) + (rel_rows is not None) + 1
     return terms * kernel_size**2 * prod(query)
 
 
-def _block_attention_macs(
-    query: Shape, key: Shape, value: Shape, embedding: Shape | None, block_size: int
-) -> int:
+def _block_attention_macs(query: Shape, embedding: Shape | None, block_size: int, **_) -> int:
     return (2 + (embedding is not None)) * block_size**2 * prod(query)
 
 
-def _mixed_values_macs(x: Shape, weight: Shape, mixing: Shape) -> int:
+def _mixed_values_macs(x: Shape, weight: Shape, **_) -> int:
     mixtures, channels, in_channels = weight
     return prod(x) // in_channels * mixtures * channels * (in_channels + 1)
 
 
 def _stem_attention_macs(
-    x: Shape,
-    query: Shape,
-    key: Shape,
-    value: Shape,
-    mixing: Shape | None,
-    rel_rows: Shape | None,
-    rel_cols: Shape | None,
+    x: Shape, query: Shape, value: Shape, mixing: Shape | None, rel_rows: Shape | None, **_
 ) -> int:
     n, in_channels, height, width = x
-    projected = (n, query[0], height, width)
     projection = prod(x) * query[0]
-    values = projection if mixing is None else _mixed_values_macs(x, value, mixing)
-    attention = _block_attention_macs(projected, projected, projected, rel_rows, STEM_BLOCK)
+    values = projection if mixing is None else _mixed_values_macs(x, value)
+    attention = _block_attention_macs((n, query[0], height, width), rel_rows, STEM_BLOCK)
     return 2 * projection + values + attention
 
 
-_ops = torch.ops.sasa_det
+_FORWARD = {
+    "local_attention": _local_attention_macs,
+    "block_attention": _block_attention_macs,
+    "mixed_values": _mixed_values_macs,
+    "stem_attention": _stem_attention_macs,
+    "stem_attention_pooled": _stem_attention_macs,
+}
 
 
-@register_flop_formula(_ops.local_attention)
-def _(query, key, value, rel_rows, rel_cols, kernel_size, *args, out_shape=None, **kwargs) -> int:
-    return 2 * _local_attention_macs(query, key, value, rel_rows, rel_cols, kernel_size)
+def _count(name: str, macs: Callable[..., int], arguments: Sequence[Any]) -> int:
+    """Count an operator's multiply-adds from the values of its first arguments."""
+    schema = getattr(torch.ops.sasa_det, name).default._schema
+    names = (argument.name for argument in schema.arguments)
+    return macs(**dict(zip(names, arguments, strict=False)))
 
 
-@register_flop_formula(_ops.local_attention_backward)
-def _(
-    grad,
-    query,
-    key,
-    value,
-    rel_rows,
-    rel_cols,
-    log_sum,
-    kernel_size,
-    *args,
-    out_shape=None,
-    **kwargs,
-) -> int:
+def _register(name: str, macs: Callable[..., int], flops_of_mac: int) -> None:
+    @register_flop_formula(getattr(torch.ops.sasa_det, name))
+    def formula(*arguments, out_shape=None, **kwargs) -> int:
+        return flops_of_mac * _count(name, macs, arguments)
+
+
+for _name, _macs in _FORWARD.items():
+    _register(_name, _macs, 2)
     # Each product of the forward pass has two in the backward pass, as for a convolution.
-    return 4 * _local_attention_macs(query, key, value, rel_rows, rel_cols, kernel_size)
-
-
-@register_flop_formula(_ops.block_attention)
-def _(query, key, value, embedding, block_size, *args, out_shape=None, **kwargs) -> int:
-    return 2 * _block_attention_macs(query, key, value, embedding, block_size)
-
-
-@register_flop_formula(_ops.block_attention_backward)
-def _(grad, query, key, value, embedding, block_size, *args, out_shape=None, **kwargs) -> int:
-    return 4 * _block_attention_macs(query, key, value, embedding, block_size)
-
-
-@register_flop_formula(_ops.mixed_values)
-def _(x, weight, mixing, *args, out_shape=None, **kwargs) -> int:
-    return 2 * _mixed_values_macs(x, weight, mixing)
-
-
-@register_flop_formula(_ops.mixed_values_backward)
-def _(grad, x, weight, mixing, *args, out_shape=None, **kwargs) -> int:
-    return 4 * _mixed_values_macs(x, weight, mixing)
-
-
-@register_flop_formula([_ops.stem_attention, _ops.stem_attention_pooled])
-def _(x, query, key, value, mixing, rel_rows, rel_cols, *args, out_shape=None, **kwargs) -> int:
-    return 2 * _stem_attention_macs(x, query, key, value, mixing, rel_rows, rel_cols)
-
-
-@register_flop_formula(_ops.stem_attention_backward)
-def _(
-    grad, x, query, key, value, mixing, rel_rows, rel_cols, *args, out_shape=None, **kwargs
-) -> int:
-    return 4 * _stem_attention_macs(x, query, key, value, mixing, rel_rows, rel_cols)
+    if _name != "stem_attention_pooled":
+        _register(f"{_name}_backward", _macs, 4)
 
 
 def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
@@ -120,19 +84,10 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
         multiply-add.
     """
 
-    def handle(macs: Callable[..., int], arguments: int):
-        def count(inputs: list[Any], outputs: list[Any]) -> int:
-            return macs(*(_shape_or_value(x) for x in inputs[:arguments]))
+    def handle(name: str, macs: Callable[..., int], inputs: list[Any], outputs: list[Any]) -> int:
+        return _count(name, macs, [_shape_or_value(x) for x in inputs])
 
-        return count
-
-    return {
-        "sasa_det::local_attention": handle(_local_attention_macs, 6),
-        "sasa_det::block_attention": handle(_block_attention_macs, 5),
-        "sasa_det::mixed_values": handle(_mixed_values_macs, 3),
-        "sasa_det::stem_attention": handle(_stem_attention_macs, 7),
-        "sasa_det::stem_attention_pooled": handle(_stem_attention_macs, 7),
-    }
+    return {f"sasa_det::{name}": partial(handle, name, macs) for name, macs in _FORWARD.items()}
 
 
 def _shape_or_value(value: Any) -> Any:

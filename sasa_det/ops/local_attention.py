@@ -1,5 +1,7 @@
 """The public operation: its contract, its checks and the choice of a backend."""
 
+from collections.abc import Collection
+
 from torch import Tensor
 
 from . import reference
@@ -17,6 +19,12 @@ def available_backends() -> dict[str, str]:
     """
     summaries = {name: backend.SUMMARY for name, backend in BACKENDS.items() if not backend.MISSING}
     return {**summaries, "reference": reference.SUMMARY}
+
+
+def check_choice(name: str, value: object, allowed: Collection) -> None:
+    """Raise ValueError, with ``name`` in it, unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
 
 
 def check_kernel_size(kernel_size: int) -> None:
@@ -95,20 +103,10 @@ def local_attention(
     _check(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, border, content)
     check_backend(backend)
     key = key if content else None
+    arguments = (query, key, value, rel_rows, rel_cols, kernel_size, num_heads, border == "mask")
     if backend == "reference":
-        return reference.local_attention(
-            query,
-            key,
-            value,
-            rel_rows,
-            rel_cols,
-            kernel_size=kernel_size,
-            num_heads=num_heads,
-            border=border,
-        )
-    mask = border == "mask"
-    tensors = (query, key, value, rel_rows, rel_cols)
-    return attend(*tensors, kernel_size, num_heads, mask, backend or "")[0]
+        return reference.local_attention(*arguments)
+    return attend(*arguments, backend or "")[0]
 
 
 def _check(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, border, content):
@@ -118,17 +116,15 @@ def _check(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, border
     check_heads(query.shape[1], num_heads)
     if min(query.shape[1:]) < 1:
         raise ValueError(f"query must have C, H, W >= 1, got shape {tuple(query.shape)}.")
-    if border not in BORDERS:
-        raise ValueError(f"border must be one of {list(BORDERS)}, got {border!r}.")
+    check_choice("border", border, BORDERS)
     if content and key is None:
         raise ValueError("key must be given unless content is False, got None.")
-    others = {"value": value, "key": key} if content else {"value": value}
-    for name, tensor in others.items():
+    images = {"query": query, "value": value, **({"key": key} if content else {})}
+    for name, tensor in images.items():
         if tensor.shape != query.shape:
             raise ValueError(
                 f"{name} must have query's shape {tuple(query.shape)}, got {tuple(tensor.shape)}."
             )
-    for name, tensor in {"query": query, **others}.items():
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}.")
         if tensor.dtype != query.dtype or tensor.device != query.device:

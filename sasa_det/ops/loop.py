@@ -39,19 +39,11 @@ def _offsets(
             yield row, column, (pixel_rows, pixel_cols), (neighbour_rows, neighbour_cols)
 
 
-def _by_head(x: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
-    n, channels, height, width = x.shape
-    return x.to(dtype).reshape(n, num_heads, channels // num_heads, height, width)
+def _by_head(x: Tensor | None, num_heads: int, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype).unflatten(1, (num_heads, -1))
 
 
-def _logits(
-    query: Tensor,
-    key: Tensor | None,
-    rel_rows: Tensor | None,
-    rel_cols: Tensor | None,
-    kernel_size: int,
-    mask: bool,
-) -> Tensor:
+def _logits(query, key, rel_rows, rel_cols, kernel_size, mask) -> Tensor:
     """Return the logits of all windows, (N, heads, k, k, H, W); -inf where left out."""
     n, heads, head_width, height, width = query.shape
     logits = query.new_full(
@@ -65,6 +57,7 @@ def _logits(
             torch.sum(query[(..., *pixels)] * key[(..., *neighbours)], 2, out=target)
     if rel_rows is not None:
         by_row, by_col = query.split(head_width // 2, 2)
+        rel_rows, rel_cols = rel_rows.to(query.dtype), rel_cols.to(query.dtype)
         logits += torch.einsum("nhdyx,hdk->nhkyx", by_row, rel_rows)[:, :, :, None]
         logits += torch.einsum("nhdyx,hdk->nhkyx", by_col, rel_cols)[:, :, None]
     return logits
@@ -75,24 +68,11 @@ def why_not(query: Tensor, num_heads: int, forced: bool = False) -> str | None:
     return None
 
 
-def forward(
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor,
-    rel_rows: Tensor | None,
-    rel_cols: Tensor | None,
-    kernel_size: int,
-    num_heads: int,
-    mask: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask):
     """See :func:`sasa_det.ops.operator.attend`."""
     dtype = accumulation_dtype(query.dtype)
-    queries = _by_head(query, num_heads, dtype)
-    keys = None if key is None else _by_head(key, num_heads, dtype)
-    values = _by_head(value, num_heads, dtype)
-    rows = None if rel_rows is None else rel_rows.to(dtype)
-    cols = None if rel_cols is None else rel_cols.to(dtype)
-    logits = _logits(queries, keys, rows, cols, kernel_size, mask)
+    queries, keys, values = (_by_head(x, num_heads, dtype) for x in (query, key, value))
+    logits = _logits(queries, keys, rel_rows, rel_cols, kernel_size, mask)
     log_sum = torch.logsumexp(logits, (2, 3))
     weights = logits.sub_(log_sum[:, :, None, None]).exp_()
     output = torch.zeros_like(values)
@@ -104,25 +84,12 @@ def forward(
     return output.contiguous(), log_sum.contiguous()
 
 
-def backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor,
-    rel_rows: Tensor | None,
-    rel_cols: Tensor | None,
-    log_sum: Tensor,
-    kernel_size: int,
-    num_heads: int,
-    mask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(grad, query, key, value, rel_rows, rel_cols, log_sum, kernel_size, num_heads, mask):
     """See :func:`sasa_det.ops.operator.attend_backward`."""
     dtype = accumulation_dtype(query.dtype)
-    queries, values, grads = (_by_head(x, num_heads, dtype) for x in (query, value, grad))
-    keys = None if key is None else _by_head(key, num_heads, dtype)
-    rows = None if rel_rows is None else rel_rows.to(dtype)
-    cols = None if rel_cols is None else rel_cols.to(dtype)
-    logits = _logits(queries, keys, rows, cols, kernel_size, mask)
+    tensors = (query, key, value, grad)
+    queries, keys, values, grads = (_by_head(x, num_heads, dtype) for x in tensors)
+    logits = _logits(queries, keys, rel_rows, rel_cols, kernel_size, mask)
     weights = logits.sub_(log_sum[:, :, None, None]).exp_()
     grad_query, grad_value = torch.zeros_like(queries), torch.zeros_like(values)
     grad_key = None if keys is None else torch.zeros_like(keys)
@@ -143,8 +110,9 @@ def backward(
             grad_query[(..., *pixels)].addcmul_(grad_logit, keys[(..., *neighbours)])
             grad_key[(..., *neighbours)].addcmul_(grad_logit, queries[(..., *pixels)])
     grad_rows = grad_cols = None
-    if rows is not None:
+    if rel_rows is not None:
         half = queries.shape[2] // 2
+        rows, cols = rel_rows.to(dtype), rel_cols.to(dtype)
         by_row, by_col = grad_logits.sum(3), grad_logits.sum(2)
         grad_query[:, :, :half] += torch.einsum("nhkyx,hdk->nhdyx", by_row, rows)
         grad_query[:, :, half:] += torch.einsum("nhkyx,hdk->nhdyx", by_col, cols)
@@ -156,10 +124,5 @@ def backward(
             return query.new_empty(0)
         return x.reshape(reference.shape).to(reference.dtype).contiguous()
 
-    return (
-        like(grad_query, query),
-        like(grad_key, key),
-        like(grad_value, value),
-        like(grad_rows, rel_rows),
-        like(grad_cols, rel_cols),
-    )
+    gradients = (grad_query, grad_key, grad_value, grad_rows, grad_cols)
+    return tuple(map(like, gradients, (query, key, value, rel_rows, rel_cols)))

@@ -5,14 +5,14 @@ each of the k^2 offsets of the window.
 """
 
 import logging
-from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from . import cpu, loop, triton
-from .precision import accumulation_dtype, without_autocast
+from .gradient import define_operator, register_gradient
+from .precision import accumulation_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -50,19 +50,12 @@ def _say_once(name: str, reasons: str) -> None:
     logger.info("local_attention runs on the %s backend (%s)%s.", name, summary, reasons)
 
 
-@torch.library.custom_op("sasa_det::local_attention", mutates_args=())
-@without_autocast
-def attend(
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor,
-    rel_rows: Tensor | None,
-    rel_cols: Tensor | None,
-    kernel_size: int,
-    num_heads: int,
-    mask: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+_TENSORS = "Tensor query, Tensor? key, Tensor value, Tensor? rel_rows, Tensor? rel_cols"
+_OPTIONS = "SymInt kernel_size, SymInt num_heads, bool mask, str backend"
+
+
+@define_operator("local_attention", f"({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)")
+def attend(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask, backend):
     """Run equation 3 on a backend; arguments as of :func:`sasa_det.ops.local_attention`.
 
     Args:
@@ -89,68 +82,17 @@ def _(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask, backe
     return torch.empty_like(value, memory_format=torch.contiguous_format), log_sum
 
 
-@torch.library.custom_op("sasa_det::local_attention_backward", mutates_args=())
-@without_autocast
-def attend_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor,
-    rel_rows: Tensor | None,
-    rel_cols: Tensor | None,
-    log_sum: Tensor,
-    kernel_size: int,
-    num_heads: int,
-    mask: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+@define_operator(
+    "local_attention_backward",
+    f"(Tensor grad, {_TENSORS}, Tensor log_sum, {_OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def attend_backward(grad, query, *arguments):
     """Return the gradients of query, key, value and both embeddings; empty for an absent one."""
-    tensors = (grad, query, key, value, rel_rows, rel_cols, log_sum)
+    *arguments, num_heads, mask, backend = arguments
     return BACKENDS[_choose(backend, query, num_heads)].backward(
-        *tensors, kernel_size, num_heads, mask
+        grad, query, *arguments, num_heads, mask
     )
 
 
-@attend_backward.register_fake
-def _(grad, query, key, value, rel_rows, rel_cols, *args):
-    return fake_gradients((query, key, value, rel_rows, rel_cols), query)
-
-
-def _setup_context(ctx, inputs, output):
-    tensors, ctx.options = inputs[:5], inputs[5:]
-    # The output itself is not needed again.
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(ctx, grad, _):
-    unused = (None,) * len(ctx.options)
-    if grad is None:
-        return (*(None,) * 5, *unused)
-    tensors = ctx.saved_tensors
-    grads = attend_backward(grad, *tensors, *ctx.options)
-    return (*present_gradients(grads, tensors[:5]), *unused)
-
-
-attend.register_autograd(_autograd, setup_context=_setup_context)
-
-
-def fake_gradients(tensors: Iterable[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    """Return what a backward operator returns, without values.
-
-    Args:
-        tensors: the tensors that gradients are of; None for an absent one.
-        like: has the type and device of an absent one's empty gradient.
-
-    Returns:
-        tuple[Tensor, ...]: contiguous, of the tensors' shapes, (0,) for an absent one.
-    """
-    return tuple(like.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
-
-
-def present_gradients(
-    grads: Iterable[Tensor], tensors: Iterable[Tensor | None]
-) -> tuple[Tensor | None, ...]:
-    """Return what autograd wants of a backward operator's gradients: None for absent tensors."""
-    return tuple(None if x is None else g for g, x in zip(grads, tensors, strict=True))
+register_gradient(attend, attend_backward, num_tensors=5)

@@ -10,21 +10,10 @@ SUMMARY = "PyTorch, unfolds the window: the definition of correct, with k^2 time
 
 
 @without_autocast
-def local_attention(
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor,
-    rel_rows: Tensor | None,
-    rel_cols: Tensor | None,
-    *,
-    kernel_size: int,
-    num_heads: int,
-    border: str,
-) -> Tensor:
+def local_attention(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask) -> Tensor:
     """Compute equation 3 as it stands.
 
-    Arguments and result are those of :func:`sasa_det.ops.local_attention`, without checks; a key
-    of None stands for ``content=False``. Differentiable to any order.
+    Arguments are those of :func:`sasa_det.ops.operator.attend`. Differentiable to any order.
     """
     n, channels, height, width = query.shape
     head_width = channels // num_heads
@@ -48,7 +37,7 @@ def local_attention(
         embedding = torch.cat([rows[:, :, :, None].expand(half), cols[:, :, None].expand(half)], 1)
         embedding = embedding.reshape(1, num_heads, head_width, window, 1, 1)
         logits = logits + (query * embedding).sum(2)
-    if border == "mask":
+    if mask:
         inside = F.unfold(logits.new_ones(1, 1, height, width), kernel_size, padding=padding)
         outside = inside.view(1, 1, window, height, width) == 0
         logits = logits.masked_fill(outside, float("-inf"))

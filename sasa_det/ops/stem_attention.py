@@ -11,8 +11,7 @@ from torch import Tensor
 
 from . import cpu
 from .block_attention import block_attention, mixed_values, mixture_gradients, place_matrices
-from .operator import fake_gradients, present_gradients
-from .precision import without_autocast
+from .gradient import define_operator, register_gradient
 
 # Side of the blocks that the C++ kernels, and with them the operators here, take.
 STEM_BLOCK = 4
@@ -143,18 +142,14 @@ def _projections(
     return query.flatten(1), key.flatten(1), place_matrices(*_mixture(value, mixing))
 
 
-@torch.library.custom_op("sasa_det::stem_attention", mutates_args=())
-@without_autocast
-def _attend(
-    x: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mixing: Tensor | None,
-    rel_rows: Tensor | None,
-    rel_cols: Tensor | None,
-    num_heads: int,
-) -> Tensor:
+_TENSORS = (
+    "Tensor x, Tensor query, Tensor key, Tensor value, Tensor? mixing, Tensor? rel_rows, "
+    "Tensor? rel_cols"
+)
+
+
+@define_operator("stem_attention", f"({_TENSORS}, SymInt num_heads) -> Tensor")
+def _attend(x, query, key, value, mixing, rel_rows, rel_cols, num_heads):
     matrices = _projections(query, key, value, mixing)
     return torch.ops.sasa_det_cpu.stem_attention(x, *matrices, rel_rows, rel_cols, num_heads, "")
 
@@ -164,23 +159,14 @@ def _(x, query, key, value, mixing, rel_rows, rel_cols, num_heads):
     return x.new_empty((x.shape[0], query.shape[0], x.shape[2], x.shape[3]))
 
 
-@torch.library.custom_op("sasa_det::stem_attention_pooled", mutates_args=())
-@without_autocast
-def _attend_pooled(
-    x: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mixing: Tensor | None,
-    rel_rows: Tensor | None,
-    rel_cols: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    num_heads: int,
-) -> Tensor:
+@define_operator(
+    "stem_attention_pooled",
+    f"({_TENSORS}, Tensor scale, Tensor shift, SymInt num_heads) -> Tensor",
+)
+def _attend_pooled(x, query, key, value, mixing, rel_rows, rel_cols, scale, shift, num_heads):
     matrices = _projections(query, key, value, mixing)
-    return torch.ops.sasa_det_cpu.stem_attention_pooled(
-        x, *matrices, rel_rows, rel_cols, num_heads, scale, shift, ""
+    return torch.ops.sasa_det_cpu.stem_attention(
+        x, *matrices, rel_rows, rel_cols, num_heads, "", scale, shift
     )
 
 
@@ -190,20 +176,14 @@ def _(x, query, key, value, mixing, rel_rows, rel_cols, scale, shift, num_heads)
     return x.new_empty((x.shape[0], query.shape[0], rows, cols))
 
 
-@torch.library.custom_op("sasa_det::stem_attention_backward", mutates_args=())
-@without_autocast
+@define_operator(
+    "stem_attention_backward",
+    f"(Tensor grad, {_TENSORS}, SymInt num_heads, bool image_gradient) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def _attend_backward(
-    grad: Tensor,
-    x: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mixing: Tensor | None,
-    rel_rows: Tensor | None,
-    rel_cols: Tensor | None,
-    num_heads: int,
-    image_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad, x, query, key, value, mixing, rel_rows, rel_cols, num_heads, image_gradient
+):
     """Return the gradients of all tensors; empty for an absent one and an unwanted image's."""
     matrices = _projections(query, key, value, mixing)
     grad_x, grad_query, grad_key, grad_matrices, grad_rows, grad_cols = (
@@ -223,23 +203,4 @@ def _attend_backward(
     )
 
 
-@_attend_backward.register_fake
-def _(grad, x, query, key, value, mixing, rel_rows, rel_cols, num_heads, image_gradient):
-    tensors = (x if image_gradient else None, query, key, value, mixing, rel_rows, rel_cols)
-    return fake_gradients(tensors, x)
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.num_heads = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _autograd(ctx, grad):
-    tensors = ctx.saved_tensors
-    image_gradient = ctx.needs_input_grad[0]
-    grads = _attend_backward(grad, *tensors, ctx.num_heads, image_gradient)
-    wanted = (tensors[0] if image_gradient else None, *tensors[1:])
-    return (*present_gradients(grads, wanted), None)
-
-
-_attend.register_autograd(_autograd, setup_context=_setup_context)
+register_gradient(_attend, _attend_backward, num_tensors=7, first_on_demand=True)

@@ -28,8 +28,8 @@ def why_not(query: Tensor, num_heads: int, forced: bool = False) -> str | None:
         return f"it takes CUDA tensors, not {query.device.type}"
     if query.dtype not in _DTYPES:
         return f"it takes float32, float16 or bfloat16, not {query.dtype}"
-    if query.shape[1] // num_heads > _WIDEST_HEAD:
-        width = query.shape[1] // num_heads
+    width = query.shape[1] // num_heads
+    if width > _WIDEST_HEAD:
         return f"it takes heads of width {_WIDEST_HEAD} at most, not {width}"
     return None
 

@@ -71,6 +71,16 @@ def _pick_columns(table, x, keys_x, offsets, KERNEL: tl.constexpr):
     return terms
 
 
+@triton.jit
+def _tile(number, height, width, TILE: tl.constexpr):
+    """Return the top and left of a tile, its pixels' places, and which are inside the image."""
+    tiles_x = tl.cdiv(width, TILE)
+    top, left = number // tiles_x * TILE, number % tiles_x * TILE
+    pixel = tl.arange(0, TILE * TILE)
+    y, x = top + pixel // TILE, left + pixel % TILE
+    return top, left, y, x, (y < height) & (x < width)
+
+
 @triton.jit(do_not_specialize=["height", "width"])
 def _forward_kernel(
     query, key, value, rel_rows, rel_cols, output, log_sum,
@@ -80,17 +90,12 @@ def _forward_kernel(
     CONTENT: tl.constexpr, RELATIVE: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    tiles_x = tl.cdiv(width, TILE)
-    tiles = tiles_x * tl.cdiv(height, TILE)
+    tiles = tl.cdiv(width, TILE) * tl.cdiv(height, TILE)
     plane = (tl.program_id(0) // tiles).to(tl.int64)
-    top = tl.program_id(0) % tiles // tiles_x * TILE
-    left = tl.program_id(0) % tiles_x * TILE
+    top, left, y, x, inside = _tile(tl.program_id(0) % tiles, height, width, TILE)
     REACH: tl.constexpr = KERNEL // 2
     start = plane * DEPTH * height * width
     channels, offsets = tl.arange(0, D), tl.arange(0, K)
-    pixel = tl.arange(0, TILE * TILE)
-    y, x = top + pixel // TILE, left + pixel % TILE
-    inside = (y < height) & (x < width)
     q = _load_pixels(query + start, y, x, channels, inside, DEPTH, height, width)
     keys_x = left - REACH + tl.arange(0, COLS)
     col_offset = keys_x[None, :] - x[:, None] + REACH
@@ -189,15 +194,13 @@ def _query_kernel(
     """Gradients of queries and embeddings; for the keys' kernel it leaves q.r and each window's
     mean of g.v, which a first pass over the rows finds: what is subtracted later is rounded first.
     """
-    tiles_x = tl.cdiv(width, TILE)
-    tiles = tiles_x * tl.cdiv(height, TILE)
+    tiles = tl.cdiv(width, TILE) * tl.cdiv(height, TILE)
     plane = (tl.program_id(0) // programs).to(tl.int64)
     program = tl.program_id(0) % programs
     REACH: tl.constexpr = KERNEL // 2
     area = height * width
     start = plane * DEPTH * area
     channels, offsets = tl.arange(0, D), tl.arange(0, K)
-    pixel = tl.arange(0, TILE * TILE)
     if RELATIVE:
         by_row, by_col = _load_embeddings(
             rel_rows, rel_cols, plane % heads, channels, offsets, DEPTH, KERNEL
@@ -205,10 +208,7 @@ def _query_kernel(
         row_sums = tl.zeros([D, K], tl.float32)
         col_sums = tl.zeros([D, K], tl.float32)
     for tile in range(program, tiles, programs):
-        top = tile // tiles_x * TILE
-        left = tile % tiles_x * TILE
-        y, x = top + pixel // TILE, left + pixel % TILE
-        inside = (y < height) & (x < width)
+        top, left, y, x, inside = _tile(tile, height, width, TILE)
         q = _load_pixels(query + start, y, x, channels, inside, DEPTH, height, width)
         g = _load_pixels(grad + start, y, x, channels, inside, DEPTH, height, width)
         place = plane * area + y * width + x
@@ -277,24 +277,19 @@ def _query_kernel(
 def _key_kernel(
     grad, query, key, value, expected, log_sum, row_terms, col_terms, grad_key, grad_value,
     height, width,
-    DEPTH: tl.constexpr, D: tl.constexpr, KERNEL: tl.constexpr,
+    DEPTH: tl.constexpr, D: tl.constexpr, KERNEL: tl.constexpr, K: tl.constexpr,
     COLS: tl.constexpr, TILE: tl.constexpr,
-    CONTENT: tl.constexpr, RELATIVE: tl.constexpr, PRECISION: tl.constexpr,
+    CONTENT: tl.constexpr, RELATIVE: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values, from all queries that see them."""
-    tiles_x = tl.cdiv(width, TILE)
-    tiles = tiles_x * tl.cdiv(height, TILE)
+    tiles = tl.cdiv(width, TILE) * tl.cdiv(height, TILE)
     plane = (tl.program_id(0) // tiles).to(tl.int64)
-    top = tl.program_id(0) % tiles // tiles_x * TILE
-    left = tl.program_id(0) % tiles_x * TILE
+    top, left, y, x, inside = _tile(tl.program_id(0) % tiles, height, width, TILE)
     REACH: tl.constexpr = KERNEL // 2
     area = height * width
     start = plane * DEPTH * area
     channels = tl.arange(0, D)
-    pixel = tl.arange(0, TILE * TILE)
-    y, x = top + pixel // TILE, left + pixel % TILE
-    inside = (y < height) & (x < width)
     v = _load_pixels(value + start, y, x, channels, inside, DEPTH, height, width)
     if CONTENT:
         k = _load_pixels(key + start, y, x, channels, inside, DEPTH, height, width)
@@ -337,7 +332,7 @@ def _key_kernel(
         tl.store(grad_key + to, key_sums.to(grad_key.dtype.element_ty), wanted)
 
 
-def _options(query: Tensor, num_heads: int, kernel_size: int) -> dict[str, int | str]:
+def _options(query, key, rel_rows, kernel_size, num_heads, mask) -> dict[str, int | bool | str]:
     """Return the constants that the kernels are compiled for."""
     depth = query.shape[1] // num_heads
     exact = "interpreted" if triton.knobs.runtime.interpret else "ieee"
@@ -347,8 +342,12 @@ def _options(query: Tensor, num_heads: int, kernel_size: int) -> dict[str, int |
         # Matrix products take at least 16 of everything.
         "D": max(16, triton.next_power_of_2(depth)),
         "KERNEL": kernel_size,
+        "K": max(16, triton.next_power_of_2(kernel_size)),
         "COLS": max(16, triton.next_power_of_2(_TILE + kernel_size - 1)),
         "TILE": _TILE,
+        "CONTENT": key is not None,
+        "RELATIVE": rel_rows is not None,
+        "MASK": mask,
         "PRECISION": "tf32" if tf32 else exact,
         "EXACT": exact,
     }
@@ -368,32 +367,14 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 def forward(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask):
     """See :func:`sasa_det.ops.operator.attend`."""
-    query, key, value, rel_rows, rel_cols = map(
-        _contiguous, (query, key, value, rel_rows, rel_cols)
-    )
+    inputs = [_contiguous(x) for x in (query, key, value, rel_rows, rel_cols)]
     n, _, height, width = query.shape
-    output = torch.empty_like(value)
+    output = torch.empty_like(inputs[2])
     log_sum = query.new_empty((n, num_heads, height, width), dtype=torch.float32)
-    if n == 0:
-        return output, log_sum
-    grid = (triton.cdiv(height, _TILE) * triton.cdiv(width, _TILE) * n * num_heads,)
-    _forward_kernel[grid](
-        query,
-        key,
-        value,
-        rel_rows,
-        rel_cols,
-        output,
-        log_sum,
-        height,
-        width,
-        num_heads,
-        K=max(16, triton.next_power_of_2(kernel_size)),
-        CONTENT=key is not None,
-        RELATIVE=rel_rows is not None,
-        MASK=mask,
-        **_options(query, num_heads, kernel_size),
-    )
+    if n > 0:
+        grid = (triton.cdiv(height, _TILE) * triton.cdiv(width, _TILE) * n * num_heads,)
+        options = _options(query, key, rel_rows, kernel_size, num_heads, mask)
+        _forward_kernel[grid](*inputs, output, log_sum, height, width, num_heads, **options)
     return output, log_sum
 
 
@@ -402,65 +383,34 @@ def backward(grad, query, key, value, rel_rows, rel_cols, log_sum, kernel_size, 
     tensors = (grad.to(query.dtype), query, key, value, rel_rows, rel_cols)
     grad, query, key, value, rel_rows, rel_cols = map(_contiguous, tensors)
     n, channels, height, width = query.shape
-    depth = channels // num_heads
     grad_query, grad_value = torch.empty_like(query), torch.empty_like(value)
     grad_key = query.new_empty(0) if key is None else torch.empty_like(key)
     expected = torch.empty_like(log_sum)
-    options = _options(query, num_heads, kernel_size)
-    offsets = max(16, triton.next_power_of_2(kernel_size))
+    options = _options(query, key, rel_rows, kernel_size, num_heads, mask)
     tiles = triton.cdiv(height, _TILE) * triton.cdiv(width, _TILE)
     programs = min(tiles, _PROGRAMS_OF_PLANE)
     row_terms = col_terms = grad_rows = grad_cols = None
-    floats = {"dtype": torch.float32, "device": query.device}
     if rel_rows is not None:
+        floats = {"dtype": torch.float32, "device": query.device}
         row_terms = torch.empty((n, num_heads, kernel_size, height, width), **floats)
         col_terms = torch.empty_like(row_terms)
-        grad_rows = torch.empty((n, num_heads, programs, options["D"], offsets), **floats)
+        grad_rows = torch.empty((n, num_heads, programs, options["D"], options["K"]), **floats)
         grad_cols = torch.empty_like(grad_rows)
     if n > 0:
-        flags = {"CONTENT": key is not None, "RELATIVE": rel_rows is not None}
+        inputs, terms = (grad, query, key, value), (row_terms, col_terms)
+        sums = (expected, log_sum)
+        gradients = (grad_query, *terms, grad_rows, grad_cols)
+        size = (height, width)
         _query_kernel[(programs * n * num_heads,)](
-            grad,
-            query,
-            key,
-            value,
-            rel_rows,
-            rel_cols,
-            expected,
-            log_sum,
-            grad_query,
-            row_terms,
-            col_terms,
-            grad_rows,
-            grad_cols,
-            height,
-            width,
-            num_heads,
-            programs,
-            K=offsets,
-            MASK=mask,
-            **flags,
-            **options,
+            *inputs, rel_rows, rel_cols, *sums, *gradients, *size, num_heads, programs, **options
         )
         _key_kernel[(tiles * n * num_heads,)](
-            grad,
-            query,
-            key,
-            value,
-            expected,
-            log_sum,
-            row_terms,
-            col_terms,
-            grad_key,
-            grad_value,
-            height,
-            width,
-            **flags,
-            **options,
+            *inputs, *sums, *terms, grad_key, grad_value, *size, **options
         )
     if rel_rows is None:
         grad_rows, grad_cols = query.new_empty(0), query.new_empty(0)
     else:
+        depth = channels // num_heads
         half = depth // 2
         grad_rows = grad_rows[..., :half, :kernel_size].sum((0, 2)).to(rel_rows.dtype)
         grad_cols = grad_cols[..., half:depth, :kernel_size].sum((0, 2)).to(rel_cols.dtype)

@@ -143,18 +143,8 @@ def test_pooling_equals_what_it_fuses(height, width, instructions):
     expected = F.max_pool2d(output, 4, ceil_mode=True)
     x, query, key, value, _, rel_rows, rel_cols = tensors
     matrices = value.expand(16, -1, -1)
-    actual = torch.ops.sasa_det_cpu.stem_attention_pooled(
-        x,
-        query.flatten(1),
-        key.flatten(1),
-        matrices,
-        rel_rows,
-        rel_cols,
-        2,
-        scale,
-        shift,
-        instructions,
-    )
+    tensors = (x, query.flatten(1), key.flatten(1), matrices, rel_rows, rel_cols)
+    actual = torch.ops.sasa_det_cpu.stem_attention(*tensors, 2, instructions, scale, shift)
     assert_close([actual], [expected], 1e-5)
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ...layers import LocalSelfAttention2d
 from ...layers.local_attention import RECTIFIED_MEAN
-from ..attention_options import PRIMITIVES, attention_options, check_choice, check_norm
+from ...ops.local_attention import check_choice
+from ..attention_options import PRIMITIVES, attention_options, check_norm
 from .sasa_resnet import build_sasa_resnet_backbone
 
 
@@ -43,11 +44,9 @@ class AttentionFPN(FPN):
         names = [name for name, _ in self.named_children() if name.startswith("fpn_output")]
         for name in names:
             layer = nn.Sequential()
-            layer.add_module(
-                "attention", LocalSelfAttention2d(out_channels, out_channels, **(attention or {}))
-            )
+            layer.attention = LocalSelfAttention2d(out_channels, out_channels, **(attention or {}))
             if norm:
-                layer.add_module("norm", get_norm(norm, out_channels))
+                layer.norm = get_norm(norm, out_channels)
             setattr(self, name, layer)
         # FPN keeps its output layers from low to high resolution.
         self.output_convs = [getattr(self, name) for name in reversed(names)]
@@ -94,16 +93,14 @@ class LastLevelP6P7Attention(nn.Module):
 
 
 def build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:
-    """Put the FPN that ``MODEL.SASA.FPN`` asks for on a backbone.
+    """Put the FPN that ``MODEL.SASA.FPN`` asks for, attentional or detectron2's, on a backbone.
 
-    Args:
-        cfg: a config with sasa_det's keys.
-        bottom_up: the backbone.
-        top_block: makes the levels above p5.
-
-    Returns:
-        FPN: an :class:`AttentionFPN`, or detectron2's.
+    ``top_block`` makes the levels above p5.
     """
+    check_choice("MODEL.SASA.FPN", cfg.MODEL.SASA.FPN, PRIMITIVES)
+    check_norm("MODEL.FPN.NORM", cfg.MODEL.FPN.NORM)
+    for name in cfg.MODEL.FPN.IN_FEATURES:
+        check_choice("a feature of MODEL.FPN.IN_FEATURES", name, bottom_up.output_shape())
     options = {
         "bottom_up": bottom_up,
         "in_features": cfg.MODEL.FPN.IN_FEATURES,
@@ -112,25 +109,13 @@ def build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:
         "top_block": top_block,
         "fuse_type": cfg.MODEL.FPN.FUSE_TYPE,
     }
-    check_choice("MODEL.SASA.FPN", cfg.MODEL.SASA.FPN, PRIMITIVES)
-    check_norm("MODEL.FPN.NORM", cfg.MODEL.FPN.NORM)
-    for name in cfg.MODEL.FPN.IN_FEATURES:
-        check_choice("a feature of MODEL.FPN.IN_FEATURES", name, bottom_up.output_shape())
     if cfg.MODEL.SASA.FPN == "attention":
         return AttentionFPN(**options, attention=attention_options(cfg))
     return FPN(**options)
 
 
 def build_retinanet_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
-    """Put an FPN with RetinaNet's levels P6 and P7 on a backbone.
-
-    Args:
-        cfg: a config with sasa_det's keys.
-        bottom_up: the backbone.
-
-    Returns:
-        FPN: features p3 to p7 for in-features res3 to res5.
-    """
+    """Put an FPN with RetinaNet's levels P6 and P7 on a backbone."""
     in_feature = cfg.MODEL.SASA.TOP_BLOCK_IN_FEATURE
     check_choice("MODEL.SASA.TOP_BLOCK_IN_FEATURE", in_feature, ("p5", "res5"))
     out_channels = cfg.MODEL.FPN.OUT_CHANNELS
@@ -146,27 +131,11 @@ def build_retinanet_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
 
 @BACKBONE_REGISTRY.register()
 def build_sasa_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Build an attention ResNet with an FPN for R-CNN: p2 to p5, and p6 by max pooling.
-
-    Args:
-        cfg: a config with sasa_det's keys.
-        input_shape: its channels are those of the image.
-
-    Returns:
-        FPN: features p2 to p6 for in-features res2 to res5.
-    """
+    """Build an attention ResNet with an FPN for R-CNN: p2 to p5, and p6 by max pooling."""
     return build_fpn(cfg, build_sasa_resnet_backbone(cfg, input_shape), LastLevelMaxPool())
 
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_sasa_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Build an attention ResNet with an FPN for RetinaNet.
-
-    Args:
-        cfg: a config with sasa_det's keys.
-        input_shape: its channels are those of the image.
-
-    Returns:
-        FPN: features p3 to p7 for in-features res3 to res5.
-    """
+    """Build an attention ResNet with an FPN for RetinaNet: p3 to p7."""
     return build_retinanet_fpn(cfg, build_sasa_resnet_backbone(cfg, input_shape))

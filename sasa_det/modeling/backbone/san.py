@@ -13,7 +13,8 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import Tensor, nn
 
 from ...layers import PairwiseAttention2d, PatchwiseAttention2d
-from ..attention_options import check_choice, check_norm
+from ...ops.local_attention import check_choice
+from ..attention_options import check_norm
 from .attention_fpn import build_fpn, build_retinanet_fpn
 
 ATTENTIONS = {"pairwise": PairwiseAttention2d, "patchwise": PatchwiseAttention2d}
@@ -43,7 +44,10 @@ class _Block(nn.Module):
 
 
 class _Stage(CNNBlockBase):
-    """2x2 max pool, pointwise layer to the stage's width, blocks, norm and ReLU."""
+    """2x2 max pool, pointwise layer to the stage's width, blocks, norm and ReLU.
+
+    The first stage has them behind a pointwise layer on the image's pixels.
+    """
 
     def __init__(
         self,
@@ -52,40 +56,23 @@ class _Stage(CNNBlockBase):
         num_blocks: int,
         make_attention: Callable[..., nn.Module],
         norm: MakeNorm,
+        is_stem: bool,
     ):
         super().__init__(in_channels, out_channels, stride=2)
-        self.transition = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        width = out_channels if is_stem else in_channels
+        self.transition = nn.Conv2d(width, out_channels, 1, bias=False)
         self.blocks = nn.Sequential(
             *(_Block(out_channels, make_attention, norm) for _ in range(num_blocks))
         )
         self.out_norm = norm(out_channels)
+        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False) if is_stem else None
+        self.norm = norm(out_channels) if is_stem else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._run(x)
-
-    def _run(self, x: Tensor) -> Tensor:  # TorchScript has no super()
+        if self.conv is not None and self.norm is not None:
+            x = F.relu(self.norm(self.conv(x)))
         x = self.transition(F.max_pool2d(x, 2, ceil_mode=True))
         return F.relu(self.out_norm(self.blocks(x)))
-
-
-class _Stem(_Stage):
-    """The first stage, behind a pointwise layer on the image's pixels."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        num_blocks: int,
-        make_attention: Callable[..., nn.Module],
-        norm: MakeNorm,
-    ):
-        super().__init__(out_channels, out_channels, num_blocks, make_attention, norm)
-        self.in_channels = in_channels
-        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
-        self.norm = norm(out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._run(F.relu(self.norm(self.conv(x))))
 
 
 class SAN(Backbone):
@@ -144,7 +131,14 @@ class SAN(Backbone):
                 "position_size (MODEL.SAN.POSITION_SIZE) must be 0 or more than the coarsest "
                 f"stride, {coarsest}, got {position_size}."
             )
-        _check_any_width("norm (MODEL.SAN.NORM)", norm)
+        check_norm("norm (MODEL.SAN.NORM)", norm)
+        try:
+            get_norm(norm, 1)
+        except ValueError:
+            raise ValueError(
+                "norm (MODEL.SAN.NORM) must be a norm for any number of channels (BN, SyncBN, "
+                f"FrozenBN, ...), got {norm!r}."
+            ) from None
         if out_features is None:
             out_features = ["res5" if num_classes is None else "linear"]
         features = STAGES + (() if num_classes is None else ("linear",))
@@ -167,12 +161,13 @@ class SAN(Backbone):
             options: dict[str, Any] = {"kernel_size": KERNEL_SIZES[i], "relation": relation}
             if attention == "pairwise":
                 options["position_size"] = -(-position_size // stride)
-            stage = (_Stem if name == "stem" else _Stage)(
+            stage = _Stage(
                 channels,
                 CHANNELS[i],
                 NUM_BLOCKS[depth][i],
                 partial(layer, **options),
                 lambda channels: get_norm(norm, channels) or nn.Identity(),
+                is_stem=name == "stem",
             )
             self.add_module(name, stage)
             channels = CHANNELS[i]
@@ -233,59 +228,22 @@ class SAN(Backbone):
         return self
 
 
-def _check_any_width(name: str, norm: str) -> None:
-    """Raise ValueError, with ``name`` in it, unless a norm takes any number of channels."""
-    check_norm(name, norm)
-    try:
-        get_norm(norm, 1)
-    except ValueError:
-        raise ValueError(
-            f"{name} must be a norm for any number of channels (BN, SyncBN, FrozenBN, ...), got "
-            f"{norm!r}."
-        ) from None
-
-
 @BACKBONE_REGISTRY.register()
 def build_san_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SAN:
     """Build a :class:`SAN` from ``MODEL.SAN``.
 
-    Args:
-        cfg: a config with sasa_det's keys.
-        input_shape: its channels are those of the image.
-
-    Returns:
-        SAN: features stem and res2 to res5 at strides 2, 4, 8, 16 and 32.
+    Its features stem and res2 to res5 have strides 2, 4, 8, 16 and 32.
     """
     return SAN(cfg, input_shape)
 
 
 @BACKBONE_REGISTRY.register()
 def build_san_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Build a SAN with an FPN for R-CNN: p2 to p5, and p6 by max pooling.
-
-    ``MODEL.SASA.FPN`` tells whether the FPN is attentional.
-
-    Args:
-        cfg: a config with sasa_det's keys.
-        input_shape: its channels are those of the image.
-
-    Returns:
-        FPN: features p2 to p6 for in-features res2 to res5.
-    """
+    """Build a SAN with the FPN of ``MODEL.SASA.FPN`` for R-CNN: p2 to p5, and p6 by max pooling."""
     return build_fpn(cfg, build_san_backbone(cfg, input_shape), LastLevelMaxPool())
 
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_san_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Build a SAN with an FPN for RetinaNet.
-
-    ``MODEL.SASA.FPN`` tells whether the FPN is attentional.
-
-    Args:
-        cfg: a config with sasa_det's keys.
-        input_shape: its channels are those of the image.
-
-    Returns:
-        FPN: features p3 to p7 for in-features res3 to res5.
-    """
+    """Build a SAN with the FPN of ``MODEL.SASA.FPN`` for RetinaNet: p3 to p7."""
     return build_retinanet_fpn(cfg, build_san_backbone(cfg, input_shape))

@@ -14,7 +14,8 @@ from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock, ResN
 from torch import Tensor, nn
 
 from ...layers import AttentionStem, LocalSelfAttention2d
-from ..attention_options import PRIMITIVES, attention_options, check_choice, check_norm
+from ...ops.local_attention import check_choice
+from ..attention_options import PRIMITIVES, attention_options, check_norm
 
 STAGES = ("res2", "res3", "res4", "res5")
 # Section 4.1: 38 and 26 layers remove one and two blocks from every stage of 50.
@@ -34,6 +35,17 @@ _RESNETS_ONLY = {
     "DEFORM_MODULATED": False,
     "DEFORM_NUM_GROUPS": 1,
 }
+
+
+def _pointwise(in_channels: int, out_channels: int, norm: str, stride: int = 1) -> Conv2d:
+    return Conv2d(
+        in_channels,
+        out_channels,
+        kernel_size=1,
+        stride=stride,
+        bias=False,
+        norm=get_norm(norm, out_channels),
+    )
 
 
 class AttentionBottleneckBlock(CNNBlockBase):
@@ -63,33 +75,14 @@ class AttentionBottleneckBlock(CNNBlockBase):
         super().__init__(in_channels, out_channels, stride)
         self.shortcut = None
         if in_channels != out_channels or stride != 1:
-            self.shortcut = Conv2d(
-                in_channels,
-                out_channels,
-                kernel_size=1,
-                stride=stride,
-                bias=False,
-                norm=get_norm(norm, out_channels),
-            )
+            self.shortcut = _pointwise(in_channels, out_channels, norm, stride)
             weight_init.c2_msra_fill(self.shortcut)
-        self.conv1 = Conv2d(
-            in_channels,
-            bottleneck_channels,
-            kernel_size=1,
-            bias=False,
-            norm=get_norm(norm, bottleneck_channels),
-        )
+        self.conv1 = _pointwise(in_channels, bottleneck_channels, norm)
         self.attention = LocalSelfAttention2d(
             bottleneck_channels, bottleneck_channels, stride=stride, **(attention or {})
         )
         self.norm = get_norm(norm, bottleneck_channels) or nn.Identity()
-        self.conv3 = Conv2d(
-            bottleneck_channels,
-            out_channels,
-            kernel_size=1,
-            bias=False,
-            norm=get_norm(norm, out_channels),
-        )
+        self.conv3 = _pointwise(bottleneck_channels, out_channels, norm)
         weight_init.c2_msra_fill(self.conv1)
         weight_init.c2_msra_fill(self.conv3)
 
@@ -288,11 +281,6 @@ def _scaled(channels: int, factor: float) -> int:
 def build_sasa_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SASAResNet:
     """Build a :class:`SASAResNet` from ``MODEL.SASA`` and ``MODEL.RESNETS``.
 
-    Args:
-        cfg: a config with sasa_det's keys.
-        input_shape: its channels are those of the image.
-
-    Returns:
-        SASAResNet: features stem and res2 to res5 at strides 4, 4, 8, 16 and 32.
+    Its features stem and res2 to res5 have strides 4, 4, 8, 16 and 32.
     """
     return SASAResNet(cfg, input_shape)
