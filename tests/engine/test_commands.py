@@ -211,15 +211,15 @@ def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_demo_compares_and_draws(tmp_path, capsys):
-    digits = write_digits(tmp_path / "digits", num_train=8, num_val=8, image_size=64)
+    digits = write_digits(tmp_path / "digits", num_train=4, num_val=4, image_size=64)
     opts = []
     for split, name in (("TRAIN", "train"), ("TEST", "val")):
         opts += [f"DATASETS.{split}_JSON", str(digits / f"{name}.json")]
         opts += [f"DATASETS.{split}_IMAGES", str(digits / name)]
-    opts += ["SOLVER.MAX_ITER", "20", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.WARMUP_ITERS", "2"]
+    opts += ["SOLVER.MAX_ITER", "6", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.WARMUP_ITERS", "2"]
     opts += [
         "TEST.EVAL_PERIOD",
-        "10",
+        "3",
         "INPUT.JITTER.CROP_SIZE",
         "64",
         "DATALOADER.NUM_WORKERS",
