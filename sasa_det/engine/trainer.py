@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -174,6 +174,11 @@ class Trainer(DefaultTrainer):
             except DatasetError:
                 self._save_last_step()
                 raise
+            finally:
+                # The garbage collector would wait five seconds for the processes that read for it.
+                batches = self._trainer._data_loader_iter
+                if isinstance(batches, Generator):
+                    batches.close()
         results = getattr(self, "_last_eval_results", {})
         # A run that had finished before evaluates nothing.
         if results and self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
