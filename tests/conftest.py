@@ -1,8 +1,12 @@
 import os
 from pathlib import Path
 
-import pytest
-import torch
+# PyTorch reads it when it is imported. Tests run processes side by side, and threads that wait for
+# a core which another process uses make everything take many times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     # Triton reads it when it is imported; only a backend asked for by name is interpreted.

@@ -3,6 +3,7 @@
 import copy
 import logging
 import weakref
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -181,6 +182,11 @@ class Trainer(DefaultTrainer):
             except DatasetError:
                 self._save_last_step()
                 raise
+            finally:
+                # The garbage collector would wait five seconds for the workers of the data loader.
+                batches = self._trainer._data_loader_iter
+                if isinstance(batches, Generator):
+                    batches.close()
         results = getattr(self, "_last_eval_results", {})
         # A finished run that is resumed has no results.
         if results and self.options.expected_results and comm.is_main_process():

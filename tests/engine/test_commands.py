@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,12 @@ def call(*words, **kwargs):
     return subprocess.run(command, capture_output=True, text=True, **kwargs)
 
 
+def call_all(*calls):
+    """Call commands, each a tuple of words, side by side."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda words: call(*words), calls))
+
+
 HIDDEN = (
     "import sys; sys.modules['detectron2'] = None; import importlib.util as u; f = u.find_spec; "
 )
@@ -43,13 +50,14 @@ def test_operators_and_layers_work_without_detectron2():
 
 
 def test_the_rest_says_what_to_do_without_detectron2():
-    for statement in (
+    statements = (
         "from sasa_det import add_sasa_config",
         "import sasa_det; sasa_det.add_sasa_config",
         "import sasa_det.engine",
         "from sasa_det import modeling",
-    ):
-        result = call("-c", HIDDEN + statement)
+    )
+    results = call_all(*(("-c", HIDDEN + statement) for statement in statements))
+    for statement, result in zip(statements, results, strict=True):
         assert result.returncode == 1, statement
         last = result.stderr.strip().splitlines()[-1]
         assert last.startswith("ImportError: sasa_det needs detectron2, which is not installed:")
@@ -57,12 +65,12 @@ def test_the_rest_says_what_to_do_without_detectron2():
 
 def test_analyze_model():
     config = "configs/Quick/retinanet_SASA.yaml"
-    result = call("tools/analyze_model.py", "--config-file", config, "--size", 64, 96)
+    files = (config, "--size", 64, 96), ("nowhere.yaml",)
+    result, error = call_all(*(("tools/analyze_model.py", "--config-file", *f) for f in files))
     assert result.returncode == 0, result.stderr
     assert "One image of 64 x 96" in result.stdout and "| head " in result.stdout
-    result = call("tools/analyze_model.py", "--config-file", "nowhere.yaml")
-    assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1].startswith("error: config file nowhere.yaml")
+    assert error.returncode == 2
+    assert error.stderr.strip().splitlines()[-1].startswith("error: config file nowhere.yaml")
 
 
 def test_a_hostile_config_executes_nothing(tmp_path):
@@ -205,15 +213,15 @@ def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_demo_compares_and_draws(tmp_path, capsys):
-    digits = write_digits(tmp_path / "digits", num_train=8, num_val=8, image_size=64)
+    digits = write_digits(tmp_path / "digits", num_train=4, num_val=4, image_size=64)
     opts = []
     for split, name in (("TRAIN", "train"), ("TEST", "val")):
         opts += [f"DATASETS.{split}_JSON", str(digits / f"{name}.json")]
         opts += [f"DATASETS.{split}_IMAGES", str(digits / name)]
-    opts += ["SOLVER.MAX_ITER", "20", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.WARMUP_ITERS", "2"]
+    opts += ["SOLVER.MAX_ITER", "6", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.WARMUP_ITERS", "2"]
     opts += [
         "TEST.EVAL_PERIOD",
-        "10",
+        "3",
         "INPUT.JITTER.CROP_SIZE",
         "64",
         "DATALOADER.NUM_WORKERS",

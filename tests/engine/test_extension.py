@@ -1,8 +1,11 @@
 """A run is extended as detectron2's are: a script with a trainer of one's own."""
 
 import json
+import runpy
 
 import pytest
+
+from sasa_det.engine import argument_parser, run
 
 pytestmark = pytest.mark.slow
 
@@ -67,12 +70,13 @@ if __name__ == "__main__":
 """
 
 
-def test_a_trainer_with_its_own_mapper_evaluator_and_hook(start, tmp_path):
+def test_a_trainer_with_its_own_mapper_evaluator_and_hook(start, words, tmp_path):
     script = tmp_path / "my_train_net.py"
     script.write_text(SCRIPT)
-    process = start("SOLVER.MAX_ITER", 2, "SEED", 1, tool=script)
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
+    trainer = runpy.run_path(script)["MyTrainer"]
+    begun = argument_parser().parse_args(words("SOLVER.MAX_ITER", 2, "SEED", 1))
+    assert run(begun, trainer=trainer) == 0
+    # And as a command.
     process = start("--resume", "SOLVER.MAX_ITER", 4, "SEED", 1, tool=script)
     output = process.communicate()[0]
     assert process.returncode == 0, output

@@ -1,6 +1,8 @@
 """What a run does beside steps, and what becomes of it when something goes wrong."""
 
+import gc
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -389,3 +391,15 @@ def test_lower_precision_and_recomputed_stages(command, tmp_path):
     assert command(*options) == 0
     weights = read_checkpoint(tmp_path / "run" / "model_final.pth")["model"]
     assert {value.dtype for value in weights.values()} == {torch.float32, torch.int64}
+
+
+@pytest.mark.parametrize("end", ["finished", "failed"])
+def test_processes_that_read_the_data_end_with_the_training(command, end):
+    options = ["SOLVER.BASE_LR", 1e30] if end == "failed" else []
+    # Whenever the garbage collector comes, which would wait for them.
+    gc.disable()
+    try:
+        assert command("DATALOADER.NUM_WORKERS", 1, *options) == (end == "failed")
+        assert not multiprocessing.active_children()
+    finally:
+        gc.enable()
