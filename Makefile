@@ -16,6 +16,8 @@ usable = $(if $(1),$(shell $(1) -c 'import ensurepip, sys, venv; \
     print("yes" if (3, 10) <= sys.version_info < (3, 13) else "")' 2>/dev/null))
 
 VENV_PYTHON := .venv/bin/python
+# One process for each core. The tests of a file run in one process and share its fixtures.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 INSTALLED := .venv/.installed
 
 .PHONY: demo test test-fast lint install
@@ -24,10 +26,10 @@ demo: install
 	$(VENV_PYTHON) tools/demo.py --output "$(OUTPUT)"
 
 test: install
-	$(VENV_PYTHON) -m pytest -q
+	$(VENV_PYTHON) -m pytest -q $(PARALLEL)
 
 test-fast: install
-	$(VENV_PYTHON) -m pytest -q -m "not slow"
+	$(VENV_PYTHON) -m pytest -q $(PARALLEL) -m "not slow"
 
 lint: install
 	$(VENV_PYTHON) -m ruff check .

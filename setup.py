@@ -66,5 +66,5 @@ setup(
         "tqdm>=4.60",
     ],
     **kernels(),
-    extras_require={"dev": ["hypothesis", "pytest", "ruff"], "benchmark": ["timm"]},
+    extras_require={"dev": ["hypothesis", "pytest", "pytest-xdist", "ruff"], "benchmark": ["timm"]},
 )
