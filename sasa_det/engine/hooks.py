@@ -2,7 +2,10 @@
 
 import logging
 import math
+import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -28,6 +31,9 @@ _STATUS = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
 
 # Ctrl-C in a terminal reaches a launched process twice: from the terminal and from the launcher.
 _SAME_INTERRUPT_S = 0.5
+
+# Time after which a signal is sent again whose exception Python ignored.
+_RESEND_S = 0.01
 
 
 class StopTraining(BaseException):
@@ -57,6 +63,7 @@ class StopSignals:
         self.agreed = False
         self._at_once = False
         self._interrupted_at: float | None = None
+        self._resend = threading.Timer(0, lambda: None)
 
     @contextmanager
     def handled(self) -> Iterator[None]:
@@ -75,6 +82,7 @@ class StopSignals:
         The exception can interrupt any operation: the block must not change anything that is saved
         afterwards.
         """
+        hook, sys.unraisablehook = sys.unraisablehook, self._raise_again
         try:
             if self.received is not None:
                 self.stop()
@@ -82,6 +90,17 @@ class StopSignals:
             yield
         finally:
             self._at_once = False
+            sys.unraisablehook = hook
+            self._resend.cancel()
+
+    def _raise_again(self, unraisable: Any) -> None:
+        """Send the signal again if Python ignored the exception, as in a callback of a fork."""
+        if not isinstance(unraisable.exc_value, StopTraining):
+            sys.__unraisablehook__(unraisable)
+            return
+        self._at_once = True
+        self._resend = threading.Timer(_RESEND_S, os.kill, (os.getpid(), self.received))
+        self._resend.start()
 
     def between(self, items: Iterable[Any]) -> Iterator[Any]:
         """Yield items, and raise StopTraining before the next one if a signal arrived."""

@@ -52,6 +52,7 @@ _test.mapper.augmentations[0].short_edge_length = _test.mapper.augmentations[0].
 optimizer.lr, optimizer.params.logit_lr_factor, optimizer.params.weight_decay = 0.006, 0.05, 0.01
 lr_multiplier.warmup_iters, lr_multiplier.warmup_epochs = 1, 0.0
 model.test_score_thresh = 0.0  # nothing is learned
+train.seed = 1
 train.device, train.max_iter, train.eval_period, train.checkpointer.period = "cpu", 4, 0, 2
 train.max_epochs = train.eval_epochs = train.checkpointer.epochs = train.reference_batch = 0
 """

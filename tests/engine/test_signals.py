@@ -4,6 +4,7 @@ import itertools
 import os
 import signal
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -40,6 +41,25 @@ def test_where_nothing_is_lost_a_signal_stops_at_once():
         # It came before: the block does not begin.
         with pytest.raises(StopTraining), signals.at_once():
             raise AssertionError("not reached")
+
+
+def test_a_signal_stops_where_python_ignores_exceptions(capsys):
+    """As in __del__, and in the callbacks of a fork, which starts the workers of a loader."""
+
+    class Interrupted:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("not reached")
+
+    signals = StopSignals()
+    hook = sys.unraisablehook
+    with signals.handled(), pytest.raises(StopTraining), signals.at_once():
+        Interrupted()
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            pass
+    assert sys.unraisablehook is hook
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_second_interrupt_does_not_wait(monkeypatch):

@@ -65,7 +65,7 @@ def test_averages_validation_losses_best_weights_and_a_cap(command, tmp_path):
 
 def test_averages_are_what_is_evaluated_as_such(command, tmp_path):
     """Detections of ema/ are those of a model that holds the averages, and of no other."""
-    options = ["MODEL.RETINANET.SCORE_THRESH_TEST", 0.0]
+    options = ["MODEL.RETINANET.SCORE_THRESH_TEST", 0.0, "SEED", 1]
     assert command("MODEL.EMA.DECAY", 0.5, "SOLVER.BASE_LR", 0.02, *options) == 0
 
     def detections(folder):
