@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train attentional RetinaNets, pretrained or not, and their convolutional twin on digits."""
+"""Train attentional RetinaNets, from scratch and pretrained, and a convolutional one on digits."""
 
 import argparse
 import os

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train or evaluate a detector that a LazyConfig describes; a LazyConfig is Python code and is run.
+"""Train or evaluate a detector that a LazyConfig describes, which is Python code and is executed.
 
 Flags are those of tools/train_net.py; overrides are key=value.
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train or evaluate an image classifier: detectron2's flags and KEY VALUE overrides, see --help."""
+"""Train or evaluate an image classifier: detectron2's flags and KEY VALUE overrides."""
 
 import os
 import signal

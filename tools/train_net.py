@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train or evaluate a detector: detectron2's flags and KEY VALUE overrides, see --help.
+"""Train or evaluate a detector: detectron2's flags and KEY VALUE overrides.
 
 To change what a run does, copy this file and give :func:`run` a trainer of your own. Its methods
 are those of detectron2's DefaultTrainer::

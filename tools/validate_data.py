@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Tell what a COCO-format json and its images hold, and all that is wrong with them."""
+"""Describe a COCO-format json file and its images, and list every problem in them."""
 
 import argparse
 import os
@@ -18,7 +18,8 @@ from sasa_det.utils.text import printable
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Exit status: 0 if the data can be used, 1 if they are refused, 2 for a mistake.",
+        epilog="Exit status: 0 if the data can be used, 1 if they are refused, 2 if the command "
+        "line is wrong.",
     )
     parser.add_argument("json", help="COCO instances json")
     parser.add_argument("images", help="the folder of its images")

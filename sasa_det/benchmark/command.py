@@ -96,8 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cases", default=",".join(GROUPS), help=f"which of {','.join(GROUPS)}; all by default"
     )
-    parser.add_argument("--output", default="output/benchmark", help="a folder that does not exist")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda by default where it is")
+    parser.add_argument("--output", default="output/benchmark", help="new folder for the results")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda if it is available")
     parser.add_argument("--dtype", choices=tuple(_DTYPES), default="float32")
     parser.add_argument("--batch", type=positive_int, default=1, help="images in a batch")
     parser.add_argument("--image-size", type=positive_int, default=640, help="side of the images")

@@ -179,7 +179,7 @@ def _from_pycls(content: dict[str, Any]) -> dict[str, Any]:
 
 def _as_dict(value: Any) -> dict:
     if not isinstance(value, dict):
-        raise CheckpointError(f"it holds a {type(value).__name__} in place of a dict of weights")
+        raise CheckpointError(f"it holds a {type(value).__name__} instead of a dict of weights")
     return value
 
 

@@ -65,7 +65,7 @@ def load_lazy_config(
             lazy.dataloader[f"{split}_json"], lazy.dataloader[f"{split}_images"] = source
     options = RunOptions.read(lazy)
     given = {YAML_KEYS[field]: getattr(options, field) for field in LAZY_KEYS}
-    if options.class_key and options.num_classes is not None:
+    if options.class_key and OmegaConf.select(lazy, options.class_key, default=0) != 0:
         in_yaml = options.class_keys[0]
         names[in_yaml], given[in_yaml] = options.class_key, options.num_classes
     check_values({**flatten(default_config()), **given}, names)
@@ -139,7 +139,9 @@ def _override(lazy: DictConfig, words: Sequence[str]) -> set[str]:
         try:
             LazyConfig.apply_overrides(lazy, [word.lstrip("+")])
         except (HydraException, OmegaConfBaseException, LookupError, ValueError) as error:
-            raise UsageError(f"{word!r} is no override: {_first_line(error)}") from error
+            raise UsageError(
+                f"the override {word!r} cannot be applied: {_first_line(error)}"
+            ) from error
         keys.add(key)
     return keys
 

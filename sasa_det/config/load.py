@@ -202,15 +202,17 @@ def register_datasets(options: RunOptions, *, check: bool = True) -> dict[str, t
         if json_file:
             register_coco(json_file, json_file, images, check=check, **options.image_options())
             names[split] = (json_file,)
-    return names | _register_image_folders(options, check)
+    return names | _register_image_folders(options, names.get("train", options.train), check)
 
 
-def _register_image_folders(options: RunOptions, check: bool) -> dict[str, tuple[str, ...]]:
+def _register_image_folders(
+    options: RunOptions, train: Sequence[str], check: bool
+) -> dict[str, tuple[str, ...]]:
     names = None
     if options.image_folder:
         names = register_image_folder(options.image_folder, check=False)
     if options.holdout:
-        train = names[:1] if names else options.train
+        train = names[:1] if names else train
         if len(train) != 1:
             raise UsageError(
                 f"DATASETS.TRAIN must name one data set with DATASETS.HOLDOUT, got {train!r}."

@@ -34,6 +34,10 @@ _CLASSES = {
 }
 
 _DEFAULT = object()
+_ABSENT = object()
+
+# The sections of LazyConfigs that are calls of the user's own choice, whose arguments they name.
+_CALLS = ("lr_multiplier.", "optimizer.")
 
 
 def _key(yaml_key: str, lazy_key: str = "", absent: Any = _DEFAULT) -> Any:
@@ -174,13 +178,20 @@ class RunOptions:
         return self.class_keys[self.is_lazy]
 
     @property
-    def num_classes(self) -> int:
-        """The value of :attr:`class_key`."""
-        return _get(self.config, self.class_key)
+    def num_classes(self) -> int | None:
+        """The value of :attr:`class_key`; None if a LazyConfig does not have the key."""
+        value = _get(self.config, self.class_key)
+        return None if value is _ABSENT else value
 
     def key(self, name: str) -> str:
         """Return the key that a field has in the config, or in yaml if a LazyConfig has none."""
         return (LAZY_KEYS.get(name) if self.is_lazy else None) or YAML_KEYS[name]
+
+    def setting(self, key: str, value: Any) -> str:
+        """Return how a command line sets a key of the config."""
+        if not self.is_lazy:
+            return f"{key} {value}"
+        return f"{'+' if _get(self.config, key) is _ABSENT else ''}{key}={value}"
 
     def values(self) -> dict[str, Any]:
         """Return the values of the whole config by full key."""
@@ -198,8 +209,8 @@ class RunOptions:
         """Return options with other values, in a copy of the config as well.
 
         Args:
-            values: by field, or as ``num_classes``. A LazyConfig that does not have the key of a
-                field stays without it.
+            values: by field, or as ``num_classes``. The calls of the optimizer and the schedule of
+                a LazyConfig are not given arguments that they do not have.
         """
         config = self.config.clone() if not self.is_lazy else copy.deepcopy(self.config)
         for name, value in values.items():
@@ -228,14 +239,14 @@ LAZY_KEYS = {name: keys["lazy"] for name, keys in _FIELDS.items() if keys["lazy"
 def _read_lazy(config: DictConfig, name: str, default: Any) -> Any:
     """Read a field of a LazyConfig, of the type that it has in a yaml config if nothing is lost."""
     keys = _FIELDS[name]
-    value = _get(config, keys["lazy"]) if keys["lazy"] else None
+    value = _get(config, keys["lazy"]) if keys["lazy"] else _ABSENT
     if name == "meta_architecture":
         return getattr(value, "__name__", str(value).rpartition(".")[2])
-    if value is None:
+    if value is _ABSENT:
         return default if keys["absent"] is _DEFAULT else keys["absent"]
     if isinstance(default, (list, tuple)):
-        value = plain(value)
-        return type(default)([value] if isinstance(value, str) else value)
+        value = [value] if isinstance(value, str) else plain(value)
+        return type(default)(value) if isinstance(value, list) else value
     return float(value) if isinstance(default, float) and type(value) is int else value
 
 
@@ -243,7 +254,7 @@ def _get(config: CfgNode | DictConfig, key: str) -> Any:
     if isinstance(config, CfgNode):
         return flatten(config)[key]
     try:
-        return OmegaConf.select(config, key)
+        return OmegaConf.select(config, key, default=_ABSENT)
     except OmegaConfBaseException as error:
         raise UsageError(f"{key}: {str(error).strip().partition(chr(10))[0]}") from error
 
@@ -257,8 +268,9 @@ def _set(config: CfgNode | DictConfig, key: str, value: Any) -> None:
             node = node[part]
         node[name] = value
         config.freeze()
-    elif OmegaConf.select(config, key) is not None:
-        OmegaConf.update(config, key, list(value) if isinstance(value, tuple) else value)
+    elif _get(config, key) is not _ABSENT or not key.startswith(_CALLS):
+        value = list(value) if isinstance(value, tuple) else value
+        OmegaConf.update(config, key, value, force_add=True)
 
 
 def plain(value: Any) -> Any:

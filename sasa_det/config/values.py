@@ -11,6 +11,7 @@ import detectron2.solver.build
 from detectron2.layers import get_norm
 
 from ..errors import UsageError, nearest
+from ..ops.operator import BACKENDS
 from .defaults import default_config
 from .keys import flatten
 from .options import RunOptions
@@ -86,6 +87,14 @@ RULES: dict[Rule, str] = {
     """,
     _number("-1, 0 or 1", lambda value: value in (-1, 0, 1)): "MODEL.*.IOU_LABELS",
     _number("a number", lambda value: True): "GLOBAL.* MODEL.PIXEL_MEAN *.IGNORE_VALUE",
+    _number("odd and at least 1", lambda value: value >= 1 and value % 2 == 1): """
+        MODEL.SASA.KERNEL_SIZE
+    """,
+    Rule(
+        "empty or a backend of sasa_det.ops (cpu, triton, loop, reference)",
+        lambda value: value in ("", "reference", *BACKENDS),
+        ("", "reference", *BACKENDS),
+    ): "MODEL.SASA.BACKEND",
     # The processes add their ranks to the seed, and NumPy takes 32 bits.
     _number("within [-1, 2147483647]", lambda value: -1 <= value < 2**31): "SEED",
     _number("2", lambda value: value == 2): "VERSION",
@@ -154,7 +163,7 @@ MAY_BE_NONE = "SOLVER.WEIGHT_DECAY_BIAS"
 
 MAY_BE_INFINITE = "SOLVER.CLIP_GRADIENTS.NORM_TYPE"
 
-_KINDS = {bool: "truth value", int: "number", float: "number", str: "string"}
+_KINDS = {bool: "True or False", int: "number", float: "number", str: "string"}
 
 
 def check_values(values: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
@@ -297,12 +306,15 @@ def _is_of_kind(value: Any, example: Any) -> bool:
 
 
 def _describe(example: Any) -> str:
+    if isinstance(example, bool):
+        return "True or False"
     if not isinstance(example, list | tuple):
         return f"a {_KINDS[type(example)]}"
     depth, part = 1, example[0]
     while isinstance(part, list | tuple):
         depth, part = depth + 1, part[0]
-    return f"a list of {'lists of ' * (depth - 1)}{_KINDS[type(part)]}s"
+    kind = _KINDS[type(part)] + ("" if isinstance(part, bool) else "s")
+    return f"a list of {'lists of ' * (depth - 1)}{kind}"
 
 
 def _rules(key: str, default: Any) -> list[Rule]:

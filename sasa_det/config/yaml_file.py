@@ -77,7 +77,7 @@ def _read(path: str, named: str) -> str:
     except OSError as error:
         raise UsageError(f"{named} cannot be read: {error.strerror}.") from error
     if len(content) > _MAX_BYTES:
-        raise UsageError(f"{path} is larger than {_MAX_BYTES} bytes, which no config is.")
+        raise UsageError(f"{path} is too large for a config: it has more than {_MAX_BYTES} bytes.")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -111,6 +111,15 @@ def collate_classification(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return default_collate(list(samples))
 
 
+def check_sampler(cfg: CfgNode) -> None:
+    """Raise ValueError if the sampler of a config is one for detection."""
+    if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
+        raise ValueError(
+            "DATALOADER.SAMPLER_TRAIN must be TrainingSampler for image classification, got "
+            f"{cfg.DATALOADER.SAMPLER_TRAIN}"
+        )
+
+
 def build_classification_train_loader(cfg: CfgNode, seed: int | None = None) -> TrainLoader:
     """Build the loader of the data sets of ``DATASETS.TRAIN``, one after the other.
 
@@ -124,11 +133,7 @@ def build_classification_train_loader(cfg: CfgNode, seed: int | None = None) -> 
         ValueError: if the sampler is one for detection or the batch cannot be split evenly.
         DatasetError, FileNotFoundError: if a data set cannot be read.
     """
-    if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
-        raise ValueError(
-            "DATALOADER.SAMPLER_TRAIN must be TrainingSampler for image classification, got "
-            f"{cfg.DATALOADER.SAMPLER_TRAIN}"
-        )
+    check_sampler(cfg)
     parts = [DatasetCatalog.get(name) for name in cfg.DATASETS.TRAIN]
     records = parts[0] if len(parts) == 1 else ConcatDataset(parts)
     return TrainLoader(

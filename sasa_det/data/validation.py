@@ -272,7 +272,7 @@ class _Walk:
             self.boxes[valid["category_id"]] += 1
         found = []
         if valid.get("id") == 0:
-            found.append((problems.ID_ZERO, "has the id 0, which pycocotools takes for none"))
+            found.append((problems.ID_ZERO, "has the id 0, which pycocotools treats as no match"))
         elif valid.get("id", 0) < 0:
             found.append((problems.NEGATIVE_ID, f"has the id {valid['id']}; it must be >= 0"))
         if needed := [repr(key) for key in ("area", "iscrowd") if key not in entry]:

@@ -117,5 +117,7 @@ def _verdict(report: CocoReport) -> str:
     accepted = [_USES[use] for use in asked if report.is_accepted(use)]
     if not accepted:
         return f"{found}: these data are refused."
-    unseen = "" if report.has_decoded else ", if their images can be read, which --pixels looks at"
+    unseen = (
+        "" if report.has_decoded else "; whether the images can be read is checked with --pixels"
+    )
     return f"{found}: these data can be used for {' and '.join(accepted)}{unseen}."

@@ -21,6 +21,7 @@ from ..data.catalog import check_same_classes, num_classes_of
 from ..data.loader import check_shares
 from ..errors import UsageError, nearest
 from ..evaluation.validation_loss import validation_losses
+from ..modeling.attention_options import check_norm
 from ..modeling.batch_norm import check_batch_norms
 from ..modeling.rcnn import check_res5_heads
 from .distributed import unsharded
@@ -38,17 +39,11 @@ def check_model(
     """Build model, mappers and, for training, the optimizer of a run on the CPU.
 
     Args:
-        options: of the run.
-        trainer: the class of the run's trainer, which builds them.
-        eval_only: whether the run evaluates without training.
+        options, trainer, eval_only, num_processes: as for :func:`check_run`.
         weights: what the run starts from, which is loaded into the model; "" for nothing.
-        num_processes: of the run, on all machines.
 
     Raises:
-        UsageError: in one sentence, from the error that building raised, or if the weights do not
-            exist.
-        CheckpointError: if the weights cannot be used or do not fit the model.
-        DatasetError: if the data to test on have other classes than the weights.
+        UsageError, CheckpointError, DatasetError: as :func:`check_run`.
     """
     options = options.replace(device="cpu")
     try:
@@ -104,7 +99,8 @@ def check_metrics(options: RunOptions) -> None:
     """
     # A data set that is named twice has its results once.
     tests = list(dict.fromkeys(options.test))
-    metrics = {name: task_of(options).metrics(_class_names(name)) for name in tests}
+    classes = {name: MetadataCatalog.get(name).thing_classes for name in tests}
+    metrics = {name: task_of(options).metrics(classes[name]) for name in tests}
     if len(tests) == 1:
         known = metrics[tests[0]]
     else:
@@ -148,10 +144,6 @@ def check_losses(options: RunOptions, model: nn.Module, batches: Iterable[Any]) 
         )
 
 
-def _class_names(dataset: str) -> Sequence[str]:
-    return MetadataCatalog.get(dataset).thing_classes
-
-
 def _check_expected(results: Sequence[Any], known: Sequence[str]) -> None:
     for expected in results:
         match expected:
@@ -165,7 +157,7 @@ def _check_expected(results: Sequence[Any], known: Sequence[str]) -> None:
         )
 
 
-# More is a slip of the finger, and would be read for ever before the first step.
+# A larger batch is probably a typing error, and reading it would take hours.
 _LARGEST_BATCH = 10**6
 # Likewise: the machine would have no room for other processes.
 _MOST_WORKERS = 1000
@@ -204,14 +196,14 @@ def check_run(
     weights = "" if resumed else options.weights
     if eval_only and not weights and not resumed:
         raise UsageError(
-            f"--eval-only needs weights: set {options.key('weights')}, or give --resume with an "
-            f"{options.key('output_dir')} that holds a checkpoint."
+            f"--eval-only needs weights: set {options.key('weights')}, or give --resume if "
+            f"{options.key('output_dir')} contains a checkpoint."
         )
     if options.wandb_project and find_spec("wandb") is None:
         key = options.key("wandb_project")
         raise UsageError(
             f"{key} is {options.wandb_project} but wandb is not installed; install it or give "
-            f'{key} "".'
+            f"{options.setting(key, repr(''))}."
         )
     check_model(options, trainer, eval_only=eval_only, weights=weights, num_processes=num_processes)
 
@@ -276,13 +268,13 @@ def _check_sharding(options: RunOptions, num_processes: int) -> None:
     key = options.key("fsdp")
     if num_processes == 1:
         raise UsageError(
-            f"{key} must be False in a run of one process, which has nobody to share the model "
-            "with."
+            f"{key} must be False in a run of one process, because there is no other process to "
+            "share the model with."
         )
     for field in ("channels_last", "compile"):
         if getattr(options, field):
             raise UsageError(
-                f"{options.key(field)} must be False if {key} is True: they do not mix."
+                f"{options.key(field)} must be False if {key} is True: the two cannot be combined."
             )
 
 
@@ -306,10 +298,15 @@ def _check_device(options: RunOptions) -> None:
 
 
 def _check_norms(options: RunOptions, num_processes: int) -> None:
-    if num_processes == 1 or not options.device.startswith("cpu"):
-        return
     for key, value in options.values().items():
-        if key.lower().startswith("model.") and key.lower().endswith(".norm") and value == "SyncBN":
+        if not (key.lower().startswith("model.") and key.lower().endswith(".norm")):
+            continue
+        if isinstance(value, str) and not value.startswith("detectron2."):  # the name of a class
+            try:
+                check_norm(key, value)
+            except ValueError as error:
+                raise UsageError(str(error)) from error
+        if value == "SyncBN" and num_processes > 1 and options.device.startswith("cpu"):
             raise UsageError(
                 f"{key} must not be SyncBN where several processes train on CPUs, for PyTorch has "
                 "it for GPUs alone; naiveSyncBN is detectron2's own."
@@ -341,7 +338,7 @@ def _check_data(options: RunOptions, eval_only: bool) -> None:
     if key and options.num_classes != found:
         raise UsageError(
             f"{key} is {options.num_classes} but {', '.join(datasets)} has {found} classes; set "
-            f"{key} {found}."
+            f"{options.setting(key, found)}."
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
 from detectron2.utils.env import seed_all_rng
 from tabulate import tabulate
 
@@ -68,21 +69,17 @@ def run_demo(
     backbone = output / "backbone.pth"
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def config(label: str, file: str, opts: Sequence[str], weights: Path | None = None) -> CfgNode:
+    def config(label: str, file: str, opts: Sequence[str], weights: str = "") -> CfgNode:
         folder = str(output / label.replace(", ", "_"))
         overrides = ["MODEL.DEVICE", device, *opts, "OUTPUT_DIR", folder]
-        cfg = load_config(str(configs / file), overrides)
-        check_run(RunOptions.read(cfg), Trainer)
-        if weights is not None:
-            # The classifier is not trained yet.
-            cfg.defrost()
-            cfg.MODEL.WEIGHTS = str(weights)
-            cfg.freeze()
-        return cfg
+        options = RunOptions.read(load_config(str(configs / file), overrides))
+        check_run(options, Trainer)
+        # These weights do not exist yet.
+        return options.replace(weights=weights).config if weights else options.config
 
     classifier = config("classifier", _CLASSIFIER, classifier_opts)
     runs = {
-        label: config(label, file, opts, backbone if label == _PRETRAINED else None)
+        label: config(label, file, opts, str(backbone) if label == _PRETRAINED else "")
         for label, file in _DETECTORS.items()
     }
     trainer, seconds = _train("classifier", classifier)
@@ -160,7 +157,10 @@ def _draw(cfg: CfgNode, model: torch.nn.Module, path: Path, num_images: int = 8)
             {
                 # The mapper's image is in INPUT.FORMAT and of the size of the file.
                 "image": image if cfg.INPUT.FORMAT == "RGB" else image[:, :, ::-1],
-                "gt_boxes": [_xyxy(a["bbox"]) for a in record["annotations"]],
+                "gt_boxes": [
+                    BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS)
+                    for a in record["annotations"]
+                ],
                 "gt_classes": [a["category_id"] for a in record["annotations"]],
                 "boxes": instances.pred_boxes.tensor.numpy(),
                 "scores": instances.scores.numpy(),
@@ -168,11 +168,6 @@ def _draw(cfg: CfgNode, model: torch.nn.Module, path: Path, num_images: int = 8)
             }
         )
     draw_detections(samples, path, MetadataCatalog.get(dataset).thing_classes, columns=2)
-
-
-def _xyxy(box: Sequence[float]) -> list[float]:
-    x, y, width, height = box
-    return [x, y, x + width, y + height]
 
 
 def _table(results: list[dict[str, Any]]) -> str:

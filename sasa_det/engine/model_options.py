@@ -58,19 +58,19 @@ def checkpoint_stages(backbone: nn.Module, stages: Sequence[str]) -> None:
         stage = getattr(backbone, name, None)
         if not isinstance(stage, nn.Module):
             known = ", ".join(name for name, _ in backbone.named_children())
-            raise ValueError(f"a stage to compute again must be one of {known}, got {name}.")
+            raise ValueError(f"each stage must be one of {known}, got {name}.")
         stage.forward = partial(_checkpointed, stage, stage.forward)
 
 
 def _checkpointed(stage: nn.Module, forward, *args):
     if not (stage.training and torch.is_grad_enabled()):
         return forward(*args)
-    contexts = partial(_contexts, stage)
-    return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts)
-
-
-def _contexts(stage: nn.Module):
-    return nullcontext(), _kept_statistics(stage)
+    return checkpoint(
+        forward,
+        *args,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), _kept_statistics(stage)),
+    )
 
 
 @contextmanager

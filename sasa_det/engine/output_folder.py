@@ -39,7 +39,7 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 @contextmanager
-def output_lock(folder: str | os.PathLike) -> Iterator[None]:
+def output_lock(folder: str | os.PathLike, key: str = "OUTPUT_DIR") -> Iterator[None]:
     """Keep other runs out of a folder in a block.
 
     The lock is the kernel's, on a file ``.lock`` of the folder, and ends with the process that
@@ -47,6 +47,7 @@ def output_lock(folder: str | os.PathLike) -> Iterator[None]:
 
     Args:
         folder: an output folder, which is made if it is not there.
+        key: the key of the config that names it.
 
     Raises:
         UsageError: if another run has the folder, naming it, or the folder cannot be written to.
@@ -56,12 +57,10 @@ def output_lock(folder: str | os.PathLike) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
-        raise UsageError(
-            f"output folder {folder} cannot be written to: {error.strerror}."
-        ) from error
+        raise UsageError(f"{key} {folder} cannot be written to: {error.strerror}.") from error
     _locks.add(lock)
     try:
-        _acquire(lock, folder)
+        _acquire(lock, folder, key)
         yield
     finally:
         # A forked process that comes here has closed it before.
@@ -70,24 +69,22 @@ def output_lock(folder: str | os.PathLike) -> Iterator[None]:
             os.close(lock)
 
 
-def _acquire(lock: int, folder: str | os.PathLike) -> None:
+def _acquire(lock: int, folder: str | os.PathLike, key: str) -> None:
     try:
         # Not lockf, whose locks are lost when the process closes any descriptor of the file.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.read(lock, 200).decode(errors="replace")
         raise UsageError(
-            f"output folder {folder} is in use by another run ({holder}); wait for its end or name "
-            "another folder."
+            f"{key} {folder} is in use by another run ({holder}); wait for its end or name another "
+            f"{key}."
         ) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
         logger.warning(
-            "The file system of the output folder %s has no locks (%s): nothing keeps a second run "
-            "out.",
-            folder,
-            error.strerror,
+            "The file system of %s %s has no locks (%s): nothing keeps a second run out.",
+            *(key, folder, error.strerror),
         )
     start = datetime.now().isoformat(" ", timespec="seconds")
     os.ftruncate(lock, 0)
@@ -172,7 +169,7 @@ def claim_output(
 
     Raises:
         UsageError: if another run has the folder, it cannot be written to, or it holds a run that
-            is neither resumed nor to be overwritten, none that could be resumed, or one that
+            is neither resumed nor overwritten, no checkpoint that could be resumed, or a run that
             cannot be continued with this config.
     """
     folder = Path(options.output_dir)
@@ -182,7 +179,7 @@ def claim_output(
     key, is_new = options.key("output_dir"), not folder.exists()
     if not is_new and not folder.is_dir():
         raise UsageError(f"{key} {folder} is a file; it must be a folder.")
-    with output_lock(folder):
+    with output_lock(folder, key):
         output = OutputFolder(folder, False, before=_files(folder, _RUN_FILES), is_new=is_new)
         try:
             resumed = is_resumed(options, resume)
@@ -215,7 +212,7 @@ def _check_output(
         another_way = "" if eval_only else "continue the run with --resume, "
         raise UsageError(
             f"{key} {folder} already holds {files[0].relative_to(folder)} of a run; name "
-            f"another {key}, {another_way}or allow to write over it with --overwrite."
+            f"another {key}, {another_way}or remove it with --overwrite."
         )
     removed = [path.resolve() for path in _removable(folder, eval_only)]
     if weights and locate(weights).path.resolve() in removed:

@@ -13,6 +13,7 @@ from detectron2.data import (
     detection_utils,
     get_detection_dataset_dicts,
 )
+from detectron2.data.transforms import FixedSizeCrop
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils.registry import locate
 
@@ -21,6 +22,7 @@ from ..data.classification import (
     build_classification_test_loader,
     build_classification_train_loader,
     build_mapper,
+    check_sampler,
 )
 from ..data.coco import check_registered
 from ..data.image_folder import check_image_folders
@@ -140,16 +142,30 @@ class Detection(Task):
 class LazyDetection(Detection):
     """Detectors of LazyConfigs, whose loaders, mappers and evaluators are made by calls."""
 
-    fixed_size = 0  # not known from the augmentations
+    @property
+    def fixed_size(self) -> int:
+        augmentations = getattr(self._mapper("train"), "augmentations", None)
+        for augmentation in getattr(augmentations, "augs", ()):
+            if isinstance(augmentation, FixedSizeCrop):
+                return max(augmentation.crop_size)
+        return 0
+
+    def _mapper(self, split: str) -> Any:
+        mapper = instantiate(self.cfg.dataloader[split].mapper)
+        if not callable(mapper):
+            raise UsageError(
+                f"dataloader.{split}.mapper must be the call that makes a mapper, got {mapper!r}."
+            )
+        return mapper
 
     def check_mapper(self, is_train: bool) -> None:
         loaders = self.cfg.dataloader
         if is_train:
-            instantiate(loaders.train.mapper)
+            self._mapper("train")
             _check_call("dataloader.train", self._train_call())
             _check_call("dataloader.train.dataset", loaders.train.dataset)
             return
-        instantiate(loaders.test.mapper)
+        self._mapper("test")
         for name in self.options.test[:1]:
             _check_call("dataloader.test", self._test_call(name))
             _check_call("dataloader.test.dataset", loaders.test.dataset)
@@ -218,6 +234,8 @@ class Classification(Task):
         check_image_folders(names)
 
     def check_mapper(self, is_train: bool) -> None:
+        if is_train:
+            check_sampler(self.cfg)
         build_mapper(self.cfg, is_train=is_train)
 
     def train_loader(self) -> TrainLoader:

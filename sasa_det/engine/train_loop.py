@@ -160,7 +160,8 @@ class StepTrainer(SimpleTrainer):
             if self.grad_scaler.is_enabled() and self.grad_scaler.get_scale() >= 1:
                 # Too large a scale, which the scaler finds out by trying: it skips the step.
                 return
-            bad = [n for n, p in self.model.named_parameters() if _has_bad_gradient(p)]
+            gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+            bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
             wrong = [f"the gradient of {abbreviated_list(bad, _SHOWN)} is not finite"]
         if not wrong:
             return
@@ -187,7 +188,8 @@ class StepTrainer(SimpleTrainer):
 
         A state that detectron2 wrote lacks this project's parts, which then start anew.
         """
-        settings = [_settings(group) for group in self.optimizer.param_groups]
+        groups = self.optimizer.param_groups
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         optimizer = shard_optimizer_state(self.optimizer, state_dict["optimizer"])
         super().load_state_dict({**state_dict, "optimizer": optimizer})
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
@@ -229,10 +231,6 @@ def _is_finite(value: float) -> bool:
     return abs(value) < float("inf")
 
 
-def _has_bad_gradient(parameter: nn.Parameter) -> bool:
-    return parameter.grad is not None and not bool(parameter.grad.isfinite().all())
-
-
 def _describe(batch: list[dict[str, Any]] | dict[str, Any]) -> list[str]:
     """Name the images of a batch."""
     if isinstance(batch, dict):
@@ -242,7 +240,3 @@ def _describe(batch: list[dict[str, Any]] | dict[str, Any]) -> list[str]:
         f"{name} (id {sample['image_id']})" if "image_id" in sample else name
         for name, sample in zip(names, batch, strict=True)
     ]
-
-
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key != "params"}

@@ -19,7 +19,7 @@ from detectron2.evaluation import (
 from detectron2.modeling import build_model
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..checkpoint import Checkpointer
@@ -355,8 +355,8 @@ class LazyTrainer(Trainer):
 
     @classmethod
     def has_own_evaluator(cls, cfg: DictConfig) -> bool:
-        target = plain(cfg.dataloader.evaluator["_target_"])
-        return super().has_own_evaluator(cfg) or target != plain(coco_evaluator)
+        target = OmegaConf.select(cfg, "dataloader.evaluator._target_")
+        return super().has_own_evaluator(cfg) or plain(target) != plain(coco_evaluator)
 
     @classmethod
     def auto_scale_workers(cls, cfg: DictConfig, num_workers: int) -> DictConfig:

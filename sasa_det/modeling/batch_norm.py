@@ -36,9 +36,8 @@ def naming_batch_norms(model: nn.Module) -> Iterator[None]:
         name = names[-1] if names else "a batch norm"
         raise SingleValueError(
             f"{name} is a batch norm that has one value per channel, since the batch of a process "
-            "is one image and its map there is 1 x 1 pixel: train on two images or more a process "
-            "(SOLVER.IMS_PER_BATCH over the processes and SOLVER.ACCUMULATION_STEPS), on larger "
-            "images, or with another norm, as GN or FrozenBN."
+            "is one image and its map there is 1 x 1 pixel: train on at least two images at once "
+            "in each process, on larger images, or with another norm, such as GN or FrozenBN."
         ) from error
 
 

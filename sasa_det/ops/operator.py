@@ -28,7 +28,7 @@ def _choose(name: str, query: Tensor, num_heads: int) -> str:
         RuntimeError: if the one that was asked for cannot run, with the reason.
     """
     if name:
-        reason = "it is no backend of the operator"
+        reason = "it is not a backend of this operator"
         if name in BACKENDS:
             reason = BACKENDS[name].why_not(query, num_heads, forced=True)
         if reason:

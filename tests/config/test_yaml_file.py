@@ -184,7 +184,10 @@ BROKEN = {
         b"MODEL:\n  DEVICE: a\n  'DEVICE': b",
         ", line 3: key DEVICE is there already, on line 2.",
     ),
-    "large": (b"# " + b"x" * 1_000_000, " is larger than 1000000 bytes, which no config is."),
+    "large": (
+        b"# " + b"x" * 1_000_000,
+        " is too large for a config: it has more than 1000000 bytes.",
+    ),
     "deep": (b"SEED: " + b"[" * 1000, " is nested too deeply."),
 }
 

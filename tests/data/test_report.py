@@ -92,7 +92,7 @@ def test_command(write, content, tmp_path):
     assert "| caf\\xe9 " in good and "for evaluation\n" in good
     assert "0 errors, 1 warning: these data " in good
     assert good.endswith(
-        "can be used for evaluation, if their images can be read, which --pixels looks at.\n"
+        "can be used for evaluation; whether the images can be read is checked with --pixels.\n"
     )
     assert "bad.json with images in" in bad and "for training\n" in bad
     assert "iscrowd other than 0 and 1 (1)" in bad and "b.png is empty" in bad

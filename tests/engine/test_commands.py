@@ -195,9 +195,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
         try:
             for _ in range(2):  # when the second is begun, the first is there
                 assert any("Saving checkpoint" in line for line in first.stdout)
-            refusal = (
-                f"error: output folder {folder} is in use by another run (process {first.pid} on"
-            )
+            refusal = f"error: OUTPUT_DIR {folder} is in use by another run (process {first.pid} on"
             for flags in ([], ["--overwrite"], ["--resume"], ["--resume", "auto"]):
                 status, _, (error,) = in_this_process(*flags)
                 assert status == 2 and error.startswith(refusal)

@@ -12,10 +12,12 @@ import pytest
 import torch
 import yaml
 from detectron2.config import LazyConfig
+from omegaconf import OmegaConf
 
 from sasa_det.checkpoint import read_checkpoint
-from sasa_det.config.options import LAZY_KEYS, YAML_KEYS
-from sasa_det.engine import Trainer, load_config
+from sasa_det.config.lazy import load_lazy_config
+from sasa_det.config.options import LAZY_KEYS, YAML_KEYS, RunOptions
+from sasa_det.engine import Trainer, UsageError, load_config
 from sasa_det.engine.defaults import LAZY, argument_parser, run
 
 DATA = {"train": "train", "test": "val"}
@@ -25,6 +27,7 @@ CONFIG = """
 from pathlib import Path
 
 from detectron2.config import LazyConfig
+from omegaconf import OmegaConf
 
 _PARENT = Path("configs/COCO-Detection/retinanet_SASA_R_50_full.py").resolve()
 _SECTIONS = ("dataloader", "lr_multiplier", "model", "train")
@@ -224,7 +227,7 @@ MISTAKES = {
         ["model.backbone.bottom_up.attention.kernel_sise=5"],
         "did you mean model.backbone.bottom_up.attention.kernel_size?",
     ),
-    "grammar": (["train.max_iter=[4"], "'train.max_iter=[4' is no override"),
+    "grammar": (["train.max_iter=[4"], "the override 'train.max_iter=[4' cannot be applied"),
     "type": (["train.max_iter=four"], "train.max_iter must be an integer, got 'four'."),
     "section": (["model=null"], "model must be a section of keys, got None."),
     "list": (["train.weights_allow=[[a]]"], "train.weights_allow must be a list of strings"),
@@ -247,6 +250,23 @@ MISTAKES = {
         "dataloader.train.total_batch_size must be a multiple of the number of processes times "
         "train.accumulation_steps, which is 3",
     ),
+    "norm": (["model.head.norm=Nope"], "model.head.norm must be a norm of detectron2"),
+    "number for a list": (["train.weights_allow=5"], "train.weights_allow must be a list of"),
+    "truth value for a list": (
+        ["dataloader.train.dataset.names=true"],
+        "dataloader.train.dataset.names must be a list of strings, got True.",
+    ),
+    "word for a truth value": (
+        ["train.amp.enabled=yes"],
+        "train.amp.enabled must be True or False, got 'yes'.",
+    ),
+    "evaluator": (["dataloader.evaluator=null"], "the config does not fit together"),
+    "mapper": (["dataloader.test.mapper=null"], "dataloader.test.mapper must be the call that"),
+    "no value for the classes": (["model.num_classes=null"], "model.num_classes must have a value"),
+    "one image of one pixel": (
+        ["dataloader.train.total_batch_size=1", "+dataloader.train.mapper.recompute_boxes=false"],
+        "has one value per channel",
+    ),
     "nothing to resume": (["--resume"], "holds no checkpoint to resume"),
     "both": (["--resume", "auto", "--overwrite"], "--resume and --overwrite exclude each other"),
 }
@@ -259,6 +279,44 @@ def test_mistakes_are_told_before_any_work(mistake, lazy, tmp_path, capsys):
     error = capsys.readouterr().err.strip()
     assert message in error and error.startswith("error: ") and "\n" not in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("field", [name for name in LAZY_KEYS if name != "meta_architecture"])
+def test_every_key_needs_a_value_and_may_be_left_out(field, config, digits, tmp_path):
+    key = LAZY_KEYS[field]
+    data = {f: (str(digits / f"{n}.json"), str(digits / n)) for f, n in DATA.items()}
+    if not key.endswith(("_json", "_images")):
+        with pytest.raises(UsageError, match=rf"^{key} must have a value, got None\.$"):
+            load_lazy_config(str(config), [f"+{key}=null"], **data)
+    options = load_lazy_config(str(config), **data)
+    section, _, name = key.rpartition(".")
+    part = OmegaConf.select(options.config, section)
+    if name in part:
+        part.pop(name)
+    left_out = RunOptions.read(options.config)
+    # Worked out for the run, it is found by all that reads the config.
+    value = getattr(options, field)
+    changed = RunOptions.read(left_out.replace(**{field: value}).config)
+    if not key.startswith(("optimizer.", "lr_multiplier.")):
+        assert getattr(changed, field) == value
+
+
+def test_a_run_without_a_seed_draws_the_seed_of_its_data_too(config, lazy, tmp_path):
+    config.write_text(CONFIG.replace("train.seed = 1", "del train['seed']"))
+    drawn = set()
+    for name in ("one", "other"):
+        folder = tmp_path / name
+        assert lazy("train.max_iter=1", "lr_multiplier.warmup_iters=0", folder=folder) == 0
+        state = read_checkpoint(folder / "model_final.pth")["trainer"]["_trainer"]
+        assert state["seed"] == state["data_loader"]["seed"]
+        drawn.add(state["seed"])
+    assert len(drawn) == 2
+
+
+def test_the_number_of_classes_may_be_left_out(config, lazy, tmp_path):
+    config.write_text(f"{CONFIG}\ndel model['num_classes']\n")
+    assert lazy("train.max_iter=1", "lr_multiplier.warmup_iters=0") == 0
+    assert LazyConfig.load(str(tmp_path / "run" / "config.yaml")).model.num_classes == 10
 
 
 FILES = {

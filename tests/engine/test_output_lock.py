@@ -60,7 +60,7 @@ def test_a_second_run_is_refused_and_told_who_has_the_folder(tmp_path):
             with output_lock(folder):
                 pass
         message = str(error.value)
-        assert message.startswith(f"output folder {folder} is in use by another run (process ")
+        assert message.startswith(f"OUTPUT_DIR {folder} is in use by another run (process ")
         assert f"process {process.pid} on {os.uname().nodename} since 20" in message
         pipe.send("end")
         process.join()
@@ -129,7 +129,7 @@ def test_a_lock_file_is_no_way_to_another_file(tmp_path):
 def test_folders_that_cannot_be_made_or_written_to(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/self/run")):
-        with pytest.raises(UsageError, match=f"output folder {folder} cannot be written to: "):
+        with pytest.raises(UsageError, match=f"OUTPUT_DIR {folder} cannot be written to: "):
             with output_lock(folder):
                 pass
 
@@ -142,4 +142,4 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
     with output_lock(tmp_path):
         pass
     (record,) = caplog.records
-    assert f"The file system of the output folder {tmp_path} has no locks" in record.getMessage()
+    assert f"The file system of OUTPUT_DIR {tmp_path} has no locks" in record.getMessage()

@@ -235,6 +235,8 @@ def test_mistakes_in_the_command(command, folder, tmp_path, capsys):
     detector = "configs/Quick/retinanet_SASA.yaml"
     assert "must be Classifier here, got AttentionRetinaNet" in told("--config-file", detector)
     assert "did you mean classification/top1" in told("TEST.BEST_METRIC", "clasification/top1")
+    sampler = ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler")
+    assert "DATALOADER.SAMPLER_TRAIN must be TrainingSampler" in told(*sampler)
 
 
 @pytest.mark.parametrize("words", [("--holdout", "1.5"), ("--holdout", "few"), ("--data", "")])

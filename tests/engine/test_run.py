@@ -131,7 +131,7 @@ MISTAKES = {
     ),
     "value": (["SOLVER.BASE_LR", "-1.0"], "SOLVER.BASE_LR must be above 0, got -1.0"),
     "schedule": (["SOLVER.WARMUP_ITERS", "9"], "SOLVER.WARMUP_ITERS must be below SOLVER.MAX_ITER"),
-    "model": (["MODEL.SASA.KERNEL_SIZE", "4"], "kernel_size must be odd and at least 1, got 4"),
+    "model": (["MODEL.SASA.KERNEL_SIZE", "4"], "MODEL.SASA.KERNEL_SIZE must be odd"),
     "name": (["MODEL.BACKBONE.NAME", "build_sasa_resnet"], "did you mean build_sasa_resnet_back"),
     "classes": (["MODEL.RETINANET.NUM_CLASSES", "3"], "MODEL.RETINANET.NUM_CLASSES is 3"),
     "weights": (["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS nowhere.pth does not exist"),

@@ -51,7 +51,6 @@ def told(*calls):
 
 
 MODELS = {
-    "even k": (["MODEL.SASA.KERNEL_SIZE", "4"], "kernel_size must be odd and at least 1, got 4"),
     "heads": (["MODEL.SASA.NUM_HEADS", "5"], "must be a multiple of num_heads 5"),
     "stage": (["MODEL.SASA.ATTENTION_STAGES", "['res7']"], "got 'res7'"),
     "feature": (
@@ -65,7 +64,6 @@ MODELS = {
     "layers": (["MODEL.RETINANET.NUM_CONVS", str(2**62)], "does not fit together: MemoryError"),
     "classes": (["MODEL.RETINANET.NUM_CLASSES", "3"], "MODEL.RETINANET.NUM_CLASSES is 3 but"),
     "jitter": (["INPUT.JITTER.MIN_SCALE", "2.0"], "INPUT.JITTER.MIN_SCALE and MAX_SCALE must"),
-    "backend": (["MODEL.SASA.BACKEND", "cuda"], "backend must be None or one of"),
     "checkpointed stage": (["MODEL.ACTIVATION_CHECKPOINTING", "['res9']"], "got res9"),
     "weights": (["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS nowhere.pth does not exist."),
     "remote weights": (["MODEL.WEIGHTS", "https://example.invalid/a.pth"], "sha256"),
