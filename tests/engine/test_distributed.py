@@ -134,7 +134,7 @@ def test_torchrun_restarts_from_the_last_checkpoint(start, read_until, alone, tm
 
 
 def test_torchrun_tells_mistakes_once(start):
-    mistakes = ("SOLVER.BASE_LR", -1), ("MODEL.SASA.KERNEL_SIZE", 4)
+    mistakes = ("SOLVER.BASE_LR", -1), ("MODEL.SASA.NUM_HEADS", 5)
     value, model = (start(*mistake, launcher=TORCHRUN) for mistake in mistakes)
     output = value.communicate()[0]
     assert value.returncode != 0
@@ -142,4 +142,4 @@ def test_torchrun_tells_mistakes_once(start):
     assert "Traceback" not in output.split("error: SOLVER")[0]
     output = model.communicate()[0]
     assert model.returncode != 0
-    assert output.count("error: kernel_size must be odd") == 1
+    assert output.count("must be a multiple of num_heads 5") == 1
