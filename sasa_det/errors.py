@@ -50,6 +50,11 @@ class UsageError(Exception):
 USAGE_ERRORS = (UsageError, CheckpointError, DatasetError, FileNotFoundError)
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of the message of an error, for a sentence about it."""
+    return str(error.args[0] if error.args else error).strip().partition("\n")[0]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return the end of a sentence about an unknown name, with a similar known one if there is any.
 

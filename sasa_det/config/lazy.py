@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..errors import UsageError, nearest
+from ..errors import UsageError, first_line, nearest
 from .defaults import default_config
 from .keys import flatten
 from .load import complete, overruled
@@ -121,7 +121,7 @@ def _tell_with_line(path: str, error: Exception) -> str:
     # The innermost of the files that are executed.
     files = [f for f in traceback.extract_tb(error.__traceback__) if f.name == "<module>"]
     place = f"{files[-1].filename}, line {files[-1].lineno}" if files else path
-    return f"{place}: {type(error).__name__}: {_first_line(error)}"
+    return f"{place}: {type(error).__name__}: {first_line(error)}"
 
 
 def _override(lazy: DictConfig, words: Sequence[str]) -> set[str]:
@@ -140,7 +140,7 @@ def _override(lazy: DictConfig, words: Sequence[str]) -> set[str]:
             LazyConfig.apply_overrides(lazy, [word.lstrip("+")])
         except (HydraException, OmegaConfBaseException, LookupError, ValueError) as error:
             raise UsageError(
-                f"the override {word!r} cannot be applied: {_first_line(error)}"
+                f"the override {word!r} cannot be applied: {first_line(error)}"
             ) from error
         keys.add(key)
     return keys
@@ -153,7 +153,3 @@ def _keys(values: Any, prefix: str = "") -> Iterator[str]:
         yield f"{prefix}{key}"
         if isinstance(value, (dict, list)):
             yield from _keys(value, f"{prefix}{key}.")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error.args[0] if error.args else error).strip().partition("\n")[0]

@@ -11,7 +11,7 @@ from fvcore.common.registry import Registry
 from ..data.catalog import num_classes_of
 from ..data.coco import register_coco
 from ..data.image_folder import check_image_folders, hold_out, register_image_folder
-from ..errors import UsageError, nearest
+from ..errors import UsageError, first_line, nearest
 from .defaults import default_config
 from .keys import CONFIG_ERRORS, all_keys, explain, flatten, unknown_key, with_floats
 from .options import EPOCHS, YAML_KEYS, RunOptions
@@ -53,7 +53,7 @@ BUILD_ERRORS = (
 
 def explain_build_error(error: Exception) -> str:
     """Turn one of :data:`BUILD_ERRORS` into one sentence."""
-    message = (str(error.args[0]) if error.args else "").strip().partition("\n")[0]
+    message = first_line(error)
     unregistered = re.fullmatch(r"No object named '(.*)' found in '(.*)' registry!", message)
     if unregistered and unregistered[2] in _REGISTRIES:
         name, registry = unregistered.groups()

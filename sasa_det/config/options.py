@@ -13,7 +13,7 @@ from detectron2.utils.registry import _convert_target_to_string
 from omegaconf import DictConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 from .defaults import default_config
 from .keys import flatten
 
@@ -193,10 +193,6 @@ class RunOptions:
             return f"{key} {value}"
         return f"{'+' if _get(self.config, key) is _ABSENT else ''}{key}={value}"
 
-    def values(self) -> dict[str, Any]:
-        """Return the values of the whole config by full key."""
-        return flatten(plain(self.config) if self.is_lazy else self.config)
-
     def image_options(self) -> dict[str, int | str]:
         """Return the keyword arguments of the checks of COCO-format data."""
         return {
@@ -256,7 +252,7 @@ def _get(config: CfgNode | DictConfig, key: str) -> Any:
     try:
         return OmegaConf.select(config, key, default=_ABSENT)
     except OmegaConfBaseException as error:
-        raise UsageError(f"{key}: {str(error).strip().partition(chr(10))[0]}") from error
+        raise UsageError(f"{key}: {first_line(error)}") from error
 
 
 def _set(config: CfgNode | DictConfig, key: str, value: Any) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from ..checkpoint import Checkpointer
 from ..checkpoint.reading import classes_in
 from ..checkpoint.sources import locate
+from ..config.keys import flatten
 from ..config.load import BUILD_ERRORS, explain_build_error
 from ..config.options import RunOptions
 from ..config.values import check_schedule
@@ -45,8 +46,9 @@ def check_model(
     Raises:
         UsageError, CheckpointError, DatasetError: as :func:`check_run`.
     """
-    options = options.replace(device="cpu")
     try:
+        _check_norms(options, num_processes)
+        options = options.replace(device="cpu")
         model = trainer.build_model(options.config)
         check_res5_heads(model)
         task = task_of(options)
@@ -189,7 +191,6 @@ def check_run(
         _check_batch(options, num_processes)
         _check_sharding(options, num_processes)
     _check_device(options)
-    _check_norms(options, num_processes)
     _check_data(options, eval_only)
     if not trainer.has_own_evaluator(options.config):
         _check_evaluation(options)
@@ -298,14 +299,12 @@ def _check_device(options: RunOptions) -> None:
 
 
 def _check_norms(options: RunOptions, num_processes: int) -> None:
-    for key, value in options.values().items():
-        if not (key.lower().startswith("model.") and key.lower().endswith(".norm")):
+    section = "model" if options.is_lazy else "MODEL"
+    for key, value in flatten(options.config[section], f"{section}.").items():
+        # In a LazyConfig, it may also be a function or a class.
+        if not key.lower().endswith(".norm") or not isinstance(value, str):
             continue
-        if isinstance(value, str) and not value.startswith("detectron2."):  # the name of a class
-            try:
-                check_norm(key, value)
-            except ValueError as error:
-                raise UsageError(str(error)) from error
+        check_norm(key, value)
         if value == "SyncBN" and num_processes > 1 and options.device.startswith("cpu"):
             raise UsageError(
                 f"{key} must not be SyncBN where several processes train on CPUs, for PyTorch has "

@@ -319,6 +319,13 @@ def test_the_number_of_classes_may_be_left_out(config, lazy, tmp_path):
     assert LazyConfig.load(str(tmp_path / "run" / "config.yaml")).model.num_classes == 10
 
 
+def test_a_norm_may_be_a_class_or_a_function(config, lazy, tmp_path):
+    norms = "import torch\nmodel.backbone.norm = torch.nn.BatchNorm2d\n"
+    norms += "model.head.norm = lambda channels: torch.nn.GroupNorm(4, channels)\n"
+    config.write_text(f"{CONFIG}\n{norms}")
+    assert lazy("train.max_iter=1", "lr_multiplier.warmup_iters=0") == 0
+
+
 FILES = {
     "nothing": (None, "does not exist"),
     "syntax": ("model = (\n", "small.py, line 1: SyntaxError: '(' was never closed"),
