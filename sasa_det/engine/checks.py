@@ -26,7 +26,7 @@ from ..modeling.attention_options import check_norm
 from ..modeling.batch_norm import check_batch_norms
 from ..modeling.rcnn import check_res5_heads
 from .distributed import unsharded
-from .tasks import task_of
+from .tasks import Task, task_of
 
 
 def check_model(
@@ -54,7 +54,7 @@ def check_model(
         task = task_of(options)
         task.check_mapper(is_train=False)
         if not eval_only:
-            _check_single_values(options, model, num_processes)
+            _check_single_values(task, model, num_processes)
             task.check_mapper(is_train=True)
             optimizer = trainer.build_optimizer(options.config, model)
             if options.is_lazy:  # check_schedule is for the others
@@ -72,9 +72,9 @@ def check_model(
         check_same_classes(options.test, classes, key)
 
 
-def _check_single_values(options: RunOptions, model: nn.Module, num_processes: int) -> None:
+def _check_single_values(task: Task, model: nn.Module, num_processes: int) -> None:
     """Check the batch norms of a run whose images are all of one size."""
-    side = task_of(options).fixed_size
+    options, side = task.options, task.fixed_size
     synchronized = (nn.SyncBatchNorm, NaiveSyncBatchNorm)
     if not side or (
         num_processes > 1 and any(isinstance(m, synchronized) for m in model.modules())

@@ -5,6 +5,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from detectron2.config import instantiate
@@ -144,11 +145,15 @@ class LazyDetection(Detection):
 
     @property
     def fixed_size(self) -> int:
-        augmentations = getattr(self._mapper("train"), "augmentations", None)
+        augmentations = getattr(self._train_mapper, "augmentations", None)
         for augmentation in getattr(augmentations, "augs", ()):
             if isinstance(augmentation, FixedSizeCrop):
                 return max(augmentation.crop_size)
         return 0
+
+    @cached_property
+    def _train_mapper(self) -> Any:
+        return self._mapper("train")
 
     def _mapper(self, split: str) -> Any:
         mapper = instantiate(self.cfg.dataloader[split].mapper)
@@ -161,7 +166,7 @@ class LazyDetection(Detection):
     def check_mapper(self, is_train: bool) -> None:
         loaders = self.cfg.dataloader
         if is_train:
-            self._mapper("train")
+            _ = self._train_mapper  # building it finds mistakes
             _check_call("dataloader.train", self._train_call())
             _check_call("dataloader.train.dataset", loaders.train.dataset)
             return
