@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "local_attention.h"
+#include "product.h"
 #include "stem_attention.h"
 
 namespace sasa_det {
@@ -21,6 +22,7 @@ namespace sasa_det {
 struct Kernels {
   LocalAttentionKernels local_attention;
   StemAttentionKernels stem_attention;
+  ProductKernels product;
 };
 
 extern const Kernels plain_kernels;

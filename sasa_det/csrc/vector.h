@@ -39,3 +39,21 @@ INLINE Vec exp_negative(Vec x) {
   const Vec result = p * reinterpret_cast<Vec>(power);
   return too_low ? Vec{} : result;
 }
+
+// In blocks of `SIZE` lanes of a and then b: the sum of each block's halves, side by side.
+template <int SIZE>
+INLINE Vec add_halves(Vec a, Vec b) {
+  Ints first = {};
+  for (int i = 0; i < LANES; ++i) first[i] = i / (SIZE / 2) * SIZE + i % (SIZE / 2);
+  const Ints second = first + SIZE / 2;
+#if defined(__clang__)
+  Vec lower, upper;
+  for (int i = 0; i < LANES; ++i) {
+    lower[i] = first[i] < LANES ? a[first[i]] : b[first[i] - LANES];
+    upper[i] = second[i] < LANES ? a[second[i]] : b[second[i] - LANES];
+  }
+  return lower + upper;
+#else
+  return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, second);
+#endif
+}

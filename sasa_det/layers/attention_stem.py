@@ -144,7 +144,7 @@ class AttentionStem(nn.Module):
         if self.values == "convolution":
             return False
         layers = [self.query, self.key] + ([self.value] if self.values == "pointwise" else [])
-        return all(map(is_plain_pointwise, layers))
+        return all(is_plain_pointwise(layer) and layer.bias is None for layer in layers)
 
     def _attend(self, x: Tensor) -> Tensor:
         return block_attention(

@@ -22,20 +22,24 @@ def is_plain_call(module: nn.Module) -> bool:
     return not (any(hooks) or _has_any_global_hook() or "forward" in module.__dict__)
 
 
-def is_plain_pointwise(layer: nn.Module) -> bool:
-    """Tell whether a layer is no more than the product of its weight with every pixel.
+def is_plain_pointwise(
+    layer: nn.Module, kind: type[nn.Module] = nn.Conv2d, strided: bool = False
+) -> bool:
+    """Tell whether a layer is no more than the product of its weight with every pixel, and a bias.
 
     Args:
         layer: any module.
+        kind: the class that it must have, ``nn.Conv2d`` or a known subclass of it.
+        strided: whether it may have a stride.
 
     Returns:
-        bool: True for a 1x1 ``nn.Conv2d`` without bias, stride, padding, groups, hooks,
-        parametrizations or a weight of a tensor's subclass; False for a subclass, as of LoRA.
+        bool: True for a 1x1 ``kind`` without stride, padding, groups, hooks, parametrizations or a
+        weight of a tensor's subclass; False for other subclasses, as of LoRA.
     """
     return (
-        type(layer) is nn.Conv2d  # parametrizations make a subclass
-        and layer.bias is None
-        and layer.kernel_size == layer.stride == (1, 1)
+        type(layer) is kind  # parametrizations make a subclass
+        and layer.kernel_size == (1, 1)
+        and (strided or layer.stride == (1, 1))
         and layer.padding == (0, 0)
         and layer.groups == 1
         and type(layer.weight) in (nn.Parameter, Tensor)

@@ -4,56 +4,64 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from ..ops.product import Operand, has_products, input_gradient, products, weight_gradient
 from .plain import is_plain_pointwise
+
+
+def runs_products(x: Tensor) -> bool:
+    """Tell whether products of the C++ kernels may stand in place of layers' calls for ``x``.
+
+    They do not under autocast, and in traces, such as fvcore counts from, nothing could see into
+    them.
+    """
+    return has_products(x) and not (
+        torch.is_autocast_enabled("cpu") or torch.jit.is_tracing() or torch.compiler.is_compiling()
+    )
 
 
 def project(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     """Apply pointwise layers to one input, in the faster of two ways.
 
-    On CPUs matrix products are up to four times as fast as PyTorch's 1x1 convolution, and the
-    gradients of the input are summed as they are made. The layers are called elsewhere, under
-    autocast, in traces, and where one of them is more than its weight, see
+    The C++ kernels multiply all weights with the pixels that they have read, and sum the gradients
+    of the input as they are made. The layers are called elsewhere, see :func:`runs_products`, and
+    where one of them is more than its weight, see
     :func:`sasa_det.layers.plain.is_plain_pointwise`.
 
     Args:
         x: (N, C_in, H, W).
-        layers: 1x1 convolutions, or what stands in their place.
+        layers: 1x1 convolutions, or what stands in their place, at most three.
 
     Returns:
         tuple[Tensor, ...]: (N, C_out, H, W) of each layer.
     """
-    # A trace, such as fvcore counts from, cannot see into the function below.
-    called = torch.is_autocast_enabled("cpu") or torch.jit.is_tracing()
-    if x.device.type != "cpu" or called or not all(map(is_plain_pointwise, layers)):
+    if not (runs_products(x) and all(map(is_plain_pointwise, layers))):
         return tuple(layer(x) for layer in layers)
-    weights = [layer.weight.flatten(1) for layer in layers]
-    return tuple(y.unflatten(2, x.shape[2:]) for y in _Products.apply(x.flatten(2), *weights))
+    if torch.is_grad_enabled():
+        return _Products.apply(x, *(p for layer in layers for p in (layer.weight, layer.bias)))
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    return tuple(products(Operand(x), weights, biases))
 
 
 class _Products(torch.autograd.Function):
-    """Matrices (C_out, C_in) times a batch (N, C_in, P).
-
-    bmm with expanded matrices throughout: matmul turns a batch around to make one product of it.
-    """
+    """Weights (C_out, C_in, 1, 1) times a map (N, C_in, H, W), each with a bias or None."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+        weights, biases = parameters[::2], parameters[1::2]
         ctx.save_for_backward(x, *weights)
-        return tuple(torch.bmm(weight.expand(x.shape[0], -1, -1), x) for weight in weights)
+        return tuple(products(Operand(x), weights, biases))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        grad_x = None
-        grad_weights: list[Tensor | None] = [None] * len(weights)
-        for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
-            if ctx.needs_input_grad[0]:
-                transposed = weight.t().expand(x.shape[0], -1, -1)
-                if grad_x is None:
-                    grad_x = torch.bmm(transposed, grad)
-                else:
-                    grad_x = torch.baddbmm(grad_x, transposed, grad)
-            if ctx.needs_input_grad[1 + i]:
-                grad_weights[i] = torch.bmm(grad, x.transpose(1, 2)).sum(0)
-        return (grad_x, *grad_weights)
+        needs_x, *needs = ctx.needs_input_grad
+        operands = [Operand(grad) for grad in grads]
+        gradients: list[Tensor | None] = []
+        for i, (grad, weight) in enumerate(zip(operands, weights, strict=True)):
+            weight_needs, bias_needs = needs[2 * i : 2 * i + 2]
+            gradients.append(weight_gradient(grad, Operand(x), weight) if weight_needs else None)
+            gradients.append(grad.data.sum((0, 2, 3)) if bias_needs else None)
+        return (input_gradient(operands, weights) if needs_x else None, *gradients)

@@ -2,6 +2,7 @@
 
 from .backbone import SAN, AttentionFPN, SASAResNet
 from .classifier import Classifier
+from .fuse import fuse
 from .retinanet import AttentionRetinaNet, AttentionRetinaNetHead
 
 __all__ = [
@@ -11,4 +12,5 @@ __all__ = [
     "Classifier",
     "SAN",
     "SASAResNet",
+    "fuse",
 ]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..layers import LocalSelfAttention2d
 from ..ops.local_attention import check_choice
 from .attention_options import PRIMITIVES, attention_options, check_norm
+from .fused import tower
 
 
 class AttentionRetinaNetHead(nn.Module):
@@ -70,8 +71,10 @@ class AttentionRetinaNetHead(nn.Module):
         options["mixing_layer"] = cfg.MODEL.SASA.HEAD_MIXING_LAYER
         return options
 
-    def _make_tower(self, channels: list[int], norm: str, options: dict[str, Any]) -> "_Tower":
-        tower = _Tower()
+    def _make_tower(
+        self, channels: list[int], norm: str, options: dict[str, Any]
+    ) -> "AttentionTower":
+        tower = AttentionTower()
         for in_channels, out_channels in zip(channels, channels[1:], strict=False):
             layer = nn.ModuleDict(
                 {"attention": LocalSelfAttention2d(in_channels, out_channels, **options)}
@@ -100,10 +103,24 @@ class AttentionRetinaNetHead(nn.Module):
         return logits, deltas
 
 
-class _Tower(nn.ModuleList):
+class AttentionTower(nn.ModuleList):
     """Layers of attention, each with a norm, or one for each level, if at all."""
 
     def forward(self, x: Tensor, level: int) -> Tensor:
+        """
+        Args:
+            x: (N, C, H, W).
+            level: index of the level, which picks the norms.
+
+        Returns:
+            (N, C, H, W).
+        """
+        if not torch.jit.is_scripting():
+            norms = [layer["norms"] if "norms" in layer else [None] for layer in self]
+            norms = [of_levels[level % len(of_levels)] for of_levels in norms]
+            fused = tower(x, [layer["attention"] for layer in self], norms)
+            if fused is not None:
+                return fused
         for layer in self:
             x = layer["attention"](x)
             if "norms" in layer:

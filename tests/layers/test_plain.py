@@ -73,7 +73,6 @@ def with_subclass_of_tensor():
 
 
 NOT_PLAIN = {
-    "bias": lambda: conv(bias=True),
     "stride": lambda: conv(stride=2),
     "padding": lambda: conv(padding=1),
     "groups": lambda: conv(groups=2),

@@ -108,7 +108,7 @@ def test_without_residuals_every_block_is_its_shortcut(norm):
         expected = features["stem"]
         for name, stage in zip(["res2", "res3", "res4", "res5"], model.stages, strict=True):
             expected = stage[0].shortcut(expected).relu()
-            assert torch.equal(features[name], expected), name
+            assert (features[name] - expected).abs().max() <= 1e-6 * expected.max(), name
 
 
 def test_residuals_start_at_the_weight_of_their_last_norm():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...layers import AttentionStem, LocalSelfAttention2d
 from ...ops.local_attention import check_choice
 from ..attention_options import PRIMITIVES, attention_options, check_norm
+from ..fused import bottleneck
 
 STAGES = ("res2", "res3", "res4", "res5")
 # Section 4.1: 38 and 26 layers remove one and two blocks from every stage of 50.
@@ -94,6 +95,10 @@ class AttentionBottleneckBlock(CNNBlockBase):
         Returns:
             (N, out_channels, ceil(H / stride), ceil(W / stride)).
         """
+        if not torch.jit.is_scripting():
+            fused = bottleneck(x, self)
+            if fused is not None:
+                return fused
         out = F.relu_(self.conv1(x))
         out = F.relu(self.norm(self.attention(out)))
         out = self.conv3(out)

@@ -1,0 +1,415 @@
+"""Blocks of attention as one piece: norms and ReLUs are part of the products around them.
+
+What runs here computes what the modules of a block or a tower compute one after another. The maps
+behind norms and ReLUs are never stored; products make them again from those in front, wherever they
+read them.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from detectron2.layers import Conv2d
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..layers import LocalSelfAttention2d
+from ..layers.affine import Affine, batch_affine, constant_affine, is_affine, uses_batch
+from ..layers.plain import is_plain_call, is_plain_pointwise
+from ..layers.projection import runs_products
+from ..ops.product import (
+    Operand,
+    add,
+    channel_moments,
+    input_gradient,
+    masked_gradient,
+    masked_input_gradient,
+    materialize,
+    product,
+    product_with_moments,
+    products,
+    weight_gradient,
+)
+
+Gradients = Iterator[Tensor | None]
+
+
+def can_fuse(
+    x: Tensor, modules: Sequence[nn.Module], norms: Sequence[nn.Module | None], stride: int = 1
+) -> bool:
+    """Tell whether a block of attention can run as one piece for an input.
+
+    Args:
+        x: the input.
+        modules: detectron2's pointwise convolutions and attention layers of the block.
+        norms: the norms behind them.
+        stride: of the block.
+
+    Returns:
+        bool: False where one of them is more than what it is known to be, as with hooks.
+    """
+    return (
+        runs_products(x)
+        and all(map(_is_known, modules))
+        and all(map(is_affine, norms))
+        # Of a single value batch norm refuses to make statistics.
+        and (x.shape[0] > 1 or max(x.shape[2:]) > stride or not any(map(uses_batch, norms)))
+    )
+
+
+def _is_known(module: nn.Module) -> bool:
+    if type(module) is Conv2d:
+        return is_plain_pointwise(module, Conv2d, strided=True) and module.activation is None
+    return (
+        type(module) is LocalSelfAttention2d
+        and module.position != "absolute"
+        and module.backend in (None, "cpu")
+        and is_plain_call(module)
+        and all(is_plain_pointwise(layer) for layer in _projections(module))
+    )
+
+
+def _projections(attention: LocalSelfAttention2d) -> list[nn.Module]:
+    layers = (attention.query, attention.key, attention.value)
+    return [layer for layer in layers if layer is not None]
+
+
+def _parameters(attention: LocalSelfAttention2d) -> list[Tensor | None]:
+    """The weights of the projections, in their order, and both embeddings."""
+    weights = [layer.weight for layer in _projections(attention)]
+    return [*weights, attention.rel_rows, attention.rel_cols]
+
+
+def _norm_parameters(norm: nn.Module | None) -> list[Tensor | None]:
+    return [getattr(norm, "weight", None), getattr(norm, "bias", None)]
+
+
+# Attention between two norms.
+
+
+def _attend(
+    attention: LocalSelfAttention2d,
+    projected: Sequence[Tensor],
+    embeddings: Sequence[Tensor | None],
+) -> Tensor:
+    return torch.ops.sasa_det_cpu.local_attention(*_arguments(attention, projected, embeddings))
+
+
+def _attend_backward(
+    attention: LocalSelfAttention2d,
+    grad: Tensor,
+    projected: Sequence[Tensor],
+    embeddings: Sequence[Tensor | None],
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Return the gradients of the projections and of the embeddings."""
+    query, key, value, *grads = torch.ops.sasa_det_cpu.local_attention_backward(
+        grad, *_arguments(attention, projected, embeddings)
+    )
+    maps = [query, key, value] if attention.content else [query, value]
+    return maps, [None, None] if attention.rel_rows is None else grads
+
+
+def _arguments(attention, projected, embeddings):
+    query, *key, value = projected
+    options = (attention.kernel_size, attention.num_heads, attention.border == "mask", "")
+    return (query, key[0] if key else None, value, *embeddings, *options)
+
+
+def _pool(attention: LocalSelfAttention2d, x: Tensor) -> Tensor:
+    if attention.stride == 1:
+        return x
+    return F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
+
+
+def _pool_backward(attention: LocalSelfAttention2d, grad: Tensor, size: torch.Size) -> Tensor:
+    if attention.stride == 1:
+        return grad
+    return torch.ops.aten.avg_pool2d_backward(
+        grad, grad.new_empty(size), [2, 2], [], [0, 0], True, False, None
+    )
+
+
+def _normalize(norm: nn.Module | None, x: Tensor) -> Affine | None:
+    if not uses_batch(norm):
+        return constant_affine(norm)
+    return batch_affine(norm, *channel_moments(x), x.numel() // x.shape[1])
+
+
+def _product_and_norm(
+    x: Operand, weight: Tensor, norm: nn.Module | None
+) -> tuple[Tensor, Affine | None]:
+    if not uses_batch(norm):
+        return product(x, weight), constant_affine(norm)
+    result, mean, var = product_with_moments(x, weight)
+    return result, batch_affine(norm, mean, var, result.numel() // result.shape[1])
+
+
+def _terms(affine: Affine | None) -> list[Tensor]:
+    return [] if affine is None else affine.terms
+
+
+def _center(affine: Affine | None) -> Tensor | None:
+    return None if affine is None else affine.mean
+
+
+def _norm_backward(
+    affine: Affine | None, grad: Tensor, total: Tensor | None, moments: list[Tensor], x: Tensor
+) -> tuple[Operand, Tensor | None, Tensor | None]:
+    """Take the norm's moment off the list; see :meth:`Affine.backward`."""
+    if affine is None:
+        return Operand(grad), None, None
+    return affine.backward(grad, total, moments.pop(0), x)
+
+
+def _wanted(needs: Sequence[bool], gradients: Sequence[Tensor | None]) -> Gradients:
+    return (g if need else None for g, need in zip(gradients, needs, strict=True))
+
+
+# The bottleneck block.
+
+
+def bottleneck(x: Tensor, block: nn.Module) -> Tensor | None:
+    """Run a bottleneck block of attention as one piece; return None if that cannot be.
+
+    Args:
+        x: (N, in_channels, H, W).
+        block: an :class:`AttentionBottleneckBlock`.
+
+    Returns:
+        (N, out_channels, ceil(H / stride), ceil(W / stride)), or None.
+    """
+    convolutions = [block.conv1, block.conv3]
+    if block.shortcut is not None:
+        convolutions.append(block.shortcut)
+    norms = [block.conv1.norm, block.norm, *(layer.norm for layer in convolutions[1:])]
+    if not can_fuse(x, [*convolutions, block.attention], norms, block.stride):
+        return None
+    if not torch.is_grad_enabled() and not any(map(uses_batch, norms)):
+        return _infer_bottleneck(x, block)
+    if any(layer.bias is not None for layer in convolutions + _projections(block.attention)):
+        return None
+    parameters = [
+        block.conv1.weight,
+        *_norm_parameters(block.conv1.norm),
+        *_parameters(block.attention),
+        *_norm_parameters(block.norm),
+    ]
+    for layer in convolutions[1:]:
+        parameters += [layer.weight, *_norm_parameters(layer.norm)]
+    return _Bottleneck.apply(x, block, *parameters)
+
+
+def _strided(x: Tensor, stride: int) -> Tensor:
+    return x if stride == 1 else x[:, :, ::stride, ::stride].contiguous()
+
+
+def _convolve(x: Operand, layer: Conv2d, residual: Tensor | None = None, relu: bool = False):
+    affine = constant_affine(layer.norm)
+    terms = (None, layer.bias) if affine is None else affine.terms
+    if affine is not None and layer.bias is not None:
+        terms = [affine.scale, affine.shift + layer.bias * affine.scale]
+    return product(x, layer.weight, *terms, residual=residual, relu=relu)
+
+
+def _infer_attention(x: Operand, attention: LocalSelfAttention2d) -> Tensor:
+    layers = _projections(attention)
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    embeddings = (attention.rel_rows, attention.rel_cols)
+    return _pool(attention, _attend(attention, products(x, weights, biases), embeddings))
+
+
+def _infer_bottleneck(x: Tensor, block: nn.Module) -> Tensor:
+    attended = _convolve(Operand(x), block.conv1, relu=True)
+    attended = _infer_attention(Operand(attended), block.attention)
+    residual = x
+    if block.shortcut is not None:
+        residual = _convolve(Operand(_strided(x, block.stride)), block.shortcut)
+    inner = Operand(attended, _terms(constant_affine(block.norm)), relu=True)
+    return _convolve(inner, block.conv3, residual, relu=True)
+
+
+class _Bottleneck(torch.autograd.Function):
+    """A bottleneck block in training, with the names of :class:`AttentionBottleneckBlock`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, block: nn.Module, *parameters: Tensor | None) -> Tensor:
+        weights = _BottleneckParameters(block, parameters)
+        first, norm1 = _product_and_norm(Operand(x), weights.conv1, block.conv1.norm)
+        inner = Operand(first, _terms(norm1), relu=True)
+        projected = products(inner, weights.projections)
+        attended = _pool(block.attention, _attend(block.attention, projected, weights.embeddings))
+        norm2 = _normalize(block.norm, attended)
+        outer = Operand(attended, _terms(norm2), relu=True)
+        third, norm3 = _product_and_norm(outer, weights.conv3, block.conv3.norm)
+        shortcut, norm_s, residual = None, None, Operand(x)
+        if block.shortcut is not None:
+            strided = Operand(_strided(x, block.stride))
+            shortcut, norm_s = _product_and_norm(strided, weights.shortcut, block.shortcut.norm)
+            residual = Operand(shortcut, _terms(norm_s))
+        output = add(Operand(third, _terms(norm3)), residual, relu=True)
+        ctx.block, ctx.norms, ctx.count = block, (norm1, norm2, norm3, norm_s), len(parameters)
+        ctx.save_for_backward(*parameters, x, first, attended, third, shortcut, output, *projected)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        block, (norm1, norm2, norm3, norm_s), attention = ctx.block, ctx.norms, ctx.block.attention
+        saved = ctx.saved_tensors
+        weights = _BottleneckParameters(block, saved[: ctx.count])
+        x, first, attended, third, shortcut, output, *projected = saved[ctx.count :]
+        # The sum, its norms and conv3.
+        normed = [(y, n.mean) for y, n in ((third, norm3), (shortcut, norm_s)) if n is not None]
+        grad, total, moments = masked_gradient(
+            grad.contiguous(), output, [y for y, _ in normed], [mean for _, mean in normed]
+        )
+        grad_third, *grads3 = _norm_backward(norm3, grad, total, moments, third)
+        outer = Operand(attended, _terms(norm2), relu=True)
+        grads3.insert(0, weight_gradient(grad_third, outer, weights.conv3))
+        # The attention between its norms.
+        between = masked_input_gradient([grad_third], [weights.conv3], outer, _center(norm2))
+        grad_attended, *grads2 = _norm_backward(norm2, *between, attended)
+        grad_attended = materialize(grad_attended)
+        grad_attended = _pool_backward(attention, grad_attended, projected[0].shape)
+        maps, grads_embeddings = _attend_backward(
+            attention, grad_attended, projected, weights.embeddings
+        )
+        del between, grad_attended
+        inner = Operand(first, _terms(norm1), relu=True)
+        maps = [Operand(grad_map) for grad_map in maps]
+        grads_projections = [
+            weight_gradient(grad_map, inner, weight)
+            for grad_map, weight in zip(maps, weights.projections, strict=True)
+        ]
+        # conv1, its norm and the shortcut.
+        between = masked_input_gradient(maps, weights.projections, inner, _center(norm1))
+        del maps
+        grad_first, *grads1 = _norm_backward(norm1, *between, first)
+        grads1.insert(0, weight_gradient(grad_first, Operand(x), weights.conv1))
+        needs_x, grads_shortcut, residual = ctx.needs_input_grad[0], [], grad
+        if shortcut is not None:
+            grad_s, *grads_shortcut = _norm_backward(norm_s, grad, total, moments, shortcut)
+            strided = Operand(_strided(x, block.stride))
+            grads_shortcut.insert(0, weight_gradient(grad_s, strided, weights.shortcut))
+            residual = input_gradient([grad_s], [weights.shortcut]) if needs_x else None
+        grad_x = None
+        if needs_x and block.stride == 1:
+            grad_x = input_gradient([grad_first], [weights.conv1], residual)
+        elif needs_x:
+            grad_x = input_gradient([grad_first], [weights.conv1])
+            grad_x[:, :, :: block.stride, :: block.stride] += residual
+        inside = [*grads_projections, *grads_embeddings]
+        gradients = [*grads1, *inside, *grads2, *grads3, *grads_shortcut]
+        return grad_x, None, *_wanted(ctx.needs_input_grad[2:], gradients)
+
+
+class _BottleneckParameters:
+    """The parameters of a block by name, in the order in which :func:`bottleneck` lists them."""
+
+    def __init__(self, block: nn.Module, parameters: Sequence[Tensor | None]):
+        rest = iter(parameters)
+        self.conv1 = _skip_norm(rest)
+        self.projections = [next(rest) for _ in _projections(block.attention)]
+        self.embeddings = [next(rest), next(rest)]
+        next(rest), next(rest)  # the norm behind attention
+        self.conv3 = _skip_norm(rest)
+        self.shortcut = None if block.shortcut is None else _skip_norm(rest)
+
+
+def _skip_norm(parameters: Iterator[Tensor | None]) -> Tensor | None:
+    weight, _, _ = next(parameters), next(parameters), next(parameters)
+    return weight
+
+
+# The towers of RetinaNet's head.
+
+
+def tower(
+    x: Tensor, attentions: Sequence[LocalSelfAttention2d], norms: Sequence[nn.Module | None]
+) -> Tensor | None:
+    """Run layers of attention, each with a norm and a ReLU, as one piece.
+
+    Args:
+        x: (N, C, H, W).
+        attentions: the layers, of stride 1.
+        norms: the norm of each layer, or None.
+
+    Returns:
+        (N, C, H, W), or None if the layers cannot run as one piece.
+    """
+    if not attentions or not can_fuse(x, attentions, norms):
+        return None
+    if not torch.is_grad_enabled() and not any(map(uses_batch, norms)):
+        operand = Operand(x)
+        for attention, norm in zip(attentions, norms, strict=True):
+            attended = _infer_attention(operand, attention)
+            operand = Operand(attended, _terms(constant_affine(norm)), relu=True)
+        return materialize(operand)
+    if any(layer.bias is not None for a in attentions for layer in _projections(a)):
+        return None
+    parameters = []
+    for attention, norm in zip(attentions, norms, strict=True):
+        parameters += [*_parameters(attention), *_norm_parameters(norm)]
+    return _Tower.apply(x, attentions, norms, *parameters)
+
+
+class _Tower(torch.autograd.Function):
+    """Layers of attention, norm and ReLU in training."""
+
+    @staticmethod
+    def forward(ctx, x, attentions, norms, *parameters: Tensor | None) -> Tensor:
+        operand, maps, affines, rest = Operand(x), [x], [], iter(parameters)
+        for attention, norm in zip(attentions, norms, strict=True):
+            weights, embeddings = _take_layer(rest, attention)
+            projected = products(operand, weights)
+            attended = _attend(attention, projected, embeddings)
+            affines.append(_normalize(norm, attended))
+            operand = Operand(attended, _terms(affines[-1]), relu=True)
+            maps += [*projected, attended]
+        output = materialize(operand)
+        ctx.attentions, ctx.affines, ctx.count = attentions, affines, len(parameters)
+        ctx.save_for_backward(*parameters, output, *maps)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        rest = iter(saved[: ctx.count])
+        layers = [_take_layer(rest, attention) for attention in ctx.attentions]
+        output, x, *maps = saved[ctx.count :]
+        gradients: list[Tensor | None] = []
+        others = [] if ctx.affines[-1] is None else [maps[-1]]
+        centers = [] if ctx.affines[-1] is None else [ctx.affines[-1].mean]
+        between = masked_gradient(grad.contiguous(), output, others, centers)
+        for i in reversed(range(len(layers))):
+            (weights, embeddings), affine = layers[i], ctx.affines[i]
+            attended = maps.pop()
+            projected = [maps.pop() for _ in weights][::-1]
+            grad_attended, *grads_norm = _norm_backward(affine, *between, attended)
+            grad_attended = materialize(grad_attended)
+            grad_maps, grads_embeddings = _attend_backward(
+                ctx.attentions[i], grad_attended, projected, embeddings
+            )
+            below = Operand(x) if i == 0 else Operand(maps[-1], _terms(ctx.affines[i - 1]), True)
+            grad_maps = [Operand(grad_map) for grad_map in grad_maps]
+            grads_weights = [
+                weight_gradient(grad_map, below, weight)
+                for grad_map, weight in zip(grad_maps, weights, strict=True)
+            ]
+            gradients = [*grads_weights, *grads_embeddings, *grads_norm, *gradients]
+            if i > 0:
+                center = _center(ctx.affines[i - 1])
+                between = masked_input_gradient(grad_maps, weights, below, center)
+        grad_x = input_gradient(grad_maps, weights) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, *_wanted(ctx.needs_input_grad[3:], gradients)
+
+
+def _take_layer(
+    parameters: Iterator[Tensor | None], attention: LocalSelfAttention2d
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Take the weights of a layer and its embeddings; its norm's parameters are left out."""
+    weights = [next(parameters) for _ in _projections(attention)]
+    embeddings = [next(parameters), next(parameters)]
+    next(parameters), next(parameters)
+    return weights, embeddings
