@@ -38,6 +38,15 @@ def project(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     """
     if not (runs_products(x) and all(map(is_plain_pointwise, layers))):
         return tuple(layer(x) for layer in layers)
+    return _multiply(x, layers)
+
+
+def multiply(x: Tensor, layer: nn.Conv2d) -> Tensor:
+    """Multiply a layer's weight with (N, C_in, H, W) and add its bias, see :func:`project`."""
+    return _multiply(x, [layer])[0]
+
+
+def _multiply(x: Tensor, layers: Sequence[nn.Conv2d]) -> tuple[Tensor, ...]:
     if torch.is_grad_enabled():
         return _Products.apply(x, *(p for layer in layers for p in (layer.weight, layer.bias)))
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]

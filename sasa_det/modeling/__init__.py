@@ -3,6 +3,7 @@
 from .backbone import SAN, AttentionFPN, SASAResNet
 from .classifier import Classifier
 from .fuse import fuse
+from .pointwise import use_products
 from .retinanet import AttentionRetinaNet, AttentionRetinaNetHead
 
 __all__ = [
@@ -13,4 +14,5 @@ __all__ = [
     "SAN",
     "SASAResNet",
     "fuse",
+    "use_products",
 ]

@@ -13,6 +13,7 @@ from ..layers import LocalSelfAttention2d
 from ..layers.plain import is_plain_call, is_plain_pointwise
 from .backbone.sasa_resnet import AttentionBottleneckBlock
 from .fused import tower as run_tower
+from .pointwise import NormedPointwiseConv2d, PointwiseConv2d
 from .retinanet import AttentionRetinaNetHead, AttentionTower
 
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
@@ -45,7 +46,7 @@ def fuse(model: nn.Module) -> nn.Module:
 def _fuse_norms(module: nn.Module) -> None:
     """Remove the norms that are children of a module, where that is possible."""
     kind = type(module)
-    if kind is Conv2d and _are_plain(module, module.norm):
+    if kind in (Conv2d, NormedPointwiseConv2d) and _are_plain(module, module.norm):
         folded = fuse_conv_bn_eval(module, module.norm)
         module.weight, module.bias, module.norm = folded.weight, folded.bias, None
     elif kind is AttentionBottleneckBlock:
@@ -68,7 +69,7 @@ def _fused_pair(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
     """Return what a layer and the norm behind it do together; None if that is not known."""
     if _can_fold(layer, norm):
         return _folded(layer, norm)
-    if type(layer) is not nn.Conv2d or not is_plain_call(layer):
+    if type(layer) not in (nn.Conv2d, PointwiseConv2d) or not is_plain_call(layer):
         return None
     if _are_plain(layer, norm):
         return fuse_conv_bn_eval(layer, norm)

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from detectron2.layers import Conv2d
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -30,6 +29,7 @@ from ..ops.product import (
     products,
     weight_gradient,
 )
+from .pointwise import NormedPointwiseConv2d, convolve, take_strided
 
 Gradients = Iterator[Tensor | None]
 
@@ -58,8 +58,9 @@ def can_fuse(
 
 
 def _is_known(module: nn.Module) -> bool:
-    if type(module) is Conv2d:
-        return is_plain_pointwise(module, Conv2d, strided=True) and module.activation is None
+    if type(module) is NormedPointwiseConv2d:
+        plain = is_plain_pointwise(module, NormedPointwiseConv2d, strided=True)
+        return plain and module.activation is None
     return (
         type(module) is LocalSelfAttention2d
         and module.position != "absolute"
@@ -199,18 +200,6 @@ def bottleneck(x: Tensor, block: nn.Module) -> Tensor | None:
     return _Bottleneck.apply(x, block, *parameters)
 
 
-def _strided(x: Tensor, stride: int) -> Tensor:
-    return x if stride == 1 else x[:, :, ::stride, ::stride].contiguous()
-
-
-def _convolve(x: Operand, layer: Conv2d, residual: Tensor | None = None, relu: bool = False):
-    affine = constant_affine(layer.norm)
-    terms = (None, layer.bias) if affine is None else affine.terms
-    if affine is not None and layer.bias is not None:
-        terms = [affine.scale, affine.shift + layer.bias * affine.scale]
-    return product(x, layer.weight, *terms, residual=residual, relu=relu)
-
-
 def _infer_attention(x: Operand, attention: LocalSelfAttention2d) -> Tensor:
     layers = _projections(attention)
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
@@ -219,13 +208,13 @@ def _infer_attention(x: Operand, attention: LocalSelfAttention2d) -> Tensor:
 
 
 def _infer_bottleneck(x: Tensor, block: nn.Module) -> Tensor:
-    attended = _convolve(Operand(x), block.conv1, relu=True)
+    attended = convolve(Operand(x), block.conv1, relu=True)
     attended = _infer_attention(Operand(attended), block.attention)
     residual = x
     if block.shortcut is not None:
-        residual = _convolve(Operand(_strided(x, block.stride)), block.shortcut)
+        residual = convolve(Operand(take_strided(x, block.stride)), block.shortcut)
     inner = Operand(attended, _terms(constant_affine(block.norm)), relu=True)
-    return _convolve(inner, block.conv3, residual, relu=True)
+    return convolve(inner, block.conv3, residual, relu=True)
 
 
 class _Bottleneck(torch.autograd.Function):
@@ -243,7 +232,7 @@ class _Bottleneck(torch.autograd.Function):
         third, norm3 = _product_and_norm(outer, weights.conv3, block.conv3.norm)
         shortcut, norm_s, residual = None, None, Operand(x)
         if block.shortcut is not None:
-            strided = Operand(_strided(x, block.stride))
+            strided = Operand(take_strided(x, block.stride))
             shortcut, norm_s = _product_and_norm(strided, weights.shortcut, block.shortcut.norm)
             residual = Operand(shortcut, _terms(norm_s))
         output = add(Operand(third, _terms(norm3)), residual, relu=True)
@@ -289,7 +278,7 @@ class _Bottleneck(torch.autograd.Function):
         needs_x, grads_shortcut, residual = ctx.needs_input_grad[0], [], grad
         if shortcut is not None:
             grad_s, *grads_shortcut = _norm_backward(norm_s, grad, total, moments, shortcut)
-            strided = Operand(_strided(x, block.stride))
+            strided = Operand(take_strided(x, block.stride))
             grads_shortcut.insert(0, weight_gradient(grad_s, strided, weights.shortcut))
             residual = input_gradient([grad_s], [weights.shortcut]) if needs_x else None
         grad_x = None

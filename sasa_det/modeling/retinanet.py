@@ -15,6 +15,7 @@ from ..layers import LocalSelfAttention2d
 from ..ops.local_attention import check_choice
 from .attention_options import PRIMITIVES, attention_options, check_norm
 from .fused import tower
+from .pointwise import PointwiseConv2d, use_products
 
 
 class AttentionRetinaNetHead(nn.Module):
@@ -137,8 +138,8 @@ def _prediction(
 ) -> nn.Sequential:
     layers: list[nn.Module] = [LocalSelfAttention2d(channels, channels, **options)]
     if mixing_layer:
-        layers.append(nn.Conv2d(channels, channels, 1))
-    layers.append(nn.Conv2d(channels, outputs, 1))
+        layers.append(PointwiseConv2d(channels, channels, 1))
+    layers.append(PointwiseConv2d(channels, outputs, 1))
     for layer in layers[1:]:
         # After W_V of 0.01, RetinaNet's 0.01 once more would leave no gradient to speak of.
         nn.init.normal_(layer.weight, std=channels**-0.5)
@@ -153,6 +154,15 @@ class AttentionRetinaNet(RetinaNet):
     Section 4.2 of "Stand-Alone Self-Attention in Vision Models". Backbone and FPN follow
     ``MODEL.BACKBONE.NAME``, so that each part is attentional or convolutional on its own.
     """
+
+    @configurable
+    def __init__(self, **options: Any):
+        """
+        Args:
+            **options: those of :class:`detectron2.modeling.RetinaNet`.
+        """
+        super().__init__(**options)
+        use_products(self)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:

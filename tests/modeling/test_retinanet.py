@@ -12,6 +12,7 @@ import sasa_det  # noqa: F401
 from sasa_det.layers import LocalSelfAttention2d
 from sasa_det.modeling import AttentionFPN, AttentionRetinaNetHead, SASAResNet
 from sasa_det.modeling.backbone import LastLevelP6P7Attention
+from sasa_det.modeling.pointwise import PointwiseConv2d
 
 ATTENTION = {"kernel_size": 3, "num_heads": 4}
 
@@ -66,9 +67,9 @@ def kernel_sizes(module):
 
 def test_prediction_is_attention_and_the_pointwise_layer_that_mixes_heads():
     kinds = [type(m) for m in make_head().cls_score]
-    assert kinds == [LocalSelfAttention2d, torch.nn.Conv2d]
+    assert kinds == [LocalSelfAttention2d, PointwiseConv2d]
     mixing = make_head(mixing_layer=True).bbox_pred
-    assert [type(m) for m in mixing] == [LocalSelfAttention2d, torch.nn.Conv2d, torch.nn.Conv2d]
+    assert [type(m) for m in mixing] == [LocalSelfAttention2d, PointwiseConv2d, PointwiseConv2d]
     assert mixing[1].weight.shape == (32, 32, 1, 1)
     assert kernel_sizes(make_head(mixing_layer=True)) == {(1, 1)}
 

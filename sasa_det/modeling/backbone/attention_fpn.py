@@ -15,6 +15,7 @@ from ...layers import LocalSelfAttention2d
 from ...layers.local_attention import RECTIFIED_MEAN
 from ...ops.local_attention import check_choice
 from ..attention_options import PRIMITIVES, attention_options, check_norm
+from ..pointwise import use_products
 from .sasa_resnet import build_sasa_resnet_backbone
 
 
@@ -54,6 +55,7 @@ class AttentionFPN(FPN):
         for name, module in self.named_modules():
             if name.startswith("fpn_") and getattr(module, "bias", None) is not None:
                 nn.init.constant_(module.bias, RECTIFIED_MEAN)
+        use_products(self)
 
 
 class LastLevelP6P7Attention(nn.Module):

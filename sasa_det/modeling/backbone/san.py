@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...layers import PairwiseAttention2d, PatchwiseAttention2d
 from ...ops.local_attention import check_choice
 from ..attention_options import check_norm
+from ..pointwise import use_products
 from .attention_fpn import build_fpn, build_retinanet_fpn
 
 ATTENTIONS = {"pairwise": PairwiseAttention2d, "patchwise": PatchwiseAttention2d}
@@ -178,6 +179,7 @@ class SAN(Backbone):
             self.linear = nn.Linear(channels, num_classes)
             self._out_feature_channels["linear"] = num_classes
             self._out_feature_strides["linear"] = None
+        use_products(self)
         self.freeze(freeze_at)
 
     @classmethod

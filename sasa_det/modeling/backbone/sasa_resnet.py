@@ -17,6 +17,7 @@ from ...layers import AttentionStem, LocalSelfAttention2d
 from ...ops.local_attention import check_choice
 from ..attention_options import PRIMITIVES, attention_options, check_norm
 from ..fused import bottleneck
+from ..pointwise import NormedPointwiseConv2d, use_products
 
 STAGES = ("res2", "res3", "res4", "res5")
 # Section 4.1: 38 and 26 layers remove one and two blocks from every stage of 50.
@@ -39,7 +40,7 @@ _RESNETS_ONLY = {
 
 
 def _pointwise(in_channels: int, out_channels: int, norm: str, stride: int = 1) -> Conv2d:
-    return Conv2d(
+    return NormedPointwiseConv2d(
         in_channels,
         out_channels,
         kernel_size=1,
@@ -225,6 +226,7 @@ class SASAResNet(ResNet):
             out_features=out_features,
             freeze_at=freeze_at,
         )
+        use_products(self)
         if num_classes is not None:
             # detectron2 knows the shapes of the other features alone.
             self._out_feature_channels["linear"] = num_classes

@@ -1,0 +1,106 @@
+"""1x1 convolutions that run as products of the C++ kernels."""
+
+import torch
+import torch.nn.functional as F
+from detectron2.layers import Conv2d
+from torch import Tensor, nn
+
+from ..layers import AttentionStem, LocalSelfAttention2d
+from ..layers.affine import constant_affine, is_affine, uses_batch
+from ..layers.plain import is_plain_pointwise
+from ..layers.projection import multiply, runs_products
+from ..ops.product import Operand, product
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """A 1x1 ``nn.Conv2d`` that is a product where the kernels take its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """
+        Args:
+            x: (N, in_channels, H, W).
+
+        Returns:
+            (N, out_channels, ceil(H / stride), ceil(W / stride)).
+        """
+        if not torch.jit.is_scripting():
+            if runs_products(x):
+                return multiply(take_strided(x, self.stride[0]), self)
+        return F.conv2d(x, self.weight, self.bias, self.stride)
+
+
+class NormedPointwiseConv2d(Conv2d):
+    """A 1x1 ``Conv2d`` of detectron2, with its norm and activation, likewise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """
+        Args:
+            x: (N, in_channels, H, W).
+
+        Returns:
+            (N, out_channels, ceil(H / stride), ceil(W / stride)).
+        """
+        normed = False
+        if torch.jit.is_scripting():
+            x = F.conv2d(x, self.weight, self.bias, self.stride)
+        elif not runs_products(x):
+            x = F.conv2d(x, self.weight, self.bias, self.stride)
+        elif torch.is_grad_enabled() or uses_batch(self.norm) or not is_affine(self.norm):
+            x = multiply(take_strided(x, self.stride[0]), self)
+        else:
+            x, normed = convolve(Operand(take_strided(x, self.stride[0])), self), True
+        if self.norm is not None and not normed:
+            x = self.norm(x)
+        if self.activation is not None:
+            x = self.activation(x)
+        return x
+
+
+def convolve(
+    x: Operand, layer: Conv2d, residual: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    """Run a 1x1 convolution and the norm behind it as one product, without gradients.
+
+    Args:
+        x: the input, at the places that the layer's stride leaves.
+        layer: has a norm that does not depend on the batch, or none.
+        residual: is added, a map of the output's shape.
+        relu: whether a ReLU follows; the layer's own activation is left out.
+
+    Returns:
+        (N, out_channels, H, W).
+    """
+    affine, scale, shift = constant_affine(layer.norm), None, layer.bias
+    if affine is not None:
+        scale = affine.scale
+        shift = affine.shift if shift is None else affine.shift + shift * scale
+    return product(x, layer.weight, scale, shift, residual, relu)
+
+
+def take_strided(x: Tensor, stride: int) -> Tensor:
+    """Return the pixels of (N, C, H, W) that a 1x1 convolution of a stride sees."""
+    return x if stride == 1 else x[:, :, ::stride, ::stride].contiguous()
+
+
+def use_products(module: nn.Module) -> nn.Module:
+    """Let the 1x1 convolutions of a module run as products of the C++ kernels.
+
+    That is for CPU tensors of float32, in training and inference. Parameters, names in the state
+    dict and hooks stay. The models of this project call it when they are built; it takes models of
+    detectron2 and others as well.
+
+    Args:
+        module: convolutions in it with groups, padding or parametrizations and subclasses of
+            ``nn.Conv2d`` other than detectron2's are left as they are.
+
+    Returns:
+        nn.Module: the same module.
+    """
+    for kind, pointwise in ((nn.Conv2d, PointwiseConv2d), (Conv2d, NormedPointwiseConv2d)):
+        if is_plain_pointwise(module, kind, strided=True):
+            module.__class__ = pointwise
+    # These multiply with the weights of their projections themselves.
+    if not isinstance(module, (LocalSelfAttention2d, AttentionStem)):
+        for child in module.children():
+            use_products(child)
+    return module
