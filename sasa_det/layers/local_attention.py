@@ -14,8 +14,10 @@ from ..ops.local_attention import (
     check_heads,
     check_kernel_size,
 )
+from ..ops.product import Operand
+from .one_piece import OnePiece, attend, is_one_piece, parameters_of
 from .position import sinusoidal_encoding
-from .projection import project
+from .projection import project, runs_products
 
 POSITIONS = ("relative", "absolute", "none")
 
@@ -144,6 +146,9 @@ class LocalSelfAttention2d(nn.Module):
         Returns:
             (N, out_channels, ceil(H / stride), ceil(W / stride)).
         """
+        if not torch.jit.is_scripting():
+            if runs_products(x) and is_one_piece(self):
+                return self._pool(self._run_one_piece(x))
         tensors = (*self._project(x), self.rel_rows, self.rel_cols)
         if torch.jit.is_scripting():  # which takes operators and no keyword-only defaults
             x = torch.ops.sasa_det.local_attention(
@@ -162,9 +167,18 @@ class LocalSelfAttention2d(nn.Module):
                 content=self.content,
                 backend=self.backend,
             )
+        return self._pool(x)
+
+    def _pool(self, x: Tensor) -> Tensor:
         if self.stride == 2:
             x = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
         return x
+
+    @torch.jit.unused
+    def _run_one_piece(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return attend(self, Operand(x))
+        return OnePiece.apply(x, self, *parameters_of(self))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         placed = x

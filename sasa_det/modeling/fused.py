@@ -14,6 +14,15 @@ from torch.autograd.function import once_differentiable
 
 from ..layers import LocalSelfAttention2d
 from ..layers.affine import Affine, batch_affine, constant_affine, is_affine, uses_batch
+from ..layers.one_piece import (
+    Parameters,
+    attend,
+    attend_and_keep,
+    attend_backward,
+    is_one_piece,
+    parameters_of,
+    wanted,
+)
 from ..layers.plain import is_plain_call, is_plain_pointwise
 from ..layers.projection import runs_products
 from ..ops.product import (
@@ -26,12 +35,9 @@ from ..ops.product import (
     materialize,
     product,
     product_with_moments,
-    products,
     weight_gradient,
 )
 from .pointwise import NormedPointwiseConv2d, convolve, take_strided
-
-Gradients = Iterator[Tensor | None]
 
 
 def can_fuse(
@@ -61,59 +67,12 @@ def _is_known(module: nn.Module) -> bool:
     if type(module) is NormedPointwiseConv2d:
         plain = is_plain_pointwise(module, NormedPointwiseConv2d, strided=True)
         return plain and module.activation is None
-    return (
-        type(module) is LocalSelfAttention2d
-        and module.position != "absolute"
-        and module.backend in (None, "cpu")
-        and is_plain_call(module)
-        and all(is_plain_pointwise(layer) for layer in _projections(module))
-    )
-
-
-def _projections(attention: LocalSelfAttention2d) -> list[nn.Module]:
-    layers = (attention.query, attention.key, attention.value)
-    return [layer for layer in layers if layer is not None]
-
-
-def _parameters(attention: LocalSelfAttention2d) -> list[Tensor | None]:
-    """The weights of the projections, in their order, and both embeddings."""
-    weights = [layer.weight for layer in _projections(attention)]
-    return [*weights, attention.rel_rows, attention.rel_cols]
+    known = type(module) is LocalSelfAttention2d and is_plain_call(module)
+    return known and is_one_piece(module)
 
 
 def _norm_parameters(norm: nn.Module | None) -> list[Tensor | None]:
     return [getattr(norm, "weight", None), getattr(norm, "bias", None)]
-
-
-# Attention between two norms.
-
-
-def _attend(
-    attention: LocalSelfAttention2d,
-    projected: Sequence[Tensor],
-    embeddings: Sequence[Tensor | None],
-) -> Tensor:
-    return torch.ops.sasa_det_cpu.local_attention(*_arguments(attention, projected, embeddings))
-
-
-def _attend_backward(
-    attention: LocalSelfAttention2d,
-    grad: Tensor,
-    projected: Sequence[Tensor],
-    embeddings: Sequence[Tensor | None],
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Return the gradients of the projections and of the embeddings."""
-    query, key, value, *grads = torch.ops.sasa_det_cpu.local_attention_backward(
-        grad, *_arguments(attention, projected, embeddings)
-    )
-    maps = [query, key, value] if attention.content else [query, value]
-    return maps, [None, None] if attention.rel_rows is None else grads
-
-
-def _arguments(attention, projected, embeddings):
-    query, *key, value = projected
-    options = (attention.kernel_size, attention.num_heads, attention.border == "mask", "")
-    return (query, key[0] if key else None, value, *embeddings, *options)
 
 
 def _pool(attention: LocalSelfAttention2d, x: Tensor) -> Tensor:
@@ -162,10 +121,6 @@ def _norm_backward(
     return affine.backward(grad, total, moments.pop(0), x)
 
 
-def _wanted(needs: Sequence[bool], gradients: Sequence[Tensor | None]) -> Gradients:
-    return (g if need else None for g, need in zip(gradients, needs, strict=True))
-
-
 # The bottleneck block.
 
 
@@ -187,12 +142,12 @@ def bottleneck(x: Tensor, block: nn.Module) -> Tensor | None:
         return None
     if not torch.is_grad_enabled() and not any(map(uses_batch, norms)):
         return _infer_bottleneck(x, block)
-    if any(layer.bias is not None for layer in convolutions + _projections(block.attention)):
+    if any(layer.bias is not None for layer in convolutions):
         return None
     parameters = [
         block.conv1.weight,
         *_norm_parameters(block.conv1.norm),
-        *_parameters(block.attention),
+        *parameters_of(block.attention),
         *_norm_parameters(block.norm),
     ]
     for layer in convolutions[1:]:
@@ -200,16 +155,9 @@ def bottleneck(x: Tensor, block: nn.Module) -> Tensor | None:
     return _Bottleneck.apply(x, block, *parameters)
 
 
-def _infer_attention(x: Operand, attention: LocalSelfAttention2d) -> Tensor:
-    layers = _projections(attention)
-    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-    embeddings = (attention.rel_rows, attention.rel_cols)
-    return _pool(attention, _attend(attention, products(x, weights, biases), embeddings))
-
-
 def _infer_bottleneck(x: Tensor, block: nn.Module) -> Tensor:
     attended = convolve(Operand(x), block.conv1, relu=True)
-    attended = _infer_attention(Operand(attended), block.attention)
+    attended = _pool(block.attention, attend(block.attention, Operand(attended)))
     residual = x
     if block.shortcut is not None:
         residual = convolve(Operand(take_strided(x, block.stride)), block.shortcut)
@@ -225,8 +173,8 @@ class _Bottleneck(torch.autograd.Function):
         weights = _BottleneckParameters(block, parameters)
         first, norm1 = _product_and_norm(Operand(x), weights.conv1, block.conv1.norm)
         inner = Operand(first, _terms(norm1), relu=True)
-        projected = products(inner, weights.projections)
-        attended = _pool(block.attention, _attend(block.attention, projected, weights.embeddings))
+        attended, kept = attend_and_keep(block.attention, inner, weights.attention)
+        attended = _pool(block.attention, attended)
         norm2 = _normalize(block.norm, attended)
         outer = Operand(attended, _terms(norm2), relu=True)
         third, norm3 = _product_and_norm(outer, weights.conv3, block.conv3.norm)
@@ -237,7 +185,7 @@ class _Bottleneck(torch.autograd.Function):
             residual = Operand(shortcut, _terms(norm_s))
         output = add(Operand(third, _terms(norm3)), residual, relu=True)
         ctx.block, ctx.norms, ctx.count = block, (norm1, norm2, norm3, norm_s), len(parameters)
-        ctx.save_for_backward(*parameters, x, first, attended, third, shortcut, output, *projected)
+        ctx.save_for_backward(*parameters, x, first, attended, third, shortcut, output, *kept)
         return output
 
     @staticmethod
@@ -246,7 +194,7 @@ class _Bottleneck(torch.autograd.Function):
         block, (norm1, norm2, norm3, norm_s), attention = ctx.block, ctx.norms, ctx.block.attention
         saved = ctx.saved_tensors
         weights = _BottleneckParameters(block, saved[: ctx.count])
-        x, first, attended, third, shortcut, output, *projected = saved[ctx.count :]
+        x, first, attended, third, shortcut, output, *kept = saved[ctx.count :]
         # The sum, its norms and conv3.
         normed = [(y, n.mean) for y, n in ((third, norm3), (shortcut, norm_s)) if n is not None]
         grad, total, moments = masked_gradient(
@@ -259,19 +207,14 @@ class _Bottleneck(torch.autograd.Function):
         between = masked_input_gradient([grad_third], [weights.conv3], outer, _center(norm2))
         grad_attended, *grads2 = _norm_backward(norm2, *between, attended)
         grad_attended = materialize(grad_attended)
-        grad_attended = _pool_backward(attention, grad_attended, projected[0].shape)
-        maps, grads_embeddings = _attend_backward(
-            attention, grad_attended, projected, weights.embeddings
+        grad_attended = _pool_backward(attention, grad_attended, kept[0].shape)
+        inner = Operand(first, _terms(norm1), relu=True)
+        maps, grads_attention = attend_backward(
+            attention, grad_attended, inner, weights.attention, kept
         )
         del between, grad_attended
-        inner = Operand(first, _terms(norm1), relu=True)
-        maps = [Operand(grad_map) for grad_map in maps]
-        grads_projections = [
-            weight_gradient(grad_map, inner, weight)
-            for grad_map, weight in zip(maps, weights.projections, strict=True)
-        ]
         # conv1, its norm and the shortcut.
-        between = masked_input_gradient(maps, weights.projections, inner, _center(norm1))
+        between = masked_input_gradient(maps, weights.attention.weights, inner, _center(norm1))
         del maps
         grad_first, *grads1 = _norm_backward(norm1, *between, first)
         grads1.insert(0, weight_gradient(grad_first, Operand(x), weights.conv1))
@@ -287,9 +230,8 @@ class _Bottleneck(torch.autograd.Function):
         elif needs_x:
             grad_x = input_gradient([grad_first], [weights.conv1])
             grad_x[:, :, :: block.stride, :: block.stride] += residual
-        inside = [*grads_projections, *grads_embeddings]
-        gradients = [*grads1, *inside, *grads2, *grads3, *grads_shortcut]
-        return grad_x, None, *_wanted(ctx.needs_input_grad[2:], gradients)
+        gradients = [*grads1, *grads_attention, *grads2, *grads3, *grads_shortcut]
+        return grad_x, None, *wanted(ctx.needs_input_grad[2:], gradients)
 
 
 class _BottleneckParameters:
@@ -298,8 +240,7 @@ class _BottleneckParameters:
     def __init__(self, block: nn.Module, parameters: Sequence[Tensor | None]):
         rest = iter(parameters)
         self.conv1 = _skip_norm(rest)
-        self.projections = [next(rest) for _ in _projections(block.attention)]
-        self.embeddings = [next(rest), next(rest)]
+        self.attention = Parameters(block.attention, rest)
         next(rest), next(rest)  # the norm behind attention
         self.conv3 = _skip_norm(rest)
         self.shortcut = None if block.shortcut is None else _skip_norm(rest)
@@ -331,14 +272,12 @@ def tower(
     if not torch.is_grad_enabled() and not any(map(uses_batch, norms)):
         operand = Operand(x)
         for attention, norm in zip(attentions, norms, strict=True):
-            attended = _infer_attention(operand, attention)
+            attended = attend(attention, operand)
             operand = Operand(attended, _terms(constant_affine(norm)), relu=True)
         return materialize(operand)
-    if any(layer.bias is not None for a in attentions for layer in _projections(a)):
-        return None
     parameters = []
     for attention, norm in zip(attentions, norms, strict=True):
-        parameters += [*_parameters(attention), *_norm_parameters(norm)]
+        parameters += [*parameters_of(attention), *_norm_parameters(norm)]
     return _Tower.apply(x, attentions, norms, *parameters)
 
 
@@ -349,12 +288,10 @@ class _Tower(torch.autograd.Function):
     def forward(ctx, x, attentions, norms, *parameters: Tensor | None) -> Tensor:
         operand, maps, affines, rest = Operand(x), [x], [], iter(parameters)
         for attention, norm in zip(attentions, norms, strict=True):
-            weights, embeddings = _take_layer(rest, attention)
-            projected = products(operand, weights)
-            attended = _attend(attention, projected, embeddings)
+            attended, kept = attend_and_keep(attention, operand, _take_layer(attention, rest))
             affines.append(_normalize(norm, attended))
             operand = Operand(attended, _terms(affines[-1]), relu=True)
-            maps += [*projected, attended]
+            maps += [*kept, attended]
         output = materialize(operand)
         ctx.attentions, ctx.affines, ctx.count = attentions, affines, len(parameters)
         ctx.save_for_backward(*parameters, output, *maps)
@@ -365,40 +302,31 @@ class _Tower(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         rest = iter(saved[: ctx.count])
-        layers = [_take_layer(rest, attention) for attention in ctx.attentions]
+        layers = [_take_layer(attention, rest) for attention in ctx.attentions]
         output, x, *maps = saved[ctx.count :]
         gradients: list[Tensor | None] = []
-        others = [] if ctx.affines[-1] is None else [maps[-1]]
-        centers = [] if ctx.affines[-1] is None else [ctx.affines[-1].mean]
-        between = masked_gradient(grad.contiguous(), output, others, centers)
+        last = ctx.affines[-1]
+        normed = ([], []) if last is None else ([maps[-1]], [last.mean])
+        between = masked_gradient(grad.contiguous(), output, *normed)
         for i in reversed(range(len(layers))):
-            (weights, embeddings), affine = layers[i], ctx.affines[i]
             attended = maps.pop()
-            projected = [maps.pop() for _ in weights][::-1]
-            grad_attended, *grads_norm = _norm_backward(affine, *between, attended)
-            grad_attended = materialize(grad_attended)
-            grad_maps, grads_embeddings = _attend_backward(
-                ctx.attentions[i], grad_attended, projected, embeddings
-            )
+            kept = [maps.pop() for _ in layers[i].weights[1:]][::-1]
+            grad_attended, *grads_norm = _norm_backward(ctx.affines[i], *between, attended)
             below = Operand(x) if i == 0 else Operand(maps[-1], _terms(ctx.affines[i - 1]), True)
-            grad_maps = [Operand(grad_map) for grad_map in grad_maps]
-            grads_weights = [
-                weight_gradient(grad_map, below, weight)
-                for grad_map, weight in zip(grad_maps, weights, strict=True)
-            ]
-            gradients = [*grads_weights, *grads_embeddings, *grads_norm, *gradients]
+            grad_maps, grads_layer = attend_backward(
+                ctx.attentions[i], materialize(grad_attended), below, layers[i], kept
+            )
+            gradients = [*grads_layer, *grads_norm, *gradients]
             if i > 0:
                 center = _center(ctx.affines[i - 1])
-                between = masked_input_gradient(grad_maps, weights, below, center)
-        grad_x = input_gradient(grad_maps, weights) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, *_wanted(ctx.needs_input_grad[3:], gradients)
+                between = masked_input_gradient(grad_maps, layers[i].weights, below, center)
+        needs_x = ctx.needs_input_grad[0]
+        grad_x = input_gradient(grad_maps, layers[0].weights) if needs_x else None
+        return grad_x, None, None, *wanted(ctx.needs_input_grad[3:], gradients)
 
 
-def _take_layer(
-    parameters: Iterator[Tensor | None], attention: LocalSelfAttention2d
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Take the weights of a layer and its embeddings; its norm's parameters are left out."""
-    weights = [next(parameters) for _ in _projections(attention)]
-    embeddings = [next(parameters), next(parameters)]
+def _take_layer(attention: nn.Module, parameters: Iterator[Tensor | None]) -> Parameters:
+    """Take the parameters of a layer and leave those of its norm out."""
+    taken = Parameters(attention, parameters)
     next(parameters), next(parameters)
-    return weights, embeddings
+    return taken

@@ -1,0 +1,130 @@
+"""A layer of local attention as one piece: projections and attention on the C++ kernels.
+
+Values are not kept for the backward pass, which makes them again from the layer's input: of all
+that attention keeps beside its input, they are a third, and a third of a product restores them.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..ops.product import Operand, input_gradient, products, weight_gradient
+from .plain import is_plain_pointwise
+
+
+def projections(layer: nn.Module) -> list[nn.Conv2d]:
+    """Return the projections of a :class:`LocalSelfAttention2d`: query, key if any, and value."""
+    return [p for p in (layer.query, layer.key, layer.value) if p is not None]
+
+
+def is_one_piece(layer: nn.Module) -> bool:
+    """Tell whether a :class:`LocalSelfAttention2d` is no more than its weights and the kernels.
+
+    Projections may have biases, as those of fused models, where no gradients are wanted.
+    """
+    return (
+        layer.position != "absolute"
+        and layer.backend in (None, "cpu")
+        and all(map(is_plain_pointwise, projections(layer)))
+        and not (torch.is_grad_enabled() and any(p.bias is not None for p in projections(layer)))
+    )
+
+
+def parameters_of(layer: nn.Module) -> list[Tensor | None]:
+    """Return the weights of the projections, in their order, and both embeddings."""
+    return [*(p.weight for p in projections(layer)), layer.rel_rows, layer.rel_cols]
+
+
+class Parameters:
+    """The parameters of one layer, in the order of :func:`parameters_of`."""
+
+    def __init__(self, layer: nn.Module, parameters: Iterator[Tensor | None]):
+        self.weights = [next(parameters) for _ in projections(layer)]
+        self.embeddings = [next(parameters), next(parameters)]
+
+
+def attend(layer: nn.Module, x: Operand) -> Tensor:
+    """Run a layer without gradients; pooling is left out."""
+    weights, biases = zip(*((p.weight, p.bias) for p in projections(layer)), strict=True)
+    return _attention(layer, products(x, weights, biases), [layer.rel_rows, layer.rel_cols])
+
+
+def attend_and_keep(
+    layer: nn.Module, x: Operand, parameters: Parameters
+) -> tuple[Tensor, list[Tensor]]:
+    """Run a layer without biases; return its output and what its backward pass needs.
+
+    Args:
+        layer: of :func:`is_one_piece`; pooling is left out.
+        x: (N, C_in, H, W).
+        parameters: of the layer.
+
+    Returns:
+        (output, kept): (N, C_out, H, W), and queries and keys if any.
+    """
+    *kept, value = products(x, parameters.weights)
+    return _attention(layer, [*kept, value], parameters.embeddings), kept
+
+
+def attend_backward(
+    layer: nn.Module, grad: Tensor, x: Operand, parameters: Parameters, kept: Sequence[Tensor]
+) -> tuple[list[Operand], list[Tensor | None]]:
+    """Find the gradients of a layer.
+
+    Args:
+        grad: of the layer's output before pooling.
+        layer, x, parameters, kept: as of :func:`attend_and_keep`.
+
+    Returns:
+        (gradients of the projections, gradients of the parameters): the first are the operands for
+        the gradient of ``x``, the second are in the order of :func:`parameters_of`.
+    """
+    value = products(x, parameters.weights[-1:])
+    query, key, value, *embeddings = torch.ops.sasa_det_cpu.local_attention_backward(
+        grad, *_arguments(layer, [*kept, *value], parameters.embeddings)
+    )
+    grads = [Operand(g) for g in ([query, key, value] if layer.content else [query, value])]
+    of_weights = [
+        weight_gradient(g, x, weight) for g, weight in zip(grads, parameters.weights, strict=True)
+    ]
+    if layer.rel_rows is None:
+        embeddings = [None, None]
+    return grads, [*of_weights, *embeddings]
+
+
+def _attention(layer, projected, embeddings):
+    return torch.ops.sasa_det_cpu.local_attention(*_arguments(layer, projected, embeddings))
+
+
+def _arguments(layer, projected, embeddings):
+    query, *key, value = projected
+    options = (layer.kernel_size, layer.num_heads, layer.border == "mask", "")
+    return (query, key[0] if key else None, value, *embeddings, *options)
+
+
+class OnePiece(torch.autograd.Function):
+    """A layer in training; pooling is left out."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: nn.Module, *parameters: Tensor | None) -> Tensor:
+        output, kept = attend_and_keep(layer, Operand(x), Parameters(layer, iter(parameters)))
+        ctx.layer, ctx.count = layer, len(parameters)
+        ctx.save_for_backward(*parameters, x, *kept)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        parameters = Parameters(ctx.layer, iter(saved[: ctx.count]))
+        x, *kept = saved[ctx.count :]
+        grads, gradients = attend_backward(ctx.layer, grad, Operand(x), parameters, kept)
+        grad_x = input_gradient(grads, parameters.weights) if ctx.needs_input_grad[0] else None
+        return grad_x, None, *wanted(ctx.needs_input_grad[2:], gradients)
+
+
+def wanted(needs: Sequence[bool], gradients: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
+    """Leave out the gradients that nothing needs."""
+    return (g if need else None for g, need in zip(gradients, needs, strict=True))
