@@ -47,6 +47,16 @@ def test_backward_is_twice_forward():
     assert counter.get_total_flops() == 3 * forward
 
 
+def test_counters_see_the_same_where_the_kernels_run():
+    layer, x = LocalSelfAttention2d(8, 8, 3, 2), torch.randn(1, 8, 5, 5, requires_grad=True)
+    expected = count(layer.to("meta"), x.to("meta"))
+    layer = layer.to_empty(device="cpu")
+    assert count(layer, x) == expected
+    with FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    assert counter.get_total_flops() == 3 * expected
+
+
 @pytest.mark.parametrize(
     "module,size",
     [
