@@ -13,7 +13,7 @@ namespace {
 extern const Kernels KERNELS = {
     {local_forward_tasks, local_forward, local_backward_tasks, local_backward},
     {stem_tasks, stem_forward, stem_backward},
-    {panel_floats, pack_tasks, pack_weights, groups, group_columns, product_tasks, run_product,
+    {groups, group_size, product_tasks, run_product,
      gradient_parts, gradient_tasks, weight_gradient, combination_tasks, combine},
 };
 

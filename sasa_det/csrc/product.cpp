@@ -56,14 +56,15 @@ const ProductKernels& kernels(const std::string& instructions) {
 }
 
 // The mean and biased variance of each channel, from those of parts (parts, 2 or more, channels).
-Tensors combine_moments(const at::Tensor& parts, int64_t part_size, int64_t total) {
+template <typename F>
+Tensors combine_moments(const at::Tensor& parts, F part_size) {
   const int64_t channels = parts.size(2), stride = parts.size(1) * channels;
   at::Tensor mean = at::zeros({channels}, parts.options()), var = at::zeros_like(mean);
   const float* from = parts.const_data_ptr<float>();
   std::vector<double> means(channels), squares(channels);
   double seen = 0;
   for (int64_t part = 0; part < parts.size(0); ++part, from += stride) {
-    const double count = double(std::min(part_size, total - part * part_size));
+    const double count = double(part_size(part));
     const double share = count / (seen + count), weight = seen * share;
     for (int64_t c = 0; c < channels; ++c) {
       const double difference = from[c] - means[c];
@@ -148,16 +149,11 @@ Tensors product(const c10::List<at::Tensor>& sources, const c10::List<at::Tensor
       to.sums = sums.mutable_data_ptr<float>();
     }
   }
-  if (results[0].numel() > 0) {
-    const at::Tensor panels = at::empty({chosen.panel_floats(a)}, first.options());
-    a.panels = panels.mutable_data_ptr<float>();
-    run(chosen.pack_tasks(a), a, chosen.pack);
-    run(chosen.tasks(a), a, chosen.run);
-  }
+  run(chosen.tasks(a), a, chosen.run);
   if (sums.defined()) {
     if (mask.empty()) {
-      for (at::Tensor& x : combine_moments(sums, chosen.group_columns(a), a.batch * a.pixels))
-        results.push_back(x);
+      const auto size = [&](int64_t group) { return chosen.group_size(a, group); };
+      for (at::Tensor& x : combine_moments(sums, size)) results.push_back(x);
     } else {
       const at::Tensor total = sums.sum(0);
       results.push_back(total[0]);
@@ -219,7 +215,7 @@ Tensors channel_moments(const at::Tensor& x, const std::string& instructions) {
   const at::Tensor sums = at::empty({a.batch, 3, x.size(1)}, x.options());
   a.sums = sums.mutable_data_ptr<float>();
   run(chosen.combination_tasks(a), a, chosen.combine);
-  return combine_moments(sums, a.pixels, a.batch * a.pixels);
+  return combine_moments(sums, [&](int64_t) { return a.pixels; });
 }
 
 // grad where mask > 0, else 0; its sums and those of its products with others - centers.

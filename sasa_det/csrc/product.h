@@ -41,7 +41,6 @@ struct Product {
   Result results[MAX_OPERANDS];
   const float* weights[MAX_OPERANDS];  // of each source or each result, (rows, columns)
   bool transposed;                     // whether the rows of weights are the sources' channels
-  float* panels;                       // room for the packed weights
 };
 
 // to[o, i] = sum over images and pixels of grad[o] x[i].
@@ -65,11 +64,8 @@ struct Combination {
 };
 
 struct ProductKernels {
-  int64_t (*panel_floats)(const Product&);
-  int64_t (*pack_tasks)(const Product&);
-  void (*pack)(const Product&, int64_t first_task, int64_t last_task);
   int64_t (*groups)(const Product&);
-  int64_t (*group_columns)(const Product&);
+  int64_t (*group_size)(const Product&, int64_t group);
   int64_t (*tasks)(const Product&);
   void (*run)(const Product&, int64_t first_task, int64_t last_task);
   int64_t (*gradient_parts)(const WeightGradient&);

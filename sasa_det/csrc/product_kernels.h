@@ -10,6 +10,7 @@ constexpr int TILE = 3 * LANES;
 constexpr int64_t GROUP_FLOATS = 1 << 16;  // of packed columns, which stay in the cache
 constexpr int MAX_TILES = 8;
 constexpr int ROWS_OF_TASK = 256;
+constexpr int LINE = 16;  // floats of a line of the cache
 
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -17,43 +18,53 @@ INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 class Columns {
  public:
   Columns(int64_t pixels, int64_t begin, int count)
-      : pixels_(pixels), begin_(begin), count_(count) {}
+      : pixels_(pixels), image_(begin / pixels), pixel_(begin % pixels), count_(count) {}
   int count() const { return count_; }
-  int padded() const { return int(ceil_div(count_, LANES)) * LANES; }
+  int padded() const { return (count_ + LANES - 1) / LANES * LANES; }
   // Whether they lie side by side in memory, in whole vectors.
-  bool whole() const {
-    return count_ % LANES == 0 && begin_ / pixels_ == (begin_ + count_ - 1) / pixels_;
-  }
+  bool whole() const { return count_ % LANES == 0 && pixel_ + count_ <= pixels_; }
+  // Where the first of them lies in a channel.
   int64_t offset(int64_t channels, int64_t channel) const {
-    return (begin_ / pixels_ * channels + channel) * pixels_ + begin_ % pixels_;
-  }
-  // Call f(offset in an image tensor, offset in the columns, count) for what lies side by side.
-  template <typename F>
-  INLINE void each_part(int64_t channels, int64_t channel, F f) const {
-    for (int done = 0; done < count_;) {
-      const int64_t image = (begin_ + done) / pixels_, pixel = (begin_ + done) % pixels_;
-      const int count = int(std::min<int64_t>(count_ - done, pixels_ - pixel));
-      f((image * channels + channel) * pixels_ + pixel, done, count);
-      done += count;
-    }
+    return (image_ * channels + channel) * pixels_ + pixel_;
   }
   // The values of a channel side by side: where they are, or in `buffer`, with zeros to the end.
-  const float* read(const float* data, int64_t channels, int64_t channel, float* buffer) const {
-    if (whole()) return data + offset(channels, channel);
-    each_part(channels, channel, [&](int64_t from, int to, int count) {
-      std::memcpy(buffer + to, data + from, size_t(count) * 4);
+  INLINE const float* read(const float* data, int64_t channels, int64_t channel,
+                           float* buffer) const {
+    data += offset(channels, channel);
+    if (whole()) return data;
+    each_part(channels, [&](int64_t from, int to, int count) {
+      copy(data + from, count, buffer + to);
     });
-    std::memset(buffer + count_, 0, size_t(padded() - count_) * 4);
+    for (int i = count_; i < padded(); ++i) buffer[i] = 0;
     return buffer;
   }
-  void write(float* data, int64_t channels, int64_t channel, const float* from) const {
-    each_part(channels, channel, [&](int64_t to, int begin, int count) {
-      std::memcpy(data + to, from + begin, size_t(count) * 4);
+  INLINE void write(float* data, int64_t channels, int64_t channel, const float* from) const {
+    data += offset(channels, channel);
+    each_part(channels, [&](int64_t to, int begin, int count) {
+      copy(from + begin, count, data + to);
     });
   }
 
  private:
-  int64_t pixels_, begin_;
+  // Call f(offset from the first, offset in the columns, count) for what lies side by side.
+  template <typename F>
+  INLINE void each_part(int64_t channels, F f) const {
+    int64_t offset = 0, left = pixels_ - pixel_;
+    for (int done = 0; done < count_;) {
+      const int count = int(std::min<int64_t>(count_ - done, left));
+      f(offset, done, count);
+      done += count;
+      offset += left + (channels - 1) * pixels_;
+      left = pixels_;
+    }
+  }
+  static INLINE void copy(const float* from, int count, float* to) {
+    int i = 0;
+    for (; i + LANES <= count; i += LANES) store(to + i, load(from + i));
+    for (; i < count; ++i) to[i] = from[i];
+  }
+
+  int64_t pixels_, image_, pixel_;
   int count_;
 };
 
@@ -71,6 +82,15 @@ struct OperandRow {
       slope = x.slope[channel];
       center = x.center[channel];
     }
+  }
+  void copy(int begin, int count, float* to) const {
+    OperandRow part = *this;
+    part.data += begin;
+    if (other) part.other += begin;
+    if (count == TILE)
+      part.each(TILE, [&](int i, Vec x) { store(to + i, x); });
+    else
+      part.each(count, [&](int i, Vec x) { store(to + i, x); });
   }
   // Call f(i, vector) for the vectors that start at columns i.
   template <typename F>
@@ -150,36 +170,67 @@ INLINE void add_moments(float count, float mean, float squares, float* total_cou
   *total_count = all_of_them;
 }
 
-// What is to be fetched into the cache: `count` lines, `stride` floats apart.
+// Floats that are to be fetched into the cache: rows of a power of two of lines.
 struct Ahead {
   INLINE void fetch(int64_t i) const {
-    if (i < count) __builtin_prefetch(start + i * stride, 0, 2);
+    if (i < lines)
+      __builtin_prefetch(start + (i >> shift) * stride + (i & ((1 << shift) - 1)) * LINE, 0, 2);
   }
   const float* start;
-  int64_t stride, count;
+  int64_t stride, lines;
+  int shift;
 };
 
-// to(r, j) = sum_k weights[k, r] columns[k, j] for PANEL rows and V vectors.
+// PANEL rows of weights: that of row r and depth k lies at start + r * row + k * next.
+struct Panel {
+  const float* start;
+  int64_t row, next;
+};
+
+// to(r, j) (+)= sum_k weights(r, k) columns[k, j] for PANEL rows and V vectors.
 template <int V>
-void panel_product(const float* weights, const float* columns, int64_t depth, float* to,
-                   int64_t stride, Ahead ahead) {
+void panel_product(Panel weights, const float* columns, int64_t depth, float* to, int64_t stride,
+                   bool add, Ahead ahead) {
   Vec sum[PANEL][V] = {};
-  for (int64_t k = 0; k < depth; ++k, weights += PANEL, columns += V * LANES) {
+  // Two pointers and multiples of a row address eight rows without a register for each.
+  const float* rows[2] = {weights.start, weights.start + 4 * weights.row};
+  for (int64_t k = 0; k < depth; ++k, columns += V * LANES) {
     ahead.fetch(k);
     Vec right[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) right[v] = load(columns + v * LANES);
 #pragma GCC unroll 8
     for (int r = 0; r < PANEL; ++r) {
-      const float left = weights[r];
+      const float weight = rows[r / 4][r % 4 * weights.row];
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sum[r][v] += left * right[v];
+      for (int v = 0; v < V; ++v) sum[r][v] += weight * right[v];
     }
+    rows[0] += weights.next;
+    rows[1] += weights.next;
   }
 #pragma GCC unroll 8
   for (int r = 0; r < PANEL; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) store(to + r * stride + v * LANES, sum[r][v]);
+    for (int v = 0; v < V; ++v) {
+      float* at = to + r * stride + v * LANES;
+      store(at, add ? load(at) + sum[r][v] : sum[r][v]);
+    }
+}
+
+// The same for `count` columns, tile by tile; of each tile the columns lie side by side.
+template <typename F>
+INLINE void panel_products(Panel weights, const float* columns, int64_t depth, int count,
+                           float* to, int64_t stride, bool add, F ahead) {
+  for (int tile = 0; tile < count; tile += TILE) {
+    const float* from = columns + tile * depth;
+    const int vectors = std::min(TILE, count - tile) / LANES;
+    if (vectors == 3)
+      panel_product<3>(weights, from, depth, to + tile, stride, add, ahead(tile));
+    else if (vectors == 2)
+      panel_product<2>(weights, from, depth, to + tile, stride, add, {});
+    else
+      panel_product<1>(weights, from, depth, to + tile, stride, add, {});
+  }
 }
 
 int64_t product_depth(const Product& a) {
@@ -194,10 +245,6 @@ int64_t panels_of(const Product& a) {
   return panels;
 }
 
-int64_t panel_floats(const Product& a) { return panels_of(a) * PANEL * product_depth(a); }
-
-int64_t pack_tasks(const Product& a) { return panels_of(a); }
-
 // Call f(result, first channel, panel) for the panels `first` to `last`.
 template <typename F>
 INLINE void each_panel(const Product& a, int64_t first, int64_t last, F f) {
@@ -210,37 +257,29 @@ INLINE void each_panel(const Product& a, int64_t first, int64_t last, F f) {
   }
 }
 
-// Copy weights to (panel, depth, PANEL), rows beyond the last as zeros.
-void pack_weights(const Product& a, int64_t first_task, int64_t last_task) {
-  const int64_t depth = product_depth(a);
-  each_panel(a, first_task, last_task, [&](int result, int64_t row, int64_t panel) {
-    const int64_t rows = a.results[result].channels;
-    const int count = int(std::min<int64_t>(PANEL, rows - row));
-    float* to = a.panels + panel * PANEL * depth;
-    for (int s = 0; s < a.num_sources; ++s) {
-      const float* weights = a.weights[a.num_results > 1 ? result : s];
-      const int64_t channels = a.sources[s].channels;
-      if (count < PANEL) std::memset(to, 0, size_t(channels) * PANEL * 4);
-      if (a.transposed) {
-        for (int64_t c = 0; c < channels; ++c)
-          for (int r = 0; r < count; ++r) to[c * PANEL + r] = weights[c * rows + row + r];
-      } else {
-        for (int64_t first = 0; first < channels; first += 16)  // a line of the cache of each row
-          for (int r = 0; r < count; ++r)
-            for (int64_t c = first; c < std::min(channels, first + 16); ++c)
-              to[c * PANEL + r] = weights[(row + r) * channels + c];
-      }
-      to += channels * PANEL;
+// Groups of columns. They do not reach over several images where these are not too small for it.
+struct Groups {
+  explicit Groups(const Product& a) : batch(a.batch), pixels(a.pixels) {
+    if (pixels % LANES != 0 || pixels < TILE) {
+      pixels *= batch;
+      batch = 1;
     }
-  });
-}
+    const int64_t fit = GROUP_FLOATS / (product_depth(a) * TILE);
+    width = TILE * std::max<int64_t>(1, std::min<int64_t>(fit, MAX_TILES));
+    of_image = ceil_div(pixels, width);
+  }
+  int64_t count() const { return batch * of_image; }
+  int64_t begin(int64_t group) const {
+    return group / of_image * pixels + group % of_image * width;
+  }
+  int size(int64_t group) const {
+    return int(std::min(width, pixels - group % of_image * width));
+  }
+  int64_t batch, pixels, width, of_image;
+};
 
-int64_t group_columns(const Product& a) {
-  const int64_t fit = GROUP_FLOATS / (product_depth(a) * TILE);
-  return TILE * std::max<int64_t>(1, std::min<int64_t>(fit, MAX_TILES));
-}
-
-int64_t groups(const Product& a) { return ceil_div(a.batch * a.pixels, group_columns(a)); }
+int64_t groups(const Product& a) { return Groups(a).count(); }
+int64_t group_size(const Product& a, int64_t group) { return Groups(a).size(group); }
 
 int64_t panels_of_task() { return ROWS_OF_TASK / PANEL; }
 
@@ -252,71 +291,54 @@ class ProductWork {
  public:
   explicit ProductWork(const Product& a)
       : a_(a),
+        groups_(a),
         depth_(product_depth(a)),
-        width_(group_columns(a)),
-        columns_(scratch_.take(size_t(depth_ * width_))),
-        buffer_(scratch_.take(size_t(2 * width_))),
-        rows_(scratch_.take(size_t(PANEL * width_))),
-        residual_(scratch_.take(size_t(width_))) {}
+        columns_(scratch_.take(size_t(depth_ * groups_.width))),
+        buffer_(scratch_.take(size_t(2 * groups_.width))),
+        last_panel_(scratch_.take(size_t(PANEL * depth_))),
+        rows_(scratch_.take(size_t(PANEL * groups_.width))) {}
 
   void run(int64_t task) {
     const int64_t row_tasks = ceil_div(panels_of(a_), panels_of_task());
     const int64_t group = task / row_tasks, first = task % row_tasks * panels_of_task();
-    const int64_t begin = group * width_;
-    const Columns columns(a_.pixels, begin,
-                          int(std::min(width_, a_.batch * a_.pixels - begin)));
+    const Columns columns(a_.pixels, groups_.begin(group), groups_.size(group));
     if (group != packed_) {
       pack(columns);
       packed_ = group;
     }
     each_panel(a_, first, std::min(panels_of(a_), first + panels_of_task()),
                [&](int result, int64_t row, int64_t panel) {
-                 multiply(a_.results[result], row, panel, columns, group);
+                 multiply(result, row, panel, columns, group);
                });
   }
 
  private:
-  // To (tile, depth, columns of the tile), where only the last tile may be narrower.
+  // To (tile, channels, columns of the tile) for each source; the last tile may be narrower.
   void pack(const Columns& columns) {
     const int padded = columns.padded();
-    int64_t depth = 0;
-    for (int s = 0; s < a_.num_sources; ++s) {
-      const Operand& source = a_.sources[s];
-      for (int64_t c = 0; c < source.channels; ++c, ++depth) {
-        const OperandRow row(source, c, columns, buffer_);
+    float* to = columns_;
+    for (int s = 0; s < a_.num_sources; to += a_.sources[s++].channels * groups_.width)
+      for (int64_t c = 0; c < a_.sources[s].channels; ++c) {
+        const OperandRow row(a_.sources[s], c, columns, buffer_);
         for (int tile = 0; tile < padded; tile += TILE) {
           const int count = std::min(TILE, padded - tile);
-          float* to = columns_ + tile * depth_ + depth * count;
-          OperandRow part = row;
-          part.data += tile;
-          if (part.other) part.other += tile;
-          if (count == TILE) {
-            part.each(TILE, [&](int i, Vec x) { store(to + i, x); });
-          } else {
-            part.each(count, [&](int i, Vec x) { store(to + i, x); });
-          }
+          row.copy(tile, count, to + tile * a_.sources[s].channels + c * count);
         }
       }
-    }
   }
 
-  void multiply(const Result& result, int64_t row, int64_t panel, const Columns& columns,
-                int64_t group) {
+  void multiply(int number, int64_t row, int64_t panel, const Columns& columns, int64_t group) {
+    const Result& result = a_.results[number];
     const int count = int(std::min<int64_t>(PANEL, result.channels - row));
     const bool direct = count == PANEL && columns.whole();
     float* to = direct ? result.data + columns.offset(result.channels, row) : rows_;
-    const int64_t stride = direct ? a_.pixels : width_;
-    const float* weights = a_.panels + panel * PANEL * depth_;
-    const int padded = columns.padded();
-    for (int tile = 0; tile < padded; tile += TILE) {
-      const float* from = columns_ + tile * depth_;
-      const int vectors = std::min(TILE, padded - tile) / LANES;
-      if (vectors == 3)
-        panel_product<3>(weights, from, depth_, to + tile, stride, next_columns(panel, columns, tile));
-      else if (vectors == 2)
-        panel_product<2>(weights, from, depth_, to + tile, stride, {});
-      else
-        panel_product<1>(weights, from, depth_, to + tile, stride, {});
+    const int64_t stride = direct ? a_.pixels : groups_.width;
+    int64_t depth = 0;
+    for (int s = 0; s < a_.num_sources; depth += a_.sources[s++].channels) {
+      const float* from = columns_ + depth * groups_.width;
+      panel_products(weights_of(number, s, row, count), from, a_.sources[s].channels,
+                     columns.padded(), to, stride, s > 0,
+                     [&](int tile) { return next_columns(s, panel, columns, tile); });
     }
     for (int r = 0; r < count; ++r) {
       float* values = to + r * stride;
@@ -325,17 +347,27 @@ class ProductWork {
     }
   }
 
+  // Weights from channel `row` on, where they lie; the last few with zeros for rows that are not.
+  Panel weights_of(int result, int source, int64_t row, int count) {
+    const int64_t rows = a_.results[result].channels, depth = a_.sources[source].channels;
+    const float* start = a_.weights[a_.num_results > 1 ? result : source];
+    const Panel panel =
+        a_.transposed ? Panel{start + row, 1, rows} : Panel{start + row * depth, depth, 1};
+    if (count == PANEL) return panel;
+    std::memset(last_panel_, 0, size_t(PANEL * depth) * 4);
+    for (int64_t k = 0; k < depth; ++k)
+      for (int r = 0; r < count; ++r)
+        last_panel_[k * PANEL + r] = panel.start[r * panel.row + k * panel.next];
+    return {last_panel_, 1, PANEL};
+  }
+
   // A vector's share of a tile of the next group: the first panels fetch all of it.
-  Ahead next_columns(int64_t panel, const Columns& columns, int tile) const {
-    int64_t number = panel / 3;
-    for (int s = 0; s < a_.num_sources; ++s)
-      for (const float* data : {a_.sources[s].data, a_.sources[s].other}) {
-        if (data == nullptr || number-- > 0) continue;
-        const int64_t channels = a_.sources[s].channels;
-        return {data + columns.offset(channels, 0) + width_ + tile + panel % 3 * LANES, a_.pixels,
-                channels};
-      }
-    return {};
+  Ahead next_columns(int s, int64_t panel, const Columns& columns, int tile) const {
+    const Operand& source = a_.sources[s];
+    const float* data = panel < 3 ? source.data : panel < 6 ? source.other : nullptr;
+    if (data == nullptr) return {};
+    data += columns.offset(source.channels, 0) + groups_.width + tile + panel % 3 * LANES;
+    return {data, a_.pixels, source.channels, 0};
   }
 
   void finish(const Result& result, int64_t channel, const Columns& columns, float* values,
@@ -347,7 +379,7 @@ class ProductWork {
       for (int i = 0; i < padded; i += LANES) store(values + i, load(values + i) * scale + shift);
     }
     if (result.residual) {
-      const float* residual = columns.read(result.residual, result.channels, channel, residual_);
+      const float* residual = columns.read(result.residual, result.channels, channel, buffer_);
       for (int i = 0; i < padded; i += LANES)
         store(values + i, load(values + i) + load(residual + i));
     }
@@ -356,7 +388,7 @@ class ProductWork {
         store(values + i, OperandRow::positive(load(values + i)));
     float* sums = result.sums ? result.sums + group * 2 * result.channels + channel : nullptr;
     if (result.mask) {
-      const float* mask = columns.read(result.mask, result.channels, channel, residual_);
+      const float* mask = columns.read(result.mask, result.channels, channel, buffer_);
       const float scale = result.mask_scale ? result.mask_scale[channel] : 1.0f;
       const float shift = result.mask_scale ? result.mask_shift[channel] : 0.0f;
       for (int i = 0; i < padded; i += LANES)
@@ -370,9 +402,10 @@ class ProductWork {
   }
 
   const Product& a_;
+  Groups groups_;
   Scratch scratch_;
-  int64_t depth_, width_, packed_ = -1;
-  float *columns_, *buffer_, *rows_, *residual_;
+  int64_t depth_, packed_ = -1;
+  float *columns_, *buffer_, *last_panel_, *rows_;
 };
 
 void run_product(const Product& a, int64_t first_task, int64_t last_task) {
@@ -380,55 +413,21 @@ void run_product(const Product& a, int64_t first_task, int64_t last_task) {
   for (int64_t task = first_task; task < last_task; ++task) work.run(task);
 }
 
-// The gradient of weights: dot products along the columns.
+// The gradient of weights is a product too: its columns are the channels of x, its depth are the
+// columns of the images, chunk by chunk.
 
-constexpr int DOT_ROWS = LANES == 16 ? 6 : 3, DOT_COLS = 4;
-constexpr int CHUNK = 768;           // columns that are copied at a time
-constexpr int CHUNKS_OF_PART = 8;
-constexpr int GRAD_ROWS_OF_TASK = 16 * DOT_ROWS;
-constexpr int X_ROWS = 16 * DOT_COLS;
-
-// Lane i of the result is the sum of all lanes of vectors[i].
-template <int COUNT>
-INLINE Vec sum_lanes(const Vec* vectors) {
-  if constexpr (COUNT == 1) {
-    return vectors[0];
-  } else {
-    return add_halves<2 * LANES / COUNT>(sum_lanes<COUNT / 2>(vectors),
-                                         sum_lanes<COUNT / 2>(vectors + COUNT / 2));
-  }
-}
-
-// to(r, c) += sum_j grad[r, j] x[c, j] for DOT_ROWS times DOT_COLS rows.
-INLINE void dot_rows(const float* grad, const float* x, int64_t stride, int count, float* to,
-                     int64_t to_stride, Ahead ahead) {
-  constexpr int SUMS = (DOT_ROWS * DOT_COLS + LANES - 1) / LANES * LANES;
-  Vec sum[SUMS] = {};
-  for (int j = 0; j < count; j += LANES) {
-    ahead.fetch(j);
-    Vec left[DOT_ROWS];
-#pragma GCC unroll 8
-    for (int r = 0; r < DOT_ROWS; ++r) left[r] = load(grad + r * stride + j);
-#pragma GCC unroll 8
-    for (int c = 0; c < DOT_COLS; ++c) {
-      const Vec right = load(x + c * stride + j);
-#pragma GCC unroll 8
-      for (int r = 0; r < DOT_ROWS; ++r) sum[r * DOT_COLS + c] += left[r] * right;
-    }
-  }
-  float sums[SUMS];
-#pragma GCC unroll 8
-  for (int i = 0; i < SUMS; i += LANES) store(sums + i, sum_lanes<LANES>(sum + i));
-  for (int r = 0; r < DOT_ROWS; ++r)
-    for (int c = 0; c < DOT_COLS; ++c) to[r * to_stride + c] += sums[r * DOT_COLS + c];
-}
+constexpr int CHUNK = 512, CHUNKS_OF_PART = 4;
+constexpr int X_ROWS = 4 * TILE;
 
 int64_t gradient_parts(const WeightGradient& a) {
   return ceil_div(a.batch * a.pixels, CHUNK * CHUNKS_OF_PART);
 }
 
+// As many rows as stay in the cache with the channels of x.
+int64_t gradient_rows(const WeightGradient& a) { return a.x.channels > X_ROWS / 2 ? 128 : 256; }
+
 int64_t gradient_row_tasks(const WeightGradient& a) {
-  return ceil_div(a.grad.channels, GRAD_ROWS_OF_TASK);
+  return ceil_div(a.grad.channels, gradient_rows(a));
 }
 
 int64_t gradient_tasks(const WeightGradient& a) {
@@ -439,29 +438,31 @@ class GradientWork {
  public:
   explicit GradientWork(const WeightGradient& a)
       : a_(a),
-        to_stride_(ceil_div(a.x.channels, DOT_COLS) * DOT_COLS),
+        rows_of_task_(std::min(gradient_rows(a), ceil_div(a.grad.channels, PANEL) * PANEL)),
+        to_stride_(ceil_div(a.x.channels, LANES) * LANES),
         buffer_(scratch_.take(2 * CHUNK)),
-        grad_(scratch_.take(GRAD_ROWS_OF_TASK * STRIDE)),
-        x_(scratch_.take(X_ROWS * STRIDE)),
-        sums_(scratch_.take(size_t(GRAD_ROWS_OF_TASK * to_stride_))) {}
+        grad_(scratch_.take(size_t(rows_of_task_ * STRIDE))),
+        rows_(scratch_.take(LANES * STRIDE)),
+        x_(scratch_.take(X_ROWS * CHUNK)),
+        sums_(scratch_.take(size_t(rows_of_task_ * to_stride_))) {}
 
   void run(int64_t task) {
     const int64_t part = task / gradient_row_tasks(a_);
-    const int64_t first = task % gradient_row_tasks(a_) * GRAD_ROWS_OF_TASK;
-    const int rows = int(std::min<int64_t>(GRAD_ROWS_OF_TASK, a_.grad.channels - first));
+    const int64_t first = task % gradient_row_tasks(a_) * gradient_rows(a_);
+    const int rows = int(std::min<int64_t>(rows_of_task_, a_.grad.channels - first));
     const int64_t columns = a_.batch * a_.pixels, begin = part * CHUNK * CHUNKS_OF_PART;
-    std::memset(sums_, 0, size_t(GRAD_ROWS_OF_TASK * to_stride_) * 4);
     for (int64_t at = begin; at < std::min(columns, begin + CHUNK * CHUNKS_OF_PART); at += CHUNK) {
       const Columns chunk(a_.pixels, at, int(std::min<int64_t>(CHUNK, columns - at)));
-      copy(a_.grad, first, rows, chunk, grad_);
+      for (int r = 0; r < rows; ++r) copy(a_.grad, first + r, chunk, grad_ + r * STRIDE);
       for (int64_t c = 0; c < a_.x.channels; c += X_ROWS) {
-        const int count = int(std::min<int64_t>(X_ROWS, a_.x.channels - c));
-        copy(a_.x, c, count, chunk, x_);
-        for (int r = 0; r < rows; r += DOT_ROWS)
-          for (int i = 0; i < count; i += DOT_COLS)
-            dot_rows(grad_ + r * STRIDE, x_ + i * STRIDE, STRIDE, chunk.padded(),
-                     sums_ + r * to_stride_ + c + i, to_stride_,
-                     next_row(r / DOT_ROWS, i, first, c, chunk));
+        const int count = int(std::min<int64_t>(X_ROWS, to_stride_ - c));
+        copy_transposed(c, count, chunk);
+        for (int r = 0; r < rows; r += PANEL)
+          panel_products({grad_ + r * STRIDE, STRIDE, 1}, x_, chunk.count(), count,
+                         sums_ + r * to_stride_ + c, to_stride_, at > begin, [&](int tile) {
+                           return next_rows(r / PANEL * X_ROWS / TILE + tile / TILE, first, c,
+                                            chunk);
+                         });
       }
     }
     float* to = a_.partial + (part * a_.grad.channels + first) * a_.x.channels;
@@ -471,36 +472,56 @@ class GradientWork {
 
  private:
   // Not a multiple of a page's part, or all rows would share the same few lines of the cache.
-  static constexpr int STRIDE = CHUNK + 16;
+  static constexpr int STRIDE = CHUNK + LINE;
 
-  // One of the rows that are copied next; the first rows of a gradient fetch all of them.
-  Ahead next_row(int number, int i, int64_t first, int64_t c, const Columns& chunk) const {
-    const bool of_x = number < DOT_COLS;
+  void copy(const Operand& x, int64_t channel, const Columns& columns, float* to) {
+    OperandRow(x, channel, columns, buffer_).copy(0, columns.padded(), to);
+  }
+
+  // Channels of x, from `first` on, to (tile, column, channels of the tile).
+  void copy_transposed(int64_t first, int count, const Columns& columns) {
+    for (int c = 0; c < count; c += LANES) {
+      for (int r = 0; r < LANES && first + c + r < a_.x.channels; ++r)
+        copy(a_.x, first + c + r, columns, rows_ + r * STRIDE);
+      const int tile = c / TILE * TILE, width = std::min(TILE, count - tile);
+      for (int i = 0; i < columns.padded(); i += LANES) {
+        Vec block[LANES];
+#pragma GCC unroll 16
+        for (int r = 0; r < LANES; ++r) block[r] = load(rows_ + r * STRIDE + i);
+        transpose(block);
+        float* to = x_ + tile * columns.count() + int64_t(i) * width + c - tile;
+        const int in_range = std::min(LANES, columns.count() - i);
+#pragma GCC unroll 16
+        for (int r = 0; r < LANES; ++r)
+          if (r < in_range) store(to + r * width, block[r]);
+      }
+    }
+  }
+
+  // Rows that are copied next, some for each product of a chunk.
+  Ahead next_rows(int number, int64_t first, int64_t c, const Columns& chunk) const {
+    constexpr int ROWS_AT_A_TIME = LINE, X_PARTS = X_ROWS / ROWS_AT_A_TIME;
+    const bool of_x = number < X_PARTS;
     const Operand& from = of_x ? a_.x : a_.grad;
-    int64_t row = of_x ? c + X_ROWS + i + number
-                       : first + i / DOT_COLS * DOT_ROWS + number - DOT_COLS;
+    int64_t row = (of_x ? c + X_ROWS : first - X_PARTS * ROWS_AT_A_TIME) + number * ROWS_AT_A_TIME;
     int64_t offset = 0;
     if (!of_x || row >= from.channels) {  // of the next columns
       offset = CHUNK;
-      if (of_x) row = i + number;
+      if (of_x) row = number * ROWS_AT_A_TIME;
     }
-    if (row >= from.channels) return {};
-    return {from.data + chunk.offset(from.channels, row) + offset, 1, CHUNK};
+    const int64_t rows = std::min<int64_t>(ROWS_AT_A_TIME, from.channels - row);
+    if (rows <= 0) return {};
+    return {from.data + chunk.offset(from.channels, row) + offset, a_.pixels,
+            rows * CHUNK / LINE, CHUNK_SHIFT};
   }
 
-  // Rows of an operand; what lies behind the last column is zero.
-  void copy(const Operand& x, int64_t first, int rows, const Columns& columns, float* to) {
-    for (int r = 0; r < rows; ++r, to += STRIDE) {
-      const OperandRow row(x, first + r, columns, buffer_);
-      row.each(columns.padded(), [&](int i, Vec value) { store(to + i, value); });
-      for (int i = columns.count(); i < columns.padded(); ++i) to[i] = 0;
-    }
-  }
+  static constexpr int CHUNK_SHIFT = 5;
+  static_assert(LINE << CHUNK_SHIFT == CHUNK, "a chunk has a power of two of lines");
 
   const WeightGradient& a_;
   Scratch scratch_;
-  int64_t to_stride_;
-  float *buffer_, *grad_, *x_, *sums_;
+  int64_t rows_of_task_, to_stride_;
+  float *buffer_, *grad_, *rows_, *x_, *sums_;
 };
 
 void weight_gradient(const WeightGradient& a, int64_t first_task, int64_t last_task) {

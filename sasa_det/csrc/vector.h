@@ -40,20 +40,27 @@ INLINE Vec exp_negative(Vec x) {
   return too_low ? Vec{} : result;
 }
 
-// In blocks of `SIZE` lanes of a and then b: the sum of each block's halves, side by side.
-template <int SIZE>
-INLINE Vec add_halves(Vec a, Vec b) {
-  Ints first = {};
-  for (int i = 0; i < LANES; ++i) first[i] = i / (SIZE / 2) * SIZE + i % (SIZE / 2);
-  const Ints second = first + SIZE / 2;
-#if defined(__clang__)
-  Vec lower, upper;
+// Swap rows and lanes of LANES vectors: for every power of two the blocks off the diagonal.
+template <int SIZE = 1>
+INLINE void transpose(Vec* rows) {
+  Ints first = {}, second = {};
   for (int i = 0; i < LANES; ++i) {
-    lower[i] = first[i] < LANES ? a[first[i]] : b[first[i] - LANES];
-    upper[i] = second[i] < LANES ? a[second[i]] : b[second[i] - LANES];
+    first[i] = i & SIZE ? LANES + i - SIZE : i;
+    second[i] = i & SIZE ? LANES + i : i + SIZE;
   }
-  return lower + upper;
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) {
+    if (i & SIZE) continue;
+    const Vec a = rows[i], b = rows[i + SIZE];
+#if defined(__clang__)
+    for (int lane = 0; lane < LANES; ++lane) {
+      rows[i][lane] = first[lane] < LANES ? a[first[lane]] : b[first[lane] - LANES];
+      rows[i + SIZE][lane] = second[lane] < LANES ? a[second[lane]] : b[second[lane] - LANES];
+    }
 #else
-  return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, second);
+    rows[i] = __builtin_shuffle(a, b, first);
+    rows[i + SIZE] = __builtin_shuffle(a, b, second);
 #endif
+  }
+  if constexpr (2 * SIZE < LANES) transpose<2 * SIZE>(rows);
 }
