@@ -1,5 +1,5 @@
 // Local attention for CPU tensors: tensors to pointers, and tasks to threads.
-#include "tensors.h"
+#include "operators.h"
 
 namespace sasa_det {
 namespace {
@@ -45,9 +45,15 @@ struct Arguments {
   LocalAttention call;
 };
 
-at::Tensor forward(const at::Tensor& query, const Optional& key, const at::Tensor& value,
-                   const Optional& rel_rows, const Optional& rel_cols, int64_t kernel_size,
-                   int64_t num_heads, bool mask, const std::string& instructions) {
+at::Tensor sum_of_images(const at::Tensor& x) {
+  return x.size(0) == 1 ? x.squeeze(0) : x.sum(0);
+}
+
+}  // namespace
+
+at::Tensor local_attention(const at::Tensor& query, const Optional& key, const at::Tensor& value,
+                           const Optional& rel_rows, const Optional& rel_cols, int64_t kernel_size,
+                           int64_t num_heads, bool mask, const std::string& instructions) {
   const LocalAttentionKernels& chosen =
       choose_kernels(instructions, query.size(3)).local_attention;
   Arguments a(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask);
@@ -58,7 +64,7 @@ at::Tensor forward(const at::Tensor& query, const Optional& key, const at::Tenso
   return output;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> local_attention_backward(
     const at::Tensor& grad, const at::Tensor& query, const Optional& key, const at::Tensor& value,
     const Optional& rel_rows, const Optional& rel_cols, int64_t kernel_size, int64_t num_heads,
     bool mask, const std::string& instructions) {
@@ -87,24 +93,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     run(chosen.backward_tasks(a.call), a.call, chosen.backward);
   }
   if (rel_rows) {
-    grad_rows = grad_rows.sum(0).to(rel_rows->scalar_type());
-    grad_cols = grad_cols.sum(0).to(rel_cols->scalar_type());
+    grad_rows = sum_of_images(grad_rows).to(rel_rows->scalar_type());
+    grad_cols = sum_of_images(grad_cols).to(rel_cols->scalar_type());
   }
   return {grad_query, grad_key, grad_value, grad_rows, grad_cols};
 }
-
-}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(sasa_det_cpu, library) {
   library.def(
       "local_attention(Tensor query, Tensor? key, Tensor value, Tensor? rel_rows, Tensor? rel_cols, "
       "int kernel_size, int num_heads, bool mask, str instructions) -> Tensor",
-      torch::dispatch(c10::DispatchKey::CPU, forward));
+      torch::dispatch(c10::DispatchKey::CPU, local_attention));
   library.def(
       "local_attention_backward(Tensor grad, Tensor query, Tensor? key, Tensor value, Tensor? rel_rows, "
       "Tensor? rel_cols, int kernel_size, int num_heads, bool mask, str instructions) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-      torch::dispatch(c10::DispatchKey::CPU, backward));
+      torch::dispatch(c10::DispatchKey::CPU, local_attention_backward));
 }
 
 }  // namespace sasa_det

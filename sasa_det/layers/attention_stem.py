@@ -13,7 +13,7 @@ from ..ops import (
     relative_embedding,
     stem_attention,
 )
-from ..ops.local_attention import check_choice, check_heads
+from ..ops.arguments import check_choice, check_heads
 from .plain import is_plain_call, is_plain_pointwise
 
 STEM_VALUES = ("mixture", "pointwise", "convolution")

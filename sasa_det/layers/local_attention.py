@@ -7,13 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import local_attention
-from ..ops.local_attention import (
-    BORDERS,
-    check_backend,
-    check_choice,
-    check_heads,
-    check_kernel_size,
-)
+from ..ops.arguments import check_choice, check_heads, check_kernel_size
+from ..ops.local_attention import BORDERS, check_backend
 from ..ops.product import Operand
 from .one_piece import OnePiece, attend, is_one_piece, parameters_of
 from .position import sinusoidal_encoding

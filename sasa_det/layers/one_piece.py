@@ -95,7 +95,7 @@ def attend_backward(
 
 
 def _attention(layer, projected, embeddings):
-    return torch.ops.sasa_det_cpu.local_attention(*_arguments(layer, projected, embeddings))
+    return torch.ops.sasa_det.local_attention(*_arguments(layer, projected, embeddings))[0]
 
 
 def _arguments(layer, projected, embeddings):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..ops.aggregation import aggregate, reflect
-from ..ops.local_attention import check_choice, check_kernel_size
+from ..ops.arguments import check_choice, check_kernel_size
 from ..ops.precision import accumulation_dtype, autocast_disabled
 
 # The first one of each is that of the paper's models.

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .local_attention import check_kernel_size
+from .arguments import check_kernel_size
 from .precision import accumulation_dtype
 
 

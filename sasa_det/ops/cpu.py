@@ -7,13 +7,16 @@ from torch import Tensor
 
 # Why the kernels are not there, or None.
 try:
-    importlib.import_module("sasa_det._C")  # it registers torch.ops.sasa_det_cpu
+    # It registers the operators of csrc/operators.cpp and those of torch.ops.sasa_det_cpu.
+    importlib.import_module("sasa_det._C")
 except ModuleNotFoundError:
     MISSING = "sasa_det was installed without its C++ kernels"
 except ImportError as error:
     MISSING = f"the C++ kernels do not fit this PyTorch, reinstall sasa_det ({error})"
 else:
     MISSING = None
+    if not hasattr(torch.ops.sasa_det, "local_attention"):
+        MISSING = "the C++ kernels are those of an older sasa_det, reinstall it"
 
 SUMMARY = "C++, vectorised over pixels, for CPU tensors of float32 or bfloat16"
 

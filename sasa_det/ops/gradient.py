@@ -3,7 +3,7 @@
 Training keeps an operator's inputs alone, and FLOP counters see its backward pass.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,6 +30,18 @@ def define_operator(name: str, schema: str) -> Callable[[Callable], CustomOpDef]
     return define
 
 
+def fake_gradients(num_tensors: int, *, first_on_demand: bool = False) -> Callable:
+    """Return the fake kernel of a backward operator, as :func:`register_gradient` takes it."""
+
+    def fake(grad: Tensor, *arguments: object) -> tuple[Tensor, ...]:
+        first = not first_on_demand or arguments[-1]
+        tensors = (arguments[0] if first else None, *arguments[1:num_tensors])
+        like = arguments[0]
+        return tuple(like.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
+
+    return fake
+
+
 def register_gradient(
     forward: CustomOpDef, backward: CustomOpDef, num_tensors: int, *, first_on_demand: bool = False
 ) -> None:
@@ -44,10 +56,6 @@ def register_gradient(
         num_tensors: number of the tensors.
         first_on_demand: whether ``backward`` can leave the gradient of the first tensor out.
     """
-
-    def wanted(tensors: Sequence[Tensor | None], first: bool) -> list[Tensor | None]:
-        """Return the tensors that have a gradient, None in place of the others."""
-        return [tensors[0] if first else None, *tensors[1:num_tensors]]
 
     def setup_context(ctx, inputs, output):
         others = output[1:] if isinstance(output, tuple) else ()
@@ -64,13 +72,9 @@ def register_gradient(
         first = not first_on_demand or ctx.needs_input_grad[0]
         flags = (first,) if first_on_demand else ()
         grads = backward(grad, *saved, *ctx.options, *flags)
-        pairs = zip(grads, wanted(saved, first), strict=True)
+        tensors = (saved[0] if first else None, *saved[1:num_tensors])
+        pairs = zip(grads, tensors, strict=True)
         return (*(None if x is None else g for g, x in pairs), *none)
 
-    def fake(grad, *arguments):
-        tensors = wanted(arguments, not first_on_demand or arguments[-1])
-        like = arguments[0]
-        return tuple(like.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
-
-    backward.register_fake(fake)
+    backward.register_fake(fake_gradients(num_tensors, first_on_demand=first_on_demand))
     forward.register_autograd(autograd, setup_context=setup_context)

@@ -1,14 +1,15 @@
-"""The public operation: its contract, its checks and the choice of a backend."""
+"""The public operation: its contract, and what of its arguments the operator does not see."""
 
-from collections.abc import Collection
-
+import torch
 from torch import Tensor
 
 from . import reference
-from .operator import BACKENDS, attend
+from .arguments import check_arguments, check_choice
+from .operator import BACKENDS
 
 BORDERS = ("mask", "zero")
 _NAMES = (*BACKENDS, "reference")
+_operator = torch.ops.sasa_det.local_attention.default
 
 
 def available_backends() -> dict[str, str]:
@@ -21,38 +22,10 @@ def available_backends() -> dict[str, str]:
     return {**summaries, "reference": reference.SUMMARY}
 
 
-def check_choice(name: str, value: object, allowed: Collection) -> None:
-    """Raise ValueError, with ``name`` in it, unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
-
-
-def check_kernel_size(kernel_size: int) -> None:
-    """Raise ValueError unless the window extent is an odd integer of at least 1."""
-    if isinstance(kernel_size, bool) or not isinstance(kernel_size, int):
-        raise ValueError(f"kernel_size must be an odd integer >= 1, got {kernel_size!r}.")
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size must be odd and at least 1, got {kernel_size}.")
-
-
 def check_backend(backend: str | None) -> None:
     """Raise ValueError unless ``backend`` is None or the name of a backend."""
     if backend is not None and backend not in _NAMES:
         raise ValueError(f"backend must be None or one of {list(_NAMES)}, got {backend!r}.")
-
-
-def check_heads(channels: int, num_heads: int, name: str = "channels") -> None:
-    """Raise ValueError unless ``num_heads`` divides ``channels`` into heads of even width."""
-    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
-        raise ValueError(f"num_heads must be an integer >= 1, got {num_heads!r}.")
-    if channels % num_heads:
-        raise ValueError(f"{name} {channels} must be a multiple of num_heads {num_heads}.")
-    if channels // num_heads % 2:
-        raise ValueError(
-            f"{name} {channels} over num_heads {num_heads} gives heads of width "
-            f"{channels // num_heads}; the width must be even, half for the row and half for the "
-            "column embedding."
-        )
 
 
 def local_attention(
@@ -100,48 +73,19 @@ def local_attention(
         ValueError: naming the argument, its value and what is allowed.
         RuntimeError: if a backend that was asked for cannot run here, with the reason.
     """
-    _check(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, border, content)
-    check_backend(backend)
-    key = key if content else None
-    arguments = (query, key, value, rel_rows, rel_cols, kernel_size, num_heads, border == "mask")
-    if backend == "reference":
-        return reference.local_attention(*arguments)
-    return attend(*arguments, backend or "")[0]
-
-
-def _check(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, border, content):
-    check_kernel_size(kernel_size)
-    if query.dim() != 4:
-        raise ValueError(f"query must be (N, C, H, W), got shape {tuple(query.shape)}.")
-    check_heads(query.shape[1], num_heads)
-    if min(query.shape[1:]) < 1:
-        raise ValueError(f"query must have C, H, W >= 1, got shape {tuple(query.shape)}.")
     check_choice("border", border, BORDERS)
-    if content and key is None:
+    check_backend(backend)
+    if not content:
+        key = None
+    elif key is None:
         raise ValueError("key must be given unless content is False, got None.")
-    images = {"query": query, "value": value, **({"key": key} if content else {})}
-    for name, tensor in images.items():
-        if tensor.shape != query.shape:
-            raise ValueError(
-                f"{name} must have query's shape {tuple(query.shape)}, got {tuple(tensor.shape)}."
-            )
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {tensor.dtype}.")
-        if tensor.dtype != query.dtype or tensor.device != query.device:
-            raise ValueError(
-                f"{name} must have query's type and device, {query.dtype} on {query.device}, "
-                f"got {tensor.dtype} on {tensor.device}."
-            )
-    if (rel_rows is None) != (rel_cols is None):
-        raise ValueError("rel_rows and rel_cols must be given together or both be None.")
-    if rel_rows is None:
-        if not content:
-            raise ValueError("content=False leaves only q.r and so needs rel_rows and rel_cols.")
-        return
-    shape = (num_heads, query.shape[1] // num_heads // 2, kernel_size)
-    for name, tensor in {"rel_rows": rel_rows, "rel_cols": rel_cols}.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} must be (num_heads, C // num_heads // 2, kernel_size) = {shape}, "
-                f"got {tuple(tensor.shape)}."
-            )
+    arguments = (query, key, value, rel_rows, rel_cols, kernel_size, num_heads)
+    mask = border == "mask"
+    # The operator checks them too, but takes True for an integer, and a compiler would wrap what
+    # it raises.
+    integers = type(kernel_size) is int and type(num_heads) is int
+    if not integers or backend == "reference" or torch.compiler.is_compiling():
+        check_arguments(*arguments)
+    if backend == "reference":
+        return reference.local_attention(*arguments, mask)
+    return _operator(*arguments, mask, backend or "")[0]

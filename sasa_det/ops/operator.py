@@ -1,7 +1,12 @@
-"""Local attention as one operator of ``torch.library``, whichever kernel runs it.
+"""Local attention as one operator, whichever kernel runs it.
 
 The backward pass is an operator too: autograd on a plain loop would keep a C x H x W product for
 each of the k^2 offsets of the window.
+
+The C++ extension (csrc/operators.cpp) defines both operators, ``sasa_det::local_attention`` and
+``sasa_det::local_attention_backward``, with their autograd, runs what its kernels take and calls
+the functions here, as operators of their own, for everything else. Without the extension, the
+functions here are the operators.
 """
 
 import logging
@@ -11,7 +16,8 @@ import torch
 from torch import Tensor
 
 from . import cpu, loop, triton
-from .gradient import define_operator, register_gradient
+from .arguments import check_arguments
+from .gradient import define_operator, fake_gradients, register_gradient
 from .precision import accumulation_dtype
 
 logger = logging.getLogger(__name__)
@@ -50,11 +56,13 @@ def _say_once(name: str, reasons: str) -> None:
     logger.info("local_attention runs on the %s backend (%s)%s.", name, summary, reasons)
 
 
+# As in csrc/operators.cpp.
 _TENSORS = "Tensor query, Tensor? key, Tensor value, Tensor? rel_rows, Tensor? rel_cols"
-_OPTIONS = "SymInt kernel_size, SymInt num_heads, bool mask, str backend"
+_OPTIONS = "int kernel_size, int num_heads, bool mask, str backend"
+_SUFFIX = "" if cpu.MISSING else "_in_python"
 
 
-@define_operator("local_attention", f"({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)")
+@define_operator(f"local_attention{_SUFFIX}", f"({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)")
 def attend(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask, backend):
     """Run equation 3 on a backend; arguments as of :func:`sasa_det.ops.local_attention`.
 
@@ -67,13 +75,15 @@ def attend(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask, 
         (output, log_sum): the output (N, C, H, W) and what the backend wants back for its
         backward pass, each window's log-sum-exp (N, num_heads, H, W) or an empty tensor.
     """
-    return BACKENDS[_choose(backend, query, num_heads)].forward(
-        query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask
-    )
+    arguments = (query, key, value, rel_rows, rel_cols, kernel_size, num_heads)
+    check_arguments(*arguments)
+    return BACKENDS[_choose(backend, query, num_heads)].forward(*arguments, mask)
 
 
-@attend.register_fake
+# In Python, as a fake tensor tells C++ no device.
+@torch.library.register_fake("sasa_det::local_attention")
 def _(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask, backend):
+    check_arguments(query, key, value, rel_rows, rel_cols, kernel_size, num_heads)
     n, _, height, width = query.shape
     shape = (n, num_heads, height, width)
     if _choose(backend, query, num_heads) == "cpu":
@@ -83,7 +93,7 @@ def _(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask, backe
 
 
 @define_operator(
-    "local_attention_backward",
+    f"local_attention_backward{_SUFFIX}",
     f"(Tensor grad, {_TENSORS}, Tensor log_sum, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -95,4 +105,7 @@ def attend_backward(grad, query, *arguments):
     )
 
 
-register_gradient(attend, attend_backward, num_tensors=5)
+if cpu.MISSING:
+    register_gradient(attend, attend_backward, num_tensors=5)
+else:
+    torch.library.register_fake("sasa_det::local_attention_backward", fake_gradients(5))

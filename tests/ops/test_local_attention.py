@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sasa_det.ops import available_backends, local_attention, operator
+from sasa_det.ops import available_backends, local_attention, loop, operator
 
 # The package's attribute of that name is the function.
 
@@ -338,9 +338,10 @@ def test_loop_never_holds_a_window_of_channels():
                     largest = max(largest, tensor.untyped_storage().nbytes())
             return result
 
-    with Watch():
-        output = local_attention(*inputs, kernel_size=7, num_heads=8, backend="loop")
-        output.sum().backward()
+    # The backend's own functions: inside of an operator, the mode sees nothing.
+    with torch.no_grad(), Watch():
+        output, log_sum = loop.forward(*inputs, 7, 8, True)
+        loop.backward(output, *inputs, log_sum, 7, 8, True)
     # The logits of 8 heads are the largest; 256 channels of windows would take 32 times more.
     assert 0 < largest <= 8 * 49 * height * width * 4
 
@@ -453,7 +454,22 @@ def test_a_backend_that_cannot_run_says_why():
         ({"rel_rows": None, "rel_cols": None, "content": False}, "content=False leaves only q.r"),
         ({"value": torch.zeros(1, 8, 4, 4)}, r"value must have query's shape \(1, 8, 4, 5\)"),
         ({"key": torch.zeros(1, 8, 4, 5, dtype=torch.float64)}, "key must have query's type"),
+        ({"key": torch.zeros(1, 8, 4, 5, device="meta")}, "key must have query's type and device"),
+        (
+            {
+                name: torch.zeros(1, 8, 4, 5, dtype=torch.int64)
+                for name in ("query", "key", "value")
+            },
+            "query must be floating point, got torch.int64",
+        ),
+        (
+            {name: torch.zeros(1, 8, 0, 5) for name in ("query", "key", "value")},
+            r"query must have C, H, W >= 1, got shape \(1, 8, 0, 5\)",
+        ),
+        ({"kernel_size": True}, "kernel_size must be an odd integer"),
+        ({"num_heads": True}, "num_heads must be an integer >= 1, got True"),
         ({"query": torch.zeros(8, 4, 5)}, r"query must be \(N, C, H, W\), got shape \(8, 4, 5\)"),
+        ({"rel_rows": torch.zeros(2, 3, 3)}, r"rel_rows must be .* = \(2, 2, 3\), got \(2, 3, 3\)"),
         ({"rel_cols": torch.zeros(2, 2, 5)}, r"rel_cols must be .* = \(2, 2, 3\), got \(2, 2, 5\)"),
     ],
 )

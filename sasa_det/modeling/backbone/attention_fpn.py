@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...layers import LocalSelfAttention2d
 from ...layers.local_attention import RECTIFIED_MEAN
-from ...ops.local_attention import check_choice
+from ...ops.arguments import check_choice
 from ..attention_options import PRIMITIVES, attention_options, check_norm
 from ..pointwise import use_products
 from .sasa_resnet import build_sasa_resnet_backbone

@@ -13,7 +13,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import Tensor, nn
 
 from ...layers import PairwiseAttention2d, PatchwiseAttention2d
-from ...ops.local_attention import check_choice
+from ...ops.arguments import check_choice
 from ..attention_options import check_norm
 from ..pointwise import use_products
 from .attention_fpn import build_fpn, build_retinanet_fpn
