@@ -11,7 +11,7 @@ namespace {
 
 extern const Kernels KERNELS = {
     {local_forward_tasks, local_forward, local_backward_tasks, local_backward},
-    {stem_tasks, stem_forward, stem_backward},
+    {stem_tasks, stem_forward, stem_backward, pooled_norm, pooled_norm_backward},
 };
 
 }  // namespace sasa_det
