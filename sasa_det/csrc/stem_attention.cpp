@@ -17,7 +17,10 @@ struct Arguments {
         query(floats(query_)),
         key(floats(key_)),
         value(floats(value_)),
-        embeddings(rel_rows, rel_cols, query_.size(0), num_heads, STEM_OFFSETS) {
+        embeddings(rel_rows, rel_cols, query_.size(0), num_heads, STEM_OFFSETS),
+        types{query_.scalar_type(), key_.scalar_type(), value_.scalar_type(),
+              (rel_rows ? *rel_rows : x_).scalar_type(),
+              (rel_cols ? *rel_cols : x_).scalar_type()} {
     const auto type = x.scalar_type();
     TORCH_CHECK_VALUE(type == at::kFloat || type == at::kBFloat16,
                       "x must be float32 or bfloat16, got ", type, ".");
@@ -66,6 +69,7 @@ struct Arguments {
   }
   at::Tensor x, query, key, value;
   Embeddings embeddings;
+  std::array<at::ScalarType, 5> types;  // of query, key, value and the embeddings as given
   at::Tensor form, row_terms, col_terms;
   StemAttention call;
 };
@@ -177,8 +181,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> normalized(
 }
 
 // The gradients of x, query, key, value and the embeddings, by those in `g` of the output.
-std::vector<at::Tensor> gradients(const Arguments& a, StemGradients g, bool image_gradient,
-                                  const StemAttentionKernels& chosen) {
+std::array<at::Tensor, 6> gradients(const Arguments& a, StemGradients g, bool image_gradient,
+                                    const StemAttentionKernels& chosen) {
   const int64_t tasks = a.x.numel() == 0 ? 0 : chosen.tasks(a.call);
   const auto options = a.x.options().dtype(at::kFloat);
   const int64_t in_channels = a.call.in_channels;
@@ -209,7 +213,12 @@ std::vector<at::Tensor> gradients(const Arguments& a, StemGradients g, bool imag
     rows = at::bmm(a.half_query(0), rows);
     cols = at::bmm(a.half_query(1), cols);
   }
-  return {x, query.flatten(0, 1), key.flatten(0, 1), value.sum(0), rows, cols};
+  return {x,
+          query.flatten(0, 1).to(a.types[0]),
+          key.flatten(0, 1).to(a.types[1]),
+          value.sum(0).to(a.types[2]),
+          rows.to(a.types[3]),
+          cols.to(a.types[4])};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
@@ -223,15 +232,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   StemGradients g = {};
   g.grad = contiguous_grad.const_data_ptr();
   const auto all = gradients(a, g, image_gradient, a.kernels(instructions));
-  const auto embedding = [&](int index) {
-    return rel_rows ? all[index].to(rel_rows->scalar_type()) : at::empty({0}, x.options());
-  };
-  return {all[0],
-          all[1].to(query.scalar_type()),
-          all[2].to(key.scalar_type()),
-          all[3].to(value.scalar_type()),
-          embedding(4),
-          embedding(5)};
+  return std::tuple_cat(all);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
@@ -275,7 +276,8 @@ normalized_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tenso
   g.slope = slope.const_data_ptr<float>();
   g.offset = offset.const_data_ptr<float>();
   const auto all = gradients(a, g, image_gradient, chosen);
-  return {all[0], all[1], all[2], all[3], all[4], all[5], grad_weight, grad_bias};
+  return std::tuple_cat(all, std::make_tuple(grad_weight.to(weight.scalar_type()),
+                                             grad_bias.to(bias.scalar_type())));
 }
 
 }  // namespace

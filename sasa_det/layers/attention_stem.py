@@ -8,13 +8,16 @@ from torch import Tensor, nn
 
 from ..ops import (
     block_attention,
+    has_stem_kernels,
     mixed_values,
+    normalized_stem_attention,
     pooled_stem_attention,
     relative_embedding,
     stem_attention,
 )
 from ..ops.local_attention import check_choice, check_heads
-from .plain import is_plain_call, is_plain_pointwise
+from .norm import batch_affine, constant_affine, update_running_statistics
+from .plain import is_plain_pointwise
 
 STEM_VALUES = ("mixture", "pointwise", "convolution")
 
@@ -133,10 +136,25 @@ class AttentionStem(nn.Module):
         return F.relu(F.max_pool2d(self.norm(x), self.block_size, ceil_mode=True))
 
     def _run_fused(self, x: Tensor) -> Tensor:
-        options = {"block_size": self.block_size, "num_heads": self.num_heads}
-        affine = None if torch.is_grad_enabled() else self._affine_norm()
-        if affine is not None:
+        heads = self.num_heads
+        affine = constant_affine(self.norm, self.out_channels)
+        if affine is not None and not torch.is_grad_enabled():
+            options = {"block_size": self.block_size, "num_heads": heads}
             return pooled_stem_attention(x, *self._tensors(), *affine, **options)
+        if has_stem_kernels(x, self.block_size):
+            pixels = x.numel() // self.in_channels
+            if affine is not None and pixels > 0:
+                stem = normalized_stem_attention
+                return stem(x, *self._tensors(), *affine, num_heads=heads, eps=None)[0]
+            affine = batch_affine(self.norm, self.out_channels)
+            # PyTorch refuses to normalize a single value, and says so best itself.
+            if affine is not None and pixels > 1:
+                output, *statistics = normalized_stem_attention(
+                    x, *self._tensors(), *affine, num_heads=heads, eps=self.norm.eps
+                )
+                update_running_statistics(self.norm, *statistics, pixels)
+                return output
+        options = {"block_size": self.block_size, "num_heads": heads}
         return self._pool(stem_attention(x, *self._tensors(), **options))
 
     def _is_plain(self) -> bool:
@@ -172,19 +190,3 @@ class AttentionStem(nn.Module):
             value, mixing = self.value.weight[:, :, 0, 0][None], None
         projections = (self.query.weight, self.key.weight, value, mixing)
         return (*projections, self.rel_rows, self.rel_cols)
-
-    def _affine_norm(self) -> tuple[Tensor, Tensor] | None:
-        """Return scale and shift of a norm that is no more than that; None if it is more."""
-        norm, kind = self.norm, type(self.norm)
-        if not is_plain_call(norm):
-            return None
-        if kind is nn.Identity:
-            like = self.query.weight
-            return like.new_ones(self.out_channels), like.new_zeros(self.out_channels)
-        package = kind.__module__.partition(".")[0]
-        frozen = kind.__name__ == "FrozenBatchNorm2d" and package in ("detectron2", "torchvision")
-        batch_norm = kind in (nn.BatchNorm2d, nn.SyncBatchNorm) and not norm.training
-        if not (frozen or batch_norm and norm.affine and norm.track_running_stats):
-            return None
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        return scale, norm.bias - norm.running_mean * scale
