@@ -18,20 +18,19 @@ typedef double UnalignedDoubles __attribute__((vector_size(8 * LANES), aligned(8
 
 INLINE int round_up(int x, int step) { return (x + step - 1) / step * step; }
 
-// to[b, lanes] = sum_k b[k, b] a[k, lanes] for `count` rows of b, a multiple of SUMS, and k of them
-// in both; strides are those from one k to the next, and b's from one row to the next.
-template <int COUNT>
-INLINE void products(const float* a, int a_stride, const float* b, int b_stride, int b_row,
-                     int depth, float* to, int to_stride) {
-  for (int first = 0; first < COUNT; first += SUMS) {
+// Call to(i, sum_k b[k * b_step + i * b_row] a[k * a_step]) for i < PLACES and k < depth.
+template <typename F>
+INLINE void products(const float* a, int a_step, const float* b, int b_step, int b_row, int depth,
+                     F to) {
+  for (int first = 0; first < PLACES; first += SUMS) {
     Vec sum[SUMS] = {};
     for (int k = 0; k < depth; ++k) {
-      const Vec left = load(a + k * a_stride);
+      const Vec left = load(a + k * a_step);
 #pragma GCC unroll 16
-      for (int i = 0; i < SUMS; ++i) sum[i] += left * b[k * b_stride + (first + i) * b_row];
+      for (int i = 0; i < SUMS; ++i) sum[i] += left * b[k * b_step + (first + i) * b_row];
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < SUMS; ++i) store(to + (first + i) * to_stride, sum[i]);
+    for (int i = 0; i < SUMS; ++i) to(first + i, sum[i]);
   }
 }
 
@@ -76,17 +75,20 @@ INLINE void transpose(const float* from, int rows, int cols, float* to) {
     }
 }
 
-// The sum of the lanes of each of LANES vectors in memory.
-INLINE Vec lane_sums(const float* from) {
-  Vec x[LANES];
-#pragma GCC unroll 16
-  for (int i = 0; i < LANES; ++i) x[i] = load(from + i * LANES);
-#pragma GCC unroll 4
-  for (int half = LANES / 2; half > 0; half /= 2)
+// The sums of the lanes of the vectors f(0), f(1), ... f(LANES - 1).
+template <typename F>
+INLINE Vec lane_sums(F f) {
+  constexpr int HALF = LANES / 2;
+  const auto fold = [](Vec a, Vec b) {
+    return interleave_low(a, b, Lanes()) + interleave_high(a, b, Lanes());
+  };
+  Vec x[HALF];
 #pragma GCC unroll 8
-    for (int i = 0; i < half; ++i)
-      x[i] = interleave_low(x[i], x[i + half], Lanes()) +
-             interleave_high(x[i], x[i + half], Lanes());
+  for (int i = 0; i < HALF; ++i) x[i] = fold(f(i), f(i + HALF));
+#pragma GCC unroll 4
+  for (int count = HALF / 2; count > 0; count /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < count; ++i) x[i] = fold(x[i], x[i + count]);
   return x[0];
 }
 
@@ -121,26 +123,30 @@ INLINE void each_place(Inside inside, F f) {
   }
 }
 
-// What stays the same over all blocks of a call, and the scratch memory of one thread.
+// What stays the same over all blocks of a call, and the scratch memory of one thread. The channels
+// of the image and of a head may be known to the compiler, else they are 0.
+template <int IN_CHANNELS, int HEAD_WIDTH>
 class StemWork {
  public:
-  explicit StemWork(const StemAttention& a)
+  explicit StemWork(const StemAttention& a, const StemGradients* gradients = nullptr)
       : a_(a),
+        gradients_(gradients),
         in_(int(a.in_channels)),
         channels_(int(a.channels)),
         heads_(int(a.heads)),
         depth_(int(a.channels / a.heads)),
-        wide_(round_up(depth_, LANES)),
         height_(int(a.height)),
         width_(int(a.width)) {
-    take(size_t(SPAN) * in_ * PLACES, {&x_});
-    take(in_ * PLACES, {&keys_});
+    take(size_t(SPAN) * in() * PLACES, {&x_});
+    take(in() * PLACES, {&keys_});
     take(PLACES * PLACES, {&weights_});
-    take(PLACES * wide_, {&value_, &output_, &output_by_channel_});
+    take(PLACES * wide(), {&value_, &output_, &output_by_channel_});
     take(value_floats(), {&value_weight_});
     take(term_floats(), {&row_terms_, &col_terms_});
-    if (a.sign) take(size_t(SPAN) * heads_ * wide_, {&pooled_});
-    if (a.sign) spread({a.sign, &sign_});
+    if (a.sign) {
+      take(size_t(SPAN) * heads_ * wide(), {&pooled_, &pooled_by_channel_});
+      spread({a.sign, &sign_});
+    }
     if (a.scale) {
       spread({a.center, &center_});
       spread({a.scale, &scale_});
@@ -148,13 +154,14 @@ class StemWork {
     }
     if (a.mean) {
       for (double** piece : {&mean_, &squares_})
-        *piece = reinterpret_cast<double*>(scratch_.take(size_t(heads_) * wide_ * 2));
+        *piece = reinterpret_cast<double*>(scratch_.take(size_t(heads_) * wide() * 2));
     }
     spread_values();
     if (a.row_terms) {
       spread_terms(a.row_terms, [](int place) { return place / BLOCK; }, row_terms_);
       spread_terms(a.col_terms, [](int place) { return place % BLOCK; }, col_terms_);
     }
+    if (gradients) take_gradients(*gradients);
   }
 
   static int64_t tasks_of_image(const StemAttention& a) {
@@ -165,8 +172,8 @@ class StemWork {
   void forward(int64_t task) {
     double count = 0;
     if (a_.mean) {
-      std::memset(mean_, 0, size_t(heads_) * wide_ * 8);
-      std::memset(squares_, 0, size_t(heads_) * wide_ * 8);
+      std::memset(mean_, 0, size_t(heads_) * wide() * 8);
+      std::memset(squares_, 0, size_t(heads_) * wide() * 8);
     }
     each_span(task, [&](const BlockSpan& span) {
       read_pixels(span);
@@ -174,14 +181,14 @@ class StemWork {
         double before = count;
         for (int block = 0; block < span.count; ++block) {
           const Inside part = inside(span, block);
-          attend(x_ + block * in_ * PLACES, head, part);
+          attend(x_ + block * in() * PLACES, head, part);
           if (a_.sign) {
             pool(head, block, part);
             if (a_.mean) gather_statistics(head, part, before);
             before += part.pixels();
           } else {
-            transpose(output_, PLACES, wide_, output_by_channel_);
-            write(a_.output, span.image * channels_ + head * depth_, depth_, span.y,
+            transpose(output_, PLACES, wide(), output_by_channel_);
+            write(a_.output, span.image * channels_ + head * depth(), depth(), span.y,
                   span.x + block * BLOCK, output_by_channel_);
           }
         }
@@ -198,23 +205,75 @@ class StemWork {
     }
   }
 
- protected:
+  void backward(int64_t task) {
+    std::memset(grad_form_, 0, size_t(heads_) * in() * in() * PLACES * 4);
+    std::memset(grad_value_weight_, 0, value_floats() * 4);
+    for (float* sums : {grad_row_terms_, grad_col_terms_})
+      std::memset(sums, 0, term_floats() * 4);
+    each_span(task, [&](const BlockSpan& span) {
+      read_pixels(span);
+      if (a_.sign) read_pooled_gradients(span);
+      std::memset(grad_x_, 0, size_t(SPAN) * in() * PLACES * 4);
+      for (int head = 0; head < heads_; ++head)
+        for (int block = 0; block < span.count; ++block) {
+          const float* x = x_ + block * in() * PLACES;
+          float* grad_x = grad_x_ + block * in() * PLACES;
+          const Inside part = inside(span, block);
+          attend(x, head, part);
+          if (a_.sign) {
+            output_gradients(head, block, part);
+            transpose(grad_, PLACES, wide(), grad_by_channel_);
+          } else {
+            read(gradients_->grad, span.image * channels_ + head * depth(), depth(), span.y,
+                 span.x + block * BLOCK, grad_by_channel_);
+            transpose(grad_by_channel_, wide(), PLACES, grad_);
+          }
+          logit_gradients(x, head, grad_x);
+          value_gradients(x, head, grad_x);
+        }
+      if (gradients_->x) {
+        for (int block = 0; block < span.count; ++block)
+          write(gradients_->x, span.image * in(), in(), span.y, span.x + block * BLOCK,
+                grad_x_ + block * in() * PLACES);
+      }
+    });
+    write_gradients(task);
+  }
+
+ private:
+  void take_gradients(const StemGradients& gradients) {
+    take(size_t(SPAN) * in() * PLACES, {&grad_x_});
+    take(PLACES * wide(), {&grad_, &grad_by_channel_});
+    take(PLACES * PLACES, {&grad_logits_, &grad_logits_by_query_});
+    take(in() * PLACES, {&grad_keys_});
+    take(size_t(heads_) * in() * in() * PLACES, {&grad_form_});
+    take(value_floats(), {&grad_value_weight_});
+    take(term_floats(), {&grad_row_terms_, &grad_col_terms_});
+    if (a_.sign) {
+      spread({gradients.center, &center_});
+      spread({gradients.slope, &slope_});
+      spread({gradients.offset, &offset_});
+    }
+  }
+  INLINE int in() const { return IN_CHANNELS > 0 ? IN_CHANNELS : in_; }
+  INLINE int depth() const { return HEAD_WIDTH > 0 ? HEAD_WIDTH : depth_; }
+  INLINE int wide() const { return round_up(depth(), LANES); }  // in whole vectors
   void take(size_t floats, std::initializer_list<float**> pieces) {
     for (float** piece : pieces) *piece = scratch_.take(floats);
   }
-  size_t value_floats() const { return size_t(heads_) * PLACES * in_ * wide_; }
+  size_t value_floats() const { return size_t(heads_) * PLACES * in() * wide(); }
   size_t term_floats() const {
-    return a_.row_terms ? size_t(heads_) * BLOCK * in_ * PLACES : 0;
+    return a_.row_terms ? size_t(heads_) * BLOCK * in() * PLACES : 0;
   }
 
   // Call f(channel, index) for all channels and their places in memory padded to whole vectors.
   template <typename F>
   void each_channel(F f) const {
     for (int head = 0; head < heads_; ++head)
-      for (int c = 0; c < depth_; ++c) f(int64_t(head) * depth_ + c, head * wide_ + c);
+      for (int c = 0; c < depth(); ++c) f(int64_t(head) * depth() + c, head * wide() + c);
   }
   void spread(std::pair<const float*, float**> numbers) {
-    take(size_t(heads_) * wide_, {numbers.second});
+    take(size_t(heads_) * wide(), {numbers.second});
     each_channel([&](int64_t channel, int at) {
       (*numbers.second)[at] = numbers.first[channel];
     });
@@ -225,10 +284,10 @@ class StemWork {
   void each_value(F f) const {
     for (int head = 0; head < heads_; ++head)
       for (int place = 0; place < PLACES; ++place)
-        for (int i = 0; i < in_; ++i)
-          for (int c = 0; c < depth_; ++c)
-            f(head * depth_ + c, (int64_t(place) * channels_ + head * depth_ + c) * in_ + i,
-              (int64_t(head * PLACES + place) * in_ + i) * wide_ + c);
+        for (int i = 0; i < in(); ++i)
+          for (int c = 0; c < depth(); ++c)
+            f(head * depth() + c, (int64_t(place) * channels_ + head * depth() + c) * in() + i,
+              (int64_t(head * PLACES + place) * in() + i) * wide() + c);
   }
   // Negated where the minimum is asked for, which then is a maximum.
   float direction(int64_t channel) const { return a_.sign && a_.sign[channel] < 0 ? -1.0f : 1.0f; }
@@ -243,10 +302,10 @@ class StemWork {
   void each_term(Row row, F f) const {
     for (int head = 0; head < heads_; ++head)
       for (int key = 0; key < BLOCK; ++key)
-        for (int i = 0; i < in_; ++i)
+        for (int i = 0; i < in(); ++i)
           for (int place = 0; place < PLACES; ++place)
-            f((int64_t(head) * in_ + i) * STEM_OFFSETS + key - row(place) + BLOCK - 1,
-              (int64_t(head * BLOCK + key) * in_ + i) * PLACES + place);
+            f((int64_t(head) * in() + i) * STEM_OFFSETS + key - row(place) + BLOCK - 1,
+              (int64_t(head * BLOCK + key) * in() + i) * PLACES + place);
   }
   // For each head, key row (column) and channel of the image, what every query multiplies.
   template <typename Row>
@@ -294,8 +353,8 @@ class StemWork {
   }
   void read_pixels(const BlockSpan& span) const {
     for (int block = 0; block < span.count; ++block)
-      read(a_.x, span.image * in_, in_, span.y, span.x + block * BLOCK,
-           x_ + block * in_ * PLACES);
+      read(a_.x, span.image * in(), in(), span.y, span.x + block * BLOCK,
+           x_ + block * in() * PLACES);
   }
 
   INLINE void write(void* image, int64_t channel, int count, int y, int x,
@@ -331,41 +390,46 @@ class StemWork {
   }
   void write_pooled(const BlockSpan& span) const {
     float* to = static_cast<float*>(a_.output) + pooled_start(span);
+    transpose(pooled_, SPAN, heads_ * wide(), pooled_by_channel_);
     each_channel([&](int64_t channel, int at) {
-      for (int block = 0; block < span.count; ++block)
-        to[channel * pooled_size() + block] = pooled_[block * heads_ * wide_ + at];
+      std::memcpy(to + channel * pooled_size(), pooled_by_channel_ + at * SPAN,
+                  size_t(span.count) * 4);
     });
   }
 
   // The weights, values and outputs of one head and block.
   INLINE void attend(const float* x, int head, Inside part) {
     find_weights(x, head, part);
-    const float* weight = value_weight_ + int64_t(head) * PLACES * in_ * wide_;
-    for (int c = 0; c < wide_; c += LANES) {
+    const float* weight = value_weight_ + int64_t(head) * PLACES * in() * wide();
+    float *value = value_, *output = output_;
+    for (int c = 0; c < wide(); c += LANES) {
 #pragma GCC unroll 16
       for (int place = 0; place < PLACES; ++place) {
-        Vec value = {};
-        for (int i = 0; i < in_; ++i)
-          value += load(weight + (place * in_ + i) * wide_ + c) * x[i * PLACES + place];
-        store(value_ + place * wide_ + c, value);
+        Vec sum = {};
+        for (int i = 0; i < in(); ++i)
+          sum += load(weight + (place * in() + i) * wide() + c) * x[i * PLACES + place];
+        store(value + place * wide() + c, sum);
       }
-      products<PLACES>(value_ + c, wide_, weights_, PLACES, 1, PLACES, output_ + c, wide_);
+      products(value + c, wide(), weights_, PLACES, 1, PLACES,
+               [&](int place, Vec sum) { store(output + place * wide() + c, sum); });
     }
   }
 
   INLINE void find_weights(const float* x, int head, Inside part) {
-    const float* form = a_.form + int64_t(head) * in_ * in_;
-    const int64_t terms = int64_t(head) * BLOCK * in_ * PLACES;
+    const float* form = a_.form + int64_t(head) * in() * in();
+    const int64_t terms = int64_t(head) * BLOCK * in() * PLACES;
+    const float *row_terms = row_terms_ + terms, *col_terms = col_terms_ + terms;
+    float *to_keys = keys_, *weights = weights_;
     for (int v = 0; v < PLACES; v += LANES) {
       Vec by_row[BLOCK] = {}, by_col[BLOCK] = {};
       if (a_.row_terms) {
-        for (int i = 0; i < in_; ++i) {
+        for (int i = 0; i < in(); ++i) {
           const Vec pixel = load(x + i * PLACES + v);
 #pragma GCC unroll 4
           for (int key = 0; key < BLOCK; ++key) {
-            const int64_t at = terms + (key * in_ + i) * PLACES + v;
-            by_row[key] += pixel * load(row_terms_ + at);
-            by_col[key] += pixel * load(col_terms_ + at);
+            const int at = (key * in() + i) * PLACES + v;
+            by_row[key] += pixel * load(row_terms + at);
+            by_col[key] += pixel * load(col_terms + at);
           }
         }
       }
@@ -373,10 +437,10 @@ class StemWork {
 #pragma GCC unroll 16
       for (int key = 0; key < PLACES; ++key)
         logits[key] = by_row[key / BLOCK] + by_col[key % BLOCK];
-      for (int j = 0; j < in_; ++j) {
+      for (int j = 0; j < in(); ++j) {
         Vec keys = {};
-        for (int i = 0; i < in_; ++i) keys += load(x + i * PLACES + v) * form[i * in_ + j];
-        store(keys_ + j * PLACES + v, keys);
+        for (int i = 0; i < in(); ++i) keys += load(x + i * PLACES + v) * form[i * in() + j];
+        store(to_keys + j * PLACES + v, keys);
 #pragma GCC unroll 16
         for (int key = 0; key < PLACES; ++key) logits[key] += keys * x[j * PLACES + key];
       }
@@ -398,23 +462,23 @@ class StemWork {
       const Vec scale = 1.0f / ((sums[0] + sums[1]) + (sums[2] + sums[3]));
 #pragma GCC unroll 16
       for (int key = 0; key < PLACES; ++key)
-        store(weights_ + key * PLACES + v, logits[key] * scale);
+        store(weights + key * PLACES + v, logits[key] * scale);
     }
   }
 
   INLINE Vec highest_output(int c, Inside part) const {
     Vec highest = load(output_ + c);
     each_place(part, [&](int place) {
-      highest = greater(load(output_ + place * wide_ + c), highest);
+      highest = greater(load(output_ + place * wide() + c), highest);
     });
     return highest;
   }
 
   INLINE void pool(int head, int block, Inside part) {
-    for (int c = 0; c < wide_; c += LANES) {
-      const int at = head * wide_ + c;
+    for (int c = 0; c < wide(); c += LANES) {
+      const int at = head * wide() + c;
       Vec sum = {};
-      each_place(part, [&](int place) { sum += load(output_ + place * wide_ + c); });
+      each_place(part, [&](int place) { sum += load(output_ + place * wide() + c); });
       Vec result = highest_output(c, part);
       result = load(sign_ + at) == Vec{} ? load(output_ + c) : result;
       // A comparison lets NaN pass by; the sum does not.
@@ -423,7 +487,7 @@ class StemWork {
         result = (result - load(center_ + at)) * load(scale_ + at) + load(shift_ + at);
         result = result <= Vec{} ? Vec{} : result;
       }
-      store(pooled_ + block * heads_ * wide_ + at, result);
+      store(pooled_ + block * heads_ * wide() + at, result);
     }
   }
 
@@ -432,16 +496,16 @@ class StemWork {
   INLINE void gather_statistics(int head, Inside part, double before) {
     const float each = 1.0f / part.pixels();
     const double share = part.pixels() / (before + part.pixels());
-    for (int c = 0; c < wide_; c += LANES) {
+    for (int c = 0; c < wide(); c += LANES) {
       Vec sum = {}, squares = {};
-      each_place(part, [&](int place) { sum += load(output_ + place * wide_ + c); });
+      each_place(part, [&](int place) { sum += load(output_ + place * wide() + c); });
       const Vec mean = sum * each;
       each_place(part, [&](int place) {
-        const Vec distance = load(output_ + place * wide_ + c) - mean;
+        const Vec distance = load(output_ + place * wide() + c) - mean;
         squares += distance * distance;
       });
-      auto* total_mean = reinterpret_cast<UnalignedDoubles*>(mean_ + head * wide_ + c);
-      auto* total_squares = reinterpret_cast<UnalignedDoubles*>(squares_ + head * wide_ + c);
+      auto* total_mean = reinterpret_cast<UnalignedDoubles*>(mean_ + head * wide() + c);
+      auto* total_squares = reinterpret_cast<UnalignedDoubles*>(squares_ + head * wide() + c);
       const Doubles distance = __builtin_convertvector(mean, Doubles) - *total_mean;
       *total_mean += distance * share;
       *total_squares +=
@@ -449,8 +513,168 @@ class StemWork {
     }
   }
 
+  // The gradients of a span's maxima, (block, head, channel).
+  void read_pooled_gradients(const BlockSpan& span) const {
+    const float* grad = static_cast<const float*>(gradients_->grad) + pooled_start(span);
+    const float* pooled = gradients_->pooled + pooled_start(span);
+    each_channel([&](int64_t channel, int at) {
+      const float center = gradients_->center[channel], scale = gradients_->scale[channel];
+      const float shift = gradients_->shift[channel];
+      const int64_t start = channel * pooled_size();
+      float* to = pooled_by_channel_ + at * SPAN;
+      int block = 0;
+      for (; block + LANES <= span.count; block += LANES) {
+        const Vec normalized = (load(pooled + start + block) - center) * scale + shift;
+        store(to + block, normalized > Vec{} ? load(grad + start + block) * scale : Vec{});
+      }
+      for (; block < span.count; ++block) {
+        const bool on = (pooled[start + block] - center) * scale + shift > 0;
+        to[block] = on ? grad[start + block] * scale : 0.0f;
+      }
+    });
+    transpose(pooled_by_channel_, heads_ * wide(), SPAN, pooled_);
+  }
+
+  // From the gradient of the maximum and those of mean and variance to those of the output.
+  INLINE void output_gradients(int head, int block, Inside part) {
+    float *outputs = output_, *grads = grad_;
+    if (!part.all()) std::memset(grads, 0, size_t(PLACES) * wide() * 4);
+    for (int c = 0; c < wide(); c += LANES) {
+      const int at = head * wide() + c;
+      const Vec center = load(center_ + at), slope = load(slope_ + at);
+      const Vec offset = load(offset_ + at), highest = highest_output(c, part);
+      Vec grad = load(pooled_ + block * heads_ * wide() + at);
+      each_place(part, [&](int place) {
+        const Vec output = load(outputs + place * wide() + c);
+        const auto here = output == highest;
+        // The first of equals takes it all.
+        store(grads + place * wide() + c,
+              (output - center) * slope + offset + (here ? grad : Vec{}));
+        grad = here ? Vec{} : grad;
+      });
+    }
+  }
+
+  INLINE void logit_gradients(const float* x, int head, float* grad_x) {
+    const float* form = a_.form + int64_t(head) * in() * in();
+    float* grad_form = grad_form_ + int64_t(head) * in() * in() * PLACES;
+    const int64_t terms = int64_t(head) * BLOCK * in() * PLACES;
+    const float *row_terms = row_terms_ + terms, *col_terms = col_terms_ + terms;
+    float *grad_rows = grad_row_terms_ + terms, *grad_cols = grad_col_terms_ + terms;
+    float *weights = weights_, *grad_keys = grad_keys_, *grad_logits = grad_logits_;
+    const bool image = gradients_->x != nullptr, relative = a_.row_terms != nullptr;
+    for (int v = 0; v < PLACES; v += LANES) {
+      Vec grads[PLACES], expected[BLOCK] = {}, by_row[BLOCK] = {}, by_col[BLOCK] = {};
+      products(grad_by_channel_ + v, PLACES, value_, 1, wide(), depth(),
+               [&](int key, Vec sum) { grads[key] = sum; });
+#pragma GCC unroll 16
+      for (int key = 0; key < PLACES; ++key)
+        expected[key % BLOCK] += load(weights + key * PLACES + v) * grads[key];
+      const Vec mean = (expected[0] + expected[1]) + (expected[2] + expected[3]);
+#pragma GCC unroll 16
+      for (int key = 0; key < PLACES; ++key) {
+        grads[key] = load(weights + key * PLACES + v) * (grads[key] - mean);
+        by_row[key / BLOCK] += grads[key];
+        by_col[key % BLOCK] += grads[key];
+      }
+      if (image) {
+#pragma GCC unroll 16
+        for (int key = 0; key < PLACES; ++key) store(grad_logits + key * PLACES + v, grads[key]);
+      }
+      for (int j = 0; j < in(); ++j) {
+        Vec even = {}, odd = {};
+#pragma GCC unroll 16
+        for (int key = 0; key < PLACES; key += 2) {
+          even += grads[key] * x[j * PLACES + key];
+          odd += grads[key + 1] * x[j * PLACES + key + 1];
+        }
+        store(grad_keys + j * PLACES + v, even + odd);
+      }
+      for (int i = 0; i < in(); ++i) {
+        const Vec pixel = load(x + i * PLACES + v);
+        Vec sum = load(grad_x + i * PLACES + v);
+        for (int j = 0; j < in(); ++j) {
+          const Vec grad = load(grad_keys + j * PLACES + v);
+          add(grad_form + (i * in() + j) * PLACES + v, pixel * grad);
+          sum += grad * form[i * in() + j];
+        }
+        if (relative) {
+#pragma GCC unroll 4
+          for (int key = 0; key < BLOCK; ++key) {
+            const int at = (key * in() + i) * PLACES + v;
+            add(grad_rows + at, by_row[key] * pixel);
+            add(grad_cols + at, by_col[key] * pixel);
+            if (image) sum += by_row[key] * load(row_terms + at) + by_col[key] * load(col_terms + at);
+          }
+        }
+        store(grad_x + i * PLACES + v, sum);
+      }
+    }
+    if (!image) return;
+    transpose(grad_logits, PLACES, PLACES, grad_logits_by_query_);
+    const float *keys = keys_, *by_query = grad_logits_by_query_;
+    for (int v = 0; v < PLACES; v += LANES)
+      for (int j = 0; j < in(); ++j) {
+        Vec even = {}, odd = {};
+#pragma GCC unroll 16
+        for (int query = 0; query < PLACES; query += 2) {
+          even += load(by_query + query * PLACES + v) * keys[j * PLACES + query];
+          odd += load(by_query + (query + 1) * PLACES + v) * keys[j * PLACES + query + 1];
+        }
+        add(grad_x + j * PLACES + v, even + odd);
+      }
+  }
+
+  INLINE void value_gradients(const float* x, int head, float* grad_x) {
+    const int64_t start = int64_t(head) * PLACES * in() * wide();
+    const float *weight = value_weight_ + start, *weights = weights_;
+    float* grad_weight = grad_value_weight_ + start;
+    const bool image = gradients_->x != nullptr;
+    for (int c = 0; c < wide(); c += LANES) {
+      Vec grads[PLACES];
+      products(grad_ + c, wide(), weights, 1, PLACES, PLACES,
+               [&](int place, Vec sum) { grads[place] = sum; });
+#pragma GCC unroll 16
+      for (int place = 0; place < PLACES; ++place)
+        for (int i = 0; i < in(); ++i)
+          add(grad_weight + (place * in() + i) * wide() + c, grads[place] * x[i * PLACES + place]);
+      if (!image) continue;
+      for (int i = 0; i < in(); ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < PLACES; v += LANES)
+          add(grad_x + i * PLACES + v, lane_sums([&](int lane) {
+                return grads[v + lane] * load(weight + ((v + lane) * in() + i) * wide() + c);
+              }));
+    }
+  }
+
+  static INLINE void add(float* to, Vec x) { store(to, load(to) + x); }
+
+  void write_gradients(int64_t task) const {
+    const int64_t entries = int64_t(heads_) * in() * in();
+    for (int64_t i = 0; i < entries; ++i) {
+      float sum = 0;
+      for (int v = 0; v < PLACES; v += LANES) sum += lane_sum(grad_form_ + i * PLACES + v);
+      gradients_->form[task * entries + i] = sum;
+    }
+    float* value = gradients_->value + task * PLACES * channels_ * in();
+    each_value([&](int64_t channel, int64_t to, int64_t from) {
+      value[to] = direction(channel) * grad_value_weight_[from];
+    });
+    if (!a_.row_terms) return;
+    const int64_t terms = int64_t(heads_) * in() * STEM_OFFSETS;
+    float *rows = gradients_->row_terms + task * terms, *cols = gradients_->col_terms + task * terms;
+    std::memset(rows, 0, size_t(terms) * 4);
+    std::memset(cols, 0, size_t(terms) * 4);
+    each_term([](int place) { return place / BLOCK; },
+              [&](int64_t to, int64_t from) { rows[to] += grad_row_terms_[from]; });
+    each_term([](int place) { return place % BLOCK; },
+              [&](int64_t to, int64_t from) { cols[to] += grad_col_terms_[from]; });
+  }
+
   const StemAttention& a_;
-  int in_, channels_, heads_, depth_, wide_, height_, width_;
+  const StemGradients* gradients_;  // null forward
+  int in_, channels_, heads_, depth_, height_, width_;
   Scratch scratch_;
   float* x_;                          // (block, C_in, place)
   float* keys_;                       // (C_in, query), what a query multiplies pixels with
@@ -460,243 +684,48 @@ class StemWork {
   float* value_weight_;               // (head, place, C_in, channel)
   float *row_terms_, *col_terms_;     // (head, key row, C_in, query)
   float* pooled_;                     // (block, head, channel)
+  float* pooled_by_channel_;          // (head, channel, block)
   float *sign_, *center_, *scale_, *shift_;  // (head, channel)
   double *mean_, *squares_;                  // (head, channel)
-};
-
-class StemBackward : StemWork {
- public:
-  StemBackward(const StemAttention& a, const StemGradients& gradients)
-      : StemWork(a), gradients_(gradients) {
-    take(size_t(SPAN) * in_ * PLACES, {&grad_x_});
-    take(PLACES * wide_, {&grad_, &grad_by_channel_});
-    take(PLACES * PLACES, {&grad_logits_, &grad_logits_by_query_});
-    take(size_t(in_) * PLACES * LANES, {&grad_x_by_channel_});
-    take(size_t(heads_) * in_ * in_ * PLACES, {&grad_form_});
-    take(value_floats(), {&grad_value_weight_});
-    take(term_floats(), {&grad_row_terms_, &grad_col_terms_});
-    if (a.sign) {
-      spread({gradients.center, &center_});
-      spread({gradients.slope, &slope_});
-      spread({gradients.offset, &offset_});
-    }
-  }
-
-  void backward(int64_t task) {
-    std::memset(grad_form_, 0, size_t(heads_) * in_ * in_ * PLACES * 4);
-    std::memset(grad_value_weight_, 0, value_floats() * 4);
-    for (float* sums : {grad_row_terms_, grad_col_terms_})
-      std::memset(sums, 0, term_floats() * 4);
-    each_span(task, [&](const BlockSpan& span) {
-      read_pixels(span);
-      if (a_.sign) read_pooled_gradients(span);
-      std::memset(grad_x_, 0, size_t(SPAN) * in_ * PLACES * 4);
-      for (int head = 0; head < heads_; ++head)
-        for (int block = 0; block < span.count; ++block) {
-          const float* x = x_ + block * in_ * PLACES;
-          float* grad_x = grad_x_ + block * in_ * PLACES;
-          const Inside part = inside(span, block);
-          attend(x, head, part);
-          if (a_.sign) {
-            output_gradients(head, block, part);
-            transpose(grad_, PLACES, wide_, grad_by_channel_);
-          } else {
-            read(gradients_.grad, span.image * channels_ + head * depth_, depth_, span.y,
-                 span.x + block * BLOCK, grad_by_channel_);
-            transpose(grad_by_channel_, wide_, PLACES, grad_);
-          }
-          logit_gradients(x, head, grad_x);
-          value_gradients(x, head, grad_x);
-        }
-      if (gradients_.x) {
-        for (int block = 0; block < span.count; ++block)
-          write(gradients_.x, span.image * in_, in_, span.y, span.x + block * BLOCK,
-                grad_x_ + block * in_ * PLACES);
-      }
-    });
-    write_gradients(task);
-  }
-
- private:
-  // The gradients of a span's maxima, (block, head, channel).
-  void read_pooled_gradients(const BlockSpan& span) const {
-    const float* grad = static_cast<const float*>(gradients_.grad) + pooled_start(span);
-    const float* pooled = gradients_.pooled + pooled_start(span);
-    each_channel([&](int64_t channel, int at) {
-      const float center = gradients_.center[channel], scale = gradients_.scale[channel];
-      const float shift = gradients_.shift[channel];
-      const int64_t start = channel * pooled_size();
-      for (int block = 0; block < span.count; ++block) {
-        const bool on = (pooled[start + block] - center) * scale + shift > 0;
-        pooled_[block * heads_ * wide_ + at] = on ? grad[start + block] * scale : 0.0f;
-      }
-    });
-  }
-
-  // From the gradient of the maximum and those of mean and variance to those of the output.
-  INLINE void output_gradients(int head, int block, Inside part) {
-    if (!part.all()) std::memset(grad_, 0, size_t(PLACES) * wide_ * 4);
-    for (int c = 0; c < wide_; c += LANES) {
-      const int at = head * wide_ + c;
-      const Vec center = load(center_ + at), slope = load(slope_ + at);
-      const Vec offset = load(offset_ + at), highest = highest_output(c, part);
-      Vec grad = load(pooled_ + block * heads_ * wide_ + at);
-      each_place(part, [&](int place) {
-        const Vec output = load(output_ + place * wide_ + c);
-        const auto here = output == highest;
-        // The first of equals takes it all.
-        store(grad_ + place * wide_ + c,
-              (output - center) * slope + offset + (here ? grad : Vec{}));
-        grad = here ? Vec{} : grad;
-      });
-    }
-  }
-
-  INLINE void logit_gradients(const float* x, int head, float* grad_x) {
-    const float* form = a_.form + int64_t(head) * in_ * in_;
-    float* grad_form = grad_form_ + int64_t(head) * in_ * in_ * PLACES;
-    const int64_t terms = int64_t(head) * BLOCK * in_ * PLACES;
-    for (int v = 0; v < PLACES; v += LANES) {
-      products<PLACES>(grad_by_channel_ + v, PLACES, value_, 1, wide_, depth_, grad_logits_ + v,
-                       PLACES);
-      Vec expected[BLOCK] = {}, by_row[BLOCK] = {}, by_col[BLOCK] = {}, grads[PLACES];
-#pragma GCC unroll 16
-      for (int key = 0; key < PLACES; ++key)
-        expected[key % BLOCK] +=
-            load(weights_ + key * PLACES + v) * load(grad_logits_ + key * PLACES + v);
-      const Vec mean = (expected[0] + expected[1]) + (expected[2] + expected[3]);
-#pragma GCC unroll 16
-      for (int key = 0; key < PLACES; ++key) {
-        grads[key] = load(weights_ + key * PLACES + v) *
-                     (load(grad_logits_ + key * PLACES + v) - mean);
-        by_row[key / BLOCK] += grads[key];
-        by_col[key % BLOCK] += grads[key];
-      }
-      if (gradients_.x) {
-#pragma GCC unroll 16
-        for (int key = 0; key < PLACES; ++key) store(grad_logits_ + key * PLACES + v, grads[key]);
-      }
-      for (int j = 0; j < in_; ++j) {
-        Vec even = {}, odd = {};
-#pragma GCC unroll 16
-        for (int key = 0; key < PLACES; key += 2) {
-          even += grads[key] * x[j * PLACES + key];
-          odd += grads[key + 1] * x[j * PLACES + key + 1];
-        }
-        const Vec grad_keys = even + odd;
-        for (int i = 0; i < in_; ++i) {
-          add(grad_form + (i * in_ + j) * PLACES + v, load(x + i * PLACES + v) * grad_keys);
-          add(grad_x + i * PLACES + v, grad_keys * form[i * in_ + j]);
-        }
-      }
-      if (a_.row_terms) {
-        for (int i = 0; i < in_; ++i) {
-          const Vec pixel = load(x + i * PLACES + v);
-          Vec sum = load(grad_x + i * PLACES + v);
-#pragma GCC unroll 4
-          for (int key = 0; key < BLOCK; ++key) {
-            const int64_t at = terms + (key * in_ + i) * PLACES + v;
-            add(grad_row_terms_ + at, by_row[key] * pixel);
-            add(grad_col_terms_ + at, by_col[key] * pixel);
-            sum += by_row[key] * load(row_terms_ + at) + by_col[key] * load(col_terms_ + at);
-          }
-          store(grad_x + i * PLACES + v, sum);
-        }
-      }
-    }
-    if (!gradients_.x) return;
-    transpose(grad_logits_, PLACES, PLACES, grad_logits_by_query_);
-    for (int v = 0; v < PLACES; v += LANES)
-      for (int j = 0; j < in_; ++j) {
-        Vec even = {}, odd = {};
-#pragma GCC unroll 16
-        for (int query = 0; query < PLACES; query += 2) {
-          const float* grads = grad_logits_by_query_ + query * PLACES + v;
-          even += load(grads) * keys_[j * PLACES + query];
-          odd += load(grads + PLACES) * keys_[j * PLACES + query + 1];
-        }
-        add(grad_x + j * PLACES + v, even + odd);
-      }
-  }
-
-  INLINE void value_gradients(const float* x, int head, float* grad_x) {
-    constexpr int KEYS = SUMS / 2;
-    const int64_t start = int64_t(head) * PLACES * in_ * wide_;
-    for (int c = 0; c < wide_; c += LANES)
-      for (int first = 0; first < PLACES; first += KEYS) {
-        Vec sum[KEYS] = {};
-#pragma GCC unroll 16
-        for (int query = 0; query < PLACES; ++query) {
-          const Vec grad = load(grad_ + query * wide_ + c);
-#pragma GCC unroll 8
-          for (int i = 0; i < KEYS; ++i) sum[i] += grad * weights_[(first + i) * PLACES + query];
-        }
-#pragma GCC unroll 8
-        for (int key = 0; key < KEYS; ++key)
-          for (int i = 0; i < in_; ++i) {
-            const int place = first + key;
-            const int64_t at = start + (int64_t(place) * in_ + i) * wide_ + c;
-            add(grad_value_weight_ + at, sum[key] * x[i * PLACES + place]);
-            if (!gradients_.x) continue;
-            float* to = grad_x_by_channel_ + (i * PLACES + place) * LANES;
-            const Vec product = sum[key] * load(value_weight_ + at);
-            store(to, c == 0 ? product : load(to) + product);
-          }
-      }
-    if (!gradients_.x) return;
-    for (int i = 0; i < in_; ++i)
-      for (int v = 0; v < PLACES; v += LANES)
-        add(grad_x + i * PLACES + v, lane_sums(grad_x_by_channel_ + (i * PLACES + v) * LANES));
-  }
-
-  static INLINE void add(float* to, Vec x) { store(to, load(to) + x); }
-
-  void write_gradients(int64_t task) const {
-    const int64_t entries = int64_t(heads_) * in_ * in_;
-    for (int64_t i = 0; i < entries; ++i) {
-      float sum = 0;
-      for (int v = 0; v < PLACES; v += LANES) sum += lane_sum(grad_form_ + i * PLACES + v);
-      gradients_.form[task * entries + i] = sum;
-    }
-    float* value = gradients_.value + task * PLACES * channels_ * in_;
-    each_value([&](int64_t channel, int64_t to, int64_t from) {
-      value[to] = direction(channel) * grad_value_weight_[from];
-    });
-    if (!a_.row_terms) return;
-    const int64_t terms = int64_t(heads_) * in_ * STEM_OFFSETS;
-    float *rows = gradients_.row_terms + task * terms, *cols = gradients_.col_terms + task * terms;
-    std::memset(rows, 0, size_t(terms) * 4);
-    std::memset(cols, 0, size_t(terms) * 4);
-    each_term([](int place) { return place / BLOCK; },
-              [&](int64_t to, int64_t from) { rows[to] += grad_row_terms_[from]; });
-    each_term([](int place) { return place % BLOCK; },
-              [&](int64_t to, int64_t from) { cols[to] += grad_col_terms_[from]; });
-  }
-
-  const StemGradients& gradients_;
   float* grad_x_;             // (block, C_in, place)
   float* grad_;               // (place, channel)
   float* grad_by_channel_;    // (channel, place)
   float* grad_logits_;        // (key, query)
   float* grad_logits_by_query_;
-  float* grad_x_by_channel_;  // (C_in, place, lane)
+  float* grad_keys_;          // (C_in, query)
   float *slope_, *offset_;    // (head, channel)
   float* grad_form_;          // (head, C_in, C_in, query)
   float* grad_value_weight_;  // as value_weight_
   float *grad_row_terms_, *grad_col_terms_;
 };
 
-int64_t stem_tasks(const StemAttention& a) { return a.batch * StemWork::tasks_of_image(a); }
+int64_t stem_tasks(const StemAttention& a) {
+  return a.batch * StemWork<0, 0>::tasks_of_image(a);
+}
+
+// Call run(work) with the work of the stem of the paper, whose sizes the compiler knows, or of any.
+template <typename F>
+void with_stem_work(const StemAttention& a, const StemGradients* gradients, F run) {
+  if (a.in_channels == 3 && a.channels == 16 * a.heads) {
+    StemWork<3, 16> work(a, gradients);
+    run(work);
+  } else {
+    StemWork<0, 0> work(a, gradients);
+    run(work);
+  }
+}
 
 void stem_forward(const StemAttention& a, int64_t first_task, int64_t last_task) {
-  StemWork work(a);
-  for (int64_t task = first_task; task < last_task; ++task) work.forward(task);
+  with_stem_work(a, nullptr, [&](auto& work) {
+    for (int64_t task = first_task; task < last_task; ++task) work.forward(task);
+  });
 }
 
 void stem_backward(const StemAttention& a, const StemGradients& gradients, int64_t first_task,
                    int64_t last_task) {
-  StemBackward work(a, gradients);
-  for (int64_t task = first_task; task < last_task; ++task) work.backward(task);
+  with_stem_work(a, &gradients, [&](auto& work) {
+    for (int64_t task = first_task; task < last_task; ++task) work.backward(task);
+  });
 }
 
 void pooled_norm(const PooledNorm& a, int64_t first_channel, int64_t last_channel) {
