@@ -136,26 +136,24 @@ class AttentionStem(nn.Module):
         return F.relu(F.max_pool2d(self.norm(x), self.block_size, ceil_mode=True))
 
     def _run_fused(self, x: Tensor) -> Tensor:
-        heads = self.num_heads
-        affine = constant_affine(self.norm, self.out_channels)
-        if affine is not None and not torch.is_grad_enabled():
-            options = {"block_size": self.block_size, "num_heads": heads}
-            return pooled_stem_attention(x, *self._tensors(), *affine, **options)
+        tensors, heads, like = (x, *self._tensors()), self.num_heads, self.query.weight
+        blocks = {"block_size": self.block_size, "num_heads": heads}
+        affine = constant_affine(self.norm, like)
+        if affine is not None and not _needs_gradient(*tensors, *affine):
+            return pooled_stem_attention(*tensors, *affine, **blocks)
         if has_stem_kernels(x, self.block_size):
             pixels = x.numel() // self.in_channels
             if affine is not None and pixels > 0:
-                stem = normalized_stem_attention
-                return stem(x, *self._tensors(), *affine, num_heads=heads, eps=None)[0]
-            affine = batch_affine(self.norm, self.out_channels)
-            # PyTorch refuses to normalize a single value, and says so best itself.
+                return normalized_stem_attention(*tensors, *affine, num_heads=heads, eps=None)[0]
+            affine = batch_affine(self.norm, like)
+            # A norm of a single value is left to PyTorch, which refuses it.
             if affine is not None and pixels > 1:
-                output, *statistics = normalized_stem_attention(
-                    x, *self._tensors(), *affine, num_heads=heads, eps=self.norm.eps
+                output, mean, variance = normalized_stem_attention(
+                    *tensors, *affine, num_heads=heads, eps=self.norm.eps
                 )
-                update_running_statistics(self.norm, *statistics, pixels)
+                update_running_statistics(self.norm, mean, variance, pixels)
                 return output
-        options = {"block_size": self.block_size, "num_heads": heads}
-        return self._pool(stem_attention(x, *self._tensors(), **options))
+        return self._pool(stem_attention(*tensors, **blocks))
 
     def _is_plain(self) -> bool:
         """Tell whether the projections are no more than the weights that the operators take."""
@@ -190,3 +188,7 @@ class AttentionStem(nn.Module):
             value, mixing = self.value.weight[:, :, 0, 0][None], None
         projections = (self.query.weight, self.key.weight, value, mixing)
         return (*projections, self.rel_rows, self.rel_cols)
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -6,25 +6,25 @@ from torch import Tensor, nn
 from .plain import is_plain_call
 
 
-def constant_affine(norm: nn.Module, channels: int) -> tuple[Tensor, Tensor] | None:
+def constant_affine(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return scale and shift of a norm that is no more than that; None if it is more.
 
     Args:
         norm: any module. A batch norm that takes running statistics, a frozen one and
             ``nn.Identity`` are scale and shift, unless they have hooks or are subclasses.
-        channels: of what the norm is called with.
+        like: (C, ...), of the layer's type and device, for a norm without numbers of its own.
 
     Returns:
-        (scale, shift), each (channels,), differentiable by the norm's parameters; or None.
+        (scale, shift), each (C,), differentiable by the norm's parameters; or None.
     """
     kind = type(norm)
     if not is_plain_call(norm):
         return None
     if kind is nn.Identity:
-        return torch.ones(channels), torch.zeros(channels)
+        return like.new_ones(len(like)), like.new_zeros(len(like))
     package = kind.__module__.partition(".")[0]
     frozen = kind.__name__ == "FrozenBatchNorm2d" and package in ("detectron2", "torchvision")
-    if not (frozen or _is_batch_norm(norm) and not _takes_batch_statistics(norm)):
+    if not frozen and (not _is_batch_norm(norm) or _takes_batch_statistics(norm)):
         return None
     scale = (norm.running_var + norm.eps).rsqrt()
     if norm.weight is not None:
@@ -33,25 +33,25 @@ def constant_affine(norm: nn.Module, channels: int) -> tuple[Tensor, Tensor] | N
     return scale, shift if norm.bias is None else norm.bias + shift
 
 
-def batch_affine(norm: nn.Module, channels: int) -> tuple[Tensor, Tensor] | None:
+def batch_affine(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return weight and bias of a norm by mean and variance of this process's batch.
 
     Args:
         norm: any module.
-        channels: of what the norm is called with.
+        like: (C, ...), of the layer's type and device, for a norm without weights.
 
     Returns:
-        (weight, bias), each (channels,); None for another norm, one with hooks, a subclass, and
+        (weight, bias), each (C,); None for another norm, one with hooks, a subclass, and
         one that shares its statistics with other processes.
     """
     if not (is_plain_call(norm) and _is_batch_norm(norm) and _takes_batch_statistics(norm)):
         return None
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    # Of an epsilon that PyTorch refuses it is to be told by PyTorch.
-    if norm.eps <= 0 or type(norm) is nn.SyncBatchNorm and distributed:
+    # An epsilon that PyTorch refuses is left to it.
+    if norm.eps <= 0 or distributed and type(norm) is nn.SyncBatchNorm:
         return None
-    weight = torch.ones(channels) if norm.weight is None else norm.weight
-    return weight, torch.zeros(channels) if norm.bias is None else norm.bias
+    weight = like.new_ones(len(like)) if norm.weight is None else norm.weight
+    return weight, like.new_zeros(len(like)) if norm.bias is None else norm.bias
 
 
 @torch.no_grad()
