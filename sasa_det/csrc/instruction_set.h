@@ -5,8 +5,10 @@ namespace sasa_det {
 namespace {
 #include "vector.h"
 #include "memory.h"
+#include "shuffles.h"
 #include "local_attention_kernels.h"
 #include "stem_attention_kernels.h"
+#include "pooled_norm_kernels.h"
 }  // namespace
 
 extern const Kernels KERNELS = {

@@ -34,71 +34,7 @@ INLINE void products(const float* a, int a_step, const float* b, int b_step, int
   }
 }
 
-#if defined(__clang__)
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
-#endif
-
-// a0 b0 a1 b1 ... of the lower (upper) half of the lanes.
-template <int... I>
-INLINE Vec interleave_low(Vec a, Vec b, std::integer_sequence<int, I...>) {
-  return SHUFFLE(a, b, (I / 2 + I % 2 * LANES)...);
-}
-template <int... I>
-INLINE Vec interleave_high(Vec a, Vec b, std::integer_sequence<int, I...>) {
-  return SHUFFLE(a, b, (LANES / 2 + I / 2 + I % 2 * LANES)...);
-}
-#undef SHUFFLE
-using Lanes = std::make_integer_sequence<int, LANES>;
-
-// Rows of `from` become columns of `to`; both sizes are multiples of LANES.
-INLINE void transpose(const float* from, int rows, int cols, float* to) {
-  for (int row = 0; row < rows; row += LANES)
-    for (int col = 0; col < cols; col += LANES) {
-      Vec x[LANES], next[LANES];
-#pragma GCC unroll 16
-      for (int i = 0; i < LANES; ++i) x[i] = load(from + (row + i) * cols + col);
-      // Each step turns the bits of (row, column) by one.
-#pragma GCC unroll 4
-      for (int step = 1; step < LANES; step *= 2) {
-#pragma GCC unroll 8
-        for (int i = 0; i < LANES / 2; ++i) {
-          next[2 * i] = interleave_low(x[i], x[i + LANES / 2], Lanes());
-          next[2 * i + 1] = interleave_high(x[i], x[i + LANES / 2], Lanes());
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; ++i) x[i] = next[i];
-      }
-#pragma GCC unroll 16
-      for (int i = 0; i < LANES; ++i) store(to + (col + i) * rows + row, x[i]);
-    }
-}
-
-// The sums of the lanes of the vectors f(0), f(1), ... f(LANES - 1).
-template <typename F>
-INLINE Vec lane_sums(F f) {
-  constexpr int HALF = LANES / 2;
-  const auto fold = [](Vec a, Vec b) {
-    return interleave_low(a, b, Lanes()) + interleave_high(a, b, Lanes());
-  };
-  Vec x[HALF];
-#pragma GCC unroll 8
-  for (int i = 0; i < HALF; ++i) x[i] = fold(f(i), f(i + HALF));
-#pragma GCC unroll 4
-  for (int count = HALF / 2; count > 0; count /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < count; ++i) x[i] = fold(x[i], x[i + count]);
-  return x[0];
-}
-
-INLINE float lane_sum(const float* from) {
-  float sum = 0;
-  for (int i = 0; i < LANES; ++i) sum += from[i];
-  return sum;
-}
-
-// Blocks side by side, and the part of the image that the first, and all but the last, cover.
+// Blocks of an image side by side, from the upper left pixel of the first.
 struct BlockSpan {
   int64_t image;
   int y, x, count;
@@ -145,12 +81,12 @@ class StemWork {
     take(term_floats(), {&row_terms_, &col_terms_});
     if (a.sign) {
       take(size_t(SPAN) * heads_ * wide(), {&pooled_, &pooled_by_channel_});
-      spread({a.sign, &sign_});
+      spread(a.sign, &sign_);
     }
     if (a.scale) {
-      spread({a.center, &center_});
-      spread({a.scale, &scale_});
-      spread({a.shift, &shift_});
+      spread(a.center, &center_);
+      spread(a.scale, &scale_);
+      spread(a.shift, &shift_);
     }
     if (a.mean) {
       for (double** piece : {&mean_, &squares_})
@@ -250,9 +186,9 @@ class StemWork {
     take(value_floats(), {&grad_value_weight_});
     take(term_floats(), {&grad_row_terms_, &grad_col_terms_});
     if (a_.sign) {
-      spread({gradients.center, &center_});
-      spread({gradients.slope, &slope_});
-      spread({gradients.offset, &offset_});
+      spread(gradients.center, &center_);
+      spread(gradients.slope, &slope_);
+      spread(gradients.offset, &offset_);
     }
   }
   INLINE int in() const { return IN_CHANNELS > 0 ? IN_CHANNELS : in_; }
@@ -272,14 +208,12 @@ class StemWork {
     for (int head = 0; head < heads_; ++head)
       for (int c = 0; c < depth(); ++c) f(int64_t(head) * depth() + c, head * wide() + c);
   }
-  void spread(std::pair<const float*, float**> numbers) {
-    take(size_t(heads_) * wide(), {numbers.second});
-    each_channel([&](int64_t channel, int at) {
-      (*numbers.second)[at] = numbers.first[channel];
-    });
+  void spread(const float* numbers, float** to) {
+    take(size_t(heads_) * wide(), {to});
+    each_channel([&](int64_t channel, int at) { (*to)[at] = numbers[channel]; });
   }
 
-  // Call f(channel, place, i, index) for all values of (head, place, C_in, channel).
+  // Call f(channel, from, to) for the values (places, C, C_in) and (head, place, C_in, channel).
   template <typename F>
   void each_value(F f) const {
     for (int head = 0; head < heads_; ++head)
@@ -607,7 +541,8 @@ class StemWork {
             const int at = (key * in() + i) * PLACES + v;
             add(grad_rows + at, by_row[key] * pixel);
             add(grad_cols + at, by_col[key] * pixel);
-            if (image) sum += by_row[key] * load(row_terms + at) + by_col[key] * load(col_terms + at);
+            if (image)
+              sum += by_row[key] * load(row_terms + at) + by_col[key] * load(col_terms + at);
           }
         }
         store(grad_x + i * PLACES + v, sum);
@@ -666,7 +601,8 @@ class StemWork {
     });
     if (!a_.row_terms) return;
     const int64_t terms = int64_t(heads_) * in() * STEM_OFFSETS;
-    float *rows = gradients_->row_terms + task * terms, *cols = gradients_->col_terms + task * terms;
+    float* rows = gradients_->row_terms + task * terms;
+    float* cols = gradients_->col_terms + task * terms;
     std::memset(rows, 0, size_t(terms) * 4);
     std::memset(cols, 0, size_t(terms) * 4);
     each_term([](int place) { return place / BLOCK; },
@@ -679,27 +615,28 @@ class StemWork {
   const StemGradients* gradients_;  // null forward
   int in_, channels_, heads_, depth_, height_, width_;
   Scratch scratch_;
-  float* x_;                          // (block, C_in, place)
-  float* keys_;                       // (C_in, query), what a query multiplies pixels with
-  float* weights_;                    // (key, query)
-  float *value_, *output_;            // (place, channel)
-  float* output_by_channel_;          // (channel, place)
-  float* value_weight_;               // (head, place, C_in, channel)
-  float *row_terms_, *col_terms_;     // (head, key row, C_in, query)
-  float* pooled_;                     // (block, head, channel)
-  float* pooled_by_channel_;          // (head, channel, block)
+  float* x_;                                 // (block, C_in, place)
+  float* keys_;                              // (C_in, query), what a query multiplies pixels with
+  float* weights_;                           // (key, query)
+  float *value_, *output_;                   // (place, channel)
+  float* output_by_channel_;                 // (channel, place)
+  float* value_weight_;                      // (head, place, C_in, channel)
+  float *row_terms_, *col_terms_;            // (head, key row, C_in, query)
+  float* pooled_;                            // (block, head, channel)
+  float* pooled_by_channel_;                 // (head, channel, block)
   float *sign_, *center_, *scale_, *shift_;  // (head, channel)
   double *mean_, *squares_;                  // (head, channel)
-  float* grad_x_;             // (block, C_in, place)
-  float* grad_;               // (place, channel)
-  float* grad_by_channel_;    // (channel, place)
-  float* grad_logits_;        // (key, query)
-  float* grad_logits_by_query_;
-  float* grad_keys_;          // (C_in, query)
-  float *slope_, *offset_;    // (head, channel)
-  float* grad_form_;          // (head, C_in, C_in, query)
-  float* grad_value_weight_;  // as value_weight_
-  float *grad_row_terms_, *grad_col_terms_;
+  // Backward only.
+  float* grad_x_;                // (block, C_in, place)
+  float* grad_;                  // (place, channel)
+  float* grad_by_channel_;       // (channel, place)
+  float* grad_logits_;           // (key, query)
+  float* grad_logits_by_query_;  // (query, key)
+  float* grad_keys_;             // (C_in, query)
+  float *slope_, *offset_;       // (head, channel)
+  float* grad_form_;             // (head, C_in, C_in, query)
+  float* grad_value_weight_;     // as value_weight_
+  float *grad_row_terms_, *grad_col_terms_;  // as row_terms_
 };
 
 int64_t stem_tasks(const StemAttention& a) {
@@ -729,50 +666,4 @@ void stem_backward(const StemAttention& a, const StemGradients& gradients, int64
   with_stem_work(a, &gradients, [&](auto& work) {
     for (int64_t task = first_task; task < last_task; ++task) work.backward(task);
   });
-}
-
-void pooled_norm(const PooledNorm& a, int64_t first_channel, int64_t last_channel) {
-  for (int64_t channel = first_channel; channel < last_channel; ++channel)
-    for (int64_t image = 0; image < a.batch; ++image) {
-      const int64_t start = (image * a.channels + channel) * a.size;
-      const float center = a.center[channel], scale = a.scale[channel], shift = a.shift[channel];
-      for (int64_t i = start; i < start + a.size; ++i) {
-        const float normalized = (a.pooled[i] - center) * scale + shift;
-        a.output[i] = normalized <= 0 ? 0 : normalized;
-      }
-    }
-}
-
-void pooled_norm_backward(const PooledNorm& a, int64_t first_channel, int64_t last_channel) {
-  for (int64_t channel = first_channel; channel < last_channel; ++channel) {
-    const float center = a.center[channel], scale = a.scale[channel], shift = a.shift[channel];
-    double grad_sum = 0, product_sum = 0;
-    for (int64_t image = 0; image < a.batch; ++image) {
-      const float* grad = a.grad + (image * a.channels + channel) * a.size;
-      const float* pooled = a.pooled + (image * a.channels + channel) * a.size;
-      float sums[2][LANES] = {};
-      int64_t i = 0;
-      Vec sum = {}, products = {};
-      for (; i + LANES <= a.size; i += LANES) {
-        const Vec centered = load(pooled + i) - center;
-        const Vec here = centered * scale + shift > Vec{} ? load(grad + i) : Vec{};
-        sum += here;
-        products += here * centered;
-      }
-      store(sums[0], sum);
-      store(sums[1], products);
-      for (int lane = 0; i < a.size; ++i, ++lane) {
-        const float centered = pooled[i] - center;
-        const float here = centered * scale + shift > 0 ? grad[i] : 0.0f;
-        sums[0][lane] += here;
-        sums[1][lane] += here * centered;
-      }
-      for (int lane = 0; lane < LANES; ++lane) {
-        grad_sum += sums[0][lane];
-        product_sum += sums[1][lane];
-      }
-    }
-    a.grad_sum[channel] = grad_sum;
-    a.product_sum[channel] = product_sum;
-  }
 }
