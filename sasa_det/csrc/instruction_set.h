@@ -5,14 +5,16 @@ namespace sasa_det {
 namespace {
 #include "vector.h"
 #include "memory.h"
+#include "shuffles.h"
 #include "local_attention_kernels.h"
 #include "stem_attention_kernels.h"
 #include "product_kernels.h"
+#include "pooled_norm_kernels.h"
 }  // namespace
 
 extern const Kernels KERNELS = {
     {local_forward_tasks, local_forward, local_backward_tasks, local_backward},
-    {stem_tasks, stem_forward, stem_backward},
+    {stem_tasks, stem_forward, stem_backward, pooled_norm, pooled_norm_backward},
     {groups, group_size, product_tasks, run_product,
      gradient_parts, gradient_tasks, weight_gradient, combination_tasks, combine},
 };

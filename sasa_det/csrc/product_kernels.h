@@ -443,7 +443,7 @@ class GradientWork {
         buffer_(scratch_.take(2 * CHUNK)),
         grad_(scratch_.take(size_t(rows_of_task_ * STRIDE))),
         rows_(scratch_.take(LANES * STRIDE)),
-        x_(scratch_.take(X_ROWS * CHUNK)),
+        x_(scratch_.take(X_ROWS * CHUNK + LANES * TILE)),
         sums_(scratch_.take(size_t(rows_of_task_ * to_stride_))) {}
 
   void run(int64_t task) {
@@ -484,17 +484,10 @@ class GradientWork {
       for (int r = 0; r < LANES && first + c + r < a_.x.channels; ++r)
         copy(a_.x, first + c + r, columns, rows_ + r * STRIDE);
       const int tile = c / TILE * TILE, width = std::min(TILE, count - tile);
-      for (int i = 0; i < columns.padded(); i += LANES) {
-        Vec block[LANES];
-#pragma GCC unroll 16
-        for (int r = 0; r < LANES; ++r) block[r] = load(rows_ + r * STRIDE + i);
-        transpose(block);
-        float* to = x_ + tile * columns.count() + int64_t(i) * width + c - tile;
-        const int in_range = std::min(LANES, columns.count() - i);
-#pragma GCC unroll 16
-        for (int r = 0; r < LANES; ++r)
-          if (r < in_range) store(to + r * width, block[r]);
-      }
+      float* to = x_ + tile * columns.count() + c - tile;
+      // Rows behind the last column lie where the next tile's first are written later.
+      for (int i = 0; i < columns.padded(); i += LANES)
+        transpose_block(rows_ + i, STRIDE, to + int64_t(i) * width, width);
     }
   }
 

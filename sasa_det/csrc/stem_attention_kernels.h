@@ -1,72 +1,103 @@
 // The attention stem, forward and backward, for one instruction set, see instruction_set.h.
 //
-// The 16 pixels of a block are the lanes, as queries in most places: a query's softmax then runs
-// over vectors, not within one. Queries, keys and values are made from the few channels of the
-// image where they are needed, and never stored.
+// Weights, logits and pixels are vectors over the 16 places of a block, so that a query's softmax
+// runs over vectors, not within one. Values and outputs are vectors over a head's channels: the
+// maximum, the mean and the gradient of a block then need no sum within a vector either. Nothing
+// of the image's size is stored.
 
-constexpr int BLOCK = STEM_BLOCK, PLACES = STEM_PLACES, VECTORS = PLACES / LANES;
-constexpr int OFFSETS_IN_BLOCK = 2 * BLOCK - 1;
+constexpr int BLOCK = STEM_BLOCK, PLACES = STEM_PLACES;
 constexpr int BLOCK_ROWS_OF_TASK = 4;
+// Blocks of a row that go through one head after another: a head's weights and their gradients
+// then stay in the first cache.
+constexpr int SPAN = 16;
+// Sums that the long loops below keep in registers.
+constexpr int SUMS = LANES == 16 ? 16 : 8;
 
-// to[key] = sum_c a[c] b[c, key], lanes of `a` to lanes of `to`.
-INLINE void block_dots(const float* a, const float* b, int depth, float* to) {
-  constexpr int KEYS = LANES == 16 ? 16 : 4;
-  for (int v = 0; v < PLACES; v += LANES)
-    for (int key = 0; key < PLACES; key += KEYS) {
-      Vec sum[KEYS] = {};
-      for (int c = 0; c < depth; ++c) {
-        const Vec left = load(a + c * PLACES + v);
-#pragma GCC unroll 16
-        for (int i = 0; i < KEYS; ++i) sum[i] += left * b[c * PLACES + key + i];
-      }
-      for (int i = 0; i < KEYS; ++i) store(to + (key + i) * PLACES + v, sum[i]);
-    }
-}
+typedef double Doubles __attribute__((vector_size(8 * LANES)));
+typedef double UnalignedDoubles __attribute__((vector_size(8 * LANES), aligned(8), may_alias));
 
-// to[c] (+)= sum_key weights[key] b[c, key], lanes of `weights` to lanes of `to`.
-INLINE void block_mix(const float* weights, const float* b, int depth, float* to) {
-  for (int v = 0; v < PLACES; v += LANES) {
-    Vec w[PLACES];
-    for (int key = 0; key < PLACES; ++key) w[key] = load(weights + key * PLACES + v);
-    for (int c = 0; c < depth; ++c) {
-      Vec even = {}, odd = {};
+INLINE int round_up(int x, int step) { return (x + step - 1) / step * step; }
+
+// Call to(i, sum_k b[k * b_step + i * b_row] a[k * a_step]) for i < PLACES and k < depth.
+template <typename F>
+INLINE void products(const float* a, int a_step, const float* b, int b_step, int b_row, int depth,
+                     F to) {
+  for (int first = 0; first < PLACES; first += SUMS) {
+    Vec sum[SUMS] = {};
+    for (int k = 0; k < depth; ++k) {
+      const Vec left = load(a + k * a_step);
 #pragma GCC unroll 16
-      for (int key = 0; key < PLACES; key += 2) {
-        even += w[key] * b[c * PLACES + key];
-        odd += w[key + 1] * b[c * PLACES + key + 1];
-      }
-      store(to + c * PLACES + v, even + odd);
+      for (int i = 0; i < SUMS; ++i) sum[i] += left * b[k * b_step + (first + i) * b_row];
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < SUMS; ++i) to(first + i, sum[i]);
   }
 }
 
-// Swap the two places of a (places, places) matrix.
-INLINE void transpose(const float* from, float* to) {
-  for (int i = 0; i < PLACES; i += 4)
-    for (int j = 0; j < PLACES; j += 4)
-      for (int a = 0; a < 4; ++a)
-        for (int b = 0; b < 4; ++b) to[(j + b) * PLACES + i + a] = from[(i + a) * PLACES + j + b];
+// Blocks of an image side by side, from the upper left pixel of the first.
+struct BlockSpan {
+  int64_t image;
+  int y, x, count;
+};
+
+// How much of a block lies inside the image.
+struct Inside {
+  int rows, cols;
+  bool all() const { return rows == BLOCK && cols == BLOCK; }
+  int pixels() const { return rows * cols; }
+};
+
+// Call f(place) for the places inside the image.
+template <typename F>
+INLINE void each_place(Inside inside, F f) {
+  if (inside.all()) {
+#pragma GCC unroll 16
+    for (int place = 0; place < PLACES; ++place) f(place);
+  } else {
+    for (int i = 0; i < inside.rows; ++i)
+      for (int j = 0; j < inside.cols; ++j) f(i * BLOCK + j);
+  }
 }
 
-// What stays the same over all blocks of a call.
+// What stays the same over all blocks of a call, and the scratch memory of one thread. The channels
+// of the image and of a head may be known to the compiler, else they are 0.
+template <int IN_CHANNELS, int HEAD_WIDTH>
 class StemWork {
  public:
-  explicit StemWork(const StemAttention& a)
+  explicit StemWork(const StemAttention& a, const StemGradients* gradients = nullptr)
       : a_(a),
+        gradients_(gradients),
         in_(int(a.in_channels)),
         channels_(int(a.channels)),
+        heads_(int(a.heads)),
         depth_(int(a.channels / a.heads)),
-        half_(depth_ / 2),
         height_(int(a.height)),
         width_(int(a.width)) {
-    take(in_ * PLACES, {&x_, &grad_x_});
-    take(depth_ * PLACES, {&query_, &key_, &value_, &output_});
-    take(depth_ * PLACES, {&grad_, &grad_query_, &grad_key_, &grad_value_});
-    take(PLACES * PLACES, {&weights_, &grad_logits_, &weights_by_key_, &grad_logits_by_key_});
-    take(BLOCK * PLACES, {&row_terms_, &col_terms_, &grad_row_terms_, &grad_col_terms_});
-    take(embedding_floats(), {&rows_, &cols_, &grad_rows_, &grad_cols_});
-    take(weight_floats(), {&grad_query_weight_, &grad_key_weight_, &grad_value_weight_});
-    if (a.rel_rows) spread_embeddings();
+    take(size_t(SPAN) * in() * PLACES, {&x_});
+    take(in() * PLACES, {&keys_});
+    take(PLACES * PLACES, {&weights_});
+    take(PLACES * wide(), {&value_, &output_, &output_by_channel_});
+    take(value_floats(), {&value_weight_});
+    take(term_floats(), {&row_terms_, &col_terms_});
+    if (a.sign) {
+      take(size_t(SPAN) * heads_ * wide(), {&pooled_, &pooled_by_channel_});
+      spread(a.sign, &sign_);
+    }
+    if (a.scale) {
+      spread(a.center, &center_);
+      spread(a.scale, &scale_);
+      spread(a.shift, &shift_);
+    }
+    if (a.mean) {
+      for (double** piece : {&mean_, &squares_})
+        *piece = reinterpret_cast<double*>(scratch_.take(size_t(heads_) * wide() * 2));
+    }
+    spread_values();
+    if (a.row_terms) {
+      spread_terms(a.row_terms, [](int place) { return place / BLOCK; }, row_terms_);
+      spread_terms(a.col_terms, [](int place) { return place % BLOCK; }, col_terms_);
+    }
+    if (gradients) take_gradients(*gradients);
   }
 
   static int64_t tasks_of_image(const StemAttention& a) {
@@ -75,55 +106,160 @@ class StemWork {
   }
 
   void forward(int64_t task) {
-    each_block(task, [&](int64_t image, int y, int x) {
-      read(a_.x, image * in_, in_, y, x, x_);
-      for (int head = 0; head < a_.heads; ++head) {
-        softmax(head, y, x);
-        block_mix(weights_, value_, depth_, output_);
-        if (a_.scale)
-          write_pooled(image, head, y, x);
-        else
-          write(a_.output, image * channels_ + head * depth_, depth_, y, x, output_);
+    double count = 0;
+    if (a_.mean) {
+      std::memset(mean_, 0, size_t(heads_) * wide() * 8);
+      std::memset(squares_, 0, size_t(heads_) * wide() * 8);
+    }
+    each_span(task, [&](const BlockSpan& span) {
+      read_pixels(span);
+      for (int head = 0; head < heads_; ++head) {
+        double before = count;
+        for (int block = 0; block < span.count; ++block) {
+          const Inside part = inside(span, block);
+          attend(x_ + block * in() * PLACES, head, part);
+          if (a_.sign) {
+            pool(head, block, part);
+            if (a_.mean) gather_statistics(head, part, before);
+            before += part.pixels();
+          } else {
+            transpose(output_, PLACES, wide(), output_by_channel_);
+            write(a_.output, span.image * channels_ + head * depth(), depth(), span.y,
+                  span.x + block * BLOCK, output_by_channel_);
+          }
+        }
       }
+      for (int block = 0; block < span.count; ++block) count += inside(span, block).pixels();
+      if (a_.sign) write_pooled(span);
     });
+    if (a_.mean) {
+      a_.count[task] = count;
+      each_channel([&](int64_t channel, int at) {
+        a_.mean[task * channels_ + channel] = mean_[at];
+        a_.squares[task * channels_ + channel] = squares_[at];
+      });
+    }
   }
 
   void backward(int64_t task) {
-    for (float* sums : {grad_query_weight_, grad_key_weight_, grad_value_weight_})
-      std::memset(sums, 0, weight_floats() * 4);
-    std::memset(grad_rows_, 0, embedding_floats() * 4);
-    std::memset(grad_cols_, 0, embedding_floats() * 4);
-    each_block(task, [&](int64_t image, int y, int x) {
-      read(a_.x, image * in_, in_, y, x, x_);
-      std::memset(grad_x_, 0, size_t(in_) * PLACES * 4);
-      for (int head = 0; head < a_.heads; ++head) {
-        softmax(head, y, x);
-        read(a_.grad, image * channels_ + head * depth_, depth_, y, x, grad_);
-        block_gradients(head);
-        weight_gradients(head);
+    std::memset(grad_form_, 0, size_t(heads_) * in() * in() * PLACES * 4);
+    std::memset(grad_value_weight_, 0, value_floats() * 4);
+    for (float* sums : {grad_row_terms_, grad_col_terms_})
+      std::memset(sums, 0, term_floats() * 4);
+    each_span(task, [&](const BlockSpan& span) {
+      read_pixels(span);
+      if (a_.sign) read_pooled_gradients(span);
+      std::memset(grad_x_, 0, size_t(SPAN) * in() * PLACES * 4);
+      for (int head = 0; head < heads_; ++head)
+        for (int block = 0; block < span.count; ++block) {
+          const float* x = x_ + block * in() * PLACES;
+          float* grad_x = grad_x_ + block * in() * PLACES;
+          const Inside part = inside(span, block);
+          attend(x, head, part);
+          if (a_.sign) {
+            output_gradients(head, block, part);
+            transpose(grad_, PLACES, wide(), grad_by_channel_);
+          } else {
+            read(gradients_->grad, span.image * channels_ + head * depth(), depth(), span.y,
+                 span.x + block * BLOCK, grad_by_channel_);
+            transpose(grad_by_channel_, wide(), PLACES, grad_);
+          }
+          logit_gradients(x, head, grad_x);
+          value_gradients(x, head, grad_x);
+        }
+      if (gradients_->x) {
+        for (int block = 0; block < span.count; ++block)
+          write(gradients_->x, span.image * in(), in(), span.y, span.x + block * BLOCK,
+                grad_x_ + block * in() * PLACES);
       }
-      if (a_.grad_x) write(a_.grad_x, image * in_, in_, y, x, grad_x_);
     });
     write_gradients(task);
   }
 
  private:
+  void take_gradients(const StemGradients& gradients) {
+    take(size_t(SPAN) * in() * PLACES, {&grad_x_});
+    take(PLACES * wide(), {&grad_, &grad_by_channel_});
+    take(PLACES * PLACES, {&grad_logits_, &grad_logits_by_query_});
+    take(in() * PLACES, {&grad_keys_});
+    take(size_t(heads_) * in() * in() * PLACES, {&grad_form_});
+    take(value_floats(), {&grad_value_weight_});
+    take(term_floats(), {&grad_row_terms_, &grad_col_terms_});
+    if (a_.sign) {
+      spread(gradients.center, &center_);
+      spread(gradients.slope, &slope_);
+      spread(gradients.offset, &offset_);
+    }
+  }
+  INLINE int in() const { return IN_CHANNELS > 0 ? IN_CHANNELS : in_; }
+  INLINE int depth() const { return HEAD_WIDTH > 0 ? HEAD_WIDTH : depth_; }
+  INLINE int wide() const { return round_up(depth(), LANES); }  // in whole vectors
   void take(size_t floats, std::initializer_list<float**> pieces) {
     for (float** piece : pieces) *piece = scratch_.take(floats);
   }
-  size_t weight_floats() const { return size_t(channels_) * in_ * PLACES; }
-  size_t embedding_floats() const {
-    return a_.rel_rows ? size_t(a_.heads) * BLOCK * half_ * PLACES : 0;
+  size_t value_floats() const { return size_t(heads_) * PLACES * in() * wide(); }
+  size_t term_floats() const {
+    return a_.row_terms ? size_t(heads_) * BLOCK * in() * PLACES : 0;
   }
 
-  // Call f(image, y, x) for the upper left pixels of a task's blocks.
+  // Call f(channel, index) for all channels and their places in memory padded to whole vectors.
   template <typename F>
-  INLINE void each_block(int64_t task, F f) {
+  void each_channel(F f) const {
+    for (int head = 0; head < heads_; ++head)
+      for (int c = 0; c < depth(); ++c) f(int64_t(head) * depth() + c, head * wide() + c);
+  }
+  void spread(const float* numbers, float** to) {
+    take(size_t(heads_) * wide(), {to});
+    each_channel([&](int64_t channel, int at) { (*to)[at] = numbers[channel]; });
+  }
+
+  // Call f(channel, from, to) for the values (places, C, C_in) and (head, place, C_in, channel).
+  template <typename F>
+  void each_value(F f) const {
+    for (int head = 0; head < heads_; ++head)
+      for (int place = 0; place < PLACES; ++place)
+        for (int i = 0; i < in(); ++i)
+          for (int c = 0; c < depth(); ++c)
+            f(head * depth() + c, (int64_t(place) * channels_ + head * depth() + c) * in() + i,
+              (int64_t(head * PLACES + place) * in() + i) * wide() + c);
+  }
+  // Negated where the minimum is asked for, which then is a maximum.
+  float direction(int64_t channel) const { return a_.sign && a_.sign[channel] < 0 ? -1.0f : 1.0f; }
+  void spread_values() {
+    each_value([&](int64_t channel, int64_t from, int64_t to) {
+      value_weight_[to] = direction(channel) * a_.value[from];
+    });
+  }
+
+  // Call f(from, to) for the terms (heads, C_in, offsets) and (heads, key row, C_in, query).
+  template <typename Row, typename F>
+  void each_term(Row row, F f) const {
+    for (int head = 0; head < heads_; ++head)
+      for (int key = 0; key < BLOCK; ++key)
+        for (int i = 0; i < in(); ++i)
+          for (int place = 0; place < PLACES; ++place)
+            f((int64_t(head) * in() + i) * STEM_OFFSETS + key - row(place) + BLOCK - 1,
+              (int64_t(head * BLOCK + key) * in() + i) * PLACES + place);
+  }
+  // For each head, key row (column) and channel of the image, what every query multiplies.
+  template <typename Row>
+  void spread_terms(const float* terms, Row row, float* to_terms) {
+    each_term(row, [&](int64_t from, int64_t to) { to_terms[to] = terms[from]; });
+  }
+
+  template <typename F>
+  INLINE void each_span(int64_t task, F f) {
     const int64_t image = task / tasks_of_image(a_);
     const int begin = int(task % tasks_of_image(a_)) * BLOCK_ROWS_OF_TASK * BLOCK;
     const int end = std::min(height_, begin + BLOCK_ROWS_OF_TASK * BLOCK);
+    const int blocks = (width_ + BLOCK - 1) / BLOCK;
     for (int y = begin; y < end; y += BLOCK)
-      for (int x = 0; x < width_; x += BLOCK) f(image, y, x);
+      for (int block = 0; block < blocks; block += SPAN)
+        f(BlockSpan{image, y, block * BLOCK, std::min(SPAN, blocks - block)});
+  }
+  INLINE Inside inside(const BlockSpan& span, int block) const {
+    return {std::min(BLOCK, height_ - span.y),
+            std::min(BLOCK, width_ - span.x - block * BLOCK)};
   }
 
   // Copy a block of `count` channels, (channels, places), with zeros for what lies outside.
@@ -149,6 +285,11 @@ class StemWork {
       }
     }
   }
+  void read_pixels(const BlockSpan& span) const {
+    for (int block = 0; block < span.count; ++block)
+      read(a_.x, span.image * in(), in(), span.y, span.x + block * BLOCK,
+           x_ + block * in() * PLACES);
+  }
 
   INLINE void write(void* image, int64_t channel, int count, int y, int x,
                     const float* from) const {
@@ -173,224 +314,356 @@ class StemWork {
     }
   }
 
-  // Write a block's maximum of every channel after scale, shift and ReLU.
-  INLINE void write_pooled(int64_t image, int head, int y, int x) const {
-    const int rows = std::min(BLOCK, height_ - y), cols = std::min(BLOCK, width_ - x);
-    const int64_t block_rows = (height_ + BLOCK - 1) / BLOCK;
-    const int64_t block_cols = (width_ + BLOCK - 1) / BLOCK;
-    for (int c = 0; c < depth_; ++c) {
-      const int64_t channel = int64_t(head) * depth_ + c;
-      const float scale = a_.scale[channel], shift = a_.shift[channel];
-      float highest = -INFINITY, sum = 0.0f;
-      for (int i = 0; i < rows; ++i)
-        for (int j = 0; j < cols; ++j) {
-          const float scaled = output_[c * PLACES + i * BLOCK + j] * scale + shift;
-          highest = scaled > highest ? scaled : highest;
-          sum += scaled;
+  // Where a span begins in a pooled map, and the numbers from one channel to the next.
+  INLINE int64_t pooled_start(const BlockSpan& span) const {
+    return span.image * channels_ * pooled_size() +
+           int64_t(span.y / BLOCK) * ((width_ + BLOCK - 1) / BLOCK) + span.x / BLOCK;
+  }
+  INLINE int64_t pooled_size() const {
+    return int64_t((height_ + BLOCK - 1) / BLOCK) * ((width_ + BLOCK - 1) / BLOCK);
+  }
+  void write_pooled(const BlockSpan& span) const {
+    float* to = static_cast<float*>(a_.output) + pooled_start(span);
+    transpose(pooled_, SPAN, heads_ * wide(), pooled_by_channel_);
+    each_channel([&](int64_t channel, int at) {
+      std::memcpy(to + channel * pooled_size(), pooled_by_channel_ + at * SPAN,
+                  size_t(span.count) * 4);
+    });
+  }
+
+  // The weights, values and outputs of one head and block.
+  INLINE void attend(const float* x, int head, Inside part) {
+    find_weights(x, head, part);
+    const float* weight = value_weight_ + int64_t(head) * PLACES * in() * wide();
+    float *value = value_, *output = output_;
+    for (int c = 0; c < wide(); c += LANES) {
+#pragma GCC unroll 16
+      for (int place = 0; place < PLACES; ++place) {
+        Vec sum = {};
+        for (int i = 0; i < in(); ++i)
+          sum += load(weight + (place * in() + i) * wide() + c) * x[i * PLACES + place];
+        store(value + place * wide() + c, sum);
+      }
+      products(value + c, wide(), weights_, PLACES, 1, PLACES,
+               [&](int place, Vec sum) { store(output + place * wide() + c, sum); });
+    }
+  }
+
+  INLINE void find_weights(const float* x, int head, Inside part) {
+    const float* form = a_.form + int64_t(head) * in() * in();
+    const int64_t terms = int64_t(head) * BLOCK * in() * PLACES;
+    const float *row_terms = row_terms_ + terms, *col_terms = col_terms_ + terms;
+    float *to_keys = keys_, *weights = weights_;
+    for (int v = 0; v < PLACES; v += LANES) {
+      Vec by_row[BLOCK] = {}, by_col[BLOCK] = {};
+      if (a_.row_terms) {
+        for (int i = 0; i < in(); ++i) {
+          const Vec pixel = load(x + i * PLACES + v);
+#pragma GCC unroll 4
+          for (int key = 0; key < BLOCK; ++key) {
+            const int at = (key * in() + i) * PLACES + v;
+            by_row[key] += pixel * load(row_terms + at);
+            by_col[key] += pixel * load(col_terms + at);
+          }
         }
+      }
+      Vec logits[PLACES];
+#pragma GCC unroll 16
+      for (int key = 0; key < PLACES; ++key)
+        logits[key] = by_row[key / BLOCK] + by_col[key % BLOCK];
+      for (int j = 0; j < in(); ++j) {
+        Vec keys = {};
+        for (int i = 0; i < in(); ++i) keys += load(x + i * PLACES + v) * form[i * in() + j];
+        store(to_keys + j * PLACES + v, keys);
+#pragma GCC unroll 16
+        for (int key = 0; key < PLACES; ++key) logits[key] += keys * x[j * PLACES + key];
+      }
+      if (!part.all()) {
+        for (int key = 0; key < PLACES; ++key)
+          if (key / BLOCK >= part.rows || key % BLOCK >= part.cols) logits[key] = all(-INFINITY);
+      }
+      Vec highest[BLOCK], sums[BLOCK];
+#pragma GCC unroll 16
+      for (int key = 0; key < PLACES; ++key)
+        highest[key % BLOCK] = key < BLOCK ? logits[key]
+                                           : greater(logits[key], highest[key % BLOCK]);
+      const Vec top = greater(greater(highest[0], highest[1]), greater(highest[2], highest[3]));
+#pragma GCC unroll 16
+      for (int key = 0; key < PLACES; ++key) {
+        logits[key] = exp_negative(logits[key] - top);
+        sums[key % BLOCK] = key < BLOCK ? logits[key] : sums[key % BLOCK] + logits[key];
+      }
+      const Vec scale = 1.0f / ((sums[0] + sums[1]) + (sums[2] + sums[3]));
+#pragma GCC unroll 16
+      for (int key = 0; key < PLACES; ++key)
+        store(weights + key * PLACES + v, logits[key] * scale);
+    }
+  }
+
+  INLINE Vec highest_output(int c, Inside part) const {
+    Vec highest = load(output_ + c);
+    each_place(part, [&](int place) {
+      highest = greater(load(output_ + place * wide() + c), highest);
+    });
+    return highest;
+  }
+
+  INLINE void pool(int head, int block, Inside part) {
+    for (int c = 0; c < wide(); c += LANES) {
+      const int at = head * wide() + c;
+      Vec sum = {};
+      each_place(part, [&](int place) { sum += load(output_ + place * wide() + c); });
+      Vec result = highest_output(c, part);
+      result = load(sign_ + at) == Vec{} ? load(output_ + c) : result;
       // A comparison lets NaN pass by; the sum does not.
-      float result = sum != sum ? sum : highest > 0 ? highest : 0.0f;
-      const int64_t at = ((image * channels_ + channel) * block_rows + y / BLOCK) * block_cols +
-                         x / BLOCK;
-      if (a_.bfloat16) {
-        static_cast<uint16_t*>(a_.output)[at] = narrow(result);
-      } else {
-        static_cast<float*>(a_.output)[at] = result;
+      result = sum != sum ? sum : result;
+      if (a_.scale) {
+        result = (result - load(center_ + at)) * load(scale_ + at) + load(shift_ + at);
+        result = result <= Vec{} ? Vec{} : result;
       }
+      store(pooled_ + block * heads_ * wide() + at, result);
     }
   }
 
-  // For each head, key row (column) and channel the embedding as every query of a block sees it.
-  void spread_embeddings() {
-    for (int head = 0; head < a_.heads; ++head)
-      for (int i = 0; i < BLOCK; ++i)
-        for (int c = 0; c < half_; ++c)
-          for (int place = 0; place < PLACES; ++place) {
-            const int64_t from = (int64_t(head) * half_ + c) * OFFSETS_IN_BLOCK + i + BLOCK - 1;
-            const int64_t to = ((int64_t(head) * BLOCK + i) * half_ + c) * PLACES + place;
-            rows_[to] = a_.rel_rows[from - place / BLOCK];
-            cols_[to] = a_.rel_cols[from - place % BLOCK];
-          }
+  // Join a block's mean and squares about it to those of the `before` pixels of the task so far,
+  // as Chan, Golub and LeVeque do. Distances from the block's first output are small and exact.
+  INLINE void gather_statistics(int head, Inside part, double before) {
+    const float each = 1.0f / part.pixels();
+    const double share = part.pixels() / (before + part.pixels());
+    const float* output = output_;
+    for (int c = 0; c < wide(); c += LANES) {
+      const Vec first = load(output + c);
+      Vec sum = {}, squares = {};
+      each_place(part, [&](int place) {
+        const Vec distance = load(output + place * wide() + c) - first;
+        sum += distance;
+        squares += distance * distance;
+      });
+      squares -= sum * (sum * each);
+      auto* total_mean = reinterpret_cast<UnalignedDoubles*>(mean_ + head * wide() + c);
+      auto* total_squares = reinterpret_cast<UnalignedDoubles*>(squares_ + head * wide() + c);
+      const Doubles distance = __builtin_convertvector(first, Doubles) - *total_mean +
+                               __builtin_convertvector(sum * each, Doubles);
+      *total_mean += distance * share;
+      *total_squares +=
+          __builtin_convertvector(squares, Doubles) + distance * distance * (share * before);
+    }
   }
 
-  // One head's queries, keys, values and weights of the block in x_.
-  INLINE void softmax(int head, int y, int x) {
-    for (int c = 0; c < depth_; ++c) {
-      const int64_t channel = int64_t(head) * depth_ + c;
-      for (int v = 0; v < PLACES; v += LANES) {
-        Vec query = {}, key = {}, value = {};
-        for (int i = 0; i < in_; ++i) {
-          const Vec pixel = load(x_ + i * PLACES + v);
-          query += pixel * a_.query[channel * in_ + i];
-          key += pixel * a_.key[channel * in_ + i];
-          value += pixel * load(a_.value + (channel * in_ + i) * PLACES + v);
+  // The gradients of a span's maxima, (block, head, channel).
+  void read_pooled_gradients(const BlockSpan& span) const {
+    const float* grad = static_cast<const float*>(gradients_->grad) + pooled_start(span);
+    const float* pooled = gradients_->pooled + pooled_start(span);
+    each_channel([&](int64_t channel, int at) {
+      const float center = gradients_->center[channel], scale = gradients_->scale[channel];
+      const float shift = gradients_->shift[channel];
+      const int64_t start = channel * pooled_size();
+      float* to = pooled_by_channel_ + at * SPAN;
+      int block = 0;
+      for (; block + LANES <= span.count; block += LANES) {
+        const Vec normalized = (load(pooled + start + block) - center) * scale + shift;
+        store(to + block, normalized > Vec{} ? load(grad + start + block) * scale : Vec{});
+      }
+      for (; block < span.count; ++block) {
+        const bool on = (pooled[start + block] - center) * scale + shift > 0;
+        to[block] = on ? grad[start + block] * scale : 0.0f;
+      }
+    });
+    transpose(pooled_by_channel_, heads_ * wide(), SPAN, pooled_);
+  }
+
+  // From the gradient of the maximum and those of mean and variance to those of the output.
+  INLINE void output_gradients(int head, int block, Inside part) {
+    float *outputs = output_, *grads = grad_;
+    if (!part.all()) std::memset(grads, 0, size_t(PLACES) * wide() * 4);
+    for (int c = 0; c < wide(); c += LANES) {
+      const int at = head * wide() + c;
+      const Vec center = load(center_ + at), slope = load(slope_ + at);
+      const Vec offset = load(offset_ + at), highest = highest_output(c, part);
+      Vec grad = load(pooled_ + block * heads_ * wide() + at);
+      each_place(part, [&](int place) {
+        const Vec output = load(outputs + place * wide() + c);
+        const auto here = output == highest;
+        // The first of equals takes it all.
+        store(grads + place * wide() + c,
+              (output - center) * slope + offset + (here ? grad : Vec{}));
+        grad = here ? Vec{} : grad;
+      });
+    }
+  }
+
+  INLINE void logit_gradients(const float* x, int head, float* grad_x) {
+    const float* form = a_.form + int64_t(head) * in() * in();
+    float* grad_form = grad_form_ + int64_t(head) * in() * in() * PLACES;
+    const int64_t terms = int64_t(head) * BLOCK * in() * PLACES;
+    const float *row_terms = row_terms_ + terms, *col_terms = col_terms_ + terms;
+    float *grad_rows = grad_row_terms_ + terms, *grad_cols = grad_col_terms_ + terms;
+    float *weights = weights_, *grad_keys = grad_keys_, *grad_logits = grad_logits_;
+    const bool image = gradients_->x != nullptr, relative = a_.row_terms != nullptr;
+    for (int v = 0; v < PLACES; v += LANES) {
+      Vec grads[PLACES], expected[BLOCK] = {}, by_row[BLOCK] = {}, by_col[BLOCK] = {};
+      products(grad_by_channel_ + v, PLACES, value_, 1, wide(), depth(),
+               [&](int key, Vec sum) { grads[key] = sum; });
+#pragma GCC unroll 16
+      for (int key = 0; key < PLACES; ++key)
+        expected[key % BLOCK] += load(weights + key * PLACES + v) * grads[key];
+      const Vec mean = (expected[0] + expected[1]) + (expected[2] + expected[3]);
+#pragma GCC unroll 16
+      for (int key = 0; key < PLACES; ++key) {
+        grads[key] = load(weights + key * PLACES + v) * (grads[key] - mean);
+        by_row[key / BLOCK] += grads[key];
+        by_col[key % BLOCK] += grads[key];
+      }
+      if (image) {
+#pragma GCC unroll 16
+        for (int key = 0; key < PLACES; ++key) store(grad_logits + key * PLACES + v, grads[key]);
+      }
+      for (int j = 0; j < in(); ++j) {
+        Vec even = {}, odd = {};
+#pragma GCC unroll 16
+        for (int key = 0; key < PLACES; key += 2) {
+          even += grads[key] * x[j * PLACES + key];
+          odd += grads[key + 1] * x[j * PLACES + key + 1];
         }
-        store(query_ + c * PLACES + v, query);
-        store(key_ + c * PLACES + v, key);
-        store(value_ + c * PLACES + v, value);
+        store(grad_keys + j * PLACES + v, even + odd);
+      }
+      for (int i = 0; i < in(); ++i) {
+        const Vec pixel = load(x + i * PLACES + v);
+        Vec sum = load(grad_x + i * PLACES + v);
+        for (int j = 0; j < in(); ++j) {
+          const Vec grad = load(grad_keys + j * PLACES + v);
+          add(grad_form + (i * in() + j) * PLACES + v, pixel * grad);
+          sum += grad * form[i * in() + j];
+        }
+        if (relative) {
+#pragma GCC unroll 4
+          for (int key = 0; key < BLOCK; ++key) {
+            const int at = (key * in() + i) * PLACES + v;
+            add(grad_rows + at, by_row[key] * pixel);
+            add(grad_cols + at, by_col[key] * pixel);
+            if (image)
+              sum += by_row[key] * load(row_terms + at) + by_col[key] * load(col_terms + at);
+          }
+        }
+        store(grad_x + i * PLACES + v, sum);
       }
     }
-    block_dots(query_, key_, depth_, weights_);
-    if (a_.rel_rows) {
-      embedding_terms(query_, rows_ + int64_t(head) * BLOCK * half_ * PLACES, row_terms_);
-      embedding_terms(query_ + half_ * PLACES, cols_ + int64_t(head) * BLOCK * half_ * PLACES,
-                      col_terms_);
-    }
-    const int rows = std::min(BLOCK, height_ - y), cols = std::min(BLOCK, width_ - x);
-    for (int v = 0; v < PLACES; v += LANES) {
-      Vec logits[PLACES], highest = all(-INFINITY), sum = {};
-      for (int key = 0; key < PLACES; ++key) {
-        const int row = key / BLOCK, col = key % BLOCK;
-        logits[key] = load(weights_ + key * PLACES + v);
-        if (a_.rel_rows)
-          logits[key] += load(row_terms_ + row * PLACES + v) + load(col_terms_ + col * PLACES + v);
-        if (row >= rows || col >= cols) logits[key] = all(-INFINITY);
-        highest = greater(logits[key], highest);
-      }
-      for (int key = 0; key < PLACES; ++key) {
-        logits[key] = exp_negative(logits[key] - highest);
-        sum += logits[key];
-      }
-      const Vec scale = 1.0f / sum;
-      for (int key = 0; key < PLACES; ++key)
-        store(weights_ + key * PLACES + v, logits[key] * scale);
-    }
-  }
-
-  // to[i] = sum_c query[c] embedding[i, c] for the key rows (columns) i.
-  INLINE void embedding_terms(const float* query, const float* embedding, float* to) const {
-    for (int v = 0; v < PLACES; v += LANES) {
-      Vec sum[BLOCK] = {};
-      for (int c = 0; c < half_; ++c)
-        for (int i = 0; i < BLOCK; ++i)
-          sum[i] += load(query + c * PLACES + v) * load(embedding + (i * half_ + c) * PLACES + v);
-      for (int i = 0; i < BLOCK; ++i) store(to + i * PLACES + v, sum[i]);
-    }
-  }
-
-  // The gradients of one head's queries, keys, values and embeddings.
-  INLINE void block_gradients(int head) {
-    block_dots(grad_, value_, depth_, grad_logits_);
-    for (int v = 0; v < PLACES; v += LANES) {
-      Vec expected = {}, by_row[BLOCK] = {}, by_col[BLOCK] = {};
-      for (int key = 0; key < PLACES; ++key)
-        expected += load(weights_ + key * PLACES + v) * load(grad_logits_ + key * PLACES + v);
-      for (int key = 0; key < PLACES; ++key) {
-        const Vec weight = load(weights_ + key * PLACES + v);
-        const Vec grad = weight * (load(grad_logits_ + key * PLACES + v) - expected);
-        store(grad_logits_ + key * PLACES + v, grad);
-        by_row[key / BLOCK] += grad;
-        by_col[key % BLOCK] += grad;
-      }
-      for (int i = 0; i < BLOCK; ++i) {
-        store(grad_row_terms_ + i * PLACES + v, by_row[i]);
-        store(grad_col_terms_ + i * PLACES + v, by_col[i]);
-      }
-    }
-    block_mix(grad_logits_, key_, depth_, grad_query_);
-    if (a_.rel_rows) {
-      const int64_t start = int64_t(head) * BLOCK * half_ * PLACES;
-      embedding_gradients(query_, grad_row_terms_, rows_ + start, grad_query_, grad_rows_ + start);
-      embedding_gradients(query_ + half_ * PLACES, grad_col_terms_, cols_ + start,
-                          grad_query_ + half_ * PLACES, grad_cols_ + start);
-    }
-    transpose(weights_, weights_by_key_);
-    transpose(grad_logits_, grad_logits_by_key_);
-    block_mix(grad_logits_by_key_, query_, depth_, grad_key_);
-    block_mix(weights_by_key_, grad_, depth_, grad_value_);
-  }
-
-  INLINE void embedding_gradients(const float* query, const float* grad_terms,
-                                  const float* embedding, float* grad_query,
-                                  float* grad_embedding) const {
+    if (!image) return;
+    transpose(grad_logits, PLACES, PLACES, grad_logits_by_query_);
+    const float *keys = keys_, *by_query = grad_logits_by_query_;
     for (int v = 0; v < PLACES; v += LANES)
-      for (int c = 0; c < half_; ++c) {
-        const Vec q = load(query + c * PLACES + v);
-        Vec sum = load(grad_query + c * PLACES + v);
-        for (int i = 0; i < BLOCK; ++i) {
-          const int at = (i * half_ + c) * PLACES + v;
-          const Vec grad = load(grad_terms + i * PLACES + v);
-          sum += grad * load(embedding + at);
-          store(grad_embedding + at, load(grad_embedding + at) + grad * q);
+      for (int j = 0; j < in(); ++j) {
+        Vec even = {}, odd = {};
+#pragma GCC unroll 16
+        for (int query = 0; query < PLACES; query += 2) {
+          even += load(by_query + query * PLACES + v) * keys[j * PLACES + query];
+          odd += load(by_query + (query + 1) * PLACES + v) * keys[j * PLACES + query + 1];
         }
-        store(grad_query + c * PLACES + v, sum);
+        add(grad_x + j * PLACES + v, even + odd);
       }
   }
 
-  // From gradients of queries, keys and values to those of their weights and of the image.
-  INLINE void weight_gradients(int head) {
-    for (int c = 0; c < depth_; ++c) {
-      const int64_t channel = int64_t(head) * depth_ + c;
-      for (int v = 0; v < PLACES; v += LANES) {
-        const Vec query = load(grad_query_ + c * PLACES + v);
-        const Vec key = load(grad_key_ + c * PLACES + v);
-        const Vec value = load(grad_value_ + c * PLACES + v);
-        for (int i = 0; i < in_; ++i) {
-          const Vec pixel = load(x_ + i * PLACES + v);
-          const int64_t at = (channel * in_ + i) * PLACES + v;
-          store(grad_query_weight_ + at, load(grad_query_weight_ + at) + query * pixel);
-          store(grad_key_weight_ + at, load(grad_key_weight_ + at) + key * pixel);
-          store(grad_value_weight_ + at, load(grad_value_weight_ + at) + value * pixel);
-          if (a_.grad_x) {
-            Vec sum = load(grad_x_ + i * PLACES + v) + value * load(a_.value + at);
-            sum += query * a_.query[channel * in_ + i];
-            sum += key * a_.key[channel * in_ + i];
-            store(grad_x_ + i * PLACES + v, sum);
-          }
-        }
-      }
+  INLINE void value_gradients(const float* x, int head, float* grad_x) {
+    const int64_t start = int64_t(head) * PLACES * in() * wide();
+    const float *weight = value_weight_ + start, *weights = weights_;
+    float* grad_weight = grad_value_weight_ + start;
+    const bool image = gradients_->x != nullptr;
+    for (int c = 0; c < wide(); c += LANES) {
+      Vec grads[PLACES];
+      products(grad_ + c, wide(), weights, 1, PLACES, PLACES,
+               [&](int place, Vec sum) { grads[place] = sum; });
+#pragma GCC unroll 16
+      for (int place = 0; place < PLACES; ++place)
+        for (int i = 0; i < in(); ++i)
+          add(grad_weight + (place * in() + i) * wide() + c, grads[place] * x[i * PLACES + place]);
+      if (!image) continue;
+      for (int i = 0; i < in(); ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < PLACES; v += LANES)
+          add(grad_x + i * PLACES + v, lane_sums([&](int lane) {
+                return grads[v + lane] * load(weight + ((v + lane) * in() + i) * wide() + c);
+              }));
     }
   }
+
+  static INLINE void add(float* to, Vec x) { store(to, load(to) + x); }
 
   void write_gradients(int64_t task) const {
-    const int64_t weights = int64_t(channels_) * in_;
-    for (int64_t i = 0; i < weights; ++i) {
-      float query = 0, key = 0;
-      for (int place = 0; place < PLACES; ++place) {
-        query += grad_query_weight_[i * PLACES + place];
-        key += grad_key_weight_[i * PLACES + place];
-      }
-      a_.grad_query[task * weights + i] = query;
-      a_.grad_key[task * weights + i] = key;
+    const int64_t entries = int64_t(heads_) * in() * in();
+    for (int64_t i = 0; i < entries; ++i) {
+      float sum = 0;
+      for (int v = 0; v < PLACES; v += LANES) sum += lane_sum(grad_form_ + i * PLACES + v);
+      gradients_->form[task * entries + i] = sum;
     }
-    std::memcpy(a_.grad_value + task * weights * PLACES, grad_value_weight_,
-                size_t(weights) * PLACES * 4);
-    if (!a_.rel_rows) return;
-    const int64_t entries = a_.heads * half_ * OFFSETS_IN_BLOCK;
-    float *rows = a_.grad_rows + task * entries, *cols = a_.grad_cols + task * entries;
-    std::memset(rows, 0, size_t(entries) * 4);
-    std::memset(cols, 0, size_t(entries) * 4);
-    for (int head = 0; head < a_.heads; ++head)
-      for (int i = 0; i < BLOCK; ++i)
-        for (int c = 0; c < half_; ++c)
-          for (int place = 0; place < PLACES; ++place) {
-            const int64_t from = ((int64_t(head) * BLOCK + i) * half_ + c) * PLACES + place;
-            const int64_t to = (int64_t(head) * half_ + c) * OFFSETS_IN_BLOCK + i + BLOCK - 1;
-            rows[to - place / BLOCK] += grad_rows_[from];
-            cols[to - place % BLOCK] += grad_cols_[from];
-          }
+    float* value = gradients_->value + task * PLACES * channels_ * in();
+    each_value([&](int64_t channel, int64_t to, int64_t from) {
+      value[to] = direction(channel) * grad_value_weight_[from];
+    });
+    if (!a_.row_terms) return;
+    const int64_t terms = int64_t(heads_) * in() * STEM_OFFSETS;
+    float* rows = gradients_->row_terms + task * terms;
+    float* cols = gradients_->col_terms + task * terms;
+    std::memset(rows, 0, size_t(terms) * 4);
+    std::memset(cols, 0, size_t(terms) * 4);
+    each_term([](int place) { return place / BLOCK; },
+              [&](int64_t to, int64_t from) { rows[to] += grad_row_terms_[from]; });
+    each_term([](int place) { return place % BLOCK; },
+              [&](int64_t to, int64_t from) { cols[to] += grad_col_terms_[from]; });
   }
 
   const StemAttention& a_;
-  int in_, channels_, depth_, half_, height_, width_;
+  const StemGradients* gradients_;  // null forward
+  int in_, channels_, heads_, depth_, height_, width_;
   Scratch scratch_;
-  float *x_, *grad_x_;  // (channels, places)
-  float *query_, *key_, *value_, *output_, *grad_, *grad_query_, *grad_key_, *grad_value_;
-  float *weights_, *grad_logits_;  // (key, query)
-  float *weights_by_key_, *grad_logits_by_key_;  // (query, key)
-  float *row_terms_, *col_terms_, *grad_row_terms_, *grad_col_terms_;  // (key row, query)
-  float *rows_, *cols_, *grad_rows_, *grad_cols_;  // (head, key row, channel, query)
-  float *grad_query_weight_, *grad_key_weight_, *grad_value_weight_;  // (C, C_in, places)
+  float* x_;                                 // (block, C_in, place)
+  float* keys_;                              // (C_in, query), what a query multiplies pixels with
+  float* weights_;                           // (key, query)
+  float *value_, *output_;                   // (place, channel)
+  float* output_by_channel_;                 // (channel, place)
+  float* value_weight_;                      // (head, place, C_in, channel)
+  float *row_terms_, *col_terms_;            // (head, key row, C_in, query)
+  float* pooled_;                            // (block, head, channel)
+  float* pooled_by_channel_;                 // (head, channel, block)
+  float *sign_, *center_, *scale_, *shift_;  // (head, channel)
+  double *mean_, *squares_;                  // (head, channel)
+  // Backward only.
+  float* grad_x_;                // (block, C_in, place)
+  float* grad_;                  // (place, channel)
+  float* grad_by_channel_;       // (channel, place)
+  float* grad_logits_;           // (key, query)
+  float* grad_logits_by_query_;  // (query, key)
+  float* grad_keys_;             // (C_in, query)
+  float *slope_, *offset_;       // (head, channel)
+  float* grad_form_;             // (head, C_in, C_in, query)
+  float* grad_value_weight_;     // as value_weight_
+  float *grad_row_terms_, *grad_col_terms_;  // as row_terms_
 };
 
-int64_t stem_tasks(const StemAttention& a) { return a.batch * StemWork::tasks_of_image(a); }
-
-void stem_forward(const StemAttention& a, int64_t first_task, int64_t last_task) {
-  StemWork work(a);
-  for (int64_t task = first_task; task < last_task; ++task) work.forward(task);
+int64_t stem_tasks(const StemAttention& a) {
+  return a.batch * StemWork<0, 0>::tasks_of_image(a);
 }
 
-void stem_backward(const StemAttention& a, int64_t first_task, int64_t last_task) {
-  StemWork work(a);
-  for (int64_t task = first_task; task < last_task; ++task) work.backward(task);
+// Call run(work) with the work of the stem of the paper, whose sizes the compiler knows, or of any.
+template <typename F>
+void with_stem_work(const StemAttention& a, const StemGradients* gradients, F run) {
+  if (a.in_channels == 3 && a.channels == 16 * a.heads) {
+    StemWork<3, 16> work(a, gradients);
+    run(work);
+  } else {
+    StemWork<0, 0> work(a, gradients);
+    run(work);
+  }
+}
+
+void stem_forward(const StemAttention& a, int64_t first_task, int64_t last_task) {
+  with_stem_work(a, nullptr, [&](auto& work) {
+    for (int64_t task = first_task; task < last_task; ++task) work.forward(task);
+  });
+}
+
+void stem_backward(const StemAttention& a, const StemGradients& gradients, int64_t first_task,
+                   int64_t last_task) {
+  with_stem_work(a, &gradients, [&](auto& work) {
+    for (int64_t task = first_task; task < last_task; ++task) work.backward(task);
+  });
 }

@@ -39,28 +39,3 @@ INLINE Vec exp_negative(Vec x) {
   const Vec result = p * reinterpret_cast<Vec>(power);
   return too_low ? Vec{} : result;
 }
-
-// Swap rows and lanes of LANES vectors: for every power of two the blocks off the diagonal.
-template <int SIZE = 1>
-INLINE void transpose(Vec* rows) {
-  Ints first = {}, second = {};
-  for (int i = 0; i < LANES; ++i) {
-    first[i] = i & SIZE ? LANES + i - SIZE : i;
-    second[i] = i & SIZE ? LANES + i : i + SIZE;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < LANES; ++i) {
-    if (i & SIZE) continue;
-    const Vec a = rows[i], b = rows[i + SIZE];
-#if defined(__clang__)
-    for (int lane = 0; lane < LANES; ++lane) {
-      rows[i][lane] = first[lane] < LANES ? a[first[lane]] : b[first[lane] - LANES];
-      rows[i + SIZE][lane] = second[lane] < LANES ? a[second[lane]] : b[second[lane] - LANES];
-    }
-#else
-    rows[i] = __builtin_shuffle(a, b, first);
-    rows[i + SIZE] = __builtin_shuffle(a, b, second);
-#endif
-  }
-  if constexpr (2 * SIZE < LANES) transpose<2 * SIZE>(rows);
-}

@@ -8,13 +8,16 @@ from torch import Tensor, nn
 
 from ..ops import (
     block_attention,
+    has_stem_kernels,
     mixed_values,
+    normalized_stem_attention,
     pooled_stem_attention,
     relative_embedding,
     stem_attention,
 )
 from ..ops.arguments import check_choice, check_heads
-from .plain import is_plain_call, is_plain_pointwise
+from .norm import constant_affine, norm_kind, update_running_statistics
+from .plain import is_plain_pointwise
 
 STEM_VALUES = ("mixture", "pointwise", "convolution")
 
@@ -133,11 +136,32 @@ class AttentionStem(nn.Module):
         return F.relu(F.max_pool2d(self.norm(x), self.block_size, ceil_mode=True))
 
     def _run_fused(self, x: Tensor) -> Tensor:
-        options = {"block_size": self.block_size, "num_heads": self.num_heads}
-        affine = None if torch.is_grad_enabled() else self._affine_norm()
-        if affine is not None:
-            return pooled_stem_attention(x, *self._tensors(), *affine, **options)
-        return self._pool(stem_attention(x, *self._tensors(), **options))
+        tensors, heads, norm = (x, *self._tensors()), self.num_heads, self.norm
+        blocks = {"block_size": self.block_size, "num_heads": heads}
+        kind = norm_kind(norm)
+        if kind in ("nothing", "constant"):
+            affine = self._ones_and_zeros() if kind == "nothing" else constant_affine(norm).terms
+            if not _needs_gradient(*tensors, *affine):
+                return pooled_stem_attention(*tensors, *affine, **blocks)
+            if has_stem_kernels(x, self.block_size) and x.numel() > 0:
+                return normalized_stem_attention(*tensors, *affine, num_heads=heads, eps=None)[0]
+        pixels = x.numel() // self.in_channels
+        # A norm of a single value is left to PyTorch, which refuses it.
+        if kind == "batch" and pixels > 1 and has_stem_kernels(x, self.block_size):
+            one, zero = self._ones_and_zeros()
+            weight = one if norm.weight is None else norm.weight
+            bias = zero if norm.bias is None else norm.bias
+            output, mean, variance = normalized_stem_attention(
+                *tensors, weight, bias, num_heads=heads, eps=norm.eps
+            )
+            update_running_statistics(norm, mean, variance, pixels)
+            return output
+        return self._pool(stem_attention(*tensors, **blocks))
+
+    def _ones_and_zeros(self) -> list[Tensor]:
+        """Return what stands for a norm without weights, as a scale and a shift."""
+        like = self.query.weight
+        return [like.new_ones(self.out_channels), like.new_zeros(self.out_channels)]
 
     def _is_plain(self) -> bool:
         """Tell whether the projections are no more than the weights that the operators take."""
@@ -173,18 +197,6 @@ class AttentionStem(nn.Module):
         projections = (self.query.weight, self.key.weight, value, mixing)
         return (*projections, self.rel_rows, self.rel_cols)
 
-    def _affine_norm(self) -> tuple[Tensor, Tensor] | None:
-        """Return scale and shift of a norm that is no more than that; None if it is more."""
-        norm, kind = self.norm, type(self.norm)
-        if not is_plain_call(norm):
-            return None
-        if kind is nn.Identity:
-            like = self.query.weight
-            return like.new_ones(self.out_channels), like.new_zeros(self.out_channels)
-        package = kind.__module__.partition(".")[0]
-        frozen = kind.__name__ == "FrozenBatchNorm2d" and package in ("detectron2", "torchvision")
-        batch_norm = kind in (nn.BatchNorm2d, nn.SyncBatchNorm) and not norm.training
-        if not (frozen or batch_norm and norm.affine and norm.track_running_stats):
-            return None
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        return scale, norm.bias - norm.running_mean * scale
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..layers import LocalSelfAttention2d
-from ..layers.affine import Affine, batch_affine, constant_affine, is_affine, uses_batch
+from ..layers.norm import Affine, batch_affine, constant_affine, norm_kind
 from ..layers.one_piece import (
     Parameters,
     attend,
@@ -57,10 +57,14 @@ def can_fuse(
     return (
         runs_products(x)
         and all(map(_is_known, modules))
-        and all(map(is_affine, norms))
+        and all(norm_kind(norm) is not None for norm in norms)
         # Of a single value batch norm refuses to make statistics.
-        and (x.shape[0] > 1 or max(x.shape[2:]) > stride or not any(map(uses_batch, norms)))
+        and (x.shape[0] > 1 or max(x.shape[2:]) > stride or not _uses_batch(norms))
     )
+
+
+def _uses_batch(norms: Sequence[nn.Module | None]) -> bool:
+    return any(norm_kind(norm) == "batch" for norm in norms)
 
 
 def _is_known(module: nn.Module) -> bool:
@@ -90,7 +94,7 @@ def _pool_backward(attention: LocalSelfAttention2d, grad: Tensor, size: torch.Si
 
 
 def _normalize(norm: nn.Module | None, x: Tensor) -> Affine | None:
-    if not uses_batch(norm):
+    if norm_kind(norm) != "batch":
         return constant_affine(norm)
     return batch_affine(norm, *channel_moments(x), x.numel() // x.shape[1])
 
@@ -98,7 +102,7 @@ def _normalize(norm: nn.Module | None, x: Tensor) -> Affine | None:
 def _product_and_norm(
     x: Operand, weight: Tensor, norm: nn.Module | None
 ) -> tuple[Tensor, Affine | None]:
-    if not uses_batch(norm):
+    if norm_kind(norm) != "batch":
         return product(x, weight), constant_affine(norm)
     result, mean, var = product_with_moments(x, weight)
     return result, batch_affine(norm, mean, var, result.numel() // result.shape[1])
@@ -140,7 +144,7 @@ def bottleneck(x: Tensor, block: nn.Module) -> Tensor | None:
     norms = [block.conv1.norm, block.norm, *(layer.norm for layer in convolutions[1:])]
     if not can_fuse(x, [*convolutions, block.attention], norms, block.stride):
         return None
-    if not torch.is_grad_enabled() and not any(map(uses_batch, norms)):
+    if not torch.is_grad_enabled() and not _uses_batch(norms):
         return _infer_bottleneck(x, block)
     if any(layer.bias is not None for layer in convolutions):
         return None
@@ -269,7 +273,7 @@ def tower(
     """
     if not attentions or not can_fuse(x, attentions, norms):
         return None
-    if not torch.is_grad_enabled() and not any(map(uses_batch, norms)):
+    if not torch.is_grad_enabled() and not _uses_batch(norms):
         operand = Operand(x)
         for attention, norm in zip(attentions, norms, strict=True):
             attended = attend(attention, operand)

@@ -6,7 +6,7 @@ from detectron2.layers import Conv2d
 from torch import Tensor, nn
 
 from ..layers import AttentionStem, LocalSelfAttention2d
-from ..layers.affine import constant_affine, is_affine, uses_batch
+from ..layers.norm import constant_affine, norm_kind
 from ..layers.plain import is_plain_pointwise
 from ..layers.projection import multiply, runs_products
 from ..ops.product import Operand, product
@@ -45,7 +45,7 @@ class NormedPointwiseConv2d(Conv2d):
             x = F.conv2d(x, self.weight, self.bias, self.stride)
         elif not runs_products(x):
             x = F.conv2d(x, self.weight, self.bias, self.stride)
-        elif torch.is_grad_enabled() or uses_batch(self.norm) or not is_affine(self.norm):
+        elif torch.is_grad_enabled() or norm_kind(self.norm) not in ("nothing", "constant"):
             x = multiply(take_strided(x, self.stride[0]), self)
         else:
             x, normed = convolve(Operand(take_strided(x, self.stride[0])), self), True

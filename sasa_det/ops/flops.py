@@ -51,6 +51,7 @@ _FORWARD = {
     "block_attention": _block_attention_macs,
     "mixed_values": _mixed_values_macs,
     "stem_attention": _stem_attention_macs,
+    "stem_attention_normalized": _stem_attention_macs,
     "stem_attention_pooled": _stem_attention_macs,
 }
 

@@ -49,7 +49,7 @@ def stem_attention(
     Returns:
         (N, C, H, W) in the type of ``x``.
     """
-    if _has_kernels(x, block_size):
+    if has_stem_kernels(x, block_size):
         return _attend(x, query, key, value, mixing, rel_rows, rel_cols, num_heads)
     if mixing is None:
         values = F.conv2d(x, value[0, :, :, None, None])
@@ -94,15 +94,55 @@ def pooled_stem_attention(
     """
     tensors = (x, query, key, value, mixing, rel_rows, rel_cols)
     with torch.no_grad():
-        if _has_kernels(x, block_size):
+        if has_stem_kernels(x, block_size):
             return _attend_pooled(*tensors, scale, shift, num_heads)
         output = stem_attention(*tensors, block_size=block_size, num_heads=num_heads)
         output = F.relu(output * scale[:, None, None] + shift[:, None, None])
         return F.max_pool2d(output, block_size, ceil_mode=True)
 
 
-def _has_kernels(x: Tensor, block_size: int) -> bool:
+def has_stem_kernels(x: Tensor, block_size: int) -> bool:
+    """Tell whether the C++ kernels of the stem run for images like ``x``."""
     return block_size == STEM_BLOCK and cpu.why_not(x, num_heads=1) is None
+
+
+def normalized_stem_attention(
+    x: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mixing: Tensor | None,
+    rel_rows: Tensor | None,
+    rel_cols: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    num_heads: int,
+    eps: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run :func:`stem_attention` with the norm, ReLU and max pool that follow it, for training.
+
+    A norm is monotone in each channel: the maximum over a block of what it makes is what it makes
+    of the maximum, or, where its weight is negative, of the minimum. Nothing of the image's size
+    is stored, in the backward pass neither. Where :func:`has_stem_kernels` is true.
+
+    Args:
+        x, query, key, value, mixing, rel_rows, rel_cols, num_heads: as of :func:`stem_attention`;
+            ``x`` has at least one pixel.
+        weight: (C,), factor on each channel.
+        bias: (C,), added to each channel.
+        eps: added to the variance of a norm by mean and variance of each channel; None for a norm
+            that is weight and bias alone.
+
+    Returns:
+        (output, mean, variance): the output (N, C, ceil(H / 4), ceil(W / 4)) in the type of ``x``,
+        which is differentiable, and mean and biased variance of each channel over all pixels, (C,)
+        in float32, which are not; they are empty for ``eps`` None.
+    """
+    output, _, mean, variance = _attend_normalized(
+        x, query, key, value, mixing, rel_rows, rel_cols, weight, bias, num_heads, eps
+    )
+    return output, mean, variance
 
 
 def relative_embedding(
@@ -172,8 +212,33 @@ def _attend_pooled(x, query, key, value, mixing, rel_rows, rel_cols, scale, shif
 
 @_attend_pooled.register_fake
 def _(x, query, key, value, mixing, rel_rows, rel_cols, scale, shift, num_heads):
+    return x.new_empty(_pooled_shape(x, query))
+
+
+def _pooled_shape(x, query):
     rows, cols = ((size + STEM_BLOCK - 1) // STEM_BLOCK for size in x.shape[2:])
-    return x.new_empty((x.shape[0], query.shape[0], rows, cols))
+    return x.shape[0], query.shape[0], rows, cols
+
+
+_NORM = "Tensor weight, Tensor bias"
+
+
+@define_operator(
+    "stem_attention_normalized",
+    f"({_TENSORS}, {_NORM}, SymInt num_heads, float? eps) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _attend_normalized(x, query, key, value, mixing, *arguments):
+    """Return the output and what the backward pass wants: each block's extremes, mean, variance."""
+    matrices = _projections(query, key, value, mixing)
+    return torch.ops.sasa_det_cpu.stem_attention_normalized(x, *matrices, *arguments, "")
+
+
+@_attend_normalized.register_fake
+def _(x, query, key, value, mixing, rel_rows, rel_cols, weight, bias, num_heads, eps):
+    shape = _pooled_shape(x, query)
+    statistics = x.new_empty(0 if eps is None else query.shape[0], dtype=torch.float32)
+    extremes = x.new_empty(shape, dtype=torch.float32)
+    return x.new_empty(shape), extremes, statistics, torch.empty_like(statistics)
 
 
 @define_operator(
@@ -186,21 +251,45 @@ def _attend_backward(
 ):
     """Return the gradients of all tensors; empty for an absent one and an unwanted image's."""
     matrices = _projections(query, key, value, mixing)
-    grad_x, grad_query, grad_key, grad_matrices, grad_rows, grad_cols = (
-        torch.ops.sasa_det_cpu.stem_attention_backward(
-            grad, x, *matrices, rel_rows, rel_cols, num_heads, image_gradient, ""
-        )
+    grads = torch.ops.sasa_det_cpu.stem_attention_backward(
+        grad, x, *matrices, rel_rows, rel_cols, num_heads, image_gradient, ""
     )
+    return _tensor_gradients(grads, query, key, value, mixing)
+
+
+register_gradient(_attend, _attend_backward, num_tensors=7, first_on_demand=True)
+
+
+@define_operator(
+    "stem_attention_normalized_backward",
+    f"(Tensor grad, {_TENSORS}, {_NORM}, Tensor extremes, Tensor mean, Tensor variance, "
+    "SymInt num_heads, float? eps, bool image_gradient) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _attend_normalized_backward(grad, x, query, key, value, mixing, *arguments):
+    """Return the gradients of all tensors; empty for an absent one and an unwanted image's."""
+    matrices = _projections(query, key, value, mixing)
+    grads = torch.ops.sasa_det_cpu.stem_attention_normalized_backward(
+        grad, x, *matrices, *arguments, ""
+    )
+    return (*_tensor_gradients(grads[:6], query, key, value, mixing), *grads[6:])
+
+
+register_gradient(
+    _attend_normalized, _attend_normalized_backward, num_tensors=9, first_on_demand=True
+)
+
+
+def _tensor_gradients(grads, query, key, value, mixing):
+    """Go on from the gradients of what the kernels take to those of the operators' tensors."""
+    grad_x, grad_query, grad_key, grad_matrices, grad_rows, grad_cols = grads
     grad_value, grad_mixing = mixture_gradients(grad_matrices, *_mixture(value, mixing))
     return (
         grad_x,
         grad_query.reshape(query.shape),
         grad_key.reshape(key.shape),
         grad_value.to(value.dtype),
-        x.new_empty(0) if mixing is None else grad_mixing.to(mixing.dtype),
+        grad_x.new_empty(0) if mixing is None else grad_mixing.to(mixing.dtype),
         grad_rows,
         grad_cols,
     )
-
-
-register_gradient(_attend, _attend_backward, num_tensors=7, first_on_demand=True)

@@ -1,10 +1,17 @@
-"""The attention stem: its equations, its variants, its sizes."""
+"""The attention stem: its equations, its variants, its sizes, and its norms in training."""
+
+import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
+from detectron2 import layers
+from torch import nn
 
 from sasa_det.layers import AttentionStem
+from sasa_det.ops import cpu
+
+needs_kernels = pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))
 
 
 def test_mixing_is_equation_9():
@@ -78,7 +85,7 @@ def test_blocks_are_independent():
     torch.testing.assert_close(whole[..., 2:, 2:], stem(x[..., 8:, 8:]))
 
 
-class FrozenBatchNorm2d(torch.nn.BatchNorm2d):
+class FrozenBatchNorm2d(nn.BatchNorm2d):
     """A batch norm that never trains, by the name that detectron2 and torchvision give theirs."""
 
     def train(self, mode=True):
@@ -86,7 +93,7 @@ class FrozenBatchNorm2d(torch.nn.BatchNorm2d):
 
 
 @pytest.mark.parametrize(
-    "norm", [torch.nn.BatchNorm2d, FrozenBatchNorm2d, None, lambda c: torch.nn.GroupNorm(2, c)]
+    "norm", [nn.BatchNorm2d, FrozenBatchNorm2d, None, lambda c: nn.GroupNorm(2, c)]
 )
 @pytest.mark.parametrize("values", ["mixture", "pointwise", "convolution"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -98,7 +105,7 @@ def test_the_output_is_the_same_without_gradients(training, dtype, values, norm)
         if name != "num_batches_tracked":
             buffer.uniform_(0.5, 2.0)
     for parameter in stem.norm.parameters():
-        torch.nn.init.normal_(parameter)
+        nn.init.normal_(parameter)
     stem.train(training)
     x = torch.randn(2, 3, 10, 13, dtype=dtype)
     expected = stem(x)
@@ -121,16 +128,122 @@ def test_autocast(gradients, values):
         assert all(p.grad.dtype == torch.float32 for p in stem.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("values", ["mixture", "convolution"])
-def test_compiles(values):
+@pytest.mark.parametrize(
+    "values,norm", [("mixture", None), ("mixture", nn.BatchNorm2d), ("convolution", None)]
+)
+def test_compiles(values, norm):
     torch.manual_seed(0)
-    stem = AttentionStem(3, 8, 2, values=values, norm=None)
-    x = torch.randn(1, 3, 8, 12)
+    stem = AttentionStem(3, 8, 2, values=values, norm=norm)
+    compiled = copy.deepcopy(stem)
+    x = torch.randn(2, 3, 8, 12)
     results = []
-    for run in (stem, torch.compile(stem, fullgraph=True)):
-        grads = torch.autograd.grad(run(x).square().sum(), stem.parameters())
-        results.append(grads)
+    for module, run in ((stem, stem), (compiled, torch.compile(compiled, fullgraph=True))):
+        grads = torch.autograd.grad(run(x).square().sum(), module.parameters())
+        results.append([*grads, *module.buffers()])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def no_tracking(channels):
+    return nn.BatchNorm2d(channels, track_running_stats=False)
+
+
+NORMS = {
+    "batch norm": nn.BatchNorm2d,
+    "evaluated": lambda c: nn.BatchNorm2d(c).eval(),
+    "without weights": lambda c: nn.BatchNorm2d(c, affine=False),
+    "evaluated without weights": lambda c: nn.BatchNorm2d(c, affine=False).eval(),
+    "cumulative average": lambda c: nn.BatchNorm2d(c, momentum=None),
+    "all of the average": lambda c: nn.BatchNorm2d(c, momentum=1.0),
+    "large epsilon": lambda c: nn.BatchNorm2d(c, eps=0.5),
+    "no tracking": no_tracking,
+    "evaluated without tracking": lambda c: no_tracking(c).eval(),
+    "of one process": nn.SyncBatchNorm,
+    "frozen": layers.FrozenBatchNorm2d,
+    "groups": lambda c: nn.GroupNorm(2, c),
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("values", ["mixture", "pointwise"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_training_equals_layer_after_layer(norm, values):
+    """Outputs, gradients and running statistics of two steps, against calls in double precision."""
+    torch.manual_seed(0)
+    stem = AttentionStem(3, 12, 2, values=values, norm=NORMS[norm])
+    for parameter in stem.norm.parameters():
+        nn.init.normal_(parameter)
+        parameter.data[5] = 0.0
+    for name, buffer in stem.norm.named_buffers():
+        if name != "num_batches_tracked":
+            buffer.uniform_(0.5, 2.0)
+    exact = copy.deepcopy(stem).double()
+    for size in ((2, 3, 14, 25), (1, 3, 33, 7)):
+        x = torch.randn(size)
+        inputs = x.clone().requires_grad_(), x.double().requires_grad_()
+        output, expected = stem(inputs[0]), exact(inputs[1])
+        torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-5)
+        # Where rounding does not choose between on and off.
+        grad = torch.randn_like(output) * (expected > 1e-3)
+        grads = [
+            torch.autograd.grad(y, [x, *module.parameters()], grad.to(y.dtype))
+            for y, x, module in zip((output, expected), inputs, (stem, exact), strict=True)
+        ]
+        for ours, theirs in zip(*grads, strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+        for ours, theirs in zip(stem.buffers(), exact.buffers(), strict=True):
+            torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-5, atol=1e-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize("norm", sorted(set(NORMS) - {"groups"}))
+def test_training_saves_no_map_of_the_image_size(norm):
+    stem = AttentionStem(3, 12, 2, norm=NORMS[norm])
+    sizes = []
+
+    def pack(tensor):
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        stem(torch.randn(1, 3, 80, 80))
+    assert max(sizes) == 3 * 80 * 80  # the image
+
+
+def test_one_value_per_channel_is_refused_by_the_norm():
+    stem = AttentionStem(3, 8, 2)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel") as error:
+        stem(torch.randn(1, 3, 1, 1))
+    callers = [entry.frame.f_locals.get("self") for entry in error.traceback]
+    assert stem.norm in callers
+
+
+def test_a_norm_that_shares_statistics_is_called():
+    """PyTorch's has no CPU kernels, and says so where there are processes to share with."""
+    stem = AttentionStem(3, 8, 2, norm=nn.SyncBatchNorm)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="SyncBatchNorm expected"):
+            stem(torch.randn(1, 3, 8, 8))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_an_empty_batch_trains():
+    stem = AttentionStem(3, 8, 2)
+    output = stem(torch.randn(0, 3, 8, 9))
+    assert output.shape == (0, 8, 2, 3)
+    output.sum().backward()
+
+
+@needs_kernels
+def test_a_stem_that_does_not_train_keeps_nothing_for_it():
+    stem = AttentionStem(3, 8, 2, norm=layers.FrozenBatchNorm2d).requires_grad_(False)
+    x = torch.randn(1, 3, 9, 10)
+    output = stem(x)
+    assert not output.requires_grad
+    with torch.no_grad():
+        assert torch.equal(output, stem(x))
 
 
 def test_every_parameter_learns():
