@@ -127,7 +127,8 @@ def images(count, size=(96, 128)):
     ],
 )
 def test_retinanet_can_be_scripted(opts):
-    retinanet = model(RETINANET, *opts)
+    # In float32 rounding decides the order of the scores of a model that has learnt nothing.
+    retinanet = model(RETINANET, *opts).double()
     fields = {"pred_boxes": Boxes, "scores": torch.Tensor, "pred_classes": torch.Tensor}
     scripted = scripting_with_instances(retinanet, fields)
     inputs = [{"image": image} for image in images(2)]
