@@ -73,7 +73,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
   at::Tensor grad_rows = at::empty({0}, query.options());
   at::Tensor grad_cols = at::empty({0}, query.options());
   if (rel_rows) {
-    const std::vector<int64_t> shape = {a.call.batch, num_heads, a.call.depth / 2, kernel_size};
+    const std::vector<int64_t> shape = {chosen.backward_bands(a.call) * a.call.batch, num_heads,
+                                        a.call.depth / 2, kernel_size};
     grad_rows = at::zeros(shape, floats);
     grad_cols = at::zeros(shape, floats);
     a.call.grad_rows = grad_rows.mutable_data_ptr<float>();

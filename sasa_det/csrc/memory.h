@@ -36,9 +36,20 @@ INLINE float widen(uint16_t x) {
   return y;
 }
 
+INLINE float widen(float x) { return x; }
+
 INLINE uint16_t narrow(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   if (x != x) return uint16_t(bits >> 16 | 0x40);
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+INLINE void narrow(float x, uint16_t* to) { *to = narrow(x); }
+INLINE void narrow(float x, float* to) { *to = x; }
+
+INLINE Quad load_four(const uint16_t* p) {
+  return Quad{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
+}
+INLINE void store_four(uint16_t* p, Quad x) {
+  for (int i = 0; i < 4; ++i) p[i] = narrow(x[i]);
 }
