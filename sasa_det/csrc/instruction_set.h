@@ -10,8 +10,8 @@ namespace {
 }  // namespace
 
 extern const Kernels KERNELS = {
-    {local_forward_tasks, local_forward, local_backward_bands, local_backward_tasks,
-     local_backward},
+    {local_vectors, local_forward_tasks, local_forward, local_backward_bands,
+     local_backward_tasks, local_backward},
     {stem_tasks, stem_forward, stem_backward},
 };
 

@@ -48,9 +48,8 @@ struct Arguments {
 at::Tensor forward(const at::Tensor& query, const Optional& key, const at::Tensor& value,
                    const Optional& rel_rows, const Optional& rel_cols, int64_t kernel_size,
                    int64_t num_heads, bool mask, const std::string& instructions) {
-  const LocalAttentionKernels& chosen =
-      choose_kernels(instructions, query.size(3)).local_attention;
   Arguments a(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask);
+  const LocalAttentionKernels& chosen = choose_kernels(instructions, a.call);
   at::Tensor output = at::empty_like(a.query);
   if (output.numel() == 0) return output;
   a.call.output = output.mutable_data_ptr();
@@ -62,9 +61,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor& grad, const at::Tensor& query, const Optional& key, const at::Tensor& value,
     const Optional& rel_rows, const Optional& rel_cols, int64_t kernel_size, int64_t num_heads,
     bool mask, const std::string& instructions) {
-  const LocalAttentionKernels& chosen =
-      choose_kernels(instructions, query.size(3)).local_attention;
   Arguments a(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask);
+  const LocalAttentionKernels& chosen = choose_kernels(instructions, a.call);
   TORCH_CHECK_VALUE(grad.sizes() == query.sizes(), "grad must have query's shape.");
   const at::Tensor contiguous_grad = grad.to(query.scalar_type()).contiguous();
   at::Tensor grad_query = at::empty_like(a.query), grad_value = at::empty_like(a.value);

@@ -24,6 +24,7 @@ struct LocalAttention {
 // The same kernels compiled for one instruction set. A task is a piece of the work that touches
 // no other task's results; which tasks a thread gets changes no bit of them.
 struct LocalAttentionKernels {
+  int64_t (*vectors)(const LocalAttention&);  // how many a row of windows takes
   int64_t (*forward_tasks)(const LocalAttention&);
   void (*forward)(const LocalAttention&, int64_t first_task, int64_t last_task);
   int64_t (*backward_bands)(const LocalAttention&);

@@ -39,18 +39,19 @@ struct Geometry {
     for (int y = 0; y < height; ++y) slots.push_back(y % ring * row);
   }
 
-  // Whether vectors of planes are fewer than vectors of pixels.
-  static bool packing_pays(const LocalAttention& a) {
-    if (a.width > 64) return false;
-    const int64_t planes = a.batch * a.heads, reach = a.kernel / 2;
-    int64_t columns = 0;
-    for (int64_t x = 0; x < a.width; ++x)
-      columns += a.mask ? std::min(a.width, x + reach + 1) - std::max<int64_t>(0, x - reach)
-                        : a.kernel;
-    const int64_t by_plane = (planes + LANES - 1) / LANES * columns;
-    const int64_t by_pixel = planes * ((a.width + LANES - 1) / LANES) * a.kernel;
-    return by_plane < by_pixel;
+  // Vectors of weights in a row of all windows, in vectors of pixels and of planes. The latter have
+  // no neighbours outside the image, unless these count as zeros.
+  static int64_t by_pixel(const LocalAttention& a) {
+    return a.batch * a.heads * ((a.width + LANES - 1) / LANES) * a.kernel;
   }
+  static int64_t by_plane(const LocalAttention& a) {
+    const int64_t reach = a.kernel / 2;
+    int64_t columns = a.width * a.kernel;
+    for (int64_t x = 0; x < std::min(reach, a.width) && a.mask; ++x) columns -= 2 * (reach - x);
+    return (a.batch * a.heads + LANES - 1) / LANES * columns;
+  }
+  // Planes take longer to read into vectors than pixels.
+  static bool packing_pays(const LocalAttention& a) { return by_plane(a) * 10 <= by_pixel(a) * 9; }
 
   int64_t groups() const { return (planes + together - 1) / together; }
   // Where column x lies in a padded row.
@@ -100,7 +101,8 @@ class Planes {
       read(static_cast<const float*>(tensor_) + start_ + int64_t(y) * g_.width, to, scale);
   }
 
-  // Have the pixels of a vector at (y, x) brought near, where it lies in the image.
+  // Have the pixels of a vector at (y, x) brought near, where it lies in the image. Runs of a row
+  // are too short for processors to do so by themselves.
   INLINE void prefetch(int y, int x) const {
     if (g_.packed || y >= g_.height) return;
     const int64_t size = bfloat16_ ? 2 : 4;
@@ -125,12 +127,14 @@ class Planes {
         for (int x = 0; x < g_.width; ++x) to[x] = widen(from[x]) * scale;
         continue;
       }
-      by_fours([&](int lane, int x) {
+      by_fours(from, [&](int lane, const Element* const (&planes)[4], int x) {
         Quad rows[4];
-        for (int i = 0; i < 4; ++i) rows[i] = load_four(from + (lane + i) * plane_ + x) * scale;
+        for (int i = 0; i < 4; ++i) rows[i] = load_four(planes[i] + x) * scale;
         transpose(rows);
         for (int i = 0; i < 4; ++i) store_four(to + (x + i) * LANES + lane, rows[i]);
-      }, [&](int lane, int x) { to[x * LANES + lane] = widen(from[lane * plane_ + x]) * scale; });
+      }, [&](int lane, const Element* plane, int x) {
+        to[x * LANES + lane] = widen(plane[x]) * scale;
+      });
     }
   }
 
@@ -143,29 +147,34 @@ class Planes {
         for (int x = 0; x < g_.width; ++x) narrow(from[x] * scale[x], to + x);
         continue;
       }
-      by_fours([&](int lane, int x) {
+      by_fours(to, [&](int lane, Element* const (&planes)[4], int x) {
         Quad columns[4];
         for (int i = 0; i < 4; ++i) {
           const int at = (x + i) * LANES + lane;
           columns[i] = load_four(from + at) * load_four(scale + at);
         }
         transpose(columns);
-        for (int i = 0; i < 4; ++i) store_four(to + (lane + i) * plane_ + x, columns[i]);
-      }, [&](int lane, int x) {
+        for (int i = 0; i < 4; ++i) store_four(planes[i] + x, columns[i]);
+      }, [&](int lane, Element* plane, int x) {
         const int at = x * LANES + lane;
-        narrow(from[at] * scale[at], to + lane * plane_ + x);
+        narrow(from[at] * scale[at], plane + x);
       });
     }
   }
 
-  // Call four(lane, x) for squares of four lanes and columns, and one(lane, x) for what is left.
-  template <typename Four, typename One>
-  INLINE void by_fours(Four four, One one) const {
-    const int lanes = g_.width < 4 ? 0 : count_ / 4 * 4;
-    for (int lane = 0; lane < lanes; lane += 4)
-      for (int x = 0; x < g_.width; x += 4) four(lane, std::min(x, g_.width - 4));
+  // Call four(lane, planes, x) for squares of four lanes and columns, and one(lane, plane, x) for
+  // what is left.
+  template <typename Element, typename Four, typename One>
+  INLINE void by_fours(Element* start, Four four, One one) const {
+    const int width = g_.width, lanes = width < 4 ? 0 : count_ / 4 * 4;
+    for (int lane = 0; lane < lanes; lane += 4) {
+      Element* const planes[4] = {start + lane * plane_, start + (lane + 1) * plane_,
+                                  start + (lane + 2) * plane_, start + (lane + 3) * plane_};
+      for (int x = 0; x + 4 <= width; x += 4) four(lane, planes, x);
+      if (width % 4 != 0) four(lane, planes, width - 4);
+    }
     for (int lane = lanes; lane < count_; ++lane)
-      for (int x = 0; x < g_.width; ++x) one(lane, x);
+      for (int x = 0; x < width; ++x) one(lane, start + lane * plane_, x);
   }
 
   const Geometry& g_;
@@ -211,16 +220,11 @@ INLINE Vec load_right(const float* b, int j) {
   return held(RIGHT == SHIFTED ? load(b + j) : RIGHT == APART ? load(b + j * LANES) : all(b[j]));
 }
 
-// The largest results of each row so far, row terms included.
-struct Highest {
-  float* start;
-  Block row_term;
-};
-
-// to(r, j) = start(r, j) + sum_c a_r[c] b_j[c].
+// to(r, j) = start(r, j) + sum_c a_r[c] b_j[c]. Where `highest` is given, it keeps each row's
+// largest result so far, row terms included.
 template <Right RIGHT, int R, int J>
 void dots(const Block& a, const float* b, int b_step, int depth, const Block& start,
-          const Block& to, const Highest& highest) {
+          const Block& to, float* highest, const Block& row_term) {
   Vec sum[R][J];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -241,14 +245,14 @@ void dots(const Block& a, const float* b, int b_step, int depth, const Block& st
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) store(to(r, j), sum[r][j]);
-  if (highest.start == nullptr) return;
+  if (highest == nullptr) return;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     Vec most = sum[r][0];
 #pragma GCC unroll 8
     for (int j = 1; j < J; ++j) most = greater(sum[r][j], most);
-    most += load(highest.row_term(r, 0));
-    store(highest.start + r * LANES, greater(most, load(highest.start + r * LANES)));
+    most += load(row_term(r, 0));
+    store(highest + r * LANES, greater(most, load(highest + r * LANES)));
   }
 }
 
@@ -300,8 +304,8 @@ void mix_powers(const Block& logit, const Block& shift, const Block& sums, const
   mix_held<RIGHT, R, J>(w, b, b_step, depth, to);
 }
 
-typedef void (*Dots)(const Block&, const float*, int, int, const Block&, const Block&,
-                     const Highest&);
+typedef void (*Dots)(const Block&, const float*, int, int, const Block&, const Block&, float*,
+                     const Block&);
 typedef void (*Mix)(const Block&, const float*, int, int, const Block&);
 typedef void (*MixPowers)(const Block&, const Block&, const Block&, const float*, int, int,
                           const Block&);
@@ -432,7 +436,7 @@ class Windows {
         DOTS[right][shape(seen.count, width)](query.from(seen.first, 0), key + j * g_.step,
                                               g_.stride, content ? g_.depth : 0,
                                               col_terms_.from(seen.first, j), to.from(0, j),
-                                              {highest_ + seen.first * LANES, row_term});
+                                              highest_ + seen.first * LANES, row_term);
       });
     });
     for (int r = 0; r < rows; ++r)
@@ -452,9 +456,9 @@ class Windows {
       by_parts({0, g_.kernel}, [&](int j, int width) {
         const Dots find = DOTS[embeddings.right][shape(rows, width)];
         find(query, embeddings.rows + j * g_.step, embeddings.step, half, zeros,
-             row_terms_.from(0, j), {});
+             row_terms_.from(0, j), nullptr, {});
         find(query.from(0, half), embeddings.cols + j * g_.step, embeddings.step, half, zeros,
-             col_terms_.from(0, j), {});
+             col_terms_.from(0, j), nullptr, {});
       });
     }
     if (!g_.mask || g_.packed || (x >= g_.reach && x + LANES + g_.reach <= g_.width)) {
@@ -482,6 +486,10 @@ class Windows {
 // Rows of one task; fixed, so that results do not depend on the number of threads.
 constexpr int BAND = 8 * ROWS;
 
+int64_t local_vectors(const LocalAttention& a) {
+  return Geometry::packing_pays(a) ? Geometry::by_plane(a) : Geometry::by_pixel(a);
+}
+
 int64_t bands(const LocalAttention& a) { return (a.height + BAND - 1) / BAND; }
 
 int64_t local_forward_tasks(const LocalAttention& a) { return Geometry(a).groups() * bands(a); }
@@ -495,9 +503,9 @@ class LocalForward {
         keys_(scratch_, g_),
         values_(scratch_, g_),
         query_(scratch_.take(size_t(ROWS * g_.row))),
-        output_(scratch_.take(size_t(ROWS * g_.row))),
-        sums_(scratch_.take(size_t(ROWS) * g_.stride)),
-        logits_(scratch_.take(size_t(ROWS) * g_.window * LANES)),
+        output_(scratch_.take_unset(size_t(ROWS * g_.row))),
+        sums_(scratch_.take_unset(size_t(ROWS) * g_.stride)),
+        logits_(scratch_.take_unset(size_t(ROWS) * g_.window * LANES)),
         windows_(a, g_, scratch_) {}
 
   void run(int64_t task) {
@@ -516,10 +524,11 @@ class LocalForward {
       std::memset(output_, 0, size_t(rows * g_.row) * 4);
       std::memset(sums_, 0, size_t(rows) * g_.stride * 4);
       for (int x = 0; x < g_.width; x += g_.tile) {
-        for (int r = ROWS; r < 2 * ROWS; ++r) {
-          query.prefetch(y + r, x);
-          if (a_.key) key.prefetch(y + r + g_.reach, x);
-          value.prefetch(y + r + g_.reach, x);
+        for (int r = 0; r < ROWS; ++r) {
+          output.prefetch(y + r, x);
+          query.prefetch(y + ROWS + r, x);
+          if (a_.key) key.prefetch(y + ROWS + r + g_.reach, x);
+          value.prefetch(y + ROWS + r + g_.reach, x);
         }
         find(y, rows, x);
       }
@@ -567,7 +576,7 @@ void local_forward(const LocalAttention& a, int64_t first_task, int64_t last_tas
 // Bands of rows of a backward pass: as many as keep the cores of a large machine busy where planes
 // are few, for each band computes the weights of the query rows within reach beyond it once more.
 int64_t local_backward_bands(const LocalAttention& a) {
-  constexpr int64_t tasks = 32, rows = 40;
+  constexpr int64_t tasks = 16, rows = 40;
   const int64_t groups = std::max<int64_t>(1, Geometry(a).groups());
   return std::max<int64_t>(1, std::min((tasks + groups - 1) / groups, a.height / rows));
 }
@@ -589,15 +598,15 @@ class LocalBackward {
         grads_(scratch_, g_),
         grad_keys_(scratch_, g_),
         grad_values_(scratch_, g_),
-        grad_query_(scratch_.take(size_t(ROWS * g_.row))),
+        grad_query_(scratch_.take_unset(size_t(ROWS * g_.row))),
         weights_(scratch_.take(size_t(ROWS) * g_.window * g_.stride)),
         grad_logits_(scratch_.take(size_t(ROWS) * g_.window * g_.stride)),
-        ones_(scratch_.take(size_t(g_.stride))),
-        ln_2_(scratch_.take(size_t(g_.stride))),
+        ones_(scratch_.take_unset(size_t(g_.stride))),
+        ln_2_(scratch_.take_unset(size_t(g_.stride))),
         grad_row_terms_(terms()),
         grad_col_terms_(terms()),
-        grad_rows_(scratch_.take(embedding_floats())),
-        grad_cols_(scratch_.take(embedding_floats())),
+        grad_rows_(scratch_.take_unset(embedding_floats())),
+        grad_cols_(scratch_.take_unset(embedding_floats())),
         windows_(a, g_, scratch_) {
     std::fill_n(ones_, g_.stride, 1.0f);
     std::fill_n(ln_2_, g_.stride, LN_2);
@@ -608,6 +617,8 @@ class LocalBackward {
     const Planes query(a_.query, a_.bfloat16, group, g_), key(a_.key, a_.bfloat16, group, g_);
     const Planes value(a_.value, a_.bfloat16, group, g_), grad(a_.grad, a_.bfloat16, group, g_);
     const Planes grad_query(a_.grad_query, a_.bfloat16, group, g_);
+    const Planes grad_key(a_.grad_key, a_.bfloat16, group, g_);
+    const Planes grad_value(a_.grad_value, a_.bfloat16, group, g_);
     windows_.embeddings.choose(group);
     own_ = {int(g_.height * band / bands), int(g_.height * (band + 1) / bands)};
     // Whole blocks, so that none is torn in the rings.
@@ -627,15 +638,35 @@ class LocalBackward {
       queries_.read_up_to(query, y + rows, LOG2_E);
       grads_.read_up_to(grad, y + rows);
       std::memset(grad_query_, 0, size_t(rows * g_.row) * 4);
-      for (int x = 0; x < g_.width; x += g_.tile) query_rows(y, rows, x);
+      for (int x = 0; x < g_.width; x += g_.tile) {
+        for (int r = 0; r < ROWS; ++r) {
+          grad_query.prefetch(y + r, x);
+          query.prefetch(y + ROWS + r, x);
+          grad.prefetch(y + ROWS + r, x);
+          if (a_.key) key.prefetch(y + ROWS + r + g_.reach, x);
+          value.prefetch(y + ROWS + r + g_.reach, x);
+        }
+        query_rows(y, rows, x);
+      }
       for (int r = 0; r < rows; ++r)
         if (is_own(y + r)) grad_query.write_row(y + r, grad_query_ + r * g_.row, ones_);
       for (; started_ < std::min(own_.last, y + rows + g_.reach); ++started_) {
         grad_keys_.zero(started_);
         grad_values_.zero(started_);
       }
-      for (int x = 0; x < g_.width; x += g_.tile) key_rows(y, rows, x);
-      write_keys(group, y + rows < end ? y + rows - g_.reach : own_.last);
+      // No query after these sees the rows before `complete`.
+      const int complete = y + rows < end ? std::min(own_.last, y + rows - g_.reach) : own_.last;
+      for (int x = 0; x < g_.width; x += g_.tile) {
+        for (int row = finished_; row < complete; ++row) {
+          if (a_.key) grad_key.prefetch(row, x);
+          grad_value.prefetch(row, x);
+        }
+        key_rows(y, rows, x);
+      }
+      for (; finished_ < complete; ++finished_) {
+        if (a_.key) grad_key.write_row(finished_, grad_keys_[finished_], ln_2_);
+        grad_value.write_row(finished_, grad_values_[finished_], ones_);
+      }
     }
     if (a_.rel_rows) write_embeddings(group, band);
   }
@@ -644,7 +675,7 @@ class LocalBackward {
   size_t embedding_floats() const { return size_t(g_.depth / 2) * g_.kernel * LANES; }
   Block terms() {
     const int64_t row = int64_t(g_.kernel) * LANES;
-    return {scratch_.take(size_t(ROWS * row)), row, LANES};
+    return {scratch_.take_unset(size_t(ROWS * row)), row, LANES};
   }
   bool is_own(int y) const { return y >= own_.first && y < own_.last; }
   Block window(float* memory, int x) const {
@@ -661,11 +692,11 @@ class LocalBackward {
     const Block query = pixels(queries_, y, x), grad = pixels(grads_, y, x);
     const Block weights = window(weights_, x), grad_logits = window(grad_logits_, x);
     windows_.find(query, keys_, y, rows, x, weights);
-    // Nothing but zeros may reach the padding.
+    // Zeros for pixels behind the end of the row, whatever their windows hold.
     const Ints inside = lane_numbers() < (g_.packed ? LANES : g_.width - x);
     Vec scale[ROWS];
     for (int r = 0; r < rows; ++r) {
-      const Vec sum = raise(y + r, x, weights.from(r, 0), windows_.shifts.from(r, 0));
+      const Vec sum = raise(y + r, x, inside, weights.from(r, 0), windows_.shifts.from(r, 0));
       scale[r] = inside ? 1.0f / sum : Vec{};
       for (int c = 0; c < g_.depth; ++c) store(grad(r, c), load(grad(r, c)) * scale[r]);
     }
@@ -676,11 +707,11 @@ class LocalBackward {
       by_parts(g_.window_columns(x), [&](int j, int width) {
         DOTS[windows_.right][shape(seen.count, width)](
             grad.from(seen.first, 0), value + j * g_.step, g_.stride, inside ? g_.depth : 0,
-            windows_.zeros, to.from(0, j), {});
+            windows_.zeros, to.from(0, j), nullptr, {});
       });
     });
     for (int r = 0; r < rows; ++r)
-      logit_gradients(y + r, x, weights.from(r, 0), scale[r], grad_logits.from(r, 0),
+      logit_gradients(y + r, x, inside, weights.from(r, 0), scale[r], grad_logits.from(r, 0),
                       grad_row_terms_.from(r, 0), grad_col_terms_.from(r, 0));
     const Range own = {std::max(0, own_.first - y), std::min(rows, own_.last - y)};
     if (own.first >= own.last) return;
@@ -711,7 +742,7 @@ class LocalBackward {
   }
 
   // From logits to weights; returns their sum.
-  Vec raise(int y, int x, Block weights, Block shifts) const {
+  Vec raise(int y, int x, Ints inside, Block weights, Block shifts) const {
     const Range rows = g_.window_rows(y), columns = g_.window_columns(x);
     Vec sum = {};
     for (int i = rows.first; i < rows.last; ++i) {
@@ -719,7 +750,7 @@ class LocalBackward {
       Vec row_sum = {};
       for (int j = columns.first; j < columns.last; ++j) {
         float* at = weights(0, i * g_.kernel + j);
-        const Vec weight = exp2_negative(load(at) + load(shifts(0, i)));
+        const Vec weight = inside ? exp2_negative(load(at) + load(shifts(0, i))) : Vec{};
         store(at, weight);
         row_sum += weight;
       }
@@ -729,8 +760,8 @@ class LocalBackward {
   }
 
   // From gradients of weights to those of logits, and of the terms of q.r.
-  void logit_gradients(int y, int x, Block weights, Vec scale, Block grads, Block row_terms,
-                       Block col_terms) const {
+  void logit_gradients(int y, int x, Ints inside, Block weights, Vec scale, Block grads,
+                       Block row_terms, Block col_terms) const {
     const Range rows = g_.window_rows(y), columns = g_.window_columns(x);
     Vec expected = {};
     for (int i = rows.first; i < rows.last; ++i) {
@@ -748,7 +779,8 @@ class LocalBackward {
       Vec row_sum = {};
       for (int j = columns.first; j < columns.last; ++j) {
         const int o = i * g_.kernel + j;
-        const Vec grad = load(weights(0, o)) * (load(grads(0, o)) - expected);
+        const Vec raw = load(weights(0, o)) * (load(grads(0, o)) - expected);
+        const Vec grad = inside ? raw : Vec{};
         store(grads(0, o), grad);
         row_sum += grad;
         store(col_terms(0, j), load(col_terms(0, j)) + grad);
@@ -787,16 +819,6 @@ class LocalBackward {
               grads_[from] + g_.at(column), g_.stride, g_.depth, pixels(grad_values_, row, x));
         });
       }
-    }
-  }
-
-  // Write the gradients of keys and values, which are complete, of rows before `end`.
-  void write_keys(int64_t group, int end) {
-    const Planes grad_key(a_.grad_key, a_.bfloat16, group, g_);
-    const Planes grad_value(a_.grad_value, a_.bfloat16, group, g_);
-    for (; finished_ < std::min(end, own_.last); ++finished_) {
-      if (a_.key) grad_key.write_row(finished_, grad_keys_[finished_], ln_2_);
-      grad_value.write_row(finished_, grad_values_[finished_], ones_);
     }
   }
 

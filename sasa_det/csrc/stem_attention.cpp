@@ -51,8 +51,7 @@ at::Tensor forward(const at::Tensor& x, const at::Tensor& query, const at::Tenso
                    const at::Tensor& value, const Optional& rel_rows, const Optional& rel_cols,
                    int64_t num_heads, const std::string& instructions,
                    const Optional& scale_, const Optional& shift_) {
-  const StemAttentionKernels& chosen =
-      choose_kernels(instructions, STEM_PLACES).stem_attention;
+  const StemAttentionKernels& chosen = choose_kernels(instructions).stem_attention;
   Arguments a(x, query, key, value, rel_rows, rel_cols, num_heads);
   std::vector<int64_t> shape = {a.call.batch, a.call.channels, a.call.height, a.call.width};
   at::Tensor scale, shift;
@@ -76,8 +75,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& query, const at::Tensor& key,
     const at::Tensor& value, const Optional& rel_rows, const Optional& rel_cols, int64_t num_heads,
     bool image_gradient, const std::string& instructions) {
-  const StemAttentionKernels& chosen =
-      choose_kernels(instructions, STEM_PLACES).stem_attention;
+  const StemAttentionKernels& chosen = choose_kernels(instructions).stem_attention;
   Arguments a(x, query, key, value, rel_rows, rel_cols, num_heads);
   const std::vector<int64_t> shape = {a.call.batch, a.call.channels, a.call.height, a.call.width};
   TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(shape), "grad must be ", shape, ".");

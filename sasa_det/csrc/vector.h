@@ -3,7 +3,7 @@
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4)));
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -69,7 +69,7 @@ INLINE Vec exp_negative(Vec x) {
 
 // Four floats, for what is read and written in squares.
 typedef float Quad __attribute__((vector_size(16)));
-typedef float UnalignedQuad __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float UnalignedQuad __attribute__((vector_size(16), aligned(4)));
 
 INLINE Quad load_four(const float* p) { return *reinterpret_cast<const UnalignedQuad*>(p); }
 INLINE void store_four(float* p, Quad x) { *reinterpret_cast<UnalignedQuad*>(p) = x; }
