@@ -105,8 +105,8 @@ class Planes {
   // are too short for processors to do so by themselves.
   INLINE void prefetch(int y, int x) const {
     if (g_.packed || y >= g_.height) return;
-    const int64_t size = bfloat16_ ? 2 : 4;
-    const char* at = static_cast<const char*>(tensor_) + (start_ + int64_t(y) * g_.width + x) * size;
+    const int64_t size = bfloat16_ ? 2 : 4, pixel = start_ + int64_t(y) * g_.width + x;
+    const char* at = static_cast<const char*>(tensor_) + pixel * size;
     for (int c = 0; c < g_.depth; ++c) __builtin_prefetch(at + c * channel_ * size, 0, 2);
   }
 
@@ -483,16 +483,23 @@ class Windows {
   float* highest_;
 };
 
-// Rows of one task; fixed, so that results do not depend on the number of threads.
-constexpr int BAND = 8 * ROWS;
+// The band of rows that a task works on; bands follow from the shape alone, so that results do not
+// depend on the number of threads.
+INLINE Range band_of(const LocalAttention& a, int64_t band, int64_t bands) {
+  return {int(a.height * band / bands), int(a.height * (band + 1) / bands)};
+}
 
 int64_t local_vectors(const LocalAttention& a) {
   return Geometry::packing_pays(a) ? Geometry::by_plane(a) : Geometry::by_pixel(a);
 }
 
-int64_t bands(const LocalAttention& a) { return (a.height + BAND - 1) / BAND; }
+int64_t local_forward_bands(const LocalAttention& a) {
+  return std::max<int64_t>(1, a.height / 24);
+}
 
-int64_t local_forward_tasks(const LocalAttention& a) { return Geometry(a).groups() * bands(a); }
+int64_t local_forward_tasks(const LocalAttention& a) {
+  return Geometry(a).groups() * local_forward_bands(a);
+}
 
 // The forward pass of one band of a group's rows after another.
 class LocalForward {
@@ -509,15 +516,15 @@ class LocalForward {
         windows_(a, g_, scratch_) {}
 
   void run(int64_t task) {
-    const int64_t group = task / bands(a_);
-    const int begin = int(task % bands(a_)) * BAND, end = std::min(g_.height, begin + BAND);
+    const int64_t bands = local_forward_bands(a_), group = task / bands;
+    const Range own = band_of(a_, task % bands, bands);
     const Planes query(a_.query, a_.bfloat16, group, g_), key(a_.key, a_.bfloat16, group, g_);
     const Planes value(a_.value, a_.bfloat16, group, g_), output(a_.output, a_.bfloat16, group, g_);
     windows_.embeddings.choose(group);
-    keys_.restart(begin - g_.reach);
-    values_.restart(begin - g_.reach);
-    for (int y = begin; y < end; y += ROWS) {
-      const int rows = std::min(ROWS, end - y);
+    keys_.restart(own.first - g_.reach);
+    values_.restart(own.first - g_.reach);
+    for (int y = own.first; y < own.last; y += ROWS) {
+      const int rows = std::min(ROWS, own.last - y);
       if (a_.key) keys_.read_up_to(key, y + rows + g_.reach);
       values_.read_up_to(value, y + rows + g_.reach);
       for (int r = 0; r < rows; ++r) query.read_row(y + r, query_ + r * g_.row, LOG2_E);
@@ -620,7 +627,7 @@ class LocalBackward {
     const Planes grad_key(a_.grad_key, a_.bfloat16, group, g_);
     const Planes grad_value(a_.grad_value, a_.bfloat16, group, g_);
     windows_.embeddings.choose(group);
-    own_ = {int(g_.height * band / bands), int(g_.height * (band + 1) / bands)};
+    own_ = band_of(a_, band, bands);
     // Whole blocks, so that none is torn in the rings.
     const int begin = std::max(0, own_.first - g_.reach) / ROWS * ROWS;
     const int end = std::min(g_.height, own_.last + g_.reach);
