@@ -13,10 +13,11 @@ namespace {
 }  // namespace
 
 extern const Kernels KERNELS = {
-    {local_forward_tasks, local_forward, local_backward_tasks, local_backward},
+    {local_vectors, local_forward_tasks, local_forward, local_backward_bands,
+     local_backward_tasks, local_backward},
     {stem_tasks, stem_forward, stem_backward, pooled_norm, pooled_norm_backward},
-    {groups, group_size, product_tasks, run_product,
-     gradient_parts, gradient_tasks, weight_gradient, combination_tasks, combine},
+    {groups, group_size, product_tasks, run_product, gradient_parts, gradient_tasks,
+     weight_gradient, combination_tasks, combine},
 };
 
 }  // namespace sasa_det

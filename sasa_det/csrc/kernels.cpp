@@ -21,11 +21,9 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
-const Kernels& choose_kernels(const std::string& name, int64_t width) {
+const Kernels& choose_kernels(const std::string& name) {
   static const std::vector<std::string> runnable = instruction_sets();
-  std::string chosen = name.empty() ? runnable.front() : name;
-  // Rows of 8 pixels leave half of a vector of 16 empty.
-  if (name.empty() && chosen == "avx512" && width <= 8) chosen = "avx2";
+  const std::string chosen = name.empty() ? runnable.front() : name;
   bool can_run = false;
   for (const std::string& other : runnable) can_run |= other == chosen;
   TORCH_CHECK_VALUE(can_run, "instructions must be one of ", runnable, ", got ", name, ".");
@@ -34,6 +32,29 @@ const Kernels& choose_kernels(const std::string& name, int64_t width) {
   if (chosen == "avx2") return avx2_kernels;
 #endif
   return plain_kernels;
+}
+
+const LocalAttentionKernels& choose_kernels(const std::string& name, const LocalAttention& call) {
+  const LocalAttentionKernels& widest = choose_kernels(name).local_attention;
+#if defined(__x86_64__)
+  // Where vectors of 16 stay half empty, those of 8 are about as few, and cheaper.
+  const LocalAttentionKernels& narrower = avx2_kernels.local_attention;
+  if (name.empty() && &widest == &avx512_kernels.local_attention &&
+      narrower.vectors(call) * 4 <= widest.vectors(call) * 5)
+    return narrower;
+#endif
+  return widest;
+}
+
+const StemAttentionKernels& choose_kernels(const std::string& name, const StemAttention& call) {
+  const StemAttentionKernels& widest = choose_kernels(name).stem_attention;
+#if defined(__x86_64__)
+  // Heads of 8 channels leave half of a vector of 16 empty.
+  if (name.empty() && &widest == &avx512_kernels.stem_attention &&
+      call.channels / call.heads <= 8)
+    return avx2_kernels.stem_attention;
+#endif
+  return widest;
 }
 
 TORCH_LIBRARY(sasa_det_cpu, library) {

@@ -34,7 +34,11 @@ extern const Kernels avx512_kernels;
 // Names of the instruction sets that this processor can run, widest first.
 std::vector<std::string> instruction_sets();
 
-// The kernels of a name, or of the instruction set that suits rows of `width` pixels best.
-const Kernels& choose_kernels(const std::string& name, int64_t width);
+// The kernels of a name, or those of the widest instruction set.
+const Kernels& choose_kernels(const std::string& name);
+
+// The same, but without a name those of the instruction set that suits a call best.
+const LocalAttentionKernels& choose_kernels(const std::string& name, const LocalAttention& call);
+const StemAttentionKernels& choose_kernels(const std::string& name, const StemAttention& call);
 
 }  // namespace sasa_det

@@ -54,9 +54,8 @@ at::Tensor sum_of_images(const at::Tensor& x) {
 at::Tensor local_attention(const at::Tensor& query, const Optional& key, const at::Tensor& value,
                            const Optional& rel_rows, const Optional& rel_cols, int64_t kernel_size,
                            int64_t num_heads, bool mask, const std::string& instructions) {
-  const LocalAttentionKernels& chosen =
-      choose_kernels(instructions, query.size(3)).local_attention;
   Arguments a(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask);
+  const LocalAttentionKernels& chosen = choose_kernels(instructions, a.call);
   at::Tensor output = at::empty_like(a.query);
   if (output.numel() == 0) return output;
   a.call.output = output.mutable_data_ptr();
@@ -68,9 +67,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> local_att
     const at::Tensor& grad, const at::Tensor& query, const Optional& key, const at::Tensor& value,
     const Optional& rel_rows, const Optional& rel_cols, int64_t kernel_size, int64_t num_heads,
     bool mask, const std::string& instructions) {
-  const LocalAttentionKernels& chosen =
-      choose_kernels(instructions, query.size(3)).local_attention;
   Arguments a(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask);
+  const LocalAttentionKernels& chosen = choose_kernels(instructions, a.call);
   TORCH_CHECK_VALUE(grad.sizes() == query.sizes(), "grad must have query's shape.");
   const at::Tensor contiguous_grad = grad.to(query.scalar_type()).contiguous();
   at::Tensor grad_query = at::empty_like(a.query), grad_value = at::empty_like(a.value);
@@ -79,7 +77,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> local_att
   at::Tensor grad_rows = at::empty({0}, query.options());
   at::Tensor grad_cols = at::empty({0}, query.options());
   if (rel_rows) {
-    const std::vector<int64_t> shape = {a.call.batch, num_heads, a.call.depth / 2, kernel_size};
+    const std::vector<int64_t> shape = {chosen.backward_bands(a.call) * a.call.batch, num_heads,
+                                        a.call.depth / 2, kernel_size};
     grad_rows = at::zeros(shape, floats);
     grad_cols = at::zeros(shape, floats);
     a.call.grad_rows = grad_rows.mutable_data_ptr<float>();

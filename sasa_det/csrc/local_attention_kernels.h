@@ -1,182 +1,343 @@
 // Local attention, forward and backward, for one instruction set, see instruction_set.h.
 //
-// Vectors run over neighbouring pixels of an image row, so that no dot product needs a horizontal
-// sum. A block of up to ROWS query rows and up to OFFSETS column offsets shares what it loads: the
-// two loops over the head's channels, `dots` and `mix`, keep ROWS x OFFSETS vectors in registers.
+// A vector is LANES neighbouring pixels of an image row or, where rows are short, the same pixel of
+// LANES planes; a plane is one head of one image. Either way no dot product needs a horizontal sum.
+// A block of up to ROWS query rows and up to OFFSETS column offsets shares what it loads: the two
+// loops over the head's channels, `dots` and `mix`, keep ROWS x OFFSETS vectors in registers.
 // Rows of the image are copied once, padded, into a ring of as many as a block can see.
 
 constexpr int ROWS = 3;
+constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
+
+
+struct Range {
+  int first, last;
+};
 
 struct Geometry {
   explicit Geometry(const LocalAttention& a)
-      : depth(int(a.depth)),
+      : planes(a.batch * a.heads),
+        heads(int(a.heads)),
+        depth(int(a.depth)),
         height(int(a.height)),
         width(int(a.width)),
         kernel(int(a.kernel)),
         reach(kernel / 2),
         window(kernel * kernel),
-        left((reach + LANES - 1) / LANES * LANES),
-        tiles((width + LANES - 1) / LANES),
-        stride(left + tiles * LANES + left),
-        ring((std::min(height, ROWS + kernel - 1) + ROWS - 1) / ROWS * ROWS) {
+        mask(a.mask),
+        packed(packing_pays(a)),
+        together(packed ? LANES : 1),
+        step(packed ? LANES : 1),
+        tile(packed ? 1 : LANES),
+        left(packed ? (mask ? 0 : reach * LANES) : round_up(reach, LANES)),
+        stride(left + round_up(width * step, LANES) + left),
+        ring(round_up(std::min(height, ROWS + 2 * round_up(reach, ROWS)), ROWS)) {
     // Strides of whole pages would put all channels into the same few lines of the cache.
     if (stride % 64 == 0) stride += 16;
+    row = int64_t(depth) * stride;
+    for (int y = 0; y < height; ++y) slots.push_back(y % ring * row);
   }
-  int depth, height, width, kernel, reach, window;
-  int left;    // padding on the left, and at least as much on the right
-  int tiles;   // vectors of a row
-  int stride;  // floats of a padded row
-  int ring;    // rows of an image that are held at a time; whole blocks, that none is torn
+
+  // Vectors of weights in a row of all windows, in vectors of pixels and of planes. The latter have
+  // no neighbours outside the image, unless these count as zeros.
+  static int64_t by_pixel(const LocalAttention& a) {
+    return a.batch * a.heads * ((a.width + LANES - 1) / LANES) * a.kernel;
+  }
+  static int64_t by_plane(const LocalAttention& a) {
+    const int64_t reach = a.kernel / 2;
+    int64_t columns = a.width * a.kernel;
+    for (int64_t x = 0; x < std::min(reach, a.width) && a.mask; ++x) columns -= 2 * (reach - x);
+    return (a.batch * a.heads + LANES - 1) / LANES * columns;
+  }
+  // Planes take longer to read into vectors than pixels.
+  static bool packing_pays(const LocalAttention& a) { return by_plane(a) * 10 <= by_pixel(a) * 9; }
+
+  int64_t groups() const { return (planes + together - 1) / together; }
+  // Where column x lies in a padded row.
+  INLINE int at(int x) const { return left + x * step; }
+  // The rows of the windows of query row y that take part, and the columns at x. Columns outside
+  // the image that lie in a vector with others inside are masked one by one.
+  INLINE Range window_rows(int y) const { return mask ? inside(y, height) : Range{0, kernel}; }
+  INLINE Range window_columns(int x) const {
+    return mask && packed ? inside(x, width) : Range{0, kernel};
+  }
+
+  int64_t planes;
+  int heads, depth, height, width, kernel, reach, window;
+  bool mask, packed;
+  int together;  // planes of a vector
+  int step;      // floats from a column to the next
+  int tile;      // columns of a vector
+  int left;      // padding on the left, and at least as much on the right
+  int stride;    // floats of a padded row
+  int ring;      // rows of an image that are held at a time; whole blocks, that none is torn
+  int64_t row;   // floats of a padded row of all channels
+  std::vector<int64_t> slots;  // where an image's rows lie in a ring
+
+ private:
+  INLINE Range inside(int at, int size) const {
+    return {std::max(0, reach - at), std::min(kernel, size + reach - at)};
+  }
 };
 
-// One head of one image, of float or bfloat16.
-class Plane {
+// The planes of a group, of float or bfloat16.
+class Planes {
  public:
-  Plane(const void* tensor, bool bfloat16, int64_t index, const Geometry& g)
-      : bfloat16_(bfloat16),
-        width_(g.width),
-        depth_(g.depth),
+  Planes(const void* tensor, bool bfloat16, int64_t group, const Geometry& g)
+      : g_(g),
+        bfloat16_(bfloat16),
+        count_(int(std::min<int64_t>(g.together, g.planes - group * g.together))),
         channel_(int64_t(g.height) * g.width),
-        start_(const_cast<char*>(static_cast<const char*>(tensor)) +
-               index * g.depth * channel_ * (bfloat16 ? 2 : 4)) {}
+        plane_(g.depth * channel_),
+        start_(group * g.together * plane_),
+        tensor_(const_cast<void*>(tensor)) {}
 
-  // Copy row y of all channels to `to` and on, `stride` floats a channel.
-  void read_row(int y, float* to, int stride) const {
-    for (int c = 0; c < depth_; ++c, to += stride) {
-      const int64_t offset = c * channel_ + int64_t(y) * width_;
-      if (bfloat16_) {
-        const uint16_t* from = reinterpret_cast<const uint16_t*>(start_) + offset;
-        for (int x = 0; x < width_; ++x) to[x] = widen(from[x]);
-      } else {
-        std::memcpy(to, reinterpret_cast<const float*>(start_) + offset, size_t(width_) * 4);
-      }
-    }
+  // Copy row y of all channels, times `scale`, into a padded row.
+  void read_row(int y, float* to, float scale) const {
+    if (bfloat16_)
+      read(static_cast<const uint16_t*>(tensor_) + start_ + int64_t(y) * g_.width, to, scale);
+    else
+      read(static_cast<const float*>(tensor_) + start_ + int64_t(y) * g_.width, to, scale);
   }
 
-  // Write a vector at pixel (y, x) of channel c, as far as it lies inside the image.
-  INLINE void write(int c, int y, int x, Vec value) const {
-    const int64_t offset = c * channel_ + int64_t(y) * width_ + x;
-    const int count = std::min(LANES, width_ - x);
-    if (bfloat16_) {
-      uint16_t* to = reinterpret_cast<uint16_t*>(start_) + offset;
-      for (int i = 0; i < count; ++i) to[i] = narrow(value[i]);
-    } else {
-      float* to = reinterpret_cast<float*>(start_) + offset;
-      if (count == LANES) {
-        store(to, value);
-      } else {
-        for (int i = 0; i < count; ++i) to[i] = value[i];
-      }
-    }
+  // Have the pixels of a vector at (y, x) brought near, where it lies in the image. Runs of a row
+  // are too short for processors to do so by themselves.
+  INLINE void prefetch(int y, int x) const {
+    if (g_.packed || y >= g_.height) return;
+    const int64_t size = bfloat16_ ? 2 : 4, pixel = start_ + int64_t(y) * g_.width + x;
+    const char* at = static_cast<const char*>(tensor_) + pixel * size;
+    for (int c = 0; c < g_.depth; ++c) __builtin_prefetch(at + c * channel_ * size, 0, 2);
+  }
+
+  // Write a padded row, every channel times the padded row `scale`.
+  void write_row(int y, const float* from, const float* scale) const {
+    if (bfloat16_)
+      write(from, scale, static_cast<uint16_t*>(tensor_) + start_ + int64_t(y) * g_.width);
+    else
+      write(from, scale, static_cast<float*>(tensor_) + start_ + int64_t(y) * g_.width);
   }
 
  private:
+  template <typename Element>
+  INLINE void read(const Element* from, float* to, float scale) const {
+    to += g_.left;
+    for (int c = 0; c < g_.depth; ++c, from += channel_, to += g_.stride) {
+      if (!g_.packed) {
+        for (int x = 0; x < g_.width; ++x) to[x] = widen(from[x]) * scale;
+        continue;
+      }
+      by_fours(from, [&](int lane, const Element* const (&planes)[4], int x) {
+        Quad rows[4];
+        for (int i = 0; i < 4; ++i) rows[i] = load_four(planes[i] + x) * scale;
+        transpose(rows);
+        for (int i = 0; i < 4; ++i) store_four(to + (x + i) * LANES + lane, rows[i]);
+      }, [&](int lane, const Element* plane, int x) {
+        to[x * LANES + lane] = widen(plane[x]) * scale;
+      });
+    }
+  }
+
+  template <typename Element>
+  INLINE void write(const float* from, const float* scale, Element* to) const {
+    from += g_.left;
+    scale += g_.left;
+    for (int c = 0; c < g_.depth; ++c, from += g_.stride, to += channel_) {
+      if (!g_.packed) {
+        for (int x = 0; x < g_.width; ++x) narrow(from[x] * scale[x], to + x);
+        continue;
+      }
+      by_fours(to, [&](int lane, Element* const (&planes)[4], int x) {
+        Quad columns[4];
+        for (int i = 0; i < 4; ++i) {
+          const int at = (x + i) * LANES + lane;
+          columns[i] = load_four(from + at) * load_four(scale + at);
+        }
+        transpose(columns);
+        for (int i = 0; i < 4; ++i) store_four(planes[i] + x, columns[i]);
+      }, [&](int lane, Element* plane, int x) {
+        const int at = x * LANES + lane;
+        narrow(from[at] * scale[at], plane + x);
+      });
+    }
+  }
+
+  // Call four(lane, planes, x) for squares of four lanes and columns, and one(lane, plane, x) for
+  // what is left.
+  template <typename Element, typename Four, typename One>
+  INLINE void by_fours(Element* start, Four four, One one) const {
+    const int width = g_.width, lanes = width < 4 ? 0 : count_ / 4 * 4;
+    for (int lane = 0; lane < lanes; lane += 4) {
+      Element* const planes[4] = {start + lane * plane_, start + (lane + 1) * plane_,
+                                  start + (lane + 2) * plane_, start + (lane + 3) * plane_};
+      for (int x = 0; x + 4 <= width; x += 4) four(lane, planes, x);
+      if (width % 4 != 0) four(lane, planes, width - 4);
+    }
+    for (int lane = lanes; lane < count_; ++lane)
+      for (int x = 0; x < width; ++x) one(lane, start + lane * plane_, x);
+  }
+
+  const Geometry& g_;
   bool bfloat16_;
-  int width_, depth_;
-  int64_t channel_;
-  char* start_;
+  int count_;
+  int64_t channel_, plane_, start_;
+  void* tensor_;
 };
 
-// The padded rows of a plane that a block of rows can see; row y lies at slot y % ring.
+// Padded rows of a group's planes; row y lies at slot y % ring.
 class Ring {
  public:
   Ring(Scratch& scratch, const Geometry& g)
-      : memory_(scratch.take(size_t(g.ring) * g.depth * g.stride)),
-        row_(int64_t(g.depth) * g.stride),
-        size_(g.ring),
-        next_(0),
-        g_(g) {}
+      : memory_(scratch.take(size_t(g.ring) * g.row)), next_(0), g_(g) {}
   void restart(int row) { next_ = std::max(row, 0); }
-  void read_up_to(const Plane& plane, int end) {
+  void read_up_to(const Planes& planes, int end, float scale = 1.0f) {
     for (; next_ < std::min(end, g_.height); ++next_)
-      plane.read_row(next_, (*this)[next_] + g_.left, g_.stride);
+      planes.read_row(next_, (*this)[next_], scale);
   }
-  INLINE float* operator[](int row) const { return memory_ + row % size_ * row_; }
+  void zero(int row) { std::memset((*this)[row], 0, size_t(g_.row) * 4); }
+  INLINE float* operator[](int row) const { return memory_ + g_.slots[row]; }
 
  private:
   float* memory_;
-  int64_t row_;
-  int size_, next_;
+  int next_;
   const Geometry& g_;
 };
 
-// Where the value of (row r, offset j) of a register block lies: start + r * row + j * offset.
+// Where the vector of (row r, offset j) of a register block lies: start + r * row + j * offset.
 struct Block {
   float* start;
   int64_t row, offset;
   INLINE float* operator()(int r, int j) const { return start + r * row + j * offset; }
+  INLINE Block from(int r, int j) const { return {(*this)(r, j), row, offset}; }
 };
 
-// to(r, j) = sum_c a_r[c] b[c] shifted by j, plus the two terms of q.r where there are any.
-template <int R, int J>
-void dots(Block a, const float* b, int stride, int depth, Block to, Block row_term,
-          Block col_term) {
-  Vec sum[R][J] = {};
+// What one channel of the right side of `dots` and `mix` has for an offset: pixels that are
+// shifted by it, a vector of its own, or one number for all lanes.
+enum Right { SHIFTED, APART, SPREAD };
+
+template <Right RIGHT>
+INLINE Vec load_right(const float* b, int j) {
+  return held(RIGHT == SHIFTED ? load(b + j) : RIGHT == APART ? load(b + j * LANES) : all(b[j]));
+}
+
+// to(r, j) = start(r, j) + sum_c a_r[c] b_j[c]. Where `highest` is given, it keeps each row's
+// largest result so far, row terms included.
+template <Right RIGHT, int R, int J>
+void dots(const Block& a, const float* b, int b_step, int depth, const Block& start,
+          const Block& to, float* highest, const Block& row_term) {
+  Vec sum[R][J];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) sum[r][j] = load(start(r, j));
   for (int c = 0; c < depth; ++c) {
     Vec left[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) left[r] = load(a(r, 0) + int64_t(c) * stride);
+    for (int r = 0; r < R; ++r) left[r] = load(a(r, c));
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) {
-      const Vec right = load(b + int64_t(c) * stride + j);
+      const Vec right = load_right<RIGHT>(b + int64_t(c) * b_step, j);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) sum[r][j] += left[r] * right;
     }
   }
-  if (row_term.start != nullptr) {
-    for (int r = 0; r < R; ++r) {
-      const Vec by_row = load(row_term(r, 0));
-      for (int j = 0; j < J; ++j) store(to(r, j), sum[r][j] + (by_row + load(col_term(r, j))));
-    }
-  } else {
-    for (int r = 0; r < R; ++r)
-      for (int j = 0; j < J; ++j) store(to(r, j), sum[r][j]);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) store(to(r, j), sum[r][j]);
+  if (highest == nullptr) return;
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    Vec most = sum[r][0];
+#pragma GCC unroll 8
+    for (int j = 1; j < J; ++j) most = greater(sum[r][j], most);
+    most += load(row_term(r, 0));
+    store(highest + r * LANES, greater(most, load(highest + r * LANES)));
   }
 }
 
-// to_r[c] += sum_j weight(r, j) b[c] shifted by j.
-template <int R, int J>
-void mix(Block weight, const float* b, int stride, int depth, float* to, int to_row) {
-  Vec w[R][J];
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < J; ++j) w[r][j] = load(weight(r, j));
+// to_r[c] += sum_j w[r][j] b_j[c].
+template <Right RIGHT, int R, int J>
+INLINE void mix_held(const Vec (&w)[R][J], const float* b, int b_step, int depth,
+                     const Block& to) {
   for (int c = 0; c < depth; ++c) {
     Vec sum[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) sum[r] = load(to + int64_t(r) * to_row + c * LANES);
+    for (int r = 0; r < R; ++r) sum[r] = load(to(r, c));
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) {
-      const Vec right = load(b + int64_t(c) * stride + j);
+      const Vec right = load_right<RIGHT>(b + int64_t(c) * b_step, j);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) sum[r] += w[r][j] * right;
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) store(to + int64_t(r) * to_row + c * LANES, sum[r]);
+    for (int r = 0; r < R; ++r) store(to(r, c), sum[r]);
   }
 }
 
-typedef void (*Dots)(Block, const float*, int, int, Block, Block, Block);
-typedef void (*Mix)(Block, const float*, int, int, float*, int);
+template <Right RIGHT, int R, int J>
+void mix(const Block& weight, const float* b, int b_step, int depth, const Block& to) {
+  Vec w[R][J];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) w[r][j] = load(weight(r, j));
+  mix_held<RIGHT, R, J>(w, b, b_step, depth, to);
+}
 
-template <int... I>
+// The same with weights 2^(logit(r, j) + shift(r)), which are added to the sums as well.
+template <Right RIGHT, int R, int J>
+void mix_powers(const Block& logit, const Block& shift, const Block& sums, const float* b,
+                int b_step, int depth, const Block& to) {
+  Vec w[R][J];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const Vec by = load(shift(r, 0));
+    Vec sum = {};
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) {
+      w[r][j] = exp2_negative(load(logit(r, j)) + by);
+      sum += w[r][j];
+    }
+    store(sums(r, 0), load(sums(r, 0)) + sum);
+  }
+  mix_held<RIGHT, R, J>(w, b, b_step, depth, to);
+}
+
+typedef void (*Dots)(const Block&, const float*, int, int, const Block&, const Block&, float*,
+                     const Block&);
+typedef void (*Mix)(const Block&, const float*, int, int, const Block&);
+typedef void (*MixPowers)(const Block&, const Block&, const Block&, const float*, int, int,
+                          const Block&);
+
+template <Right RIGHT, int... I>
 constexpr std::array<Dots, sizeof...(I)> all_dots(std::integer_sequence<int, I...>) {
-  return {dots<I / OFFSETS + 1, I % OFFSETS + 1>...};
+  return {dots<RIGHT, I / OFFSETS + 1, I % OFFSETS + 1>...};
 }
-template <int... I>
+template <Right RIGHT, int... I>
 constexpr std::array<Mix, sizeof...(I)> all_mix(std::integer_sequence<int, I...>) {
-  return {mix<I / OFFSETS + 1, I % OFFSETS + 1>...};
+  return {mix<RIGHT, I / OFFSETS + 1, I % OFFSETS + 1>...};
 }
-static constexpr auto DOTS = all_dots(std::make_integer_sequence<int, ROWS * OFFSETS>());
-static constexpr auto MIX = all_mix(std::make_integer_sequence<int, ROWS * OFFSETS>());
+template <Right RIGHT, int... I>
+constexpr std::array<MixPowers, sizeof...(I)> all_mix_powers(std::integer_sequence<int, I...>) {
+  return {mix_powers<RIGHT, I / OFFSETS + 1, I % OFFSETS + 1>...};
+}
+using Shapes = std::make_integer_sequence<int, ROWS * OFFSETS>;
+static constexpr std::array<Dots, ROWS * OFFSETS> DOTS[] = {
+    all_dots<SHIFTED>(Shapes()), all_dots<APART>(Shapes()), all_dots<SPREAD>(Shapes())};
+static constexpr std::array<Mix, ROWS * OFFSETS> MIX[] = {
+    all_mix<SHIFTED>(Shapes()), all_mix<APART>(Shapes()), all_mix<SPREAD>(Shapes())};
+static constexpr std::array<MixPowers, ROWS * OFFSETS> MIX_POWERS[] = {
+    all_mix_powers<SHIFTED>(Shapes()), all_mix_powers<APART>(Shapes())};
 INLINE int shape(int rows, int offsets) { return (rows - 1) * OFFSETS + offsets - 1; }
 
-// Call f(first, count) for the parts, at most OFFSETS wide and about equal, of a window's row.
+// Call f(first, count) for the parts, at most OFFSETS wide and about equal, of a range of offsets.
 template <typename F>
-INLINE void by_parts(int kernel, F f) {
-  const int parts = (kernel + OFFSETS - 1) / OFFSETS;
+INLINE void by_parts(Range range, F f) {
+  const int size = range.last - range.first, parts = (size + OFFSETS - 1) / OFFSETS;
+  if (parts == 1) return f(range.first, size);
   for (int part = 0; part < parts; ++part) {
-    const int first = kernel * part / parts;
-    f(first, kernel * (part + 1) / parts - first);
+    const int first = size * part / parts;
+    f(range.first + first, size * (part + 1) / parts - first);
   }
 }
 
@@ -195,175 +356,243 @@ struct Seen {
   int first, count, window_row;
 };
 
-// The logits and softmax of a block of query rows at one vector of columns.
+// Call f(row, seen) for the image rows in the windows of query rows y and on, and for the rows
+// outside the image as far as they take part.
+template <typename F>
+INLINE void each_row(const Geometry& g, int y, int rows, F f) {
+  const int first = y - g.reach, last = y + rows + g.reach;
+  for (int row = g.mask ? std::max(0, first) : first;
+       row < (g.mask ? std::min(g.height, last) : last); ++row)
+    f(row, Seen(g, row, y, rows));
+}
+
+// The embeddings of a group's heads, as the right side of `dots` and `mix`.
+class Embeddings {
+ public:
+  Embeddings(const LocalAttention& a, const Geometry& g, Scratch& scratch)
+      : right(g.packed ? APART : SPREAD),
+        step(g.kernel * g.step),
+        a_(a),
+        g_(g),
+        entries_(int64_t(g.depth / 2) * g.kernel) {
+    if (a.rel_rows == nullptr || !g.packed) return;
+    lanes_of_rows_ = scratch.take(size_t(entries_) * LANES);
+    lanes_of_cols_ = scratch.take(size_t(entries_) * LANES);
+  }
+
+  void choose(int64_t group) {
+    if (a_.rel_rows == nullptr) return;
+    if (!g_.packed) {
+      rows = a_.rel_rows + group % g_.heads * entries_;
+      cols = a_.rel_cols + group % g_.heads * entries_;
+      return;
+    }
+    for (int lane = 0; lane < LANES; ++lane) {
+      const int64_t head = (group * LANES + lane) % g_.heads;
+      for (int64_t i = 0; i < entries_; ++i) {
+        lanes_of_rows_[i * LANES + lane] = a_.rel_rows[head * entries_ + i];
+        lanes_of_cols_[i * LANES + lane] = a_.rel_cols[head * entries_ + i];
+      }
+    }
+    rows = lanes_of_rows_;
+    cols = lanes_of_cols_;
+  }
+
+  Right right;
+  int step;  // from a channel to the next
+  const float *rows = nullptr, *cols = nullptr;
+
+ private:
+  const LocalAttention& a_;
+  const Geometry& g_;
+  int64_t entries_;
+  float *lanes_of_rows_ = nullptr, *lanes_of_cols_ = nullptr;
+};
+
+// The logits, in base 2, of a block of query rows at one vector of columns.
 class Windows {
  public:
   Windows(const LocalAttention& a, const Geometry& g, Scratch& scratch)
-      : g_(g),
-        content_(a.key != nullptr),
-        mask_(a.mask),
-        embeddings_(a.rel_rows != nullptr) {
-    if (!embeddings_) return;
+      : right(g.packed ? APART : SHIFTED), embeddings(a, g, scratch), g_(g), content_(a.key) {
     const int64_t row = int64_t(g.kernel) * LANES;
-    row_terms_ = {scratch.take(ROWS * row), row, LANES};
-    col_terms_ = {scratch.take(ROWS * row), row, LANES};
+    for (Block* terms : {&row_terms_, &col_terms_, &shifts})
+      *terms = {scratch.take(size_t(ROWS * row)), row, LANES};
+    highest_ = scratch.take(ROWS * LANES);
+    zeros = {scratch.take(LANES), 0, 0};
   }
 
-  // Unnormalised weights and their sums. `query` (r, 0) points at channel 0 of row y + r at
-  // column x, `weights` (r, o) at offset o of the window.
-  void softmax(Block query, const Ring* keys, const float* rel_rows, const float* rel_cols, int y,
-               int rows, int x, Block weights, Vec* sums) const {
-    if (embeddings_) embedding_terms(query, rel_rows, rel_cols, rows);
-    for (int row = y - g_.reach; row < y + rows + g_.reach; ++row) {
-      const Seen seen(g_, row, y, rows);
-      const Block to = seen.in(weights, g_.kernel);
-      const Block row_term{row_terms_.start ? row_terms_(seen.first, seen.window_row) : nullptr,
-                           row_terms_.row - row_terms_.offset, 0};
-      const Block col_term{col_terms_.start ? col_terms_(seen.first, 0) : nullptr, col_terms_.row,
-                           col_terms_.offset};
-      const bool inside = row >= 0 && row < g_.height;
-      if (inside && content_) {
-        const float* key = (*keys)[row] + g_.left + x - g_.reach;
-        by_parts(g_.kernel, [&](int j, int width) {
-          DOTS[shape(seen.count, width)](
-              {query(seen.first, 0), query.row, 0}, key + j, g_.stride, g_.depth,
-              {to(0, j), to.row, to.offset}, row_term,
-              {col_term(0, j), col_term.row, col_term.offset});
-        });
-        continue;
-      }
-      const bool left_out = !inside && mask_;
-      for (int r = 0; r < seen.count; ++r)
-        for (int j = 0; j < g_.kernel; ++j) {
-          Vec logit = all(left_out ? -INFINITY : 0.0f);
-          if (!left_out && embeddings_) logit = load(row_term(r, 0)) + load(col_term(r, j));
-          store(to(r, j), logit);
-        }
-    }
-    if (mask_ && (x < g_.reach || x + LANES + g_.reach > g_.width)) mask_columns(rows, x, weights);
-    for (int r = 0; r < rows; ++r) {
-      Vec highest = all(-INFINITY), sum = {};
-      for (int o = 0; o < g_.window; ++o) highest = greater(load(weights(r, o)), highest);
-      // Summed row by row: many equal weights in one long sum would all round the same way.
-      for (int i = 0; i < g_.window; i += g_.kernel) {
-        Vec row_sum = {};
-        for (int o = i; o < i + g_.kernel; ++o) {
-          const Vec weight = exp_negative(load(weights(r, o)) - highest);
-          store(weights(r, o), weight);
-          row_sum += weight;
-        }
-        sum += row_sum;
-      }
-      sums[r] = sum;
-    }
+  // `query` (r, c) points at channel c of row y + r at column x, in base 2, `logits` (r, o) at
+  // offset o of the window. What every logit of window row i lacks is written to shifts(r, i): its
+  // row term, less the largest logit.
+  void find(Block query, const Ring& keys, int y, int rows, int x, Block logits) const {
+    find_terms(query, rows, x);
+    for (int r = 0; r < rows; ++r) store(highest_ + r * LANES, all(-INFINITY));
+    each_row(g_, y, rows, [&](int row, Seen seen) {
+      const Block to = seen.in(logits, g_.kernel), row_term = seen.in(row_terms_, 1);
+      const bool content = content_ && row >= 0 && row < g_.height;
+      const float* key = keys[content ? row : 0] + g_.at(x - g_.reach);
+      by_parts(g_.window_columns(x), [&](int j, int width) {
+        DOTS[right][shape(seen.count, width)](query.from(seen.first, 0), key + j * g_.step,
+                                              g_.stride, content ? g_.depth : 0,
+                                              col_terms_.from(seen.first, j), to.from(0, j),
+                                              highest_ + seen.first * LANES, row_term);
+      });
+    });
+    for (int r = 0; r < rows; ++r)
+      for (int i = 0; i < g_.kernel; ++i)
+        store(shifts(r, i), load(row_terms_(r, i)) - load(highest_ + r * LANES));
   }
+
+  Right right;
+  Embeddings embeddings;
+  Block shifts, zeros;
 
  private:
-  void embedding_terms(Block query, const float* rel_rows, const float* rel_cols, int rows) const {
-    const int half = g_.depth / 2;
-    for (int r = 0; r < rows; ++r)
-      by_parts(g_.kernel, [&](int first, int count) {
-        Vec by_row[OFFSETS] = {}, by_col[OFFSETS] = {};
-        for (int c = 0; c < half; ++c) {
-          const Vec upper = load(query(r, 0) + int64_t(c) * g_.stride);
-          const Vec lower = load(query(r, 0) + int64_t(c + half) * g_.stride);
-          const float* row = rel_rows + c * g_.kernel + first;
-          const float* col = rel_cols + c * g_.kernel + first;
-          for (int o = 0; o < count; ++o) {
-            by_row[o] += upper * row[o];
-            by_col[o] += lower * col[o];
-          }
-        }
-        for (int o = 0; o < count; ++o) {
-          store(row_terms_(r, first + o), by_row[o]);
-          store(col_terms_(r, first + o), by_col[o]);
-        }
+  // The two terms of q.r; the column terms of neighbours that are left out are minus infinity.
+  void find_terms(Block query, int rows, int x) const {
+    if (embeddings.rows != nullptr) {
+      const int half = g_.depth / 2;
+      by_parts({0, g_.kernel}, [&](int j, int width) {
+        const Dots find = DOTS[embeddings.right][shape(rows, width)];
+        find(query, embeddings.rows + j * g_.step, embeddings.step, half, zeros,
+             row_terms_.from(0, j), nullptr, {});
+        find(query.from(0, half), embeddings.cols + j * g_.step, embeddings.step, half, zeros,
+             col_terms_.from(0, j), nullptr, {});
       });
-  }
-
-  void mask_columns(int rows, int x, Block weights) const {
+    }
+    if (!g_.mask || g_.packed || (x >= g_.reach && x + LANES + g_.reach <= g_.width)) {
+      if (embeddings.rows == nullptr)
+        std::memset(col_terms_.start, 0, size_t(ROWS * col_terms_.row) * 4);
+      return;
+    }
+    const Ints column = lane_numbers() + x;
     for (int j = 0; j < g_.kernel; ++j) {
-      const Ints column = lane_numbers() + (x + j - g_.reach);
-      const Ints outside = (column < 0) | (column >= g_.width);
-      for (int r = 0; r < rows; ++r)
-        for (int i = 0; i < g_.kernel; ++i) {
-          float* at = weights(r, i * g_.kernel + j);
-          store(at, outside ? all(-INFINITY) : load(at));
-        }
+      const Ints neighbour = column + (j - g_.reach);
+      const Ints outside = ((neighbour < 0) | (neighbour >= g_.width)) & (column < g_.width);
+      for (int r = 0; r < rows; ++r) {
+        const Vec term = embeddings.rows != nullptr ? load(col_terms_(r, j)) : Vec{};
+        store(col_terms_(r, j), outside ? all(-INFINITY) : term);
+      }
     }
   }
 
   const Geometry& g_;
-  bool content_, mask_, embeddings_;
-  Block row_terms_ = {}, col_terms_ = {};
+  bool content_;
+  Block row_terms_, col_terms_;
+  float* highest_;
 };
 
-// Add up, for query rows y and on, weights times the rows of `values` that each of them sees.
-INLINE void gather(const Geometry& g, const Ring& values, int y, int rows, int x, Block weights,
-                   float* to) {
-  const int to_row = g.depth * LANES;
-  for (int row = std::max(0, y - g.reach); row < std::min(g.height, y + rows + g.reach); ++row) {
-    const Seen seen(g, row, y, rows);
-    const Block weight = seen.in(weights, g.kernel);
-    const float* value = values[row] + g.left + x - g.reach;
-    by_parts(g.kernel, [&](int j, int width) {
-      MIX[shape(seen.count, width)]({weight(0, j), weight.row, weight.offset}, value + j,
-                                      g.stride, g.depth, to + int64_t(seen.first) * to_row, to_row);
-    });
-  }
+// The band of rows that a task works on; bands follow from the shape alone, so that results do not
+// depend on the number of threads.
+INLINE Range band_of(const LocalAttention& a, int64_t band, int64_t bands) {
+  return {int(a.height * band / bands), int(a.height * (band + 1) / bands)};
 }
 
-// Rows of one task; fixed, so that results do not depend on the number of threads.
-constexpr int BAND = 8 * ROWS;
+int64_t local_vectors(const LocalAttention& a) {
+  return Geometry::packing_pays(a) ? Geometry::by_plane(a) : Geometry::by_pixel(a);
+}
 
-int64_t bands(const LocalAttention& a) { return (a.height + BAND - 1) / BAND; }
+int64_t local_forward_bands(const LocalAttention& a) {
+  return std::max<int64_t>(1, a.height / 24);
+}
 
-int64_t local_forward_tasks(const LocalAttention& a) { return a.batch * a.heads * bands(a); }
+int64_t local_forward_tasks(const LocalAttention& a) {
+  return Geometry(a).groups() * local_forward_bands(a);
+}
 
-void local_forward(const LocalAttention& a, int64_t first_task, int64_t last_task) {
-  const Geometry g(a);
-  const size_t queries = size_t(ROWS) * g.depth * g.stride, weight_row = size_t(g.window) * LANES;
-  const size_t sums = size_t(ROWS) * g.depth * LANES;
-  Scratch scratch;
-  Ring keys(scratch, g), values(scratch, g);
-  float* query = scratch.take(queries);
-  const Block weights{scratch.take(ROWS * weight_row), int64_t(weight_row), LANES};
-  float* output = scratch.take(sums);
-  const Windows windows(a, g, scratch);
-  const int64_t query_row = int64_t(g.depth) * g.stride, embedding = int64_t(g.depth / 2) * g.kernel;
-  for (int64_t task = first_task; task < last_task; ++task) {
-    const int64_t plane = task / bands(a), head = plane % a.heads;
-    const int begin = int(task % bands(a)) * BAND, end = std::min(g.height, begin + BAND);
-    const Plane from_query(a.query, a.bfloat16, plane, g), from_key(a.key, a.bfloat16, plane, g);
-    const Plane from_value(a.value, a.bfloat16, plane, g), to(a.output, a.bfloat16, plane, g);
-    keys.restart(begin - g.reach);
-    values.restart(begin - g.reach);
-    for (int y = begin; y < end; y += ROWS) {
-      const int rows = std::min(ROWS, end - y);
-      if (a.key) keys.read_up_to(from_key, y + rows + g.reach);
-      values.read_up_to(from_value, y + rows + g.reach);
-      for (int r = 0; r < rows; ++r)
-        from_query.read_row(y + r, query + r * query_row + g.left, g.stride);
-      for (int x = 0; x < g.width; x += LANES) {
-        Vec total[ROWS];
-        windows.softmax({query + g.left + x, query_row, 0}, &keys, a.rel_rows + head * embedding,
-                        a.rel_cols + head * embedding, y, rows, x, weights, total);
-        std::memset(output, 0, sums * 4);
-        gather(g, values, y, rows, x, weights, output);
-        for (int r = 0; r < rows; ++r) {
-          const Vec scale = 1.0f / total[r];
-          for (int c = 0; c < g.depth; ++c)
-            to.write(c, y + r, x, load(output + (int64_t(r) * g.depth + c) * LANES) * scale);
+// The forward pass of one band of a group's rows after another.
+class LocalForward {
+ public:
+  explicit LocalForward(const LocalAttention& a)
+      : a_(a),
+        g_(a),
+        keys_(scratch_, g_),
+        values_(scratch_, g_),
+        query_(scratch_.take(size_t(ROWS * g_.row))),
+        output_(scratch_.take_unset(size_t(ROWS * g_.row))),
+        sums_(scratch_.take_unset(size_t(ROWS) * g_.stride)),
+        logits_(scratch_.take_unset(size_t(ROWS) * g_.window * LANES)),
+        windows_(a, g_, scratch_) {}
+
+  void run(int64_t task) {
+    const int64_t bands = local_forward_bands(a_), group = task / bands;
+    const Range own = band_of(a_, task % bands, bands);
+    const Planes query(a_.query, a_.bfloat16, group, g_), key(a_.key, a_.bfloat16, group, g_);
+    const Planes value(a_.value, a_.bfloat16, group, g_), output(a_.output, a_.bfloat16, group, g_);
+    windows_.embeddings.choose(group);
+    keys_.restart(own.first - g_.reach);
+    values_.restart(own.first - g_.reach);
+    for (int y = own.first; y < own.last; y += ROWS) {
+      const int rows = std::min(ROWS, own.last - y);
+      if (a_.key) keys_.read_up_to(key, y + rows + g_.reach);
+      values_.read_up_to(value, y + rows + g_.reach);
+      for (int r = 0; r < rows; ++r) query.read_row(y + r, query_ + r * g_.row, LOG2_E);
+      std::memset(output_, 0, size_t(rows * g_.row) * 4);
+      std::memset(sums_, 0, size_t(rows) * g_.stride * 4);
+      for (int x = 0; x < g_.width; x += g_.tile) {
+        for (int r = 0; r < ROWS; ++r) {
+          output.prefetch(y + r, x);
+          query.prefetch(y + ROWS + r, x);
+          if (a_.key) key.prefetch(y + ROWS + r + g_.reach, x);
+          value.prefetch(y + ROWS + r + g_.reach, x);
         }
+        find(y, rows, x);
+      }
+      for (int r = 0; r < rows; ++r) {
+        float* scale = sums_ + r * g_.stride;
+        for (int i = 0; i < g_.stride; ++i) scale[i] = 1.0f / scale[i];
+        output.write_row(y + r, output_ + r * g_.row, scale);
       }
     }
   }
+
+ private:
+  // Sums of values, weighted, and of weights at column x.
+  void find(int y, int rows, int x) {
+    const int64_t window = int64_t(g_.window) * LANES;
+    const Block logits{logits_, window, LANES}, output{output_ + g_.at(x), g_.row, g_.stride};
+    const Block sums{sums_ + g_.at(x), g_.stride, 0};
+    windows_.find({query_ + g_.at(x), g_.row, g_.stride}, keys_, y, rows, x, logits);
+    each_row(g_, y, rows, [&](int row, Seen seen) {
+      const Block logit = seen.in(logits, g_.kernel), shift = seen.in(windows_.shifts, 1);
+      const bool inside = row >= 0 && row < g_.height;
+      const float* value = values_[inside ? row : 0] + g_.at(x - g_.reach);
+      by_parts(g_.window_columns(x), [&](int j, int width) {
+        MIX_POWERS[windows_.right][shape(seen.count, width)](
+            logit.from(0, j), shift, sums.from(seen.first, 0), value + j * g_.step, g_.stride,
+            inside ? g_.depth : 0, output.from(seen.first, 0));
+      });
+    });
+  }
+
+  const LocalAttention& a_;
+  Geometry g_;
+  Scratch scratch_;
+  Ring keys_, values_;
+  float *query_, *output_, *sums_;  // padded rows
+  float* logits_;
+  Windows windows_;
+};
+
+void local_forward(const LocalAttention& a, int64_t first_task, int64_t last_task) {
+  LocalForward work(a);
+  for (int64_t task = first_task; task < last_task; ++task) work.run(task);
 }
 
-int64_t local_backward_tasks(const LocalAttention& a) { return a.batch * a.heads; }
+// Bands of rows of a backward pass: as many as keep the cores of a large machine busy where planes
+// are few, for each band computes the weights of the query rows within reach beyond it once more.
+int64_t local_backward_bands(const LocalAttention& a) {
+  constexpr int64_t tasks = 16, rows = 40;
+  const int64_t groups = std::max<int64_t>(1, Geometry(a).groups());
+  return std::max<int64_t>(1, std::min((tasks + groups - 1) / groups, a.height / rows));
+}
 
-// The backward pass of one plane after another. Blocks of query rows come first, then the block
-// of key rows that has by then met all of its queries.
+int64_t local_backward_tasks(const LocalAttention& a) {
+  return Geometry(a).groups() * local_backward_bands(a);
+}
+
+// The backward pass of one band of a group's rows after another. A block of query rows finds its
+// weights, and adds its share to the gradients of all keys and values that it sees.
 class LocalBackward {
  public:
   explicit LocalBackward(const LocalAttention& a)
@@ -373,210 +602,264 @@ class LocalBackward {
         values_(scratch_, g_),
         queries_(scratch_, g_),
         grads_(scratch_, g_),
-        weights_(scratch_.take(window_floats())),
-        grad_logits_(scratch_.take(window_floats())),
-        first_sum_(scratch_.take(sum_floats())),
-        second_sum_(scratch_.take(sum_floats())),
-        by_row_(scratch_.take(size_t(ROWS) * g_.kernel * LANES)),
-        by_col_(scratch_.take(size_t(ROWS) * g_.kernel * LANES)),
-        grad_rows_(scratch_.take(embedding_floats())),
-        grad_cols_(scratch_.take(embedding_floats())),
-        windows_(a, g_, scratch_) {}
+        grad_keys_(scratch_, g_),
+        grad_values_(scratch_, g_),
+        grad_query_(scratch_.take_unset(size_t(ROWS * g_.row))),
+        weights_(scratch_.take(size_t(ROWS) * g_.window * g_.stride)),
+        grad_logits_(scratch_.take(size_t(ROWS) * g_.window * g_.stride)),
+        ones_(scratch_.take_unset(size_t(g_.stride))),
+        ln_2_(scratch_.take_unset(size_t(g_.stride))),
+        grad_row_terms_(terms()),
+        grad_col_terms_(terms()),
+        grad_rows_(scratch_.take_unset(embedding_floats())),
+        grad_cols_(scratch_.take_unset(embedding_floats())),
+        windows_(a, g_, scratch_) {
+    std::fill_n(ones_, g_.stride, 1.0f);
+    std::fill_n(ln_2_, g_.stride, LN_2);
+  }
 
-  void run(int64_t plane) {
-    const Plane query(a_.query, a_.bfloat16, plane, g_), key(a_.key, a_.bfloat16, plane, g_);
-    const Plane value(a_.value, a_.bfloat16, plane, g_), grad(a_.grad, a_.bfloat16, plane, g_);
-    const Plane grad_query(a_.grad_query, a_.bfloat16, plane, g_);
-    const Plane grad_key(a_.grad_key, a_.bfloat16, plane, g_);
-    const Plane grad_value(a_.grad_value, a_.bfloat16, plane, g_);
-    for (Ring* ring : {&keys_, &values_, &queries_, &grads_}) ring->restart(0);
-    if (a_.rel_rows) {
-      std::memset(grad_rows_, 0, embedding_floats() * 4);
-      std::memset(grad_cols_, 0, embedding_floats() * 4);
-    }
-    for (int y = 0; y - g_.reach < g_.height; y += ROWS) {
-      const int rows = std::min(ROWS, g_.height - y);
-      if (rows > 0) {
-        if (a_.key) keys_.read_up_to(key, y + rows + g_.reach);
-        values_.read_up_to(value, y + rows + g_.reach);
-        queries_.read_up_to(query, y + rows);
-        grads_.read_up_to(grad, y + rows);
-        for (int x = 0; x < g_.width; x += LANES) query_rows(plane, y, rows, x, grad_query);
+  void run(int64_t task) {
+    const int64_t bands = local_backward_bands(a_), group = task / bands, band = task % bands;
+    const Planes query(a_.query, a_.bfloat16, group, g_), key(a_.key, a_.bfloat16, group, g_);
+    const Planes value(a_.value, a_.bfloat16, group, g_), grad(a_.grad, a_.bfloat16, group, g_);
+    const Planes grad_query(a_.grad_query, a_.bfloat16, group, g_);
+    const Planes grad_key(a_.grad_key, a_.bfloat16, group, g_);
+    const Planes grad_value(a_.grad_value, a_.bfloat16, group, g_);
+    windows_.embeddings.choose(group);
+    own_ = band_of(a_, band, bands);
+    // Whole blocks, so that none is torn in the rings.
+    const int begin = std::max(0, own_.first - g_.reach) / ROWS * ROWS;
+    const int end = std::min(g_.height, own_.last + g_.reach);
+    keys_.restart(begin - g_.reach);
+    values_.restart(begin - g_.reach);
+    queries_.restart(begin);
+    grads_.restart(begin);
+    started_ = finished_ = own_.first;
+    std::memset(grad_rows_, 0, embedding_floats() * 4);
+    std::memset(grad_cols_, 0, embedding_floats() * 4);
+    for (int y = begin; y < end; y += ROWS) {
+      const int rows = std::min(ROWS, end - y);
+      if (a_.key) keys_.read_up_to(key, y + rows + g_.reach);
+      values_.read_up_to(value, y + rows + g_.reach);
+      queries_.read_up_to(query, y + rows, LOG2_E);
+      grads_.read_up_to(grad, y + rows);
+      std::memset(grad_query_, 0, size_t(rows * g_.row) * 4);
+      for (int x = 0; x < g_.width; x += g_.tile) {
+        for (int r = 0; r < ROWS; ++r) {
+          grad_query.prefetch(y + r, x);
+          query.prefetch(y + ROWS + r, x);
+          grad.prefetch(y + ROWS + r, x);
+          if (a_.key) key.prefetch(y + ROWS + r + g_.reach, x);
+          value.prefetch(y + ROWS + r + g_.reach, x);
+        }
+        query_rows(y, rows, x);
       }
-      const int first = std::max(0, y - g_.reach), last = std::min(g_.height, y - g_.reach + ROWS);
-      if (first < last)
-        for (int x = 0; x < g_.width; x += LANES)
-          key_rows(first, last - first, x, grad_key, grad_value);
+      for (int r = 0; r < rows; ++r)
+        if (is_own(y + r)) grad_query.write_row(y + r, grad_query_ + r * g_.row, ones_);
+      for (; started_ < std::min(own_.last, y + rows + g_.reach); ++started_) {
+        grad_keys_.zero(started_);
+        grad_values_.zero(started_);
+      }
+      // No query after these sees the rows before `complete`.
+      const int complete = y + rows < end ? std::min(own_.last, y + rows - g_.reach) : own_.last;
+      for (int x = 0; x < g_.width; x += g_.tile) {
+        for (int row = finished_; row < complete; ++row) {
+          if (a_.key) grad_key.prefetch(row, x);
+          grad_value.prefetch(row, x);
+        }
+        key_rows(y, rows, x);
+      }
+      for (; finished_ < complete; ++finished_) {
+        if (a_.key) grad_key.write_row(finished_, grad_keys_[finished_], ln_2_);
+        grad_value.write_row(finished_, grad_values_[finished_], ones_);
+      }
     }
-    if (a_.rel_rows) write_embeddings(plane);
+    if (a_.rel_rows) write_embeddings(group, band);
   }
 
  private:
-  size_t window_floats() const { return size_t(g_.ring) * g_.window * g_.stride; }
-  size_t sum_floats() const { return size_t(ROWS) * g_.depth * LANES; }
   size_t embedding_floats() const { return size_t(g_.depth / 2) * g_.kernel * LANES; }
-
-  Block window(float* memory, int y, int x) const {
-    const int64_t row = int64_t(g_.window) * g_.stride;
-    return {memory + y % g_.ring * row + g_.left + x, row, g_.stride};
+  Block terms() {
+    const int64_t row = int64_t(g_.kernel) * LANES;
+    return {scratch_.take_unset(size_t(ROWS * row)), row, LANES};
+  }
+  bool is_own(int y) const { return y >= own_.first && y < own_.last; }
+  Block window(float* memory, int x) const {
+    return {memory + g_.at(x), int64_t(g_.window) * g_.stride, g_.stride};
+  }
+  Block pixels(const Ring& ring, int y, int x) const {
+    return {ring[y] + g_.at(x), g_.row, g_.stride};
   }
 
-  // The gradients of queries and embeddings at rows y and on, and the weights' for the keys.
-  void query_rows(int64_t plane, int y, int rows, int x, const Plane& grad_query) {
-    const int64_t ring_row = int64_t(g_.depth) * g_.stride;
-    const int64_t head = plane % a_.heads, embedding = int64_t(g_.depth / 2) * g_.kernel;
-    const Block query{queries_[y] + g_.left + x, ring_row, 0};
-    const Block grad{grads_[y] + g_.left + x, ring_row, 0};
-    const Block weights = window(weights_, y, x), grad_logits = window(grad_logits_, y, x);
-    Vec sums[ROWS];
-    windows_.softmax(query, &keys_, a_.rel_rows + head * embedding,
-                     a_.rel_cols + head * embedding, y, rows, x, weights, sums);
-    weight_gradients(grad, y, rows, x, grad_logits);
-    const Ints inside = lane_numbers() < g_.width - x;
+  // The weights of query rows y and on at column x, the gradients of their logits, and from these
+  // the gradients of queries and embeddings. Weights stay without their sum, by which the gradient
+  // of the output is divided instead.
+  void query_rows(int y, int rows, int x) {
+    const Block query = pixels(queries_, y, x), grad = pixels(grads_, y, x);
+    const Block weights = window(weights_, x), grad_logits = window(grad_logits_, x);
+    windows_.find(query, keys_, y, rows, x, weights);
+    // Zeros for pixels behind the end of the row, whatever their windows hold.
+    const Ints inside = lane_numbers() < (g_.packed ? LANES : g_.width - x);
+    Vec scale[ROWS];
     for (int r = 0; r < rows; ++r) {
-      const Vec scale = 1.0f / sums[r];
-      Vec expected = {};
-      for (int i = 0; i < g_.window; i += g_.kernel) {
-        Vec row_sum = {};
-        for (int o = i; o < i + g_.kernel; ++o) {
-          const Vec weight = load(weights(r, o)) * scale;
-          store(weights(r, o), inside ? weight : Vec{});
-          row_sum += weight * load(grad_logits(r, o));
-        }
-        expected += row_sum;
-      }
-      for (int o = 0; o < g_.window; ++o) {
-        const Vec from = load(weights(r, o)) * (load(grad_logits(r, o)) - expected);
-        store(grad_logits(r, o), inside ? from : Vec{});
-      }
+      const Vec sum = raise(y + r, x, inside, weights.from(r, 0), windows_.shifts.from(r, 0));
+      scale[r] = inside ? 1.0f / sum : Vec{};
+      for (int c = 0; c < g_.depth; ++c) store(grad(r, c), load(grad(r, c)) * scale[r]);
     }
-    std::memset(first_sum_, 0, sum_floats() * 4);
-    if (a_.key) gather(g_, keys_, y, rows, x, grad_logits, first_sum_);
-    if (a_.rel_rows)
-      embedding_gradients(query, rows, grad_logits, a_.rel_rows + head * embedding,
-                          a_.rel_cols + head * embedding);
-    for (int r = 0; r < rows; ++r)
-      for (int c = 0; c < g_.depth; ++c)
-        grad_query.write(c, y + r, x, load(first_sum_ + (int64_t(r) * g_.depth + c) * LANES));
-  }
-
-  // to(r, o) = g . v for every offset; 0 for neighbours outside the image.
-  void weight_gradients(Block grad, int y, int rows, int x, Block to) const {
-    for (int row = y - g_.reach; row < y + rows + g_.reach; ++row) {
-      const Seen seen(g_, row, y, rows);
-      const Block at = seen.in(to, g_.kernel);
-      if (row < 0 || row >= g_.height) {
-        for (int r = 0; r < seen.count; ++r)
-          for (int j = 0; j < g_.kernel; ++j) store(at(r, j), Vec{});
-        continue;
-      }
-      const float* value = values_[row] + g_.left + x - g_.reach;
-      by_parts(g_.kernel, [&](int j, int width) {
-        DOTS[shape(seen.count, width)]({grad(seen.first, 0), grad.row, 0}, value + j, g_.stride,
-                                        g_.depth, {at(0, j), at.row, at.offset}, {nullptr, 0, 0},
-                                        {nullptr, 0, 0});
+    each_row(g_, y, rows, [&](int row, Seen seen) {
+      const Block to = seen.in(grad_logits, g_.kernel);
+      const bool inside = row >= 0 && row < g_.height;
+      const float* value = values_[inside ? row : 0] + g_.at(x - g_.reach);
+      by_parts(g_.window_columns(x), [&](int j, int width) {
+        DOTS[windows_.right][shape(seen.count, width)](
+            grad.from(seen.first, 0), value + j * g_.step, g_.stride, inside ? g_.depth : 0,
+            windows_.zeros, to.from(0, j), nullptr, {});
       });
-    }
-  }
-
-  void embedding_gradients(Block query, int rows, Block grad_logits, const float* rel_rows,
-                           const float* rel_cols) {
-    const int half = g_.depth / 2, kernel = g_.kernel;
+    });
     for (int r = 0; r < rows; ++r)
-      for (int i = 0; i < kernel; ++i) {
-        Vec by_row = {}, by_col = {};
-        for (int j = 0; j < kernel; ++j) {
-          by_row += load(grad_logits(r, i * kernel + j));
-          by_col += load(grad_logits(r, j * kernel + i));
-        }
-        store(by_row_ + (r * kernel + i) * LANES, by_row);
-        store(by_col_ + (r * kernel + i) * LANES, by_col);
-      }
-    for (int c = 0; c < half; ++c) {
-      spread(query, rows, c, by_row_, rel_rows + c * kernel, grad_rows_ + c * kernel * LANES);
-      spread(query, rows, c + half, by_col_, rel_cols + c * kernel,
-             grad_cols_ + c * kernel * LANES);
-    }
-  }
-
-  // One channel's share: the gradient of its queries, and of the embedding's entries.
-  INLINE void spread(Block query, int rows, int c, const float* grads, const float* embedding,
-                     float* grad_embedding) {
-    Vec q[ROWS], sum[ROWS];
-    for (int r = 0; r < rows; ++r) {
-      q[r] = load(query(r, 0) + int64_t(c) * g_.stride);
-      sum[r] = load(first_sum_ + (int64_t(r) * g_.depth + c) * LANES);
-    }
-    for (int o = 0; o < g_.kernel; ++o) {
-      Vec total = load(grad_embedding + o * LANES);
-      for (int r = 0; r < rows; ++r) {
-        const Vec grad = load(grads + (r * g_.kernel + o) * LANES);
-        sum[r] += grad * embedding[o];
-        total += grad * q[r];
-      }
-      store(grad_embedding + o * LANES, total);
-    }
-    for (int r = 0; r < rows; ++r)
-      store(first_sum_ + (int64_t(r) * g_.depth + c) * LANES, sum[r]);
-  }
-
-  // The gradients of keys and values at rows y and on, from all queries that see them.
-  void key_rows(int y, int rows, int x, const Plane& grad_key, const Plane& grad_value) {
-    std::memset(first_sum_, 0, sum_floats() * 4);
-    std::memset(second_sum_, 0, sum_floats() * 4);
-    const int to_row = g_.depth * LANES;
-    for (int row = std::max(0, y - g_.reach); row < std::min(g_.height, y + rows + g_.reach);
-         ++row) {
-      const Seen seen(g_, row, y, rows);
-      const int window_row = y + seen.first - row + g_.reach;
-      const int64_t shift = g_.left + x - g_.reach;
-      by_parts(g_.kernel, [&](int j, int width) {
-        // A query j - reach columns on sees this key at column offset reach - j.
-        const int offset = window_row * g_.kernel + (g_.kernel - 1 - j);
-        const int64_t next_row = int64_t(g_.kernel) * g_.stride, next_offset = 1 - g_.stride;
-        const int64_t to = int64_t(seen.first) * to_row;
-        const int parts = shape(seen.count, width);
-        if (a_.key)
-          MIX[parts]({window(grad_logits_, row, x)(0, offset) - g_.reach + j, next_row,
-                      next_offset},
-                     queries_[row] + shift + j, g_.stride, g_.depth, first_sum_ + to, to_row);
-        MIX[parts]({window(weights_, row, x)(0, offset) - g_.reach + j, next_row, next_offset},
-                   grads_[row] + shift + j, g_.stride, g_.depth, second_sum_ + to, to_row);
+      logit_gradients(y + r, x, inside, weights.from(r, 0), scale[r], grad_logits.from(r, 0),
+                      grad_row_terms_.from(r, 0), grad_col_terms_.from(r, 0));
+    const Range own = {std::max(0, own_.first - y), std::min(rows, own_.last - y)};
+    if (own.first >= own.last) return;
+    const Block grad_query{grad_query_ + g_.at(x), g_.row, g_.stride};
+    if (a_.key)
+      each_row(g_, y, rows, [&](int row, Seen seen) {
+        if (row < 0 || row >= g_.height) return;
+        const Block weight = seen.in(grad_logits, g_.kernel);
+        const float* key = keys_[row] + g_.at(x - g_.reach);
+        by_parts(g_.window_columns(x), [&](int j, int width) {
+          MIX[windows_.right][shape(seen.count, width)](weight.from(0, j), key + j * g_.step,
+                                                        g_.stride, g_.depth,
+                                                        grad_query.from(seen.first, 0));
+        });
       });
+    if (!a_.rel_rows) return;
+    const int half = g_.depth / 2;
+    const Embeddings& embeddings = windows_.embeddings;
+    by_parts({0, g_.kernel}, [&](int j, int width) {
+      const Mix mix = MIX[embeddings.right][shape(rows, width)];
+      mix(grad_row_terms_.from(0, j), embeddings.rows + j * g_.step, embeddings.step, half,
+          grad_query);
+      mix(grad_col_terms_.from(0, j), embeddings.cols + j * g_.step, embeddings.step, half,
+          grad_query.from(0, half));
+    });
+    embedding_gradients(own, query, grad_row_terms_, grad_rows_);
+    embedding_gradients(own, query.from(0, half), grad_col_terms_, grad_cols_);
+  }
+
+  // From logits to weights; returns their sum.
+  Vec raise(int y, int x, Ints inside, Block weights, Block shifts) const {
+    const Range rows = g_.window_rows(y), columns = g_.window_columns(x);
+    Vec sum = {};
+    for (int i = rows.first; i < rows.last; ++i) {
+      // Summed row by row: many equal weights in one long sum would all round the same way.
+      Vec row_sum = {};
+      for (int j = columns.first; j < columns.last; ++j) {
+        float* at = weights(0, i * g_.kernel + j);
+        const Vec weight = inside ? exp2_negative(load(at) + load(shifts(0, i))) : Vec{};
+        store(at, weight);
+        row_sum += weight;
+      }
+      sum += row_sum;
     }
-    for (int r = 0; r < rows; ++r)
-      for (int c = 0; c < g_.depth; ++c) {
-        const int64_t at = (int64_t(r) * g_.depth + c) * LANES;
-        if (a_.key) grad_key.write(c, y + r, x, load(first_sum_ + at));
-        grad_value.write(c, y + r, x, load(second_sum_ + at));
+    return sum;
+  }
+
+  // From gradients of weights to those of logits, and of the terms of q.r.
+  void logit_gradients(int y, int x, Ints inside, Block weights, Vec scale, Block grads,
+                       Block row_terms, Block col_terms) const {
+    const Range rows = g_.window_rows(y), columns = g_.window_columns(x);
+    Vec expected = {};
+    for (int i = rows.first; i < rows.last; ++i) {
+      Vec row_sum = {};
+      for (int o = i * g_.kernel + columns.first; o < i * g_.kernel + columns.last; ++o)
+        row_sum += load(weights(0, o)) * load(grads(0, o));
+      expected += row_sum;
+    }
+    expected *= scale;
+    for (int i = 0; i < g_.kernel; ++i) {
+      store(row_terms(0, i), Vec{});
+      store(col_terms(0, i), Vec{});
+    }
+    for (int i = rows.first; i < rows.last; ++i) {
+      Vec row_sum = {};
+      for (int j = columns.first; j < columns.last; ++j) {
+        const int o = i * g_.kernel + j;
+        const Vec raw = load(weights(0, o)) * (load(grads(0, o)) - expected);
+        const Vec grad = inside ? raw : Vec{};
+        store(grads(0, o), grad);
+        row_sum += grad;
+        store(col_terms(0, j), load(col_terms(0, j)) + grad);
+      }
+      store(row_terms(0, i), row_sum);
+    }
+  }
+
+  // to[c, o] += the sum over rows of query channel c times the gradient of term o.
+  void embedding_gradients(Range rows, Block query, Block grads, float* to) const {
+    for (int c = 0; c < g_.depth / 2; ++c)
+      for (int o = 0; o < g_.kernel; ++o, to += LANES) {
+        Vec sum = load(to);
+        for (int r = rows.first; r < rows.last; ++r) sum += load(query(r, c)) * load(grads(r, o));
+        store(to, sum);
       }
   }
 
-  void write_embeddings(int64_t plane) const {
+  // The share of query rows y and on in the gradients of keys and values at column x.
+  void key_rows(int y, int rows, int x) const {
+    for (int from = y; from < y + rows; ++from) {
+      const int begin = std::max(own_.first, from - g_.reach);
+      const int end = std::min(own_.last, from + g_.reach + 1);
+      for (int row = begin; row < end; row = row / ROWS * ROWS + ROWS) {
+        const int count = std::min(row / ROWS * ROWS + ROWS, end) - row;
+        by_parts(g_.window_columns(x), [&](int j, int width) {
+          // A query j - reach columns on sees this key at column offset reach - j.
+          const int offset = (row - from + g_.reach) * g_.kernel + g_.kernel - 1 - j;
+          const int column = x + j - g_.reach;
+          const int64_t row_step = int64_t(g_.kernel) * g_.stride, step = g_.step - g_.stride;
+          const Mix mix = MIX[windows_.right][shape(count, width)];
+          if (a_.key)
+            mix({window(grad_logits_, column)(from - y, offset), row_step, step},
+                queries_[from] + g_.at(column), g_.stride, g_.depth, pixels(grad_keys_, row, x));
+          mix({window(weights_, column)(from - y, offset), row_step, step},
+              grads_[from] + g_.at(column), g_.stride, g_.depth, pixels(grad_values_, row, x));
+        });
+      }
+    }
+  }
+
+  // Embeddings' gradients are sums over lanes, or one of each lane.
+  void write_embeddings(int64_t group, int64_t band) const {
     const int64_t entries = int64_t(g_.depth / 2) * g_.kernel;
-    for (int64_t i = 0; i < entries; ++i) {
-      float row = 0, col = 0;
-      for (int lane = 0; lane < LANES; ++lane) {
-        row += grad_rows_[i * LANES + lane];
-        col += grad_cols_[i * LANES + lane];
+    const int64_t first = group * g_.together;
+    for (int64_t plane = first; plane < std::min(g_.planes, first + g_.together); ++plane)
+      for (int64_t i = 0; i < entries; ++i) {
+        float row = 0, col = 0;
+        for (int lane = 0; lane < LANES; ++lane) {
+          if (g_.packed && lane != plane - first) continue;
+          row += grad_rows_[i * LANES + lane];
+          col += grad_cols_[i * LANES + lane];
+        }
+        a_.grad_rows[(band * g_.planes + plane) * entries + i] = row * LN_2;
+        a_.grad_cols[(band * g_.planes + plane) * entries + i] = col * LN_2;
       }
-      a_.grad_rows[plane * entries + i] = row;
-      a_.grad_cols[plane * entries + i] = col;
-    }
   }
 
   const LocalAttention& a_;
   Geometry g_;
   Scratch scratch_;
-  Ring keys_, values_, queries_, grads_;
-  float *weights_, *grad_logits_;  // rings of rows, each (window, stride)
-  float *first_sum_, *second_sum_;
-  float *by_row_, *by_col_;
+  Ring keys_, values_, queries_, grads_, grad_keys_, grad_values_;
+  float* grad_query_;              // padded rows
+  float *weights_, *grad_logits_;  // (rows, window, stride)
+  float *ones_, *ln_2_;            // padded rows
+  Block grad_row_terms_, grad_col_terms_;
   float *grad_rows_, *grad_cols_;
   Windows windows_;
+  Range own_ = {};  // the rows whose gradients this task finds
+  int started_ = 0, finished_ = 0;
 };
 
 void local_backward(const LocalAttention& a, int64_t first_task, int64_t last_task) {
   LocalBackward work(a);
-  for (int64_t plane = first_task; plane < last_task; ++plane) work.run(plane);
+  for (int64_t task = first_task; task < last_task; ++task) work.run(task);
 }

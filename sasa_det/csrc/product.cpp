@@ -52,7 +52,7 @@ void check_image(const at::Tensor& x) {
 }
 
 const ProductKernels& kernels(const std::string& instructions) {
-  return choose_kernels(instructions, INT64_MAX).product;
+  return choose_kernels(instructions).product;
 }
 
 // The mean and biased variance of each channel, from those of parts (parts, 2 or more, channels).

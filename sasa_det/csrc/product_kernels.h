@@ -12,8 +12,6 @@ constexpr int MAX_TILES = 8;
 constexpr int ROWS_OF_TASK = 256;
 constexpr int LINE = 16;  // floats of a line of the cache
 
-INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Columns `begin` to `begin + count` of images (N, channels, pixels).
 class Columns {
  public:
@@ -293,10 +291,10 @@ class ProductWork {
       : a_(a),
         groups_(a),
         depth_(product_depth(a)),
-        columns_(scratch_.take(size_t(depth_ * groups_.width))),
-        buffer_(scratch_.take(size_t(2 * groups_.width))),
-        last_panel_(scratch_.take(size_t(PANEL * depth_))),
-        rows_(scratch_.take(size_t(PANEL * groups_.width))) {}
+        columns_(scratch_.take_unset(size_t(depth_ * groups_.width))),
+        buffer_(scratch_.take_unset(size_t(2 * groups_.width))),
+        last_panel_(scratch_.take_unset(size_t(PANEL * depth_))),
+        rows_(scratch_.take_unset(size_t(PANEL * groups_.width))) {}
 
   void run(int64_t task) {
     const int64_t row_tasks = ceil_div(panels_of(a_), panels_of_task());
@@ -440,11 +438,11 @@ class GradientWork {
       : a_(a),
         rows_of_task_(std::min(gradient_rows(a), ceil_div(a.grad.channels, PANEL) * PANEL)),
         to_stride_(ceil_div(a.x.channels, LANES) * LANES),
-        buffer_(scratch_.take(2 * CHUNK)),
-        grad_(scratch_.take(size_t(rows_of_task_ * STRIDE))),
-        rows_(scratch_.take(LANES * STRIDE)),
-        x_(scratch_.take(X_ROWS * CHUNK + LANES * TILE)),
-        sums_(scratch_.take(size_t(rows_of_task_ * to_stride_))) {}
+        buffer_(scratch_.take_unset(2 * CHUNK)),
+        grad_(scratch_.take_unset(size_t(rows_of_task_ * STRIDE))),
+        rows_(scratch_.take_unset(LANES * STRIDE)),
+        x_(scratch_.take_unset(X_ROWS * CHUNK + LANES * TILE)),
+        sums_(scratch_.take_unset(size_t(rows_of_task_ * to_stride_))) {}
 
   void run(int64_t task) {
     const int64_t part = task / gradient_row_tasks(a_);
@@ -530,8 +528,8 @@ void combine(const Combination& a, int64_t first_task, int64_t last_task) {
   const int64_t channels = a.first.channels;
   constexpr int COUNT = 1024;
   Scratch scratch;
-  float* values = scratch.take(COUNT);
-  float* buffers = scratch.take(4 * COUNT);
+  float* values = scratch.take_unset(COUNT);
+  float* buffers = scratch.take_unset(4 * COUNT);
   for (int64_t task = first_task; task < last_task; ++task) {
     const int64_t image = task / channels, channel = task % channels;
     float totals[3] = {}, count_so_far = 0;

@@ -65,7 +65,7 @@ struct Arguments {
   }
   const StemAttentionKernels& kernels(const std::string& instructions) const {
     // Vectors are over a head's channels, too.
-    return choose_kernels(instructions, call.channels / call.heads).stem_attention;
+    return choose_kernels(instructions, call);
   }
   at::Tensor x, query, key, value;
   Embeddings embeddings;

@@ -16,7 +16,6 @@ constexpr int SUMS = LANES == 16 ? 16 : 8;
 typedef double Doubles __attribute__((vector_size(8 * LANES)));
 typedef double UnalignedDoubles __attribute__((vector_size(8 * LANES), aligned(8), may_alias));
 
-INLINE int round_up(int x, int step) { return (x + step - 1) / step * step; }
 
 // Call to(i, sum_k b[k * b_step + i * b_row] a[k * a_step]) for i < PLACES and k < depth.
 template <typename F>
