@@ -112,51 +112,44 @@ struct OperandRow {
   bool affine = false, relu;
 };
 
-// Two sums over the columns of a row: of values and products, or mean and squares around it.
-INLINE void sum_products(const float* x, const float* y, float center, int count, float* sum,
-                         float* product) {
-  Vec sums = {}, products = {};
+// Sums of values and of their products with others minus a center, vector by vector.
+class Sums {
+ public:
+  INLINE void add(Vec value, Vec other, float center) {
+    sum_ += value;
+    product_ += value * (other - center);
+  }
+  INLINE void add(float value, float other, float center) {
+    rest_ += value;
+    rest_product_ += value * (other - center);
+  }
+  float sum() const { return rest_ + lane_total(sum_); }
+  float product() const { return rest_product_ + lane_total(product_); }
+
+ private:
+  Vec sum_ = {}, product_ = {};
+  float rest_ = 0, rest_product_ = 0;
+};
+
+INLINE Sums sum_products(const float* x, const float* y, float center, int count) {
+  Sums sums;
   int i = 0;
-  for (; i + LANES <= count; i += LANES) {
-    const Vec value = load(x + i);
-    sums += value;
-    products += value * (load(y + i) - center);
-  }
-  float total = 0, total_product = 0;
-  for (int lane = 0; lane < LANES; ++lane) {
-    total += sums[lane];
-    total_product += products[lane];
-  }
-  for (; i < count; ++i) {
-    total += x[i];
-    total_product += x[i] * (y[i] - center);
-  }
-  *sum = total;
-  *product = total_product;
+  for (; i + LANES <= count; i += LANES) sums.add(load(x + i), load(y + i), center);
+  for (; i < count; ++i) sums.add(x[i], y[i], center);
+  return sums;
 }
 
+// The mean, and the sum of squares around it.
 INLINE void moments(const float* x, int count, float* mean, float* squares) {
   // Around one of the values: far from zero the squares would lose what they are wanted for.
   const float pilot = x[0];
-  Vec sums = {}, products = {};
+  Sums sums;
   int i = 0;
-  for (; i + LANES <= count; i += LANES) {
-    const Vec value = load(x + i) - pilot;
-    sums += value;
-    products += value * value;
-  }
-  float total = 0, total_squares = 0;
-  for (int lane = 0; lane < LANES; ++lane) {
-    total += sums[lane];
-    total_squares += products[lane];
-  }
-  for (; i < count; ++i) {
-    total += x[i] - pilot;
-    total_squares += (x[i] - pilot) * (x[i] - pilot);
-  }
-  const float offset = total / float(count);
+  for (; i + LANES <= count; i += LANES) sums.add(load(x + i) - pilot, load(x + i), pilot);
+  for (; i < count; ++i) sums.add(x[i] - pilot, x[i], pilot);
+  const float total = sums.sum(), offset = total / float(count);
   *mean = pilot + offset;
-  *squares = std::max(0.0f, total_squares - total * offset);
+  *squares = std::max(0.0f, sums.product() - total * offset);
 }
 
 // Take `count` more values of a mean and a sum of squares around it into account.
@@ -370,32 +363,40 @@ class ProductWork {
 
   void finish(const Result& result, int64_t channel, const Columns& columns, float* values,
               int64_t group) {
-    const int padded = columns.padded();
-    if (result.shift) {
-      const float shift = result.shift[channel];
+    if (result.shift || result.residual || result.relu) {
+      const float shift = result.shift ? result.shift[channel] : 0.0f;
       const float scale = result.scale ? result.scale[channel] : 1.0f;
-      for (int i = 0; i < padded; i += LANES) store(values + i, load(values + i) * scale + shift);
+      if (result.residual) {
+        const float* residual = columns.read(result.residual, result.channels, channel, buffer_);
+        change(columns, values, result.relu,
+               [&](int i, Vec x) { return x * scale + shift + load(residual + i); });
+      } else {
+        change(columns, values, result.relu, [&](int, Vec x) { return x * scale + shift; });
+      }
     }
-    if (result.residual) {
-      const float* residual = columns.read(result.residual, result.channels, channel, buffer_);
-      for (int i = 0; i < padded; i += LANES)
-        store(values + i, load(values + i) + load(residual + i));
-    }
-    if (result.relu)
-      for (int i = 0; i < padded; i += LANES)
-        store(values + i, OperandRow::positive(load(values + i)));
-    float* sums = result.sums ? result.sums + group * 2 * result.channels + channel : nullptr;
+    float* to = result.sums ? result.sums + group * 2 * result.channels + channel : nullptr;
     if (result.mask) {
       const float* mask = columns.read(result.mask, result.channels, channel, buffer_);
       const float scale = result.mask_scale ? result.mask_scale[channel] : 1.0f;
       const float shift = result.mask_scale ? result.mask_shift[channel] : 0.0f;
-      for (int i = 0; i < padded; i += LANES)
-        store(values + i, load(mask + i) * scale + shift > 0.0f ? load(values + i) : Vec{});
-      if (sums)
-        sum_products(values, mask, result.mask_center[channel], columns.count(), sums,
-                     sums + result.channels);
-    } else if (sums) {
-      moments(values, columns.count(), sums, sums + result.channels);
+      change(columns, values, false, [&](int i, Vec x) {
+        return load(mask + i) * scale + shift > 0.0f ? x : Vec{};
+      });
+      if (to) {
+        const Sums sums = sum_products(values, mask, result.mask_center[channel], columns.count());
+        to[0] = sums.sum();
+        to[result.channels] = sums.product();
+      }
+    } else if (to) {
+      moments(values, columns.count(), to, to + result.channels);
+    }
+  }
+
+  template <typename F>
+  static INLINE void change(const Columns& columns, float* values, bool relu, F f) {
+    for (int i = 0; i < columns.padded(); i += LANES) {
+      const Vec x = f(i, load(values + i));
+      store(values + i, relu ? OperandRow::positive(x) : x);
     }
   }
 
@@ -561,10 +562,9 @@ void combine(const Combination& a, int64_t first_task, int64_t last_task) {
         for (int o = 0; o < 2; ++o) {
           if (!a.others[o]) continue;
           const float* other = columns.read(a.others[o], channels, channel, buffers);
-          float sum = 0, product = 0;
-          sum_products(to, other, a.centers[o][channel], count, &sum, &product);
-          if (o == 0) totals[0] += sum;
-          totals[1 + o] += product;
+          const Sums sums = sum_products(to, other, a.centers[o][channel], count);
+          if (o == 0) totals[0] += sums.sum();
+          totals[1 + o] += sums.product();
         }
       } else if (a.sums) {
         float mean = 0, squares = 0;

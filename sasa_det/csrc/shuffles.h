@@ -62,6 +62,14 @@ INLINE Vec lane_sums(F f) {
   return x[0];
 }
 
+// The sum of a vector's lanes.
+INLINE float lane_total(Vec x) {
+#pragma GCC unroll 4
+  for (int step = 1; step < LANES; step *= 2)
+    x = interleave_low(x, x, Lanes()) + interleave_high(x, x, Lanes());
+  return x[0];
+}
+
 INLINE float lane_sum(const float* from) {
   float sum = 0;
   for (int i = 0; i < LANES; ++i) sum += from[i];

@@ -45,10 +45,15 @@ class Parameters:
         self.embeddings = [next(parameters), next(parameters)]
 
 
-def attend(layer: nn.Module, x: Operand) -> Tensor:
-    """Run a layer without gradients; pooling is left out."""
+def make_projections(layer: nn.Module, x: Operand) -> list[Tensor]:
+    """Return queries, keys if any and values of a layer without gradients."""
     weights, biases = zip(*((p.weight, p.bias) for p in projections(layer)), strict=True)
-    return _attention(layer, products(x, weights, biases), [layer.rel_rows, layer.rel_cols])
+    return products(x, weights, biases)
+
+
+def attend(layer: nn.Module, projected: Sequence[Tensor]) -> Tensor:
+    """Run a layer without gradients on what its projections made; pooling is left out."""
+    return _attention(layer, projected, [layer.rel_rows, layer.rel_cols])
 
 
 def attend_and_keep(

@@ -20,6 +20,7 @@ from ..layers.one_piece import (
     attend_and_keep,
     attend_backward,
     is_one_piece,
+    make_projections,
     parameters_of,
     wanted,
 )
@@ -160,8 +161,12 @@ def bottleneck(x: Tensor, block: nn.Module) -> Tensor | None:
 
 
 def _infer_bottleneck(x: Tensor, block: nn.Module) -> Tensor:
-    attended = convolve(Operand(x), block.conv1, relu=True)
-    attended = _pool(block.attention, attend(block.attention, Operand(attended)))
+    # Maps are released as soon as they were read.
+    first = Operand(convolve(Operand(x), block.conv1, relu=True))
+    projected = make_projections(block.attention, first)
+    del first
+    attended = _pool(block.attention, attend(block.attention, projected))
+    del projected
     residual = x
     if block.shortcut is not None:
         residual = convolve(Operand(take_strided(x, block.stride)), block.shortcut)
@@ -276,7 +281,7 @@ def tower(
     if not torch.is_grad_enabled() and not _uses_batch(norms):
         operand = Operand(x)
         for attention, norm in zip(attentions, norms, strict=True):
-            attended = attend(attention, operand)
+            attended = attend(attention, make_projections(attention, operand))
             operand = Operand(attended, _terms(constant_affine(norm)), relu=True)
         return materialize(operand)
     parameters = []
