@@ -26,6 +26,7 @@ from .runner import SLOW_ROUNDS, measure_cases
 logger = logging.getLogger("sasa_det")
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LEAST_SIZE = 32  # the stride of the smallest features
 
 
 def main(configs: Path, argv: Sequence[str] | None = None) -> int:
@@ -39,28 +40,29 @@ def main(configs: Path, argv: Sequence[str] | None = None) -> int:
         int: the process's exit status.
     """
     args = _parser().parse_args(argv)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    in_bfloat16 = has_bfloat16() if (device, args.dtype) == ("cpu", "float32") else False
+    dtype = _DTYPES[args.dtype]
+    settings = Settings(device, dtype, args.batch, args.image_size, configs, bool(in_bfloat16))
     output = Path(args.output)
     try:
-        groups = choose_groups(args.cases)
+        if args.image_size < _LEAST_SIZE:
+            raise UsageError(f"--image-size must be at least {_LEAST_SIZE}, got {args.image_size}.")
+        cases = make_cases(settings, choose_groups(args.cases))
         if not args.memory_of:
             refuse_existing(output)
     except UsageError as error:
         return print_error(error)
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    in_bfloat16 = has_bfloat16() if (device, args.dtype) == ("cpu", "float32") else False
-    dtype = _DTYPES[args.dtype]
-    settings = Settings(device, dtype, args.batch, args.image_size, configs, bool(in_bfloat16))
     if args.memory_of:
-        _print_memory(make_cases(settings, groups), *args.memory_of, device)
+        _print_memory(cases, *args.memory_of, device)
         return 0
     load = os.getloadavg()[0]
     _log_to_terminal()
     notes = _notes(args, in_bfloat16)
     for note in notes:
         logger.info(note)
-    cases = make_cases(settings, groups)
     peaks = _measure_peaks(settings)
     command = [sys.argv[0], "--device", device, "--dtype", args.dtype]
     command += ["--batch", str(args.batch), "--image-size", str(args.image_size)]

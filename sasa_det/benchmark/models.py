@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..analysis.complexity import count_config, total
 from ..config.defaults import default_config
 from ..engine.optimizer import build_optimizer
+from ..errors import UsageError
 from ..modeling import fuse, use_products
 from ..modeling.pointwise import NormedPointwiseConv2d, PointwiseConv2d
 from .measure import Case, Contender, Run, Settings, cases_of_passes
@@ -112,7 +113,17 @@ class _Last(nn.Module):
         return list(self.backbone(x).values())[-1]
 
 
+def _check_size(settings: Settings, group: str, stride: int) -> None:
+    """Refuse images of which the last feature map is one pixel: its norms could not be trained."""
+    if settings.batch == 1 and settings.image_size <= stride:
+        raise UsageError(
+            f"--cases {group} needs --image-size above {stride} with --batch 1, for its norms, got "
+            f"{settings.image_size}."
+        )
+
+
 def _backbone_cases(settings: Settings) -> list[Case]:
+    _check_size(settings, "backbone", 32)
     size = settings.image_size
 
     def build(kind: str) -> nn.Module:
@@ -134,6 +145,7 @@ def _backbone_cases(settings: Settings) -> list[Case]:
 
 
 def _retinanet_cases(settings: Settings) -> list[Case]:
+    _check_size(settings, "retinanet", 128)
     return _detector_cases(settings, "retinanet", "RetinaNet-50", _RETINANET_50)
 
 

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .measure import time_rounds
 
-_CALLS = 11
+_CALLS = 21
+_CONVOLVE = partial(F.conv2d, padding=1)
 
 
 def count_flops(build: Callable[[], Callable[..., object]], *shapes: Sequence[int]) -> int:
@@ -49,13 +50,16 @@ def peak_rate(device: str, dtype: torch.dtype) -> float:
         dtype: of its factors.
 
     Returns:
-        float: the best of some calls of the better of a product of two matrices of 2048 x 2048, and
-        a 3x3 convolution of 256 channels at 80 x 80 pixels.
+        float: the best of some calls of the best of products of two large and two small matrices,
+        and 3x3 convolutions of a large and a small map. Small ones end before a processor that is
+        shared turns to something else.
     """
-
+    large = 8192 if device == "cuda" else 2048
     products = {
-        "matrices": (torch.mm, (2048, 2048), (2048, 2048)),
-        "convolution": (partial(F.conv2d, padding=1), (1, 256, 80, 80), (256, 256, 3, 3)),
+        "large matrices": (torch.mm, (large, large), (large, large)),
+        "small matrices": (torch.mm, (512, 512), (512, 512)),
+        "large map": (_CONVOLVE, (1, 256, 80, 80), (256, 256, 3, 3)),
+        "small map": (_CONVOLVE, (1, 128, 32, 32), (128, 128, 3, 3)),
     }
     runs, flops = {}, {}
     for name, (multiply, *shapes) in products.items():

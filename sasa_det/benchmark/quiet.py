@@ -13,6 +13,7 @@ LOAD_LIMIT = 0.5
 SPREAD_LIMIT = 0.1
 OTHERS_LIMIT = 0.1
 
+_STAT = Path("/proc/stat")
 # By how much the processor times of Linux are too coarse, in ticks for each processor.
 _TICKS_OFF = 2
 
@@ -40,7 +41,7 @@ class Watch:
 def _others_seconds() -> float | None:
     """Return the seconds that all but this process have had of its processors since they run."""
     try:
-        lines = Path("/proc/stat").read_text().splitlines()
+        lines = _STAT.read_text().splitlines()
     except OSError:
         return None
     mine, ticks = {f"cpu{number}" for number in os.sched_getaffinity(0)}, 0

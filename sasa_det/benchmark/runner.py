@@ -85,7 +85,9 @@ def _measure(
         if result.seconds is None:
             continue
         if contender.flops is not None:
+            logging.disable(logging.INFO)  # of the backend for the meta tensors that count
             result.flops = contender.flops()
+            logging.disable(logging.NOTSET)
             peak = peaks[contender.dtype or settings.dtype]
             result.peak_share = result.flops / result.seconds / peak
         if case.memory:
