@@ -40,10 +40,7 @@ def main(configs: Path, argv: Sequence[str] | None = None) -> int:
         int: the process's exit status.
     """
     args = _parser().parse_args(argv)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    in_bfloat16 = has_bfloat16() if (device, args.dtype) == ("cpu", "float32") else False
-    dtype = _DTYPES[args.dtype]
-    settings = Settings(device, dtype, args.batch, args.image_size, configs, bool(in_bfloat16))
+    settings, notes = _settings(args, configs)
     output = Path(args.output)
     try:
         if args.image_size < _LEAST_SIZE:
@@ -56,33 +53,33 @@ def main(configs: Path, argv: Sequence[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.memory_of:
-        _print_memory(cases, *args.memory_of, device)
+        _print_memory(cases, *args.memory_of, settings.device)
         return 0
     load = os.getloadavg()[0]
     _log_to_terminal()
-    notes = _notes(args, in_bfloat16)
     for note in notes:
         logger.info(note)
     peaks = _measure_peaks(settings)
-    command = [sys.argv[0], "--device", device, "--dtype", args.dtype]
+    # What the processes that measure memory are called with.
+    command = [sys.argv[0], "--device", settings.device, "--dtype", args.dtype]
     command += ["--batch", str(args.batch), "--image-size", str(args.image_size)]
     command += ["--threads", str(torch.get_num_threads())]
     results = measure_cases(cases, args.rounds, settings, peaks, command)
-    machine = describe_machine(device, args.dtype)
-    lines = [
+    machine = describe_machine(settings.device, args.dtype)
+    notes = [
         f"{machine}; {_rounds(args.rounds)}.",
         _describe_peaks(peaks),
         describe_quiet(load, results),
         *notes,
     ]
-    table = f"{tabulate_results(cases, results)}\n\n" + "\n".join(lines) + "\n"
+    table = "\n\n".join([tabulate_results(cases, results), *notes]) + "\n"
     write_text(output / "results.md", table)
     record = {
         "machine": machine,
         "threads": torch.get_num_threads(),
         "load_before": load,
         "peak_flops_per_second": {_name(dtype): rate for dtype, rate in peaks.items()},
-        "notes": lines,
+        "notes": notes,
         "results": [asdict(result) for result in results],
     }
     write_text(output / "results.json", json.dumps(record, indent=2))
@@ -105,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--image-size", type=positive_int, default=640, help="side of the images")
     parser.add_argument("--rounds", type=positive_int, default=11, help="calls of each contender")
     parser.add_argument(
-        "--threads", type=positive_int, help="of PyTorch on the CPU; its own number"
+        "--threads", type=positive_int, help="of PyTorch on the CPU; as many as it takes by default"
     )
     # One contender in a process of its own, for the memory it takes there.
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
@@ -120,15 +117,22 @@ def _log_to_terminal() -> None:
     logger.propagate = False
 
 
-def _notes(args: argparse.Namespace, in_bfloat16: bool | None) -> list[str]:
-    """Return what is left out, and why, in sentences."""
-    notes = []
+def _settings(args: argparse.Namespace, configs: Path) -> tuple[Settings, list[str]]:
+    """Return the settings of a run, and sentences on what it leaves out and why."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    notes, in_bfloat16 = [], False
     missing = groups_without_detectron2()
     if missing and args.cases is None:
         notes.append(f"Left out without detectron2: {', '.join(missing)}.")
-    if in_bfloat16 is None:
-        notes.append("No rows in bfloat16: PyTorch does not tell whether the processor has it.")
-    return notes
+    if device == "cpu" and args.dtype == "float32":
+        known = has_bfloat16()
+        in_bfloat16 = bool(known)
+        if known is None:
+            notes.append("No rows in bfloat16: PyTorch does not tell whether the processor has it.")
+        elif not known:
+            notes.append("No rows in bfloat16: the processor does not have it.")
+    dtype = _DTYPES[args.dtype]
+    return Settings(device, dtype, args.batch, args.image_size, configs, in_bfloat16), notes
 
 
 def _measure_peaks(settings: Settings) -> dict[torch.dtype, float]:

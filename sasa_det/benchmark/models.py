@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from detectron2.config import CfgNode
@@ -178,9 +178,14 @@ def _detector_cases(
 
 
 def _detector_flops(settings: Settings, config: str, training: bool) -> int:
+    return of_pass(settings.batch * _image_flops(settings, config), training)
+
+
+@cache
+def _image_flops(settings: Settings, config: str) -> int:
     """Count a detector without what follows its head, as the loss and the choice of boxes."""
-    parts = count_config(_config(settings, config), settings.image_size, settings.image_size)
-    return of_pass(settings.batch * total(parts).flops, training)
+    size = settings.image_size
+    return total(count_config(_config(settings, config), size, size)).flops
 
 
 def _detection(settings: Settings, config: str, way: _Way, training: bool) -> Run:

@@ -74,12 +74,17 @@ def test_bfloat16_where_the_processor_has_it(tmp_path, monkeypatch, has):
         peaks.add("bfloat16")
     assert set(by_case["layer forward + backward"]) == names
     assert set(record["peak_flops_per_second"]) == peaks
-    told = "PyTorch does not tell whether the processor has it"
-    assert (told in (tmp_path / "float32" / "results.md").read_text()) == (has is None)
+    told = {
+        True: [],
+        False: ["No rows in bfloat16: the processor does not have it."],
+        None: ["No rows in bfloat16: PyTorch does not tell whether the processor has it."],
+    }
+    assert record["notes"][3:] == told[has]
     # There is nothing beside it in a run in bfloat16.
     record, by_case = run(tmp_path / "bfloat16", *words, "--dtype", "bfloat16")
     assert set(by_case["layer forward + backward"]) == {"3x3 convolution", "attention"}
     assert set(record["peak_flops_per_second"]) == {"bfloat16"}
+    assert len(record["notes"]) == 3
 
 
 WITHOUT_DETECTRON2 = """
