@@ -146,17 +146,17 @@ def _backbone_cases(settings: Settings) -> list[Case]:
 
 def _retinanet_cases(settings: Settings) -> list[Case]:
     _check_size(settings, "retinanet", 128)
-    return _detector_cases(settings, "retinanet", "RetinaNet-50", _RETINANET_50)
+    return _detector_cases(settings, "retinanet", "RetinaNet-50", _RETINANET_50, memory=True)
 
 
 def _digits_cases(settings: Settings) -> list[Case]:
     """The models and the batch of the demo, whatever the size of other cases."""
     settings = replace(settings, batch=8, image_size=128, bfloat16=False)
-    return _detector_cases(settings, "digits", "digits RetinaNet", _DIGITS)
+    return _detector_cases(settings, "digits", "digits RetinaNet", _DIGITS, memory=False)
 
 
 def _detector_cases(
-    settings: Settings, group: str, name: str, configs: Mapping[str, str]
+    settings: Settings, group: str, name: str, configs: Mapping[str, str], memory: bool
 ) -> list[Case]:
     size = settings.image_size
 
@@ -174,7 +174,7 @@ def _detector_cases(
 
     title = f"{name}, {{}}, {settings.batch}x3x{size}x{size}"
     passes = {"inference": False, "training step": True}
-    return cases_of_passes(group, name, title, contenders, passes)
+    return cases_of_passes(group, name, title, contenders, passes, memory)
 
 
 def _detector_flops(settings: Settings, config: str, training: bool) -> int:

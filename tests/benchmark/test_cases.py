@@ -69,6 +69,8 @@ def test_stock_twin_is_detectron2s():
     model = stock(build_model(cfg))
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     assert {type(module) for module in convolutions} == {nn.Conv2d, Conv2d}
+    ours = {type(m).__name__ for m in model.modules() if type(m).__module__.startswith("sasa_det")}
+    assert ours == {"AttentionRetinaNet", "SASAResNet"}  # which put detectron2's parts together
     pointwise = [module for module in convolutions if module.kernel_size == (1, 1)]
     use_products(model)
     # It would change every one of them.
