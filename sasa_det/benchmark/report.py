@@ -13,11 +13,14 @@ from .quiet import is_disturbed
 
 _GROWTH = {"kernel_size": "kernel size k", "image_size": "image size (pixels)"}
 
-
-_HEADERS = (
-    *("what", "how", "ms", "ratio", "ratio to tuned"),
-    *("% of peak", "extra MiB", "ratio"),
-)
+_HEADERS = ["what", "how", "ms", "ratio", "ratio to tuned", "% of peak", "extra MiB", "ratio"]
+_LEGEND = """\
+"ratio" is to the first row of each group, the convolution of PyTorch or the model of detectron2 as
+it is, in the type of the run. "ratio to tuned" is to the convolutional twin with what this project
+has for it: norms fused into weights, in inference, and 1x1 convolutions as products; for rows in
+bfloat16, which run under autocast, it is to the twin in bfloat16. "% of peak" are the FLOPs a
+second over those of the best product; attention counts as in the paper, with q.r of the whole
+window, and forward + backward as three times the forward pass."""
 
 
 def _ratio(result: Result, results: Sequence[Result], field: str, to: str | None) -> float | None:
@@ -59,15 +62,6 @@ def tabulate_results(cases: Sequence[Case], results: Sequence[Result]) -> str:
     rows = [row + [""] * (len(_HEADERS) - len(row)) for row in rows]
     table = tabulate(rows, headers=_HEADERS, tablefmt="github", disable_numparse=True)
     return f"{table}\n\n{_LEGEND}"
-
-
-_LEGEND = """\
-"ratio" is to the first row of each group, the convolution of PyTorch or the model of detectron2 as
-it is, in the type of the run. "ratio to tuned" is to the convolutional twin with what this project
-has for it: norms fused into weights, in inference, and 1x1 convolutions as products; for rows in
-bfloat16, which run under autocast, it is to the twin in bfloat16. "% of peak" are the FLOPs a
-second over those of the best product; attention counts as in the paper, with q.r of the whole
-window, and forward + backward as three times the forward pass."""
 
 
 def draw_results(cases: Sequence[Case], results: Sequence[Result], path: Path) -> None:
