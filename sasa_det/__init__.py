@@ -2,7 +2,7 @@
 
 Importing this package registers its backbones, feature pyramids, heads, meta-architectures and
 data sets with detectron2; nothing else happens. ``sasa_det.ops`` and ``sasa_det.layers`` need
-torch alone and import without detectron2.
+torch alone and import without detectron2, as ``sasa_det.benchmark`` does.
 """
 
 import sys
@@ -28,12 +28,14 @@ else:
         "--no-build-isolation git+https://github.com/facebookresearch/detectron2`."
     )
 
+    _PARTS_WITHOUT = ("ops", "layers", "benchmark", "command_line", "errors", "utils", "_C")
+
     class _WithoutDetectron2(MetaPathFinder):
         """Says what is to be done where a part of this package needs detectron2."""
 
         def find_spec(self, name: str, path=None, target=None) -> None:
             package, _, part = name.partition(".")
-            if package == __name__ and part.split(".")[0] not in ("ops", "layers", "_C"):
+            if package == __name__ and part.split(".")[0] not in _PARTS_WITHOUT:
                 raise ImportError(_NO_DETECTRON2)
 
     sys.meta_path.insert(0, _WithoutDetectron2())

@@ -46,6 +46,20 @@ class UsageError(Exception):
     """A command, a config or an output folder holds a mistake of the user."""
 
 
+class StopTraining(BaseException):
+    """Training stopped before its last iteration, and everything is saved.
+
+    Like KeyboardInterrupt it is not an Exception, so that it is not handled as a failure.
+
+    Attributes:
+        status (int): exit status of the process.
+    """
+
+    def __init__(self, reason: str, status: int = 0):
+        super().__init__(reason)
+        self.status = status
+
+
 # What commands report without a traceback.
 USAGE_ERRORS = (UsageError, CheckpointError, DatasetError, FileNotFoundError)
 

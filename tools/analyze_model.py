@@ -12,8 +12,8 @@ signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from sasa_det.analysis.complexity import count_config, default_image_size, parts_report
 from sasa_det.analysis.paper import draw_figure_5, paper_report
+from sasa_det.command_line import positive_int, run_command
 from sasa_det.engine import load_config
-from sasa_det.engine.defaults import positive_int, run_command
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from sasa_det.benchmark import main
-from sasa_det.engine.defaults import run_command
+from sasa_det.command_line import run_command
 
 if __name__ == "__main__":
     sys.exit(run_command(lambda: main(Path(__file__).resolve().parents[1] / "configs")))

@@ -10,8 +10,8 @@ import sys
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from sasa_det.checkpoint.convert import WEIGHTS, build_target, convert_checkpoint
+from sasa_det.command_line import run_command
 from sasa_det.engine import UsageError
-from sasa_det.engine.defaults import run_command
 from sasa_det.errors import TransferError
 
 _EPILOG = """

@@ -10,7 +10,7 @@ from pathlib import Path
 # Until run_command takes Ctrl-C over: the imports take seconds.
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-from sasa_det.engine.defaults import run_command
+from sasa_det.command_line import run_command
 from sasa_det.engine.demo import run_demo
 
 

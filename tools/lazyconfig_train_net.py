@@ -11,7 +11,8 @@ import sys
 # Until run_command takes Ctrl-C over: the imports take seconds.
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-from sasa_det.engine.defaults import LAZY, argument_parser, run, run_command
+from sasa_det.command_line import run_command
+from sasa_det.engine.defaults import LAZY, argument_parser, run
 
 if __name__ == "__main__":
     sys.exit(run_command(lambda: run(argument_parser(LAZY, __doc__).parse_args(), LAZY)))

@@ -9,7 +9,8 @@ from pathlib import Path
 # Until run_command takes Ctrl-C over: the imports take seconds.
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-from sasa_det.engine.defaults import CLASSIFIER, argument_parser, run, run_command
+from sasa_det.command_line import run_command
+from sasa_det.engine.defaults import CLASSIFIER, argument_parser, run
 
 _DEFAULT = Path(__file__).parents[1] / "configs" / "ImageNet" / "SASA_R_50_full.yaml"
 

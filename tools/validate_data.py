@@ -9,9 +9,9 @@ import sys
 # Until run_command takes Ctrl-C over: the imports take seconds.
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
+from sasa_det.command_line import run_command
 from sasa_det.data.validation import validate_coco
 from sasa_det.data.validation_report import describe_report
-from sasa_det.engine.defaults import run_command
 from sasa_det.utils.text import printable
 
 

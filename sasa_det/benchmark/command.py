@@ -3,35 +3,30 @@
 import argparse
 import json
 import logging
-import subprocess
+import os
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from ..engine.defaults import log_to, positive_int
-from ..engine.output_folder import refuse_existing
+from ..command_line import positive_int, refuse_existing
 from ..errors import UsageError, print_error
 from ..utils.files import write_text
 from ..utils.machine import describe_machine
-from .cases import GROUPS, make_cases
-from .measure import (
-    Case,
-    Result,
-    Settings,
-    extra_peak_memory,
-    median_seconds,
-    use_exact_memory,
-)
+from .cases import GROUPS, choose_groups, groups_without_detectron2, make_cases
+from .measure import Case, Settings
+from .memory import extra_peak_memory, use_exact_memory
+from .peak import has_bfloat16, peak_rate
+from .quiet import describe_quiet
 from .report import draw_results, tabulate_results
+from .runner import SLOW_ROUNDS, measure_cases
 
 logger = logging.getLogger("sasa_det")
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SLOW_ROUNDS = 3
+_LEAST_SIZE = 32  # the stride of the smallest features
 
 
 def main(configs: Path, argv: Sequence[str] | None = None) -> int:
@@ -45,48 +40,52 @@ def main(configs: Path, argv: Sequence[str] | None = None) -> int:
         int: the process's exit status.
     """
     args = _parser().parse_args(argv)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    settings = Settings(device, _DTYPES[args.dtype], args.batch, args.image_size, configs)
-    groups = args.cases.split(",")
-    unknown = sorted(set(groups) - set(GROUPS))
-    if unknown:
-        return print_error(
-            UsageError(f"--cases takes {', '.join(GROUPS)}, got {', '.join(unknown)}.")
-        )
-    cases = make_cases(settings, groups)
-    if args.memory_of:
-        _print_memory(cases, *args.memory_of, device)
-        return 0
+    settings, notes = _settings(args, configs)
     output = Path(args.output)
     try:
-        refuse_existing(output)
+        if args.image_size < _LEAST_SIZE:
+            raise UsageError(f"--image-size must be at least {_LEAST_SIZE}, got {args.image_size}.")
+        cases = make_cases(settings, choose_groups(args.cases))
+        if not args.memory_of:
+            refuse_existing(output)
     except UsageError as error:
         return print_error(error)
-    log_to(None)
-    command = [sys.argv[0], "--device", device, "--dtype", args.dtype]
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.memory_of:
+        _print_memory(cases, *args.memory_of, settings.device)
+        return 0
+    load = os.getloadavg()[0]
+    _log_to_terminal()
+    for note in notes:
+        logger.info(note)
+    peaks = _measure_peaks(settings)
+    # What the processes that measure memory are called with.
+    command = [sys.argv[0], "--device", settings.device, "--dtype", args.dtype]
     command += ["--batch", str(args.batch), "--image-size", str(args.image_size)]
-    results: list[Result] = []
-    start = time.perf_counter()
-    for number, case in enumerate(cases, 1):
-        results += _measure(case, args.rounds, device, command)
-        spent = time.perf_counter() - start
-        left = spent / number * (len(cases) - number)
-        logger.info("%s: %d of %d cases, about %.0f s left.", case.name, number, len(cases), left)
-    machine = describe_machine(device, args.dtype)
-    table = f"{tabulate_results(cases, results)}\n\n{machine}; {_rounds(args.rounds)}.\n"
+    command += ["--threads", str(torch.get_num_threads())]
+    results = measure_cases(cases, args.rounds, settings, peaks, command)
+    machine = describe_machine(settings.device, args.dtype)
+    notes = [
+        f"{machine}; {_rounds(args.rounds)}.",
+        _describe_peaks(peaks),
+        describe_quiet(load, results),
+        *notes,
+    ]
+    table = "\n\n".join([tabulate_results(cases, results), *notes]) + "\n"
     write_text(output / "results.md", table)
-    record = {"machine": machine, "results": [asdict(result) for result in results]}
+    record = {
+        "machine": machine,
+        "threads": torch.get_num_threads(),
+        "load_before": load,
+        "peak_flops_per_second": {_name(dtype): rate for dtype, rate in peaks.items()},
+        "notes": notes,
+        "results": [asdict(result) for result in results],
+    }
     write_text(output / "results.json", json.dumps(record, indent=2))
     draw_results(cases, results, output / "results.png")
     print(f"\n{table}\nWritten to {output}: results.md, results.json, results.png")
     return 0
-
-
-def _rounds(rounds: int) -> str:
-    text = f"medians of {rounds} rounds"
-    if rounds > _SLOW_ROUNDS:
-        text += f", of {_SLOW_ROUNDS} rounds of their own for unfold and FlexAttention"
-    return text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Time attention side by side with convolution and with other formulations."
     )
     parser.add_argument(
-        "--cases", default=",".join(GROUPS), help=f"which of {','.join(GROUPS)}; all by default"
+        "--cases", help=f"which of {','.join(GROUPS)}; by default all that need no missing package"
     )
     parser.add_argument("--output", default="output/benchmark", help="new folder for the results")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda if it is available")
@@ -102,46 +101,64 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=positive_int, default=1, help="images in a batch")
     parser.add_argument("--image-size", type=positive_int, default=640, help="side of the images")
     parser.add_argument("--rounds", type=positive_int, default=11, help="calls of each contender")
+    parser.add_argument(
+        "--threads", type=positive_int, help="of PyTorch on the CPU; as many as it takes by default"
+    )
     # One contender in a process of its own, for the memory it takes there.
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     return parser
 
 
-def _measure(case: Case, rounds: int, device: str, command: list[str]) -> list[Result]:
-    results = {c.name: Result(case.name, c.name, case.baseline) for c in case.contenders}
-    runs, slow = {}, {}
-    for contender in case.contenders:
-        try:
-            run = contender.make()
-            if contender.foreign:
-                run()
-        except Exception as error:
-            if not contender.foreign:
-                raise
-            results[contender.name].why_not = f"{type(error).__name__}: {error}".splitlines()[0]
-            continue
-        (slow if contender.slow else runs)[contender.name] = run
-    seconds = median_seconds(runs, rounds, device)
-    seconds.update(median_seconds(slow, min(rounds, _SLOW_ROUNDS), device))
-    for name, value in seconds.items():
-        results[name].seconds = value
-    runs.clear()
-    slow.clear()
-    if case.memory:
-        for name in seconds:
-            results[name].memory = _memory(case, name, command)
-    return list(results.values())
+def _log_to_terminal() -> None:
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%H:%M:%S"))
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
-def _memory(case: Case, contender: str, command: list[str]) -> int:
-    """Measure a contender's extra peak memory in a process of its own."""
-    arguments = ["--cases", case.group, "--memory-of", case.name, contender]
-    done = subprocess.run(
-        [sys.executable, *command, *arguments], capture_output=True, text=True, check=False
+def _settings(args: argparse.Namespace, configs: Path) -> tuple[Settings, list[str]]:
+    """Return the settings of a run, and sentences on what it leaves out and why."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    notes, in_bfloat16 = [], False
+    missing = groups_without_detectron2()
+    if missing and args.cases is None:
+        notes.append(f"Left out without detectron2: {', '.join(missing)}.")
+    if device == "cpu" and args.dtype == "float32":
+        known = has_bfloat16()
+        in_bfloat16 = bool(known)
+        if known is None:
+            notes.append("No rows in bfloat16: PyTorch does not tell whether the processor has it.")
+        elif not known:
+            notes.append("No rows in bfloat16: the processor does not have it.")
+    dtype = _DTYPES[args.dtype]
+    return Settings(device, dtype, args.batch, args.image_size, configs, in_bfloat16), notes
+
+
+def _measure_peaks(settings: Settings) -> dict[torch.dtype, float]:
+    """Return the FLOPs a second of the best product in each type that the run computes in."""
+    dtypes = [settings.dtype, *([torch.bfloat16] if settings.bfloat16 else [])]
+    peaks = {dtype: peak_rate(settings.device, dtype) for dtype in dtypes}
+    logger.info(_describe_peaks(peaks))
+    return peaks
+
+
+def _describe_peaks(peaks: dict[torch.dtype, float]) -> str:
+    rates = ", ".join(
+        f"{rate / 1e9:.0f} GFLOP/s in {_name(dtype)}" for dtype, rate in peaks.items()
     )
-    if done.returncode:
-        raise RuntimeError(f"The memory of {contender} was not measured: {done.stderr[-2000:]}")
-    return int(done.stdout.splitlines()[-1])
+    return f"Peak, the best product of this run: {rates}."
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _rounds(rounds: int) -> str:
+    text = f"medians of {rounds} rounds"
+    if rounds > SLOW_ROUNDS:
+        text += f", of {SLOW_ROUNDS} rounds of their own for unfold and FlexAttention"
+    return text
 
 
 def _print_memory(cases: list[Case], case_name: str, contender_name: str, device: str) -> None:

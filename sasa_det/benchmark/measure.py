@@ -1,11 +1,9 @@
-"""What a benchmark measures, and how."""
+"""What a benchmark measures, and how long its calls take."""
 
-import ctypes
-import gc
-import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 Run = Callable[[], object]
 
 
-def median_seconds(runs: dict[str, Run], rounds: int, device: str) -> dict[str, float]:
+def time_rounds(runs: dict[str, Run], rounds: int, device: str) -> dict[str, list[float]]:
     """Time calls side by side.
 
     Every round makes each call once, so that what else the machine does falls on all alike.
@@ -26,73 +24,31 @@ def median_seconds(runs: dict[str, Run], rounds: int, device: str) -> dict[str, 
         device: "cpu" or "cuda", which is waited for.
 
     Returns:
-        dict[str, float]: name to the median of its seconds.
+        dict[str, list[float]]: name to its seconds in each round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
     for _ in range(rounds):
         for name, run in runs.items():
-            _wait(device)
+            wait_for(device)
             start = time.perf_counter()
             run()
-            _wait(device)
+            wait_for(device)
             seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
 
 
-def use_exact_memory() -> None:
-    """Make this process give large freed blocks back at once, so that its size tells its needs.
-
-    Only where the C library is glibc; elsewhere sizes may keep freed memory.
-    """
-    mmap_threshold = -3
-    _of_glibc("mallopt", mmap_threshold, 1 << 16)
-
-
-def extra_peak_memory(run: Run, device: str) -> int:
-    """Measure how much memory a call takes at its peak beyond what was there before.
-
-    On a CPU it is the process's resident size as Linux tells it, which sees every allocator;
-    measure one call a process, after :func:`use_exact_memory`.
-
-    Args:
-        run: the call; it is made once before, so that only what every call needs counts.
-        device: "cpu" or "cuda".
-
-    Returns:
-        int: bytes.
-    """
-    run()
-    gc.collect()
-    if device == "cuda":
-        _wait(device)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        _wait(device)
-        return torch.cuda.max_memory_allocated() - before
-    # What the heap has kept of small blocks would hide as much of the call's own.
-    _of_glibc("malloc_trim", 0)
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present size
-    before = _status("VmRSS")
-    run()
-    return max(0, _status("VmHWM") - before)
+def relative_spread(values: Sequence[float]) -> float:
+    """Return the interquartile range of values over their median; 0 of a single one."""
+    if len(values) < 2:
+        return 0.0
+    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
+    return (third - first) / median
 
 
-def _of_glibc(function: str, *arguments: int) -> None:
-    """Call a function that C libraries other than glibc may lack, where it is there."""
-    found = getattr(ctypes.CDLL(None), function, None)
-    if found is not None:
-        found(*arguments)
-
-
-def _status(field: str) -> int:
-    text = Path("/proc/self/status").read_text()
-    return int(re.search(rf"^{field}:\s+(\d+) kB$", text, re.MULTILINE).group(1)) * 1024
-
-
-def _wait(device: str) -> None:
+def wait_for(device: str) -> None:
+    """Wait until a GPU has done what it was given; a CPU has."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -107,6 +63,7 @@ class Settings:
         batch: images in a batch.
         image_size: side of the square images in pixels; features are those of stride 8.
         configs: the project's folder of configs.
+        bfloat16: whether layers and detectors run in bfloat16 as well, under autocast.
     """
 
     device: str
@@ -114,6 +71,7 @@ class Settings:
     batch: int
     image_size: int
     configs: Path
+    bfloat16: bool = False
 
     def features(self, channels: int, size: int) -> Tensor:
         shape = (self.batch, channels, size, size)
@@ -121,6 +79,10 @@ class Settings:
 
     def place(self, module: nn.Module) -> nn.Module:
         return module.to(self.device, self.dtype)
+
+    def autocast(self, dtype: torch.dtype | None) -> AbstractContextManager:
+        """Return a context in which products are computed in ``dtype``, if it is one."""
+        return nullcontext() if dtype is None else torch.autocast(self.device, dtype)
 
 
 @dataclass(frozen=True)
@@ -130,26 +92,31 @@ class Contender:
     Attributes:
         name: as it stands in the table.
         make: builds everything and returns the call to measure.
+        rival: the contender of the second ratio, if there is one.
+        flops: counts the floating-point operations of a call; None where they are not known.
+        dtype: what autocast computes products in, if it does.
         foreign: whether it is somebody else's, which may be absent or not run here.
         slow: whether it is many times slower than the others and measured in fewer rounds.
     """
 
     name: str
     make: Callable[[], Run]
+    rival: str | None = None
+    flops: Callable[[], int] | None = None
+    dtype: torch.dtype | None = None
     foreign: bool = False
     slow: bool = False
 
 
 @dataclass(frozen=True)
 class Case:
-    """Ways to do one thing; ratios are to the contender named ``baseline``.
+    """Ways to do one thing; ratios are to the first of them.
 
     Attributes:
         group: what ``--cases`` selects it by.
         name: unique name.
         title: what is done, with sizes.
-        baseline: name of the contender that the others are compared with.
-        contenders: the ways.
+        contenders: the ways, the baseline first.
         memory: whether peak memory is measured too.
         at: place on the axis of a growth case, a kernel size or an image size.
     """
@@ -157,10 +124,35 @@ class Case:
     group: str
     name: str
     title: str
-    baseline: str
     contenders: tuple[Contender, ...]
     memory: bool = False
     at: int | None = None
+
+
+PASSES = {"forward": False, "forward + backward": True}
+
+
+def cases_of_passes(
+    group: str,
+    name: str,
+    title: str,
+    contenders: Callable[[bool], Sequence[Contender]],
+    passes: dict[str, bool] = PASSES,
+    memory: bool = True,
+) -> list[Case]:
+    """Return a case for each of the passes, by name.
+
+    Args:
+        group, memory: see :class:`Case`.
+        name: of the cases, before the name of the pass.
+        title: ``{}`` in it stands for the pass.
+        contenders: makes them for training or not.
+        passes: name to whether it is training.
+    """
+    return [
+        Case(group, f"{name} {what}", title.format(what), tuple(contenders(training)), memory)
+        for what, training in passes.items()
+    ]
 
 
 @dataclass
@@ -170,8 +162,13 @@ class Result:
     Attributes:
         case: name of the case.
         contender: name of the contender.
-        baseline: name of the contender it is compared with.
+        baseline: name of the contender that the first ratio is to.
+        rival: name of the contender that the second ratio is to, or None.
         seconds: median of a call; None if it did not run.
+        spread: interquartile range of the calls over their median.
+        others: mean number of processors that others kept busy meanwhile; None if not known.
+        flops: floating-point operations of a call; None if not counted.
+        peak_share: FLOPs a second over those of the best product; None if not counted.
         memory: extra bytes of a call at its peak; None if not measured.
         why_not: why it did not run, or None.
     """
@@ -179,6 +176,11 @@ class Result:
     case: str
     contender: str
     baseline: str
+    rival: str | None = None
     seconds: float | None = None
+    spread: float | None = None
+    others: float | None = None
+    flops: int | None = None
+    peak_share: float | None = None
     memory: int | None = None
     why_not: str | None = None

@@ -9,19 +9,35 @@ from tabulate import tabulate
 
 from ..utils.files import whole_file
 from .measure import Case, Result
+from .quiet import is_disturbed
 
 _GROWTH = {"kernel_size": "kernel size k", "image_size": "image size (pixels)"}
 
+_HEADERS = ["what", "how", "ms", "ratio", "ratio to tuned", "% of peak", "extra MiB", "ratio"]
+_LEGEND = """\
+"ratio" is to the first row of each group, the convolution of PyTorch or the model of detectron2 as
+it is, in the type of the run. "ratio to tuned" is to the convolutional twin with what this project
+has for it: norms fused into weights, in inference, and 1x1 convolutions as products; for rows in
+bfloat16, which run under autocast, it is to the twin in bfloat16. "% of peak" are the FLOPs a
+second over those of the best product; attention counts as in the paper, with q.r of the whole
+window, and forward + backward as three times the forward pass."""
 
-def _ratio(result: Result, results: Sequence[Result], field: str) -> float | None:
-    """Return a result's time or memory over that of its case's baseline, if both are known."""
-    (baseline,) = [r for r in results if r.case == result.case and r.contender == result.baseline]
-    ours, theirs = getattr(result, field), getattr(baseline, field)
-    return None if ours is None or not theirs else ours / theirs
+
+def _ratio(result: Result, results: Sequence[Result], field: str, to: str | None) -> float | None:
+    """Return a result's time or memory over that of another of its case, if both are known."""
+    theirs = [r for r in results if r.case == result.case and r.contender == to]
+    values = [getattr(each, field) for each in (result, *theirs)]
+    if len(values) < 2 or values[0] is None or not values[1]:
+        return None
+    return values[0] / values[1]
+
+
+def _text(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def tabulate_results(cases: Sequence[Case], results: Sequence[Result]) -> str:
-    """Return a Markdown table of times, memory and their ratios to each case's baseline."""
+    """Return a Markdown table of times, memory and their ratios, and what its columns mean."""
     titles = {case.name: case.title for case in cases}
     rows, seen = [], set()
     for result in results:
@@ -30,16 +46,22 @@ def tabulate_results(cases: Sequence[Case], results: Sequence[Result]) -> str:
         if result.seconds is None:
             rows.append([title, result.contender, f"did not run ({result.why_not})"])
             continue
-        row = [title, result.contender, f"{1e3 * result.seconds:.1f}"]
-        row.append(f"{_ratio(result, results, 'seconds'):.2f}")
-        if result.memory is not None:
-            row.append(f"{result.memory / 2**20:.0f}")
-            ratio = _ratio(result, results, "memory")
-            row.append("" if ratio is None else f"{ratio:.2f}")
-        rows.append(row)
-    headers = ["what", "how", "ms", "ratio", "extra MiB", "ratio"]
-    rows = [row + [""] * (len(headers) - len(row)) for row in rows]
-    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+        mark = " *" if is_disturbed(result) else ""
+        rows.append(
+            [
+                title,
+                result.contender,
+                f"{1e3 * result.seconds:.1f}{mark}",
+                _text(_ratio(result, results, "seconds", result.baseline), ".2f"),
+                _text(_ratio(result, results, "seconds", result.rival), ".2f"),
+                _text(result.peak_share and 100 * result.peak_share, ".0f"),
+                _text(result.memory and result.memory / 2**20, ".0f"),
+                _text(_ratio(result, results, "memory", result.baseline), ".2f"),
+            ]
+        )
+    rows = [row + [""] * (len(_HEADERS) - len(row)) for row in rows]
+    table = tabulate(rows, headers=_HEADERS, tablefmt="github", disable_numparse=True)
+    return f"{table}\n\n{_LEGEND}"
 
 
 def draw_results(cases: Sequence[Case], results: Sequence[Result], path: Path) -> None:
@@ -53,7 +75,9 @@ def draw_results(cases: Sequence[Case], results: Sequence[Result], path: Path) -
     groups = [group for group in _GROWTH if any(case.group == group for case in cases)]
     plain = [case for case in cases if case.group not in _GROWTH]
     panels = bool(plain) + len(groups)
-    figure = Figure(figsize=(6.5 * panels, 5), layout="constrained")
+    bars = sum(len(case.contenders) - 1 for case in plain)
+    height = max(5.0, 0.2 * bars)
+    figure = Figure(figsize=(6.5 * panels, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     if plain:
@@ -67,7 +91,7 @@ def draw_results(cases: Sequence[Case], results: Sequence[Result], path: Path) -
 def _draw_bars(axes, cases: Sequence[Case], results: Sequence[Result]) -> None:
     names = {case.name for case in cases}
     shown = [r for r in results if r.case in names and r.seconds and r.contender != r.baseline]
-    ratios = [_ratio(result, results, "seconds") for result in shown]
+    ratios = [_ratio(result, results, "seconds", result.baseline) for result in shown]
     labels = [f"{result.case}: {result.contender}" for result in shown]
     colours = ["C0" if r.contender.startswith("attention") else "0.6" for r in shown]
     places = range(len(shown))

@@ -5,7 +5,6 @@ import io
 import logging
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,16 +21,16 @@ from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import Checkpointer
 from ..checkpoint.reading import classes_in
+from ..command_line import positive_int
 from ..config.changes import log_changes
 from ..config.lazy import load_lazy_config
 from ..config.load import load_config, register_datasets
 from ..config.options import RunOptions
 from ..data.catalog import follow_classes
-from ..errors import USAGE_ERRORS, UsageError, print_error
+from ..errors import USAGE_ERRORS, StopTraining, UsageError, print_error
 from ..utils.files import write_text
 from ..utils.text import printable
 from .checks import check_processes, check_run
-from .hooks import StopTraining
 from .launch import first_to_say, is_elastic_restart, launch, started_by_torchrun
 from .output_folder import OutputFolder, claim_output
 from .train_loop import NonFiniteError
@@ -245,37 +244,6 @@ def begin_run(options: RunOptions) -> None:
         torch.backends.cudnn.allow_tf32 = precision != "highest"
 
 
-def run_command(main: Callable[[], int | None]) -> int:
-    """Run the main function of a command in UTF-8 and print usage errors without a traceback.
-
-    In a locale that is not UTF-8 the command starts again in Python's UTF-8 mode, for libraries
-    open text files in the encoding of the locale. Characters that the terminal does not have are
-    printed as escapes.
-
-    Args:
-        main: reads the command line and returns the exit status; None is 0.
-
-    Returns:
-        int: the exit status: the one that ``main`` returns, 2 after a usage error, which is printed
-        as one sentence, 130 after Ctrl-C, or the status of the signal that stopped a training.
-    """
-    if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode:
-        os.environ["PYTHONUTF8"] = "1"  # for the processes that it starts
-        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return main() or 0
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except StopTraining as stop:
-        print(f"The command ends: {stop}.", file=sys.stderr)
-        return stop.status
-    except USAGE_ERRORS as error:
-        return print_error(error)
-
-
 _LAZY_EPILOG = """
 Override values of the config with key=value, for example train.max_iter=1000. A + before the key
 adds a key that the config does not have, for example +model.box_reg_loss_type=giou.
@@ -358,13 +326,6 @@ def argument_parser(
             help=f"COCO-format json and image folder to {split} on, instead of the config's",
         )
     return parser
-
-
-def positive_int(text: str) -> int:
-    """Read an argument that must be an integer of at least 1; a type for argparse."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
-    return int(text)
 
 
 def _folder(text: str) -> str:

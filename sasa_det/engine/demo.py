@@ -16,6 +16,7 @@ from tabulate import tabulate
 
 from ..analysis.complexity import count_config, total
 from ..checkpoint.convert import convert_checkpoint
+from ..command_line import refuse_existing
 from ..config.load import load_config
 from ..config.options import RunOptions
 from ..data.mapper import build_test_mapper
@@ -24,7 +25,7 @@ from ..utils.files import write_text
 from ..utils.machine import describe_machine
 from .checks import check_run
 from .defaults import begin_run, flush_denormals, log_to
-from .output_folder import claim_output, refuse_existing
+from .output_folder import claim_output
 from .trainer import Trainer
 
 logger = logging.getLogger("sasa_det")

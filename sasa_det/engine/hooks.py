@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import Checkpointer
 from ..checkpoint.sharding import shard_like
-from ..errors import CheckpointError
+from ..errors import CheckpointError, StopTraining
 from ..evaluation.validation_loss import modules_with_loss_normalizer
 from .distributed import unwrapped
 
@@ -34,20 +34,6 @@ _SAME_INTERRUPT_S = 0.5
 
 # Time after which a signal is sent again whose exception Python ignored.
 _RESEND_S = 0.01
-
-
-class StopTraining(BaseException):
-    """Training stopped before its last iteration, and everything is saved.
-
-    Like KeyboardInterrupt it is not an Exception, so that it is not handled as a failure.
-
-    Attributes:
-        status (int): exit status of the process.
-    """
-
-    def __init__(self, reason: str, status: int = 0):
-        super().__init__(reason)
-        self.status = status
 
 
 class StopSignals:

@@ -242,20 +242,6 @@ def is_resumed(options: RunOptions, resume: Resume) -> bool:
     return resume is not None and found
 
 
-def refuse_existing(folder: Path, hint: str = "") -> None:
-    """Refuse a folder for output that exists already, unless it is empty.
-
-    Args:
-        folder: where a command is about to write.
-        hint: ends the message, after what can be done.
-
-    Raises:
-        UsageError: naming the folder.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"output {folder} exists already; name another one{hint}.")
-
-
 def _files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     found = {path for pattern in patterns for path in folder.glob(pattern)}
     return sorted(path for path in found if path.is_file())

@@ -26,6 +26,7 @@ def describe_machine(device: str, dtype: str | None = None) -> str:
         text = cpuinfo.read_text() if cpuinfo.exists() else ""
         model = re.search("^model name.*: *(.*)", text, re.MULTILINE)
         processor = model[1] if model else platform.processor() or platform.machine()
-        machine = f"{processor}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        machine = f"{processor}, {threads} thread{'s' * (threads > 1)}"
     parts = [machine, *([dtype] if dtype else []), f"torch {torch.__version__}"]
     return ", ".join([*parts, time.strftime("%Y-%m-%d")])

@@ -1,24 +1,18 @@
-"""The benchmark's clock and scales, and its command."""
+"""The benchmark's clock and scales."""
 
-import json
+import statistics
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
-from sasa_det.benchmark import command
-from sasa_det.benchmark.cases import make_cases
-from sasa_det.benchmark.command import main
-from sasa_det.benchmark.measure import median_seconds
+from sasa_det.benchmark.measure import time_rounds
 
 ROOT = Path(__file__).parents[2]
 
 MEMORY = """
 import torch
-from sasa_det.benchmark.measure import extra_peak_memory, use_exact_memory
+from sasa_det.benchmark.memory import extra_peak_memory, use_exact_memory
 use_exact_memory()
 kept = []
 def run():
@@ -62,50 +56,8 @@ def test_medians_ignore_single_slow_calls():
         calls.append("second")
         busy(0.01)
 
-    seconds = median_seconds({"first": first, "second": second}, rounds=5, device="cpu")
+    seconds = time_rounds({"first": first, "second": second}, rounds=5, device="cpu")
     assert calls == ["first", "second"] * 6
-    assert seconds["first"] < 0.01 <= seconds["second"]
-
-
-@pytest.mark.slow
-def test_every_case_runs_and_is_written(tmp_path, monkeypatch):
-    def cases_of(settings, groups):
-        # Memory takes a process for each contender: it is measured of two in the first case alone.
-        first, *others = make_cases(settings, groups)
-        two = (one for one in first.contenders if one.name in ("attention", "unfold"))
-        first = replace(first, baseline="attention", contenders=tuple(two))
-        return [first, *(replace(case, memory=False) for case in others)]
-
-    monkeypatch.setattr(command, "make_cases", cases_of)
-    monkeypatch.setattr(sys, "argv", ["tools/benchmark.py"])  # what those processes run
-    output = tmp_path / "benchmark"
-    words = ["--output", str(output), "--image-size", "64", "--rounds", "1"]
-    assert main(ROOT / "configs", [*words, "--cases", "layer,kernel_size"]) == 0
-    record = json.loads((output / "results.json").read_text())
-    by_case = {}
-    for result in record["results"]:
-        by_case.setdefault(result["case"], {})[result["contender"]] = result
-    assert set(by_case) == {
-        "layer forward",
-        "layer forward + backward",
-        *(f"kernel size {k}" for k in (3, 5, 7, 9, 11)),
-    }
-    for contenders in by_case.values():
-        for name, result in contenders.items():
-            assert result["baseline"] in contenders
-            assert result["seconds"] or (name.startswith("HaloAttn") and result["why_not"])
-    layer = by_case["layer forward"]
-    # 49 offsets of 256 channels at 8x8, unfolded: twice as keys and values, and their products.
-    assert layer["unfold"]["memory"] > 2 * 49 * 256 * 64 * 4 > layer["attention"]["memory"]
-    table = (output / "results.md").read_text()
-    assert "layer with projections, forward, 1x256x8x8" in table
-    assert (output / "results.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_bad_arguments_are_told(tmp_path, capsys):
-    configs = ROOT / "configs"
-    assert main(configs, ["--cases", "op,speed"]) == 2
-    assert "--cases takes op, layer, stem" in capsys.readouterr().err
-    (tmp_path / "kept").touch()
-    assert main(configs, ["--cases", "op", "--output", str(tmp_path)]) == 2
-    assert "exists already; name another one" in capsys.readouterr().err
+    assert [len(values) for values in seconds.values()] == [5, 5]
+    assert statistics.median(seconds["first"]) < 0.01 <= min(seconds["second"])
+    assert max(seconds["first"]) >= 0.05

@@ -13,12 +13,12 @@ import pytest
 import yaml
 
 from sasa_det.checkpoint import read_checkpoint
+from sasa_det.command_line import run_command
 from sasa_det.data import write_digits
 from sasa_det.data.digits import write_digit_crops
 from sasa_det.engine import UsageError, argument_parser, run
-from sasa_det.engine.defaults import run_command
 from sasa_det.engine.demo import run_demo
-from sasa_det.engine.hooks import StopTraining
+from sasa_det.errors import StopTraining
 from sasa_det.ops import cpu
 
 

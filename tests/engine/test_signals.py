@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from sasa_det.engine import hooks as signals_module
-from sasa_det.engine.hooks import ModelEma, StopSignals, StopTraining
+from sasa_det.engine.hooks import ModelEma, StopSignals
 from sasa_det.engine.trainer import Trainer
+from sasa_det.errors import StopTraining
 from sasa_det.evaluation.validation_loss import validation_losses
 
 

@@ -1,0 +1,62 @@
+"""What commands have in common; it needs neither detectron2 nor a model."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import USAGE_ERRORS, StopTraining, UsageError, print_error
+
+
+def run_command(main: Callable[[], int | None]) -> int:
+    """Run the main function of a command in UTF-8 and print usage errors without a traceback.
+
+    In a locale that is not UTF-8 the command starts again in Python's UTF-8 mode, for libraries
+    open text files in the encoding of the locale. Characters that the terminal does not have are
+    printed as escapes.
+
+    Args:
+        main: reads the command line and returns the exit status; None is 0.
+
+    Returns:
+        int: the exit status: the one that ``main`` returns, 2 after a usage error, which is printed
+        as one sentence, 130 after Ctrl-C, or the status of the signal that stopped a training.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode:
+        os.environ["PYTHONUTF8"] = "1"  # for the processes that it starts
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return main() or 0
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except StopTraining as stop:
+        print(f"The command ends: {stop}.", file=sys.stderr)
+        return stop.status
+    except USAGE_ERRORS as error:
+        return print_error(error)
+
+
+def positive_int(text: str) -> int:
+    """Read an argument that must be an integer of at least 1; a type for argparse."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def refuse_existing(folder: Path, hint: str = "") -> None:
+    """Refuse a folder for output that exists already, unless it is empty.
+
+    Args:
+        folder: where a command is about to write.
+        hint: ends the message, after what can be done.
+
+    Raises:
+        UsageError: naming the folder.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"output {folder} exists already; name another one{hint}.")
