@@ -10,6 +10,7 @@
 #include <initializer_list>
 #include <new>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 

@@ -163,21 +163,30 @@ Tensors product(const c10::List<at::Tensor>& sources, const c10::List<at::Tensor
   return results;
 }
 
-at::Tensor weight_gradient(const at::Tensor& grad, const Terms& grad_terms, const at::Tensor& x,
-                           const Terms& x_terms, bool x_relu, const std::string& instructions) {
+// The gradients of the weights of one map, one below the other.
+at::Tensor weight_gradient(const c10::List<at::Tensor>& grads, const Terms& grad_terms,
+                           const at::Tensor& x, const Terms& x_terms, bool x_relu,
+                           const std::string& instructions) {
   const ProductKernels& chosen = kernels(instructions);
   check_image(x);
-  TORCH_CHECK_VALUE(grad.dim() == 4 && grad.size(0) == x.size(0) &&
-                        grad.sizes().slice(2) == x.sizes().slice(2),
-                    "grad and x must differ in their channels alone.");
+  TORCH_CHECK_VALUE(grads.size() > 0 && grads.size() <= MAX_OPERANDS, "there must be 1 to ",
+                    MAX_OPERANDS, " grads.");
   Kept kept;
   WeightGradient a = {};
   a.batch = x.size(0);
   a.pixels = x.size(2) * x.size(3);
-  a.grad = kept.operand(grad, grad_terms, false);
   a.x = kept.operand(x, x_terms, x_relu);
+  int64_t channels = 0;
+  for (const at::Tensor& grad : grads.vec()) {
+    TORCH_CHECK_VALUE(grad.dim() == 4 && grad.size(0) == x.size(0) &&
+                          grad.sizes().slice(2) == x.sizes().slice(2),
+                      "grads and x must differ in their channels alone.");
+    a.grads[a.num_grads++] = kept.operand(grad, grad_terms, false);
+    channels += grad.size(1);
+  }
+  if (a.batch * a.pixels == 0) return at::zeros({channels, x.size(1)}, x.options());
   const at::Tensor partial =
-      at::empty({chosen.gradient_parts(a), grad.size(1), x.size(1)}, x.options());
+      at::empty({chosen.gradient_parts(a), channels, x.size(1)}, x.options());
   a.partial = partial.mutable_data_ptr<float>();
   run(chosen.gradient_tasks(a), a, chosen.gradient);
   return partial.size(0) == 1 ? partial[0] : partial.sum(0);
@@ -255,7 +264,7 @@ TORCH_LIBRARY_FRAGMENT(sasa_det_cpu, library) {
       "bool statistics, str instructions) -> Tensor[]",
       torch::dispatch(cpu, product));
   library.def(
-      "weight_gradient(Tensor grad, Tensor?[] grad_terms, Tensor x, Tensor?[] x_terms, "
+      "weight_gradient(Tensor[] grads, Tensor?[] grad_terms, Tensor x, Tensor?[] x_terms, "
       "bool x_relu, str instructions) -> Tensor",
       torch::dispatch(cpu, weight_gradient));
   library.def(

@@ -43,11 +43,12 @@ struct Product {
   bool transposed;                     // whether the rows of weights are the sources' channels
 };
 
-// to[o, i] = sum over images and pixels of grad[o] x[i].
+// to[o, i] = sum over images and pixels of grad[o] x[i], where o counts the channels of all grads.
 struct WeightGradient {
   int64_t batch, pixels;
-  Operand grad, x;
-  float* partial;  // (parts, grad channels, x channels)
+  int num_grads;
+  Operand grads[MAX_OPERANDS], x;
+  float* partial;  // (parts, channels of all grads, x channels)
 };
 
 // to = relu?(first + second) or, with a mask, first where mask > 0, else 0.

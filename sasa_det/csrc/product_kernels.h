@@ -415,44 +415,56 @@ void run_product(const Product& a, int64_t first_task, int64_t last_task) {
 // The gradient of weights is a product too: its columns are the channels of x, its depth are the
 // columns of the images, chunk by chunk.
 
-constexpr int CHUNK = 512, CHUNKS_OF_PART = 4;
+constexpr int CHUNK = 512, MAX_CHUNKS = 4;
 constexpr int X_ROWS = 4 * TILE;
+constexpr int MIN_TASKS = 8;
 
-int64_t gradient_parts(const WeightGradient& a) {
-  return ceil_div(a.batch * a.pixels, CHUNK * CHUNKS_OF_PART);
-}
+// How the work is divided: into parts of the columns, and into rows of the gradient.
+struct GradientTasks {
+  explicit GradientTasks(const WeightGradient& a) {
+    const int64_t total = std::max<int64_t>(1, a.batch * a.pixels);
+    columns = CHUNK * std::min<int64_t>(MAX_CHUNKS, ceil_div(total, CHUNK * MIN_TASKS));
+    parts = ceil_div(total, columns);
+    all_rows = 0;
+    for (int g = 0; g < a.num_grads; ++g) all_rows += a.grads[g].channels;
+    // As many rows as stay in the cache with the channels of x, or fewer, for a task for each core.
+    const int64_t most = a.x.channels > X_ROWS / 2 ? 128 : 256, least = 32;
+    const int64_t share = ceil_div(all_rows, ceil_div(MIN_TASKS, parts));
+    rows = std::max(least, std::min(most, ceil_div(share, PANEL) * PANEL));
+    row_tasks = ceil_div(all_rows, rows);
+  }
+  int64_t columns, parts, all_rows, rows, row_tasks;
+};
 
-// As many rows as stay in the cache with the channels of x.
-int64_t gradient_rows(const WeightGradient& a) { return a.x.channels > X_ROWS / 2 ? 128 : 256; }
-
-int64_t gradient_row_tasks(const WeightGradient& a) {
-  return ceil_div(a.grad.channels, gradient_rows(a));
-}
+int64_t gradient_parts(const WeightGradient& a) { return GradientTasks(a).parts; }
 
 int64_t gradient_tasks(const WeightGradient& a) {
-  return gradient_parts(a) * gradient_row_tasks(a);
+  return gradient_parts(a) * GradientTasks(a).row_tasks;
 }
 
 class GradientWork {
  public:
   explicit GradientWork(const WeightGradient& a)
       : a_(a),
-        rows_of_task_(std::min(gradient_rows(a), ceil_div(a.grad.channels, PANEL) * PANEL)),
+        tasks_(a),
         to_stride_(ceil_div(a.x.channels, LANES) * LANES),
         buffer_(scratch_.take_unset(2 * CHUNK)),
-        grad_(scratch_.take_unset(size_t(rows_of_task_ * STRIDE))),
+        grad_(scratch_.take_unset(size_t(tasks_.rows * STRIDE))),
         rows_(scratch_.take_unset(LANES * STRIDE)),
         x_(scratch_.take_unset(X_ROWS * CHUNK + LANES * TILE)),
-        sums_(scratch_.take_unset(size_t(rows_of_task_ * to_stride_))) {}
+        sums_(scratch_.take_unset(size_t(tasks_.rows * to_stride_))) {}
 
   void run(int64_t task) {
-    const int64_t part = task / gradient_row_tasks(a_);
-    const int64_t first = task % gradient_row_tasks(a_) * gradient_rows(a_);
-    const int rows = int(std::min<int64_t>(rows_of_task_, a_.grad.channels - first));
-    const int64_t columns = a_.batch * a_.pixels, begin = part * CHUNK * CHUNKS_OF_PART;
-    for (int64_t at = begin; at < std::min(columns, begin + CHUNK * CHUNKS_OF_PART); at += CHUNK) {
-      const Columns chunk(a_.pixels, at, int(std::min<int64_t>(CHUNK, columns - at)));
-      for (int r = 0; r < rows; ++r) copy(a_.grad, first + r, chunk, grad_ + r * STRIDE);
+    const int64_t part = task / tasks_.row_tasks, first = task % tasks_.row_tasks * tasks_.rows;
+    const int rows = int(std::min(tasks_.rows, tasks_.all_rows - first));
+    const int64_t begin = part * tasks_.columns;
+    const int64_t end = std::min(a_.batch * a_.pixels, begin + tasks_.columns);
+    for (int64_t at = begin; at < end; at += CHUNK) {
+      const Columns chunk(a_.pixels, at, int(std::min<int64_t>(CHUNK, end - at)));
+      for (int r = 0; r < rows; ++r) {
+        const auto [grad, channel] = grad_row(first + r);
+        copy(*grad, channel, chunk, grad_ + r * STRIDE);
+      }
       for (int64_t c = 0; c < a_.x.channels; c += X_ROWS) {
         const int count = int(std::min<int64_t>(X_ROWS, to_stride_ - c));
         copy_transposed(c, count, chunk);
@@ -464,7 +476,7 @@ class GradientWork {
                          });
       }
     }
-    float* to = a_.partial + (part * a_.grad.channels + first) * a_.x.channels;
+    float* to = a_.partial + (part * tasks_.all_rows + first) * a_.x.channels;
     for (int r = 0; r < rows; ++r)
       std::memcpy(to + r * a_.x.channels, sums_ + r * to_stride_, size_t(a_.x.channels) * 4);
   }
@@ -472,6 +484,13 @@ class GradientWork {
  private:
   // Not a multiple of a page's part, or all rows would share the same few lines of the cache.
   static constexpr int STRIDE = CHUNK + LINE;
+
+  // The gradient that a row is of, and its channel.
+  std::pair<const Operand*, int64_t> grad_row(int64_t row) const {
+    const Operand* grad = a_.grads;
+    for (; row >= grad->channels; ++grad) row -= grad->channels;
+    return {grad, row};
+  }
 
   void copy(const Operand& x, int64_t channel, const Columns& columns, float* to) {
     OperandRow(x, channel, columns, buffer_).copy(0, columns.padded(), to);
@@ -491,19 +510,22 @@ class GradientWork {
   }
 
   // Rows that are copied next, some for each product of a chunk.
-  Ahead next_rows(int number, int64_t first, int64_t c, const Columns& chunk) const {
+  Ahead next_rows(int64_t number, int64_t first, int64_t c, const Columns& chunk) const {
     constexpr int ROWS_AT_A_TIME = LINE, X_PARTS = X_ROWS / ROWS_AT_A_TIME;
-    const bool of_x = number < X_PARTS;
-    const Operand& from = of_x ? a_.x : a_.grad;
-    int64_t row = (of_x ? c + X_ROWS : first - X_PARTS * ROWS_AT_A_TIME) + number * ROWS_AT_A_TIME;
-    int64_t offset = 0;
-    if (!of_x || row >= from.channels) {  // of the next columns
+    const Operand* from = &a_.x;
+    int64_t row = c + X_ROWS + number * ROWS_AT_A_TIME, offset = 0;
+    if (number >= X_PARTS || row >= from->channels) {  // of the next columns
       offset = CHUNK;
-      if (of_x) row = number * ROWS_AT_A_TIME;
+      row = number * ROWS_AT_A_TIME;
+      if (number >= X_PARTS) {
+        row += first - X_PARTS * ROWS_AT_A_TIME;
+        if (row >= tasks_.all_rows) return {};
+        std::tie(from, row) = grad_row(row);
+      }
     }
-    const int64_t rows = std::min<int64_t>(ROWS_AT_A_TIME, from.channels - row);
+    const int64_t rows = std::min<int64_t>(ROWS_AT_A_TIME, from->channels - row);
     if (rows <= 0) return {};
-    return {from.data + chunk.offset(from.channels, row) + offset, a_.pixels,
+    return {from->data + chunk.offset(from->channels, row) + offset, a_.pixels,
             rows * CHUNK / LINE, CHUNK_SHIFT};
   }
 
@@ -512,7 +534,8 @@ class GradientWork {
 
   const WeightGradient& a_;
   Scratch scratch_;
-  int64_t rows_of_task_, to_stride_;
+  GradientTasks tasks_;
+  int64_t to_stride_;
   float *buffer_, *grad_, *rows_, *x_, *sums_;
 };
 

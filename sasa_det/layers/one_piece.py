@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..ops.product import Operand, input_gradient, products, weight_gradient
+from ..ops.product import Operand, input_gradient, products, weight_gradients
 from .plain import is_plain_pointwise
 
 
@@ -91,9 +91,7 @@ def attend_backward(
         grad, *_arguments(layer, [*kept, *value], parameters.embeddings)
     )
     grads = [Operand(g) for g in ([query, key, value] if layer.content else [query, value])]
-    of_weights = [
-        weight_gradient(g, x, weight) for g, weight in zip(grads, parameters.weights, strict=True)
-    ]
+    of_weights = weight_gradients(grads, x, parameters.weights)
     if layer.rel_rows is None:
         embeddings = [None, None]
     return grads, [*of_weights, *embeddings]

@@ -127,12 +127,31 @@ def masked_input_gradient(
     return gradient, sums[0] if sums else None, sums[1:]
 
 
-def weight_gradient(grad: Operand, x: Operand, weight: Tensor) -> Tensor:
-    """Return the gradient of a weight, in its shape, from those of the product and the map."""
-    gradient = torch.ops.sasa_det_cpu.weight_gradient(
-        grad.data, grad.terms, x.data, x.terms, x.relu, ""
+def weight_gradients(
+    grads: Sequence[Operand], x: Operand, weights: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return the gradients of the weights that one map was multiplied with.
+
+    Args:
+        grads: gradients of the products; all but one alone have no terms.
+        x, weights: see :func:`products`.
+
+    Returns:
+        list[Tensor]: a gradient in the shape of each weight.
+    """
+    gradients = torch.ops.sasa_det_cpu.weight_gradient(
+        [grad.data for grad in grads], grads[0].terms, x.data, x.terms, x.relu, ""
     )
-    return gradient.view(weight.shape)
+    if len(weights) == 1:
+        return [gradients.view(weights[0].shape)]
+    # Not views of one tensor, which others would keep alive.
+    parts = gradients.split([weight.shape[0] for weight in weights])
+    return [part.clone().view(weight.shape) for part, weight in zip(parts, weights, strict=True)]
+
+
+def weight_gradient(grad: Operand, x: Operand, weight: Tensor) -> Tensor:
+    """Return the gradient of a single weight, see :func:`weight_gradients`."""
+    return weight_gradients([grad], x, [weight])[0]
 
 
 def add(first: Operand, second: Operand, relu: bool = False) -> Tensor:

@@ -134,13 +134,23 @@ def test_gradient_of_a_weight(shape, maps, instructions):
     x, y, other, _ = maps
     scale, shift = torch.randn(2, x.shape[1])
     terms = [*torch.randn(2, y.shape[1]), other, *torch.randn(2, y.shape[1])]
-    found = ops.weight_gradient(y, terms, x, [scale, shift], True, instructions)
+    found = ops.weight_gradient([y], terms, x, [scale, shift], True, instructions)
     grad = y * column(terms[0]) + column(terms[1])
     grad = grad + column(terms[3]) * (other - column(terms[4]))
     inner = F.relu(x * column(scale) + column(shift))
     assert_close(found, torch.einsum("nohw,nchw->oc", grad, inner), 2e-5)
-    found = ops.weight_gradient(y, [], x, [], False, instructions)
+    found = ops.weight_gradient([y], [], x, [], False, instructions)
     assert_close(found, torch.einsum("nohw,nchw->oc", y.double(), x.double()), 2e-5)
+
+
+@each
+@shapes
+def test_gradients_of_several_weights(shape, maps, instructions):
+    x, y, other, _ = maps
+    third = torch.randn(*y.shape[:1], 17, *y.shape[2:])
+    found = ops.weight_gradient([y, third, other], [], x, [], False, instructions)
+    exact = torch.cat([y, third, other], 1).double()
+    assert_close(found, torch.einsum("nohw,nchw->oc", exact, x.double()), 2e-5)
 
 
 @each
@@ -175,7 +185,7 @@ def test_the_same_bits_for_any_number_of_threads(instructions):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         moments = ops.product([x], [weight], False, [], False, [], False, [], True, instructions)
-        gradient = ops.weight_gradient(y, [], x, [], False, instructions)
+        gradient = ops.weight_gradient([y], [], x, [], False, instructions)
         results.append([*moments, gradient, *ops.channel_moments(x, instructions)])
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -186,7 +196,7 @@ def test_empty_batches_and_maps_that_are_not_contiguous():
     weight = torch.randn(4, 6)
     (empty,) = product("", [torch.randn(0, 6, 5, 5)], [weight])
     assert empty.shape == (0, 4, 5, 5)
-    assert not ops.weight_gradient(empty, [], torch.randn(0, 6, 5, 5), [], False, "").any()
+    assert not ops.weight_gradient([empty], [], torch.randn(0, 6, 5, 5), [], False, "").any()
     x = torch.randn(2, 5, 6, 7).transpose(1, 2).to(memory_format=torch.channels_last)
     (found,) = product("", [x], [weight])
     assert_close(found, multiply(weight, x))
