@@ -22,6 +22,11 @@ def is_plain_call(module: nn.Module) -> bool:
     return not (any(hooks) or _has_any_global_hook() or "forward" in module.__dict__)
 
 
+def is_plain_tensor(x: Tensor) -> bool:
+    """Tell whether a tensor or parameter is not of a subclass, such as a fake or sharded tensor."""
+    return type(x) in (nn.Parameter, Tensor)
+
+
 def is_plain_pointwise(
     layer: nn.Module, kind: type[nn.Module] = nn.Conv2d, strided: bool = False
 ) -> bool:
@@ -42,6 +47,6 @@ def is_plain_pointwise(
         and (strided or layer.stride == (1, 1))
         and layer.padding == (0, 0)
         and layer.groups == 1
-        and type(layer.weight) in (nn.Parameter, Tensor)
+        and is_plain_tensor(layer.weight)
         and is_plain_call(layer)
     )

@@ -7,17 +7,23 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..ops.product import Operand, has_products, input_gradient, products, weight_gradient
-from .plain import is_plain_pointwise
+from .plain import is_plain_pointwise, is_plain_tensor
 
 
 def runs_products(x: Tensor) -> bool:
     """Tell whether products of the C++ kernels may stand in place of layers' calls for ``x``.
 
-    They do not under autocast, and in traces, such as fvcore counts from, nothing could see into
-    them.
+    They do not for subclasses of tensors and under autocast, and in traces, such as fvcore counts
+    from, nothing could see into them.
     """
-    return has_products(x) and not (
-        torch.is_autocast_enabled("cpu") or torch.jit.is_tracing() or torch.compiler.is_compiling()
+    return (
+        is_plain_tensor(x)
+        and has_products(x)
+        and not (
+            torch.is_autocast_enabled("cpu")
+            or torch.jit.is_tracing()
+            or torch.compiler.is_compiling()
+        )
     )
 
 
@@ -39,6 +45,11 @@ def project(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     if not (runs_products(x) and all(map(is_plain_pointwise, layers))):
         return tuple(layer(x) for layer in layers)
     return _multiply(x, layers)
+
+
+def can_multiply(x: Tensor, layer: nn.Conv2d) -> bool:
+    """Tell whether :func:`multiply` may stand for a 1x1 convolution, in the layer's own forward."""
+    return runs_products(x) and is_plain_tensor(layer.weight)
 
 
 def multiply(x: Tensor, layer: nn.Conv2d) -> Tensor:

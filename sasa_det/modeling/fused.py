@@ -57,6 +57,7 @@ def can_fuse(
     """
     return (
         runs_products(x)
+        and x.numel() > 0
         and all(map(_is_known, modules))
         and all(norm_kind(norm) is not None for norm in norms)
         # Of a single value batch norm refuses to make statistics.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..layers import AttentionStem, LocalSelfAttention2d
 from ..layers.norm import constant_affine, norm_kind
 from ..layers.plain import is_plain_pointwise
-from ..layers.projection import multiply, runs_products
+from ..layers.projection import can_multiply, multiply
 from ..ops.product import Operand, product
 
 
@@ -24,7 +24,7 @@ class PointwiseConv2d(nn.Conv2d):
             (N, out_channels, ceil(H / stride), ceil(W / stride)).
         """
         if not torch.jit.is_scripting():
-            if runs_products(x):
+            if can_multiply(x, self):
                 return multiply(take_strided(x, self.stride[0]), self)
         return F.conv2d(x, self.weight, self.bias, self.stride)
 
@@ -43,7 +43,7 @@ class NormedPointwiseConv2d(Conv2d):
         normed = False
         if torch.jit.is_scripting():
             x = F.conv2d(x, self.weight, self.bias, self.stride)
-        elif not runs_products(x):
+        elif not can_multiply(x, self):
             x = F.conv2d(x, self.weight, self.bias, self.stride)
         elif torch.is_grad_enabled() or norm_kind(self.norm) not in ("nothing", "constant"):
             x = multiply(take_strided(x, self.stride[0]), self)

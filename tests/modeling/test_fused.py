@@ -205,6 +205,14 @@ def test_a_single_value_is_refused_as_batch_norm_refuses_it():
         block(torch.randn(1, 32, 2, 2))
 
 
+def test_no_images_are_no_block():
+    """As in an R-CNN without proposals, where detectron2's layers take empty batches."""
+    block, x = make_block().eval(), torch.randn(0, 32, 4, 4, requires_grad=True)
+    assert fused.bottleneck(x, block) is None
+    block(x).sum().backward()
+    assert x.grad.shape == x.shape
+
+
 def test_second_derivatives_are_refused():
     block, x = make_block(), torch.randn(1, 32, 4, 4, requires_grad=True)
     (grad,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)

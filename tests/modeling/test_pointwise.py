@@ -6,6 +6,7 @@ import pytest
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, get_norm
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sasa_det.layers import LocalSelfAttention2d
 from sasa_det.modeling import use_products
@@ -84,6 +85,8 @@ def test_elsewhere_the_convolution_runs():
     assert "Convolution" in layer.double()(x.double()).grad_fn.name()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer.float()(x).dtype == torch.bfloat16
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert layer(mode.from_tensor(x)).shape == (1, 6, 3, 3)
     scripted = torch.jit.script(layer)
     torch.testing.assert_close(scripted(x), layer(x))
     norm = use_products(Conv2d(4, 6, 1, norm=FrozenBatchNorm2d(6)))
