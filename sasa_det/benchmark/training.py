@@ -32,7 +32,7 @@ def _trainer_cases(settings: Settings) -> list[Case]:
     ]
 
 
-def _config(settings: Settings, folder: str = "") -> CfgNode:
+def _config(settings: Settings, folder: str) -> CfgNode:
     opts = {
         "MODEL.DEVICE": settings.device,
         "MODEL.EMA.DECAY": 0.999,
@@ -48,7 +48,7 @@ def _config(settings: Settings, folder: str = "") -> CfgNode:
 
 
 def _plain(settings: Settings) -> Run:
-    cfg = _config(settings)
+    cfg = _config(settings, tempfile.gettempdir())
     model = build_model(cfg)
     optimizer = build_optimizer(cfg, model)
     mapper = DatasetMapper(

@@ -51,7 +51,7 @@ struct WeightGradient {
   float* partial;  // (parts, channels of all grads, x channels)
 };
 
-// to = relu?(first + second) or, with a mask, first where mask > 0, else 0.
+// to = relu?(first + second) or, with a mask, 0 where mask <= 0, else first.
 struct Combination {
   int64_t batch, pixels;
   Operand first, second;  // the second has null data if it is not there

@@ -380,7 +380,7 @@ class ProductWork {
       const float scale = result.mask_scale ? result.mask_scale[channel] : 1.0f;
       const float shift = result.mask_scale ? result.mask_shift[channel] : 0.0f;
       change(columns, values, false, [&](int i, Vec x) {
-        return load(mask + i) * scale + shift > 0.0f ? x : Vec{};
+        return load(mask + i) * scale + shift <= 0.0f ? Vec{} : x;
       });
       if (to) {
         const Sums sums = sum_products(values, mask, result.mask_center[channel], columns.count());
@@ -574,7 +574,7 @@ void combine(const Combination& a, int64_t first_task, int64_t last_task) {
       } else if (a.mask) {
         const float* mask = columns.read(a.mask, channels, channel, buffers + 2 * COUNT);
         first.each(padded, [&](int i, Vec x) {
-          store(to + i, load(mask + i) > 0.0f ? x : Vec{});
+          store(to + i, load(mask + i) <= 0.0f ? Vec{} : x);
         });
       } else if (a.relu) {
         first.each(padded, [&](int i, Vec x) { store(to + i, OperandRow::positive(x)); });

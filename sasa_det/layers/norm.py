@@ -83,17 +83,19 @@ class Affine:
         """
         grad_weight = moment * self.rstd
         if not self.of_batch:
-            return Operand(grad, [self.scale, torch.zeros_like(total)]), grad_weight, total
+            terms = [self.scale, torch.zeros_like(total)]
+            return Operand(grad, terms), grad_weight, total.clone()
         share = self.scale / (x.numel() // x.shape[1])
         terms = [self.scale, -share * total, x, -share * self.rstd * grad_weight, self.mean]
-        return Operand(grad, terms), grad_weight, total
+        return Operand(grad, terms), grad_weight, total.clone()
 
 
 def constant_affine(norm: nn.Module | None) -> Affine | None:
     """Return what a norm of kind "constant" does; None if it is of kind "nothing"."""
     if norm is None or isinstance(norm, nn.Identity):
         return None
-    return _affine(norm, norm.running_mean, norm.running_var, of_batch=False)
+    # A copy: the backward pass needs what the forward pass saw.
+    return _affine(norm, norm.running_mean.clone(), norm.running_var, of_batch=False)
 
 
 def batch_affine(norm: nn.Module, mean: Tensor, var: Tensor, count: int) -> Affine:
@@ -127,10 +129,11 @@ def update_running_statistics(norm: nn.Module, mean: Tensor, variance: Tensor, c
     """
     if not (norm.training and norm.track_running_stats):
         return
-    norm.num_batches_tracked.add_(1)
-    share = norm.momentum
+    share, batches = norm.momentum, norm.num_batches_tracked
+    if batches is not None:
+        batches.add_(1)
     if share is None:
-        share = norm.num_batches_tracked.to(norm.running_mean.dtype).reciprocal()
+        share = 0.0 if batches is None else batches.to(norm.running_mean.dtype).reciprocal()
     for running, new in (
         (norm.running_mean, mean),
         (norm.running_var, variance * (count / (count - 1))),

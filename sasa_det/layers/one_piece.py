@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..ops.product import Operand, input_gradient, products, weight_gradients
-from .plain import is_plain_pointwise
+from .plain import is_plain_pointwise, is_plain_tensor
 
 
 def projections(layer: nn.Module) -> list[nn.Conv2d]:
@@ -28,6 +28,7 @@ def is_one_piece(layer: nn.Module) -> bool:
         layer.position != "absolute"
         and layer.backend in (None, "cpu")
         and all(map(is_plain_pointwise, projections(layer)))
+        and (layer.rel_rows is None or is_plain_tensor(layer.rel_rows))
         and not (torch.is_grad_enabled() and any(p.bias is not None for p in projections(layer)))
     )
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..ops.product import Operand, has_products, input_gradient, products, weight_gradient
 from .plain import is_plain_pointwise, is_plain_tensor
@@ -13,17 +14,18 @@ from .plain import is_plain_pointwise, is_plain_tensor
 def runs_products(x: Tensor) -> bool:
     """Tell whether products of the C++ kernels may stand in place of layers' calls for ``x``.
 
-    They do not for subclasses of tensors and under autocast, and in traces, such as fvcore counts
-    from, nothing could see into them.
+    They do not for subclasses of tensors, under autocast, in transforms of ``torch.func`` and with
+    forward-mode gradients; and in traces and for counters, nothing could see into them.
     """
-    return (
-        is_plain_tensor(x)
-        and has_products(x)
-        and not (
-            torch.is_autocast_enabled("cpu")
-            or torch.jit.is_tracing()
-            or torch.compiler.is_compiling()
-        )
+    if not (is_plain_tensor(x) and has_products(x) and x.dim() == 4 and x.shape[1] > 0):
+        return False
+    return not (
+        torch.is_autocast_enabled("cpu")
+        or torch.jit.is_tracing()
+        or torch.compiler.is_compiling()
+        or _get_current_dispatch_mode() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
     )
 
 
@@ -49,7 +51,13 @@ def project(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
 
 def can_multiply(x: Tensor, layer: nn.Conv2d) -> bool:
     """Tell whether :func:`multiply` may stand for a 1x1 convolution, in the layer's own forward."""
-    return runs_products(x) and is_plain_tensor(layer.weight)
+    return (
+        runs_products(x)
+        and layer.kernel_size == (1, 1)
+        and layer.padding == (0, 0)
+        and layer.groups == 1
+        and is_plain_tensor(layer.weight)
+    )
 
 
 def multiply(x: Tensor, layer: nn.Conv2d) -> Tensor:
@@ -74,10 +82,11 @@ class _Products(torch.autograd.Function):
         return tuple(products(Operand(x), weights, biases))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         needs_x, *needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # for gradients of gradients, which the kernels have not
+            return _differentiable_gradients(grads, x, weights)
         operands = [Operand(grad) for grad in grads]
         gradients: list[Tensor | None] = []
         for i, (grad, weight) in enumerate(zip(operands, weights, strict=True)):
@@ -85,3 +94,16 @@ class _Products(torch.autograd.Function):
             gradients.append(weight_gradient(grad, Operand(x), weight) if weight_needs else None)
             gradients.append(grad.data.sum((0, 2, 3)) if bias_needs else None)
         return (input_gradient(operands, weights) if needs_x else None, *gradients)
+
+
+def _differentiable_gradients(
+    grads: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Return the gradients of :class:`_Products` by operations that autograd knows."""
+    gradients, grad_x = [], torch.zeros_like(x)
+    for grad, weight in zip(grads, weights, strict=True):
+        matrix = weight.flatten(1)
+        grad_x = grad_x + torch.einsum("oc,nohw->nchw", matrix, grad)
+        gradients.append(torch.einsum("nohw,nchw->oc", grad, x).view(weight.shape))
+        gradients.append(grad.sum((0, 2, 3)))
+    return (grad_x, *gradients)

@@ -74,12 +74,14 @@ def _fused_pair(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
     if _are_plain(layer, norm):
         return fuse_conv_bn_eval(layer, norm)
     if type(norm) is CycleBatchNormList and is_plain_call(norm):
-        return _Cycle(fuse_conv_bn_eval(layer, _with_affine(part, norm)) for part in norm)
+        layers = [fuse_conv_bn_eval(layer, _with_affine(part, norm)) for part in norm]
+        return _Cycle(layers, norm._pos)
     return None
 
 
 def _are_plain(layer: nn.Module, norm: nn.Module | None) -> bool:
-    return type(norm) in _BATCH_NORMS and is_plain_call(norm) and is_plain_call(layer)
+    known = type(norm) in _BATCH_NORMS and norm.running_mean is not None
+    return known and is_plain_call(norm) and is_plain_call(layer)
 
 
 def _can_fold(attention: nn.Module, norm: nn.Module | None) -> bool:
@@ -101,7 +103,9 @@ def _can_fold_tower(tower: AttentionTower) -> bool:
 def _folded(attention: LocalSelfAttention2d, norm: nn.Module) -> LocalSelfAttention2d:
     """Return attention followed by a norm, which shares all but its value projection."""
     folded = copy.copy(attention)
-    folded._modules = dict(attention._modules)
+    for name, value in vars(attention).items():
+        if isinstance(value, dict):  # of modules and hooks
+            vars(folded)[name] = value.copy()
     folded.value = fuse_conv_bn_eval(attention.value, norm)
     return folded
 
@@ -135,9 +139,9 @@ class _FusedTower(nn.ModuleList):
 class _Cycle(nn.ModuleList):
     """The layers of the levels, which are called in turn as detectron2's CycleBatchNormList is."""
 
-    def __init__(self, layers: Iterable[nn.Module]):
+    def __init__(self, layers: Iterable[nn.Module], position: int):
         super().__init__(layers)
-        self._position = 0
+        self._position = position
 
     def forward(self, x: Tensor) -> Tensor:
         layer = self[self._position]

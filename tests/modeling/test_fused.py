@@ -218,3 +218,60 @@ def test_second_derivatives_are_refused():
     (grad,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
         grad.sum().backward()
+
+
+def test_the_backward_pass_needs_what_the_forward_pass_saw():
+    block, x = make_block().eval(), torch.randn(2, 32, 6, 6)
+    block(x).sum().backward()
+    expected = block.norm.weight.grad.clone()
+    block.zero_grad()
+    output = block(x).sum()
+    with torch.no_grad():
+        block.norm.running_mean.add_(5)
+    output.backward()
+    torch.testing.assert_close(block.norm.weight.grad, expected)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_biases_of_projections_count(gradients):
+    """Without gradients in training mode as well, as when statistics are gathered anew."""
+    block = make_block()
+    block.attention.value = nn.Conv2d(16, 16, 1)
+    nn.init.constant_(block.attention.value.bias, 3.0)
+    reference = in_float64(block)
+    x = torch.randn(2, 32, 6, 6)
+    with torch.set_grad_enabled(gradients):
+        output, expected = block(x), reference(x.double())
+    torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(block.norm.running_mean.double(), reference.norm.running_mean)
+
+
+def test_strides_that_were_changed_are_not_left_out():
+    block = make_block(stride=2, in_channels=16)
+    block.attention.stride = 1
+    block.shortcut.stride = (1, 1)
+    assert fused.bottleneck(torch.randn(1, 16, 6, 6), block) is None
+    assert block(torch.randn(1, 16, 6, 6)).shape == (1, 32, 6, 6)
+
+
+def test_gradients_of_two_parameters_are_two_tensors():
+    block = make_block(in_channels=16)
+    grads = torch.autograd.grad(block(torch.randn(2, 16, 5, 5)).sum(), block.parameters())
+    assert len({grad.data_ptr() for grad in grads}) == len(grads)
+
+
+def test_nan_reaches_the_gradients():
+    block, x = make_block(), torch.randn(1, 32, 5, 5)
+    x[0, 0, 2, 2] = float("nan")
+    block(x).sum().backward()
+    assert block.conv1.norm.bias.grad.isnan().any() and block.norm.bias.grad.isnan().any()
+
+
+def test_batches_that_are_not_counted():
+    block = make_block()
+    for part in block.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.num_batches_tracked = None
+    before = block.norm.running_mean.clone()
+    block(torch.randn(2, 32, 5, 5))
+    assert not torch.equal(block.norm.running_mean, before)

@@ -7,6 +7,8 @@ import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, get_norm
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 from sasa_det.layers import LocalSelfAttention2d
 from sasa_det.modeling import use_products
@@ -93,3 +95,34 @@ def test_elsewhere_the_convolution_runs():
     torch.testing.assert_close(torch.jit.script(norm)(x), norm(x))
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_what_convolutions_can_do_and_products_cannot():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 1, stride=(1, 2))
+    layer, x = use_products(copy.deepcopy(conv)), torch.randn(2, 4, 5, 6)
+    torch.testing.assert_close(layer(x), conv(x))
+    torch.testing.assert_close(layer(x[0]), conv(x[0]))  # without a batch
+    torch.testing.assert_close(torch.func.vmap(layer)(x[None]), conv(x)[None])
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == 2 * 2 * 5 * 3 * 4 * 6
+    with torch.no_grad(), forward_ad.dual_level():
+        found, expected = (
+            forward_ad.unpack_dual(f(forward_ad.make_dual(x, x))).tangent for f in (layer, conv)
+        )
+    torch.testing.assert_close(found, expected)
+    layer.padding = (1, 1)
+    assert layer(x).shape[2:] == (7, 4)
+
+
+def test_gradients_of_gradients():
+    layer, x = use_products(nn.Conv2d(3, 4, 1)), torch.randn(2, 3, 4, 5, requires_grad=True)
+    exact = copy.deepcopy(layer).double()
+    results = []
+    for f, y in ((layer, x), (exact, x.detach().double().requires_grad_())):
+        grads = torch.autograd.grad(f(y).square().sum(), [y, f.weight], create_graph=True)
+        loss = sum(grad.square().sum() for grad in grads)
+        results.append(torch.autograd.grad(loss, [y, f.weight, f.bias]))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-3)
