@@ -26,7 +26,8 @@ def fuse(model: nn.Module) -> nn.Module:
     projection, in which the output of attention is linear; its shift is the bias of the projection,
     because the attention weights of a pixel sum to 1 (except with border "zero", with which the
     norm is kept). A norm of several levels, in RetinaNet's head, makes weights of its own for each
-    level. Layers with hooks and subclasses of the known layers are left as they are.
+    level. Layers with hooks and subclasses of the known layers are left as they are. An
+    ``nn.Sequential`` is taken to be called as a whole.
 
     Args:
         model: a detector, a classifier or a backbone, of this project or of detectron2, which is

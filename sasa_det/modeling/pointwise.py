@@ -88,8 +88,9 @@ def use_products(module: nn.Module) -> nn.Module:
     """Let the 1x1 convolutions of a module run as products of the C++ kernels.
 
     That is for CPU tensors of float32, in training and inference. Parameters, names in the state
-    dict and hooks stay. The models of this project call it when they are built; it takes models of
-    detectron2 and others as well.
+    dict and hooks stay; the class of a convolution becomes a subclass, which lookups by exact type,
+    as of torch's quantization, do not find. The models of this project call it when they are built;
+    it takes models of detectron2 and others as well.
 
     Args:
         module: convolutions in it with groups, padding or parametrizations and subclasses of
