@@ -9,7 +9,6 @@
 constexpr int ROWS = 3;
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
-
 struct Range {
   int first, last;
 };

@@ -7,6 +7,10 @@ namespace {
 using Tensors = std::vector<at::Tensor>;
 using Terms = c10::List<std::optional<at::Tensor>>;
 
+void check_image(const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() == 4, "x must be (N, C, H, W), got ", x.sizes(), ".");
+}
+
 // The call's tensors, contiguous and alive until it ends.
 class Kept {
  public:
@@ -42,14 +46,19 @@ class Kept {
     }
     return a;
   }
+  // A combination whose first operand is an image with its terms; the rest is left out.
+  Combination combination(const at::Tensor& x, const Terms& terms, bool relu) {
+    check_image(x);
+    Combination a = {};
+    a.batch = x.size(0);
+    a.pixels = x.size(2) * x.size(3);
+    a.first = operand(x, terms, relu);
+    return a;
+  }
 
  private:
   Tensors tensors_;
 };
-
-void check_image(const at::Tensor& x) {
-  TORCH_CHECK_VALUE(x.dim() == 4, "x must be (N, C, H, W), got ", x.sizes(), ".");
-}
 
 const ProductKernels& kernels(const std::string& instructions) {
   return choose_kernels(instructions).product;
@@ -194,16 +203,13 @@ at::Tensor weight_gradient(const c10::List<at::Tensor>& grads, const Terms& grad
 
 // relu?(first + second), where the second may not be there.
 at::Tensor add(const at::Tensor& first, const Terms& first_terms, const Optional& second,
-            const Terms& second_terms, bool relu, const std::string& instructions) {
+               const Terms& second_terms, bool relu, const std::string& instructions) {
   const ProductKernels& chosen = kernels(instructions);
-  check_image(first);
   Kept kept;
-  Combination a = {};
-  a.batch = first.size(0);
-  a.pixels = first.size(2) * first.size(3);
-  a.first = kept.operand(first, first_terms, false);
+  Combination a = kept.combination(first, first_terms, relu && !second);
   if (second) {
-    kept.image(*second, first.sizes());
+    TORCH_CHECK_VALUE(second->sizes() == first.sizes(), "second must have first's shape, got ",
+                      second->sizes(), ".");
     a.second = kept.operand(*second, second_terms, false);
   }
   a.relu = relu;
@@ -215,12 +221,8 @@ at::Tensor add(const at::Tensor& first, const Terms& first_terms, const Optional
 
 Tensors channel_moments(const at::Tensor& x, const std::string& instructions) {
   const ProductKernels& chosen = kernels(instructions);
-  check_image(x);
   Kept kept;
-  Combination a = {};
-  a.batch = x.size(0);
-  a.pixels = x.size(2) * x.size(3);
-  a.first = kept.operand(x, Terms(), false);
+  Combination a = kept.combination(x, Terms(), false);
   const at::Tensor sums = at::empty({a.batch, 3, x.size(1)}, x.options());
   a.sums = sums.mutable_data_ptr<float>();
   run(chosen.combination_tasks(a), a, chosen.combine);
@@ -232,12 +234,8 @@ Tensors masked_gradient(const at::Tensor& grad, const at::Tensor& mask,
                         const c10::List<at::Tensor>& others, const c10::List<at::Tensor>& centers,
                         const std::string& instructions) {
   const ProductKernels& chosen = kernels(instructions);
-  check_image(grad);
   Kept kept;
-  Combination a = {};
-  a.batch = grad.size(0);
-  a.pixels = grad.size(2) * grad.size(3);
-  a.first = kept.operand(grad, Terms(), false);
+  Combination a = kept.combination(grad, Terms(), false);
   a.mask = kept.image(mask, grad.sizes());
   TORCH_CHECK_VALUE(others.size() <= 2 && others.size() == centers.size(),
                     "there must be at most two others, each with its center.");

@@ -51,11 +51,11 @@ struct WeightGradient {
   float* partial;  // (parts, channels of all grads, x channels)
 };
 
-// to = relu?(first + second) or, with a mask, 0 where mask <= 0, else first.
+// to = relu?(first + second), or first alone or, with a mask, 0 where mask <= 0, else first.
 struct Combination {
   int64_t batch, pixels;
   Operand first, second;  // the second has null data if it is not there
-  bool relu;
+  bool relu;  // of the sum
   const float* mask;
   float* to;  // null if not wanted
   // Of each image and channel: the mean and the sum of squares around it or, with a mask, the sums

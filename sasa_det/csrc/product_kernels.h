@@ -18,7 +18,7 @@ class Columns {
   Columns(int64_t pixels, int64_t begin, int count)
       : pixels_(pixels), image_(begin / pixels), pixel_(begin % pixels), count_(count) {}
   int count() const { return count_; }
-  int padded() const { return (count_ + LANES - 1) / LANES * LANES; }
+  int padded() const { return round_up(count_, LANES); }
   // Whether they lie side by side in memory, in whole vectors.
   bool whole() const { return count_ % LANES == 0 && pixel_ + count_ <= pixels_; }
   // Where the first of them lies in a channel.
@@ -576,8 +576,6 @@ void combine(const Combination& a, int64_t first_task, int64_t last_task) {
         first.each(padded, [&](int i, Vec x) {
           store(to + i, load(mask + i) <= 0.0f ? Vec{} : x);
         });
-      } else if (a.relu) {
-        first.each(padded, [&](int i, Vec x) { store(to + i, OperandRow::positive(x)); });
       } else {
         first.each(padded, [&](int i, Vec x) { store(to + i, x); });
       }

@@ -143,7 +143,7 @@ class LocalSelfAttention2d(nn.Module):
         """
         if not torch.jit.is_scripting():
             if runs_products(x) and is_one_piece(self):
-                return self._pool(self._run_one_piece(x))
+                return self.pool(self._run_one_piece(x))
         tensors = (*self._project(x), self.rel_rows, self.rel_cols)
         if torch.jit.is_scripting():  # which takes operators and no keyword-only defaults
             x = torch.ops.sasa_det.local_attention(
@@ -162,9 +162,10 @@ class LocalSelfAttention2d(nn.Module):
                 content=self.content,
                 backend=self.backend,
             )
-        return self._pool(x)
+        return self.pool(x)
 
-    def _pool(self, x: Tensor) -> Tensor:
+    def pool(self, x: Tensor) -> Tensor:
+        """Return the 2x2 average pool of a stride of 2, and the input for a stride of 1."""
         if self.stride == 2:
             x = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
         return x

@@ -8,7 +8,6 @@ read them.
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -80,12 +79,6 @@ def _is_known(module: nn.Module) -> bool:
 
 def _norm_parameters(norm: nn.Module | None) -> list[Tensor | None]:
     return [getattr(norm, "weight", None), getattr(norm, "bias", None)]
-
-
-def _pool(attention: LocalSelfAttention2d, x: Tensor) -> Tensor:
-    if attention.stride == 1:
-        return x
-    return F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
 
 
 def _pool_backward(attention: LocalSelfAttention2d, grad: Tensor, size: torch.Size) -> Tensor:
@@ -170,7 +163,7 @@ def _infer_bottleneck(x: Tensor, block: nn.Module) -> Tensor:
     first = Operand(convolve(Operand(x), block.conv1, relu=True))
     projected = make_projections(block.attention, first)
     del first
-    attended = _pool(block.attention, attend(block.attention, projected))
+    attended = block.attention.pool(attend(block.attention, projected))
     del projected
     residual = x
     if block.shortcut is not None:
@@ -188,7 +181,7 @@ class _Bottleneck(torch.autograd.Function):
         first, norm1 = _product_and_norm(Operand(x), weights.conv1, block.conv1.norm)
         inner = Operand(first, _terms(norm1), relu=True)
         attended, kept = attend_and_keep(block.attention, inner, weights.attention)
-        attended = _pool(block.attention, attended)
+        attended = block.attention.pool(attended)
         norm2 = _normalize(block.norm, attended)
         outer = Operand(attended, _terms(norm2), relu=True)
         third, norm3 = _product_and_norm(outer, weights.conv3, block.conv3.norm)
