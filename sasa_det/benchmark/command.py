@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from ..errors import UsageError, print_error
 from ..utils.files import write_text
 from ..utils.machine import describe_machine
 from .cases import GROUPS, choose_groups, groups_without_detectron2, make_cases
-from .measure import Case, Settings
+from .measure import Case, Result, Settings
 from .memory import extra_peak_memory, use_exact_memory
 from .peak import has_bfloat16, peak_rate
 from .quiet import describe_quiet
@@ -64,28 +64,44 @@ def main(configs: Path, argv: Sequence[str] | None = None) -> int:
     command = [sys.argv[0], "--device", settings.device, "--dtype", args.dtype]
     command += ["--batch", str(args.batch), "--image-size", str(args.image_size)]
     command += ["--threads", str(torch.get_num_threads())]
-    results = measure_cases(cases, args.rounds, settings, peaks, command)
     machine = describe_machine(settings.device, args.dtype)
-    notes = [
-        f"{machine}; {_rounds(args.rounds)}.",
-        _describe_peaks(peaks),
-        describe_quiet(load, results),
-        *notes,
-    ]
-    table = "\n\n".join([tabulate_results(cases, results), *notes]) + "\n"
-    write_text(output / "results.md", table)
-    record = {
-        "machine": machine,
-        "threads": torch.get_num_threads(),
-        "load_before": load,
-        "peak_flops_per_second": {_name(dtype): rate for dtype, rate in peaks.items()},
-        "notes": notes,
-        "results": [asdict(result) for result in results],
-    }
-    write_text(output / "results.json", json.dumps(record, indent=2))
-    draw_results(cases, results, output / "results.png")
-    print(f"\n{table}\nWritten to {output}: results.md, results.json, results.png")
+    report = _Report(output, machine, args.rounds, load, peaks, notes)
+    measure_cases(cases, args.rounds, settings, peaks, command, report.write)
+    print(f"\n{report.table}\nWritten to {output}: results.md, results.json, results.png")
     return 0
+
+
+@dataclass
+class _Report:
+    """The files of a run, which are written anew after each case, so that none is lost."""
+
+    output: Path
+    machine: str
+    rounds: int
+    load: float
+    peaks: dict[torch.dtype, float]
+    notes: list[str]
+    table: str = ""
+
+    def write(self, cases: Sequence[Case], results: Sequence[Result]) -> None:
+        notes = [
+            f"{self.machine}; {_rounds(self.rounds)}.",
+            _describe_peaks(self.peaks),
+            describe_quiet(self.load, results),
+            *self.notes,
+        ]
+        self.table = "\n\n".join([tabulate_results(cases, results), *notes]) + "\n"
+        write_text(self.output / "results.md", self.table)
+        record = {
+            "machine": self.machine,
+            "threads": torch.get_num_threads(),
+            "load_before": self.load,
+            "peak_flops_per_second": {_name(dtype): rate for dtype, rate in self.peaks.items()},
+            "notes": notes,
+            "results": [asdict(result) for result in results],
+        }
+        write_text(self.output / "results.json", json.dumps(record, indent=2))
+        draw_results(cases, results, self.output / "results.png")
 
 
 def _parser() -> argparse.ArgumentParser:

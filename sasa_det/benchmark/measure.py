@@ -1,5 +1,6 @@
 """What a benchmark measures, and how long its calls take."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,11 +13,15 @@ from torch import Tensor, nn
 
 Run = Callable[[], object]
 
+_SECONDS_OF_ROUND = 0.05  # that calls take at least in a round
+
 
 def time_rounds(runs: dict[str, Run], rounds: int, device: str) -> dict[str, list[float]]:
     """Time calls side by side.
 
-    Every round makes each call once, so that what else the machine does falls on all alike.
+    Every round makes each call, so that what else the machine does falls on all alike. A short
+    call is made once more, before, and then several times in a row, because the first parallel
+    call after a pause waits until the other threads are awake.
 
     Args:
         runs: name to call; each is made once before the rounds.
@@ -24,18 +29,27 @@ def time_rounds(runs: dict[str, Run], rounds: int, device: str) -> dict[str, lis
         device: "cpu" or "cuda", which is waited for.
 
     Returns:
-        dict[str, list[float]]: name to its seconds in each round.
+        dict[str, list[float]]: name to the seconds of a call in each round.
     """
+
+    def time_calls(run: Run, count: int) -> float:
+        wait_for(device)
+        start = time.perf_counter()
+        for _ in range(count):
+            run()
+        wait_for(device)
+        return (time.perf_counter() - start) / count
+
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
+    counts = {}
+    for name, run in runs.items():
         run()
+        counts[name] = max(1, math.ceil(_SECONDS_OF_ROUND / time_calls(run, 1)))
     for _ in range(rounds):
         for name, run in runs.items():
-            wait_for(device)
-            start = time.perf_counter()
-            run()
-            wait_for(device)
-            seconds[name].append(time.perf_counter() - start)
+            if counts[name] > 1:
+                run()
+            seconds[name].append(time_calls(run, counts[name]))
     return seconds
 
 

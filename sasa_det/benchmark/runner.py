@@ -5,7 +5,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -23,7 +23,8 @@ def measure_cases(
     settings: Settings,
     peaks: Mapping[torch.dtype, float],
     command: Sequence[str],
-) -> list[Result]:
+    keep: Callable[[Sequence[Case], Sequence[Result]], None],
+) -> None:
     """Measure cases one after another, and log how far it is.
 
     Args:
@@ -33,6 +34,7 @@ def measure_cases(
         peaks: FLOPs a second of the best product in each type that the cases compute in.
         command: the words that start the benchmark's command with the same settings, for processes
             that measure memory.
+        keep: is called after each case with the cases so far and their results.
     """
     results: list[Result] = []
     seconds_of_groups: dict[str, float] = {}
@@ -43,10 +45,10 @@ def measure_cases(
         now = time.perf_counter()
         seconds_of_groups[case.group] = seconds_of_groups.get(case.group, 0) + now - began
         left = (now - start) / number * (len(cases) - number)
+        keep(cases[:number], results)
         logger.info("%s: %d of %d cases, about %.0f s left.", case.name, number, len(cases), left)
     spent = ", ".join(f"{group} {value:.0f}" for group, value in seconds_of_groups.items())
     logger.info("Seconds of each group: %s.", spent)
-    return results
 
 
 def _measure(

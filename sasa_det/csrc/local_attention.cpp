@@ -45,9 +45,31 @@ struct Arguments {
   LocalAttention call;
 };
 
-at::Tensor sum_of_images(const at::Tensor& x) {
-  return x.size(0) == 1 ? x.squeeze(0) : x.sum(0);
-}
+// Gradients of embeddings: one for each band of each image, unless there is a single one.
+class EmbeddingGradients {
+ public:
+  EmbeddingGradients(const Optional& embedding, int64_t parts, const LocalAttention& a)
+      : several_(parts > 1) {
+    if (!embedding) return;
+    type_ = embedding->scalar_type();
+    const std::array<int64_t, 4> sizes = {parts, a.heads, a.depth / 2, a.kernel};
+    const at::IntArrayRef shape(sizes);
+    const auto floats = embedding->options().dtype(at::kFloat);
+    gradients_ = at::empty(several_ ? shape : shape.slice(1), floats);
+    if (a.batch * a.height * a.width == 0) gradients_.zero_();  // no task writes them
+  }
+  float* data() { return gradients_.defined() ? gradients_.mutable_data_ptr<float>() : nullptr; }
+  // As the type of the embeddings; empty for none.
+  at::Tensor total(const at::Tensor& like) const {
+    if (!gradients_.defined()) return at::empty({0}, like.options());
+    return contiguous_as(type_, several_ ? gradients_.sum(0) : gradients_);
+  }
+
+ private:
+  bool several_;
+  at::ScalarType type_ = at::kFloat;
+  at::Tensor gradients_;
+};
 
 }  // namespace
 
@@ -70,32 +92,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> local_att
   Arguments a(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask);
   const LocalAttentionKernels& chosen = choose_kernels(instructions, a.call);
   TORCH_CHECK_VALUE(grad.sizes() == query.sizes(), "grad must have query's shape.");
-  const at::Tensor contiguous_grad = grad.to(query.scalar_type()).contiguous();
+  const at::Tensor contiguous_grad = contiguous_as(query.scalar_type(), grad);
   at::Tensor grad_query = at::empty_like(a.query), grad_value = at::empty_like(a.value);
   at::Tensor grad_key = a.key.defined() ? at::empty_like(a.key) : at::empty({0}, query.options());
-  const auto floats = query.options().dtype(at::kFloat);
-  at::Tensor grad_rows = at::empty({0}, query.options());
-  at::Tensor grad_cols = at::empty({0}, query.options());
-  if (rel_rows) {
-    const std::vector<int64_t> shape = {chosen.backward_bands(a.call) * a.call.batch, num_heads,
-                                        a.call.depth / 2, kernel_size};
-    grad_rows = at::zeros(shape, floats);
-    grad_cols = at::zeros(shape, floats);
-    a.call.grad_rows = grad_rows.mutable_data_ptr<float>();
-    a.call.grad_cols = grad_cols.mutable_data_ptr<float>();
-  }
+  const int64_t parts = chosen.backward_bands(a.call) * a.call.batch;
+  EmbeddingGradients grad_rows(rel_rows, parts, a.call), grad_cols(rel_cols, parts, a.call);
   if (grad_query.numel() > 0) {
     a.call.grad = contiguous_grad.const_data_ptr();
     a.call.grad_query = grad_query.mutable_data_ptr();
     a.call.grad_key = a.key.defined() ? grad_key.mutable_data_ptr() : nullptr;
     a.call.grad_value = grad_value.mutable_data_ptr();
+    a.call.grad_rows = grad_rows.data();
+    a.call.grad_cols = grad_cols.data();
     run(chosen.backward_tasks(a.call), a.call, chosen.backward);
   }
-  if (rel_rows) {
-    grad_rows = sum_of_images(grad_rows).to(rel_rows->scalar_type());
-    grad_cols = sum_of_images(grad_cols).to(rel_cols->scalar_type());
-  }
-  return {grad_query, grad_key, grad_value, grad_rows, grad_cols};
+  return {grad_query, grad_key, grad_value, grad_rows.total(query), grad_cols.total(query)};
 }
 
 TORCH_LIBRARY_FRAGMENT(sasa_det_cpu, library) {

@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <array>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -15,7 +16,11 @@ namespace sasa_det {
 
 using Optional = std::optional<at::Tensor>;
 
-inline at::Tensor floats(const at::Tensor& x) { return x.to(at::kFloat).contiguous(); }
+// Without a trip through PyTorch's dispatcher where nothing is to be done.
+inline at::Tensor contiguous_as(at::ScalarType type, const at::Tensor& x) {
+  return (x.scalar_type() == type ? x : x.to(type)).contiguous();
+}
+inline at::Tensor floats(const at::Tensor& x) { return contiguous_as(at::kFloat, x); }
 
 // Embeddings as the kernels take them, or undefined tensors.
 struct Embeddings {
@@ -26,9 +31,10 @@ struct Embeddings {
                       " must be a multiple of num_heads ", heads, ".");
     TORCH_CHECK_VALUE(rows.defined() == cols.defined(),
                       "rel_rows and rel_cols must be given together.");
-    const std::vector<int64_t> shape = {heads, channels / heads / 2, offsets};
+    const std::array<int64_t, 3> sizes = {heads, channels / heads / 2, offsets};
+    const at::IntArrayRef shape(sizes);
     for (const at::Tensor* embedding : {&rows, &cols})
-      TORCH_CHECK_VALUE(!embedding->defined() || (embedding->sizes() == at::IntArrayRef(shape) &&
+      TORCH_CHECK_VALUE(!embedding->defined() || (embedding->sizes() == shape &&
                                                   channels / heads % 2 == 0),
                         "rel_rows and rel_cols must be ", shape, ", got ", embedding->sizes(), ".");
   }

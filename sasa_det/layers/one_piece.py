@@ -1,7 +1,8 @@
 """A layer of local attention as one piece: projections and attention on the C++ kernels.
 
-Values are not kept for the backward pass, which makes them again from the layer's input: of all
-that attention keeps beside its input, they are a third, and a third of a product restores them.
+Values of large maps are not kept for the backward pass, which makes them again from the layer's
+input: of all that attention keeps beside its input, they are a third, and a third of a product
+restores them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from ..ops.product import Operand, input_gradient, products, weight_gradients
 from .plain import is_plain_pointwise, is_plain_tensor
+
+MOST_KEPT_VALUES = 1 << 18  # numbers, 1 MiB: to keep less would save no memory that counts
 
 
 def projections(layer: nn.Module) -> list[nn.Conv2d]:
@@ -68,10 +71,11 @@ def attend_and_keep(
         parameters: of the layer.
 
     Returns:
-        (output, kept): (N, C_out, H, W), and queries and keys if any.
+        (output, kept): (N, C_out, H, W), and queries, keys if any, and values of a small map.
     """
-    *kept, value = products(x, parameters.weights)
-    return _attention(layer, [*kept, value], parameters.embeddings), kept
+    projected = products(x, parameters.weights)
+    kept = projected if projected[-1].numel() <= MOST_KEPT_VALUES else projected[:-1]
+    return _attention(layer, projected, parameters.embeddings), kept
 
 
 def attend_backward(
@@ -87,9 +91,10 @@ def attend_backward(
         (gradients of the projections, gradients of the parameters): the first are the operands for
         the gradient of ``x``, the second are in the order of :func:`parameters_of`.
     """
-    value = products(x, parameters.weights[-1:])
+    missing = parameters.weights[len(kept) :]
+    projected = [*kept, *products(x, missing)] if missing else kept
     query, key, value, *embeddings = torch.ops.sasa_det_cpu.local_attention_backward(
-        grad, *_arguments(layer, [*kept, *value], parameters.embeddings)
+        grad, *_arguments(layer, projected, parameters.embeddings)
     )
     grads = [Operand(g) for g in ([query, key, value] if layer.content else [query, value])]
     of_weights = weight_gradients(grads, x, parameters.weights)

@@ -298,11 +298,13 @@ class _Tower(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, attentions, norms, *parameters: Tensor | None) -> Tensor:
         operand, maps, affines, rest = Operand(x), [x], [], iter(parameters)
+        ctx.kept_counts = []
         for attention, norm in zip(attentions, norms, strict=True):
             attended, kept = attend_and_keep(attention, operand, _take_layer(attention, rest))
             affines.append(_normalize(norm, attended))
             operand = Operand(attended, _terms(affines[-1]), relu=True)
             maps += [*kept, attended]
+            ctx.kept_counts.append(len(kept))
         output = materialize(operand)
         ctx.attentions, ctx.affines, ctx.count = attentions, affines, len(parameters)
         ctx.save_for_backward(*parameters, output, *maps)
@@ -321,7 +323,7 @@ class _Tower(torch.autograd.Function):
         between = masked_gradient(grad.contiguous(), output, *normed)
         for i in reversed(range(len(layers))):
             attended = maps.pop()
-            kept = [maps.pop() for _ in layers[i].weights[1:]][::-1]
+            kept = [maps.pop() for _ in range(ctx.kept_counts[i])][::-1]
             grad_attended, *grads_norm = _norm_backward(ctx.affines[i], *between, attended)
             below = Operand(x) if i == 0 else Operand(maps[-1], _terms(ctx.affines[i - 1]), True)
             grad_maps, grads_layer = attend_backward(

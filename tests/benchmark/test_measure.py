@@ -1,9 +1,7 @@
 """The benchmark's clock and scales."""
 
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from sasa_det.benchmark.measure import time_rounds
@@ -39,25 +37,48 @@ def test_extra_peak_memory_is_what_lives_at_once():
     assert training > 2 * 3 * 256 * 64 * 4
 
 
-def test_medians_ignore_single_slow_calls():
-    slow = iter([0.0, 0.0, 0.05, 0.0, 0.0, 0.0])
-    calls = []
+class Clock:
+    """Time that passes only when a call says so."""
 
-    def busy(seconds):
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            pass
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr("sasa_det.benchmark.measure.time.perf_counter", lambda: self.now)
+
+    def run(self, seconds):
+        self.now += seconds
+
+
+def test_every_round_makes_each_call_once(monkeypatch):
+    clock, calls = Clock(monkeypatch), []
+    slow = iter([0.5, 0.25, 0.25, 4.0, 0.25, 0.25, 0.25])
 
     def first():
         calls.append("first")
-        busy(next(slow))
+        clock.run(next(slow))
 
     def second():
         calls.append("second")
-        busy(0.01)
+        clock.run(0.5)
 
     seconds = time_rounds({"first": first, "second": second}, rounds=5, device="cpu")
-    assert calls == ["first", "second"] * 6
-    assert [len(values) for values in seconds.values()] == [5, 5]
-    assert statistics.median(seconds["first"]) < 0.01 <= min(seconds["second"])
-    assert max(seconds["first"]) >= 0.05
+    # Two calls before the rounds tell how long one takes.
+    assert calls == ["first"] * 2 + ["second"] * 2 + ["first", "second"] * 5
+    assert seconds == {"first": [0.25, 4.0, 0.25, 0.25, 0.25], "second": [0.5] * 5}
+
+
+def test_short_calls_are_made_in_a_row_after_one_that_does_not_count(monkeypatch):
+    clock, calls = Clock(monkeypatch), []
+
+    def short():
+        paused = calls[-1:] != ["short"]
+        calls.append("short")
+        clock.run(0.25 if paused else 1 / 64)
+
+    def long():
+        calls.append("long")
+        clock.run(0.5)
+
+    seconds = time_rounds({"short": short, "long": long}, rounds=2, device="cpu")
+    assert seconds == {"short": [1 / 64] * 2, "long": [0.5] * 2}
+    # Four calls of 1/64 s take longer than 0.05 s.
+    assert calls == ["short"] * 2 + ["long"] * 2 + (["short"] * 5 + ["long"]) * 2
