@@ -73,15 +73,26 @@ class EmbeddingGradients {
 
 }  // namespace
 
+void local_attention_out(const at::Tensor& query, const Optional& key, const at::Tensor& value,
+                         const Optional& rel_rows, const Optional& rel_cols, int64_t kernel_size,
+                         int64_t num_heads, bool mask, const std::string& instructions,
+                         const at::Tensor& output) {
+  Arguments a(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask);
+  const LocalAttentionKernels& chosen = choose_kernels(instructions, a.call);
+  TORCH_CHECK_VALUE(output.sizes() == query.sizes() && output.is_contiguous() &&
+                        output.scalar_type() == query.scalar_type(),
+                    "output must be contiguous and have query's shape and type.");
+  if (output.numel() == 0) return;
+  a.call.output = output.mutable_data_ptr();
+  run(chosen.forward_tasks(a.call), a.call, chosen.forward);
+}
+
 at::Tensor local_attention(const at::Tensor& query, const Optional& key, const at::Tensor& value,
                            const Optional& rel_rows, const Optional& rel_cols, int64_t kernel_size,
                            int64_t num_heads, bool mask, const std::string& instructions) {
-  Arguments a(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask);
-  const LocalAttentionKernels& chosen = choose_kernels(instructions, a.call);
-  at::Tensor output = at::empty_like(a.query);
-  if (output.numel() == 0) return output;
-  a.call.output = output.mutable_data_ptr();
-  run(chosen.forward_tasks(a.call), a.call, chosen.forward);
+  const at::Tensor output = at::empty(query.sizes(), query.options());
+  local_attention_out(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask,
+                      instructions, output);
   return output;
 }
 
@@ -114,6 +125,11 @@ TORCH_LIBRARY_FRAGMENT(sasa_det_cpu, library) {
       "local_attention(Tensor query, Tensor? key, Tensor value, Tensor? rel_rows, Tensor? rel_cols, "
       "int kernel_size, int num_heads, bool mask, str instructions) -> Tensor",
       torch::dispatch(c10::DispatchKey::CPU, local_attention));
+  library.def(
+      "local_attention_out(Tensor query, Tensor? key, Tensor value, Tensor? rel_rows, "
+      "Tensor? rel_cols, int kernel_size, int num_heads, bool mask, str instructions, "
+      "Tensor(a!) output) -> ()",
+      torch::dispatch(c10::DispatchKey::CPU, local_attention_out));
   library.def(
       "local_attention_backward(Tensor grad, Tensor query, Tensor? key, Tensor value, Tensor? rel_rows, "
       "Tensor? rel_cols, int kernel_size, int num_heads, bool mask, str instructions) "

@@ -10,7 +10,7 @@ from ..ops import local_attention
 from ..ops.arguments import check_choice, check_heads, check_kernel_size
 from ..ops.local_attention import BORDERS, check_backend
 from ..ops.product import Operand
-from .one_piece import OnePiece, attend, is_one_piece, make_projections, parameters_of
+from .one_piece import OnePiece, infer, is_one_piece, parameters_of
 from .position import sinusoidal_encoding
 from .projection import project, runs_products
 
@@ -173,7 +173,7 @@ class LocalSelfAttention2d(nn.Module):
     @torch.jit.unused
     def _run_one_piece(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return attend(self, make_projections(self, Operand(x)))
+            return infer(self, Operand(x))
         return OnePiece.apply(x, self, *parameters_of(self))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -15,6 +15,7 @@ from ..ops.product import Operand, input_gradient, products, weight_gradients
 from .plain import is_plain_pointwise, is_plain_tensor
 
 MOST_KEPT_VALUES = 1 << 18  # numbers, 1 MiB: to keep less would save no memory that counts
+MOST_PROJECTED = 10 << 18  # numbers of an image, 10 MiB
 
 
 def projections(layer: nn.Module) -> list[nn.Conv2d]:
@@ -49,15 +50,42 @@ class Parameters:
         self.embeddings = [next(parameters), next(parameters)]
 
 
-def make_projections(layer: nn.Module, x: Operand) -> list[Tensor]:
-    """Return queries, keys if any and values of a layer without gradients."""
-    weights, biases = zip(*((p.weight, p.bias) for p in projections(layer)), strict=True)
-    return products(x, weights, biases)
+def infer(layer: nn.Module, x: Operand) -> Tensor:
+    """Run a layer without gradients; pooling is left out.
 
+    Of a large image the heads run a few at a time, so that queries, keys and values of all channels
+    are never there at once. It changes no bit of the result.
 
-def attend(layer: nn.Module, projected: Sequence[Tensor]) -> Tensor:
-    """Run a layer without gradients on what its projections made; pooling is left out."""
-    return _attention(layer, projected, [layer.rel_rows, layer.rel_cols])
+    Args:
+        layer: of :func:`is_one_piece`.
+        x: (N, C_in, H, W).
+
+    Returns:
+        (N, C_out, H, W).
+    """
+    layers = projections(layer)
+    embeddings = [layer.rel_rows, layer.rel_cols]
+    numbers_of_image = len(layers) * layer.out_channels * x.data.shape[2:].numel()
+    groups = min(layer.num_heads, -(-numbers_of_image // MOST_PROJECTED))
+    if groups == 1:
+        projected = products(x, [p.weight for p in layers], [p.bias for p in layers])
+        return _attention(layer, projected, embeddings)
+    output = x.data.new_empty(x.data.shape[0], layer.out_channels, *x.data.shape[2:])
+    width = layer.out_channels // layer.num_heads
+    heads_of_group = -(-layer.num_heads // groups)
+    for image, result in zip(x.data.split(1), output.split(1), strict=True):
+        for first in range(0, layer.num_heads, heads_of_group):
+            heads = slice(first, min(first + heads_of_group, layer.num_heads))
+            channels = slice(heads.start * width, heads.stop * width)
+            projected = products(
+                Operand(image, x.terms, x.relu),
+                [p.weight[channels] for p in layers],
+                [None if p.bias is None else p.bias[channels] for p in layers],
+            )
+            of_heads = [None if e is None else e[heads] for e in embeddings]
+            arguments = _arguments(layer, projected, of_heads, heads.stop - heads.start)
+            torch.ops.sasa_det_cpu.local_attention_out(*arguments, result[:, channels])
+    return output
 
 
 def attend_and_keep(
@@ -107,9 +135,9 @@ def _attention(layer, projected, embeddings):
     return torch.ops.sasa_det.local_attention(*_arguments(layer, projected, embeddings))[0]
 
 
-def _arguments(layer, projected, embeddings):
+def _arguments(layer, projected, embeddings, num_heads=None):
     query, *key, value = projected
-    options = (layer.kernel_size, layer.num_heads, layer.border == "mask", "")
+    options = (layer.kernel_size, num_heads or layer.num_heads, layer.border == "mask", "")
     return (query, key[0] if key else None, value, *embeddings, *options)
 
 

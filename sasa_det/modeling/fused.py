@@ -15,11 +15,10 @@ from ..layers import LocalSelfAttention2d
 from ..layers.norm import Affine, batch_affine, constant_affine, norm_kind
 from ..layers.one_piece import (
     Parameters,
-    attend,
     attend_and_keep,
     attend_backward,
+    infer,
     is_one_piece,
-    make_projections,
     parameters_of,
     projections,
     wanted,
@@ -161,10 +160,9 @@ def bottleneck(x: Tensor, block: nn.Module) -> Tensor | None:
 def _infer_bottleneck(x: Tensor, block: nn.Module) -> Tensor:
     # Maps are released as soon as they were read.
     first = Operand(convolve(Operand(x), block.conv1, relu=True))
-    projected = make_projections(block.attention, first)
+    attended = infer(block.attention, first)
     del first
-    attended = block.attention.pool(attend(block.attention, projected))
-    del projected
+    attended = block.attention.pool(attended)
     residual = x
     if block.shortcut is not None:
         residual = convolve(Operand(take_strided(x, block.shortcut.stride)), block.shortcut)
@@ -281,7 +279,7 @@ def tower(
     if not torch.is_grad_enabled() and not _uses_batch(norms):
         operand = Operand(x)
         for attention, norm in zip(attentions, norms, strict=True):
-            attended = attend(attention, make_projections(attention, operand))
+            attended = infer(attention, operand)
             operand = Operand(attended, _terms(constant_affine(norm)), relu=True)
         return materialize(operand)
     if any(layer.bias is not None for a in attentions for layer in projections(a)):
