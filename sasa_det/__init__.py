@@ -19,7 +19,9 @@ if find_spec("detectron2") is not None:
     from .data.image_folder import register_imagenet
 
     register_digits()
+    register_digits(name="digits_tuning", tuning=1)
     register_digit_crops()
+    register_digit_crops(name="digit_crops_tuning", tuning=1)
     register_imagenet()
 else:
     _NO_DETECTRON2 = (

@@ -24,8 +24,13 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
     return (source.images / 16).astype(np.float32), source.target.astype(np.int64)
 
 
-def split_digits(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def split_digits(seed: int = 0, tuning: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Split scikit-learn's handwritten digits into training and validation, class by class.
+
+    Args:
+        seed: of the split.
+        tuning: whether to split the training digits alone, so that rates and schedules can be
+            chosen without a look at the validation digits.
 
     Returns:
         tuple: sorted int64 indices into ``sklearn.datasets.load_digits()`` of the training digits
@@ -33,12 +38,19 @@ def split_digits(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """
     labels = load_digits()[1]
     rng = np.random.default_rng(seed)
+    digits, val = _split(np.arange(len(labels)), labels, rng)
+    return _split(digits, labels, rng) if tuning else (digits, val)
+
+
+def _split(
+    digits: np.ndarray, labels: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     val = []
     for digit in range(10):
-        members = rng.permutation(np.flatnonzero(labels == digit))
+        members = rng.permutation(digits[labels[digits] == digit])
         val.append(members[: round(VAL_FRACTION * len(members))])
     val = np.sort(np.concatenate(val))
-    return np.setdiff1d(np.arange(len(labels)), val), val
+    return np.setdiff1d(digits, val), val
 
 
 def scaled_ink(digit: np.ndarray, height: float) -> np.ndarray:

@@ -95,6 +95,11 @@ def _write_once(
     return root
 
 
+def _if_tuning(tuning: int) -> dict[str, tuple[int, int]]:
+    # Folders of other sets do not tell of it.
+    return {} if type(tuning) is int and tuning == 0 else {"tuning": (tuning, 1)}
+
+
 def _holds_anything(root: Path) -> bool:
     # An empty folder may be taken: renaming onto it replaces it.
     return root.exists() and (not root.is_dir() or any(root.iterdir()))
@@ -106,7 +111,8 @@ def _planned_images(
     """Yield split, indices of its digits, id and random numbers of each image, with progress."""
     counts = [parameters[f"num_{split}"] for split in SPLITS]
     with tqdm(total=sum(counts), desc="Images of digits", unit=" images") as progress:
-        for number, candidates in enumerate(split_digits(parameters["seed"])):
+        splits = split_digits(parameters["seed"], tuning=bool(parameters.get("tuning")))
+        for number, candidates in enumerate(splits):
             for image_id in range(first_id, first_id + counts[number]):
                 # Seeded by image, so that a smaller set is the beginning of a larger one.
                 rng = np.random.default_rng([parameters["seed"], number, image_id])
@@ -126,6 +132,7 @@ def write_digits(
     num_val: int = 200,
     image_size: int = 128,
     seed: int = 0,
+    tuning: int = 0,
 ) -> Path:
     """Write the digits detection set as PNG images and COCO json, or reuse it where it is there.
 
@@ -137,6 +144,8 @@ def write_digits(
         num_train, num_val: images for training and validation, at least 1.
         image_size: height and width of the images in pixels, at least 64.
         seed: of the split of the digits and of every image, not negative.
+        tuning: 1 draws all images from the training digits of the same seed, for validation those
+            that are held out of training; 0 does not.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -151,6 +160,7 @@ def write_digits(
         num_val=(num_val, 1),
         image_size=(image_size, 64),
         seed=(seed, 0),
+        **_if_tuning(tuning),
     )
 
 
@@ -307,7 +317,12 @@ def _write_scenes(folder: Path, parameters: dict[str, int]) -> None:
 
 
 def write_digit_crops(
-    root: str | os.PathLike, *, num_train: int = 4000, num_val: int = 500, seed: int = 0
+    root: str | os.PathLike,
+    *,
+    num_train: int = 4000,
+    num_val: int = 500,
+    seed: int = 0,
+    tuning: int = 0,
 ) -> Path:
     """Write the digits classification set as PNG images, or reuse it where it is there.
 
@@ -325,6 +340,7 @@ def write_digit_crops(
         num_train=(num_train, 10),
         num_val=(num_val, 10),
         seed=(seed, 0),
+        **_if_tuning(tuning),
     )
 
 

@@ -17,6 +17,7 @@ from sasa_det.data.catalog import SPLITS
 from sasa_det.data.digit_drawing import load_digits as load_source
 from sasa_det.data.digit_drawing import split_digits
 from sasa_det.data.digits import compose_scene, write_digits
+from sasa_det.errors import DatasetError
 
 SMALL = {"num_train": 6, "num_val": 4, "seed": 3}
 MEAN_COLOURS = [117.8, 104.7, 84.3, 133.9, 87.2, 140.1, 69.5, 60.5, 74.5, 116.2]
@@ -65,6 +66,23 @@ def test_split_is_disjoint_complete_and_stratified():
         assert int((labels[val] == digit).sum()) == round(0.2 * total)
     assert not np.array_equal(split_digits(5)[1], split_digits(6)[1])
     assert np.array_equal(split_digits(5)[1], val)
+
+
+def test_a_set_for_tuning_leaves_the_validation_digits_out(tmp_path):
+    train, val = split_digits(5)
+    tuning_train, tuning_val = split_digits(5, tuning=True)
+    assert sorted([*tuning_train, *tuning_val]) == train.tolist()
+    assert not set(tuning_train) & set(tuning_val)
+    assert abs(len(tuning_val) - 0.2 * len(train)) <= 5
+    small = {**SMALL, "seed": 5}
+    digits.write_digits(tmp_path / "set", **small, tuning=1)
+    for split, allowed in (("train", tuning_train), ("val", tuning_val)):
+        content = json.loads((tmp_path / "set" / f"{split}.json").read_text())
+        drawn = {annotation["digit_index"] for annotation in content["annotations"]}
+        assert drawn <= set(allowed.tolist())
+        assert content["info"]["parameters"]["tuning"] == 1
+    with pytest.raises(DatasetError, match="not with the requested"):
+        digits.write_digits(tmp_path / "set", **small)
 
 
 def test_same_arguments_give_same_bytes(written, tmp_path):
