@@ -1,0 +1,251 @@
+"""The long comparison of attention with convolution on digits: equal budgets, tuned alike."""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+from ..analysis.complexity import count_config, total
+from ..config.load import load_config
+from ..evaluation.drawing import draw_mean_curves
+from ..utils.files import write_text
+from ..utils.machine import describe_machine
+from .defaults import log_to
+from .experiments import Experiment, Experiments, Outcome, overrides
+
+logger = logging.getLogger("sasa_det")
+
+MODELS = {
+    "convolution": "conv",
+    "attention, convolutional stem": "SASA_conv_stem",
+    "attention": "SASA",
+}
+STARTS = ("from scratch", "pretrained")
+TWIN = "convolution"
+
+# Rates of AdamW that are tried for every model; the best on held-out training data is taken.
+DETECTOR_RATES = (0.0015, 0.003, 0.006, 0.012)
+CLASSIFIER_RATES = (0.002, 0.004, 0.008)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is spent on every model alike.
+
+    Attributes:
+        tuning_iterations: of the detectors that rates are chosen with.
+        iterations: of the detectors that are compared.
+        evaluations: of each of them, evenly spaced.
+        seeds: of the runs that are compared; rates are chosen with the first.
+    """
+
+    tuning_iterations: int = 700
+    iterations: int = 2000
+    evaluations: int = 8
+    seeds: tuple[int, ...] = (1, 2, 3)
+
+
+def gather_evidence(root: Path, output: Path, jobs: int, budget: Budget) -> str:
+    """Train all models with equal budgets and compare them; what is there is not run again.
+
+    Args:
+        root: the project's folder.
+        output: folder of the runs; it receives evidence.md, evidence.json and curves.png.
+        jobs: trainings at the same time.
+        budget: of every model.
+
+    Returns:
+        str: the tables, as written to evidence.md.
+
+    Raises:
+        UsageError: if ``output`` holds runs with other settings.
+        RuntimeError: if a training fails.
+    """
+    log_to(None)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    study = _Study(Experiments(root, output, device, jobs), budget)
+    tried = study.choose_rates()
+    finals = study.compare()
+    rows = list(_rows(root, finals))
+    text = "\n\n".join(
+        [
+            tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True),
+            _rates_table(tried),
+            f"{budget} on {describe_machine(device)}; {jobs} trainings at a time.",
+        ]
+    )
+    write_text(output / "evidence.md", text + "\n")
+    record = {
+        "rates": {name: rates for name, rates in tried.items()},
+        "runs": {" | ".join(map(str, key)): vars(outcome) for key, outcome in finals.items()},
+        "rows": rows,
+    }
+    write_text(output / "evidence.json", json.dumps(record, indent=2))
+    curves: dict[str, list[list[tuple[int, float]]]] = {}
+    for (model, start, _), outcome in finals.items():
+        curves.setdefault(f"{model}, {start}", []).append(outcome.curve)
+    draw_mean_curves(curves, output / "curves.png", "Box AP on digits_val")
+    return text
+
+
+class _Study:
+    """The experiments, and what was chosen from them."""
+
+    def __init__(self, experiments: Experiments, budget: Budget):
+        self._experiments, self._budget = experiments, budget
+        self._classifier_rates: dict[str, float] = {}
+        self._detector_rates: dict[tuple[str, str], float] = {}
+
+    def choose_rates(self) -> dict[str, dict[float, float]]:
+        """Choose every model's rates on held-out training data; return what each of them gave."""
+        seed = self._budget.seeds[0]
+        classifiers = {
+            (model, rate): self._classifier(model, rate, seed, "digit_crops_tuning")
+            for model in MODELS
+            for rate in CLASSIFIER_RATES
+        }
+        results = self._experiments.run(list(classifiers.values()))
+        tried = {}
+        for model in MODELS:
+            values = {r: _last(results[classifiers[model, r].name]) for r in CLASSIFIER_RATES}
+            self._classifier_rates[model] = max(values, key=values.get)
+            tried[f"classifier, {model}"] = values
+        detectors = {
+            (model, start, rate): self._detector(
+                *(model, start, rate, seed, "digits_tuning", self._budget.tuning_iterations, 1),
+                after=classifiers[model, self._classifier_rates[model]].name,
+            )
+            for model in MODELS
+            for start in STARTS
+            for rate in DETECTOR_RATES
+        }
+        results = self._experiments.run(list(detectors.values()))
+        for model in MODELS:
+            for start in STARTS:
+                values = {
+                    rate: _last(results[detectors[model, start, rate].name])
+                    for rate in DETECTOR_RATES
+                }
+                self._detector_rates[model, start] = max(values, key=values.get)
+                tried[f"{model}, {start}"] = values
+        return tried
+
+    def compare(self) -> dict[tuple[str, str, int], Outcome]:
+        """Train with the chosen rates; return the outcomes by model, start and seed."""
+        seeds, budget = self._budget.seeds, self._budget
+        classifiers = {
+            (model, seed): self._classifier(
+                model, self._classifier_rates[model], seed, "digit_crops"
+            )
+            for model in MODELS
+            for seed in seeds
+        }
+        self._experiments.run(list(classifiers.values()))
+        detectors = {
+            (model, start, seed): self._detector(
+                *(model, start, self._detector_rates[model, start], seed, "digits"),
+                *(budget.iterations, budget.evaluations),
+                after=classifiers[model, seed].name,
+            )
+            for seed in seeds
+            for start in STARTS
+            for model in MODELS
+        }
+        results = self._experiments.run(list(detectors.values()))
+        return {key: results[experiment.name] for key, experiment in detectors.items()}
+
+    def _classifier(self, model: str, rate: float, seed: int, data: str) -> Experiment:
+        values = {"SOLVER.BASE_LR": rate, **_on(data, seed)}
+        return Experiment(
+            f"classifier {MODELS[model]} {data} {rate} {seed}".replace(" ", "-"),
+            "train_imagenet",
+            f"Digits/classifier_{MODELS[model]}.yaml",
+            overrides(values),
+            "classification/top1",
+        )
+
+    def _detector(
+        self,
+        model: str,
+        start: str,
+        rate: float,
+        seed: int,
+        data: str,
+        iterations: int,
+        evaluations: int,
+        after: str,
+    ) -> Experiment:
+        values = {
+            "SOLVER.BASE_LR": rate,
+            "SOLVER.MAX_ITER": iterations,
+            "TEST.EVAL_PERIOD": iterations // evaluations,
+            **_on(data, seed),
+        }
+        return Experiment(
+            f"detector {MODELS[model]} {start} {data} {rate} {seed}".replace(" ", "-"),
+            "train_net",
+            f"Digits/retinanet_{MODELS[model]}.yaml",
+            overrides(values),
+            after=after if start == "pretrained" else "",
+        )
+
+
+def _on(data: str, seed: int) -> dict[str, object]:
+    return {
+        "DATASETS.TRAIN": (f"{data}_train",),
+        "DATASETS.TEST": (f"{data}_val",),
+        "DATALOADER.NUM_WORKERS": 0,
+        "SEED": seed,
+    }
+
+
+def _last(outcome: Outcome) -> float:
+    return outcome.curve[-1][1]
+
+
+def _rows(root: Path, finals: Mapping[tuple[str, str, int], Outcome]) -> Iterator[dict[str, str]]:
+    def values(model: str, start: str, metric: str) -> list[float]:
+        return [
+            outcome.final[metric]
+            for (m, s, _), outcome in sorted(finals.items())
+            if (m, s) == (model, start)
+        ]
+
+    for start in STARTS:
+        for model, kind in MODELS.items():
+            ap, twin = (values(each, start, "bbox/AP") for each in (model, TWIN))
+            cfg = load_config(str(root / f"configs/Digits/retinanet_{kind}.yaml"), [])
+            parts = total(count_config(cfg, *[cfg.INPUT.MIN_SIZE_TEST] * 2))
+            yield {
+                "model": f"{model}, {start}",
+                "AP": mean_and_spread(ap),
+                "AP50": mean_and_spread(values(model, start, "bbox/AP50")),
+                "AP minus twin's": ""
+                if model == TWIN
+                else mean_and_spread([a - b for a, b in zip(ap, twin, strict=True)], "+"),
+                "params (M)": f"{parts.parameters / 1e6:.2f}",
+                "FLOPs (B)": f"{parts.flops / 1e9:.2f}",
+            }
+
+
+def mean_and_spread(values: Sequence[float], sign: str = "") -> str:
+    """Return "mean ± standard deviation" of a few values, with one decimal."""
+    text = f"{statistics.mean(values):{sign}.1f}"
+    return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.1f}"
+
+
+def _rates_table(tried: Mapping[str, Mapping[float, float]]) -> str:
+    rows = []
+    for name, values in tried.items():
+        best = max(values, key=values.get)
+        cells = [f"{rate:g}: {value:.1f}" for rate, value in values.items()]
+        rows.append([name, ", ".join(cells), f"{best:g}"])
+    headers = ["model", "rate: AP or top-1 on held-out training digits", "chosen"]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)

@@ -1,0 +1,146 @@
+"""Trainings that are compared: run once, gone on with, and read again."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sasa_det.analysis.paper_tables import PAPER_TABLES
+from sasa_det.config.load import load_config
+from sasa_det.engine import ablations, evidence
+from sasa_det.engine.experiments import Experiment, Experiments, overrides
+from sasa_det.errors import UsageError
+
+ROOT = Path(__file__).parents[2]
+TINY = overrides(
+    {
+        "SOLVER.MAX_ITER": 4,
+        "TEST.EVAL_PERIOD": 4,
+        "TEST.EVAL_EPOCHS": 0.0,
+        "SOLVER.MAX_EPOCHS": 0.0,
+        "SOLVER.WARMUP_EPOCHS": 0.0,
+        "SEED": 1,
+        "DATASETS.TRAIN": ("digit_crops_train",),
+        "DATASETS.TEST": ("digit_crops_val",),
+    }
+)
+
+
+def experiments(output):
+    return Experiments(ROOT, output, "cpu")
+
+
+def tiny(name, *more, **options):
+    return Experiment(
+        name,
+        *("train_imagenet", "Quick/classifier_SASA.yaml", (*TINY, *more)),
+        metric="classification/top1",
+        **options,
+    )
+
+
+@pytest.mark.slow
+def test_experiments_run_once_and_start_from_each_other(tmp_path):
+    first = tiny("first")
+    (outcome,) = experiments(tmp_path).run([first]).values()
+    assert [iteration for iteration, _ in outcome.curve] == [4]
+    assert outcome.final["classification/top1"] == outcome.curve[-1][1]
+    assert outcome.loss > 0
+    log = tmp_path / "logs" / "first.txt"
+    written = log.stat().st_mtime_ns
+    # An interrupted one without a checkpoint begins again; one that has ended stays as it is.
+    (tmp_path / "runs" / "second").mkdir()
+    second = tiny("second", "SOLVER.BASE_LR", "0.0", after="first")
+    results = experiments(tmp_path).run([first, second])
+    assert list(results) == ["first", "second"]
+    assert results["first"] == outcome
+    assert log.stat().st_mtime_ns == written
+    # Without a learning rate only the norms' statistics differ from those it starts from.
+    assert "first/model_final.pth" in (tmp_path / "logs" / "second.txt").read_text()
+    with pytest.raises(UsageError, match="first holds an experiment with other settings"):
+        experiments(tmp_path).run([tiny("first", "SOLVER.BASE_LR", "0.1")])
+
+
+def test_a_refused_experiment_is_named_with_the_reason(tmp_path):
+    wrong = tiny("wrong", "SOLVER.OPTIMIZER", "AdamX")
+    with pytest.raises(UsageError, match=r"experiment wrong: SOLVER.OPTIMIZER must be .*AdamX"):
+        experiments(tmp_path).run([wrong])
+    assert not (tmp_path / "runs" / "wrong" / "experiment.json").exists()
+
+
+@pytest.mark.parametrize("name", ablations.FINDINGS)
+def test_rows_change_what_the_papers_models_change(name):
+    table = PAPER_TABLES[name]
+    rows = {row.name for row in table.rows}
+    assert {f.better for f in ablations.FINDINGS[name]} <= rows
+    assert {f.worse for f in ablations.FINDINGS[name]} <= rows
+    small = "Digits/classifier_SASA_conv_stem.yaml"
+    for row in table.rows:
+        experiment = ablations._experiment(ROOT, name, table, row, 3, small, ())
+        cfg = load_config(str(ROOT / "configs" / small), list(experiment.overrides))
+        large = load_config(str(ROOT / "configs" / table.folder / f"{row.config}.yaml"))
+        for key in ("STEM_VALUES", "ATTENTION_STAGES", "POSITION", "CONTENT"):
+            assert cfg.MODEL.SASA[key] == large.MODEL.SASA[key], (row.name, key)
+        assert cfg.SEED == 3
+        if name == "Table 4":
+            assert cfg.MODEL.SASA.KERNEL_SIZE == large.MODEL.SASA.KERNEL_SIZE
+        if name == "Table 7":
+            assert cfg.MODEL.SASA.STEM == large.MODEL.SASA.STEM == "attention"
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "said"),
+    [
+        ([71.0, 72.0, 73.0], [60.0, 61.0, 62.0], "holds (+11.0 ± 0.8)"),
+        ([60.0, 61.0, 62.0], [71.0, 72.0, 73.0], "the opposite holds (-11.0 ± 0.8)"),
+        ([70.0, 71.0, 72.0], [69.0, 70.0, 71.0], "not decided (+1.0 ± 0.8)"),
+        ([70.0], [60.0], "not decided by one seed (+10.0)"),
+    ],
+)
+def test_a_finding_holds_beyond_twice_the_standard_error(better, worse, said):
+    assert ablations.verdict(better, worse) == said
+
+
+def test_rates_are_chosen_on_training_digits_and_seeds_share_them(tmp_path):
+    """The plan, with outcomes that a record in each folder gives."""
+    best = {"conv": "0.003", "SASA": "0.006", "SASA_conv_stem": "0.012"}
+    asked = []
+
+    class Recorded(Experiments):
+        def _train(self, experiment):
+            asked.append(experiment)
+            kind = next(
+                k for k in sorted(best, key=len, reverse=True) if f"-{k}-" in experiment.name
+            )
+            settings = dict(zip(experiment.overrides[::2], experiment.overrides[1::2], strict=True))
+            value = 70.0 if settings["SOLVER.BASE_LR"] == best[kind] else 60.0
+            value += float(settings["SEED"])
+            final = {"bbox/AP": value, "bbox/AP50": value + 20}
+            record = {"settings": self._settings(experiment), "curve": [[4, value]]}
+            folder = self._folder(experiment.name)
+            folder.mkdir(parents=True)
+            (folder / "experiment.json").write_text(
+                json.dumps({**record, "final": final, "loss": 1.0})
+            )
+
+    study = evidence._Study(Recorded(ROOT, tmp_path, "cpu"), evidence.Budget())
+    tried = study.choose_rates()
+    assert all("_tuning_train" in " ".join(e.overrides) for e in asked)
+    assert not any("digits_val" in " ".join(e.overrides) for e in asked)
+    assert tried["attention, pretrained"][0.006] == 71.0
+    asked.clear()
+    finals = study.compare()
+    assert len(finals) == 3 * 2 * 3
+    detectors = [e for e in asked if e.tool == "train_net"]
+    assert {e.overrides[1] for e in detectors if "-conv-" in e.name} == {"0.003"}
+    # Each seed has a backbone of its own, of the same model.
+    for experiment in detectors:
+        if experiment.after:
+            kind, seed = experiment.config[len("Digits/retinanet_") : -5], experiment.name[-1]
+            (backbone,) = [e for e in asked if e.name == experiment.after]
+            assert backbone.config == f"Digits/classifier_{kind}.yaml"
+            assert "('digit_crops_train',)" in backbone.overrides
+            assert backbone.overrides[-2:] == experiment.overrides[-2:] == ("SEED", seed)
+    rows = list(evidence._rows(ROOT, finals))
+    assert rows[0]["AP"] == "72.0 ± 1.0"
+    assert rows[1]["AP minus twin's"] == "+0.0 ± 0.0"
