@@ -31,8 +31,8 @@ STARTS = ("from scratch", "pretrained")
 TWIN = "convolution"
 
 # Rates of AdamW that are tried for every model; the best on held-out training data is taken.
-DETECTOR_RATES = (0.0015, 0.003, 0.006, 0.012)
-CLASSIFIER_RATES = (0.002, 0.004, 0.008)
+DETECTOR_RATES = (0.003, 0.006, 0.012)
+CLASSIFIER_RATES = (0.004, 0.008, 0.016)
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Budget:
     """
 
     tuning_iterations: int = 700
-    iterations: int = 2000
-    evaluations: int = 8
+    iterations: int = 1500
+    evaluations: int = 6
     seeds: tuple[int, ...] = (1, 2, 3)
 
 

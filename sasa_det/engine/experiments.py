@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..config.load import load_config
 from ..errors import UsageError
 from ..utils.files import write_text
 
@@ -114,11 +116,16 @@ class Experiments:
     def _folder(self, name: str) -> Path:
         return self.output / "runs" / name
 
+    def _config_file(self, experiment: Experiment) -> str:
+        return str(self.root / "configs" / experiment.config)
+
     def _settings(self, experiment: Experiment) -> dict[str, object]:
+        cfg = load_config(self._config_file(experiment), list(experiment.overrides))
         return {
             "tool": experiment.tool,
             "config": experiment.config,
             "overrides": list(experiment.overrides),
+            "sha256": hashlib.sha256(cfg.dump().encode()).hexdigest(),  # of the whole config
             "after": experiment.after,
         }
 
@@ -145,7 +152,7 @@ class Experiments:
             overrides += ["MODEL.WEIGHTS", str(self.checkpoint(experiment.after))]
         command = [
             *(sys.executable, str(self.root / "tools" / f"{experiment.tool}.py")),
-            *("--config-file", str(self.root / "configs" / experiment.config)),
+            *("--config-file", self._config_file(experiment)),
             *(["--resume"] if resume else []),
             *(*overrides, "OUTPUT_DIR", str(folder)),
         ]

@@ -50,12 +50,11 @@ def test_experiments_run_once_and_start_from_each_other(tmp_path):
     written = log.stat().st_mtime_ns
     # An interrupted one without a checkpoint begins again; one that has ended stays as it is.
     (tmp_path / "runs" / "second").mkdir()
-    second = tiny("second", "SOLVER.BASE_LR", "0.0", after="first")
+    second = tiny("second", after="first")
     results = experiments(tmp_path).run([first, second])
     assert list(results) == ["first", "second"]
     assert results["first"] == outcome
     assert log.stat().st_mtime_ns == written
-    # Without a learning rate only the norms' statistics differ from those it starts from.
     assert "first/model_final.pth" in (tmp_path / "logs" / "second.txt").read_text()
     with pytest.raises(UsageError, match="first holds an experiment with other settings"):
         experiments(tmp_path).run([tiny("first", "SOLVER.BASE_LR", "0.1")])
