@@ -159,14 +159,19 @@ def overruled(given: Collection[str]) -> list[str]:
     return [key for key, by in _OVERRULED.items() if by in given and key not in given]
 
 
-def merge_overrides(cfg: CfgNode, opts: Sequence[str]) -> None:
-    """Change a config by KEY VALUE pairs; a UsageError tells of a key or value it cannot take."""
+def check_pairs(opts: Sequence[str]) -> None:
+    """Raise UsageError unless words can be KEY VALUE pairs."""
     flags = [opt for opt in opts[::2] if opt.startswith("--")]
     if flags:
         flag = flags[0].partition("=")[0]
         raise UsageError(f"flags come before the KEY VALUE pairs, got {flag} among these.")
     if len(opts) % 2:
         raise UsageError(f"config overrides must be KEY VALUE pairs, got {' '.join(opts)!r}.")
+
+
+def merge_overrides(cfg: CfgNode, opts: Sequence[str]) -> None:
+    """Change a config by KEY VALUE pairs; a UsageError tells of a key or value it cannot take."""
+    check_pairs(opts)
     known = all_keys(cfg)
     for key in opts[::2]:
         if key not in known:

@@ -13,7 +13,7 @@ from ..utils.text import abbreviated_list
 from .defaults import default_config
 from .keys import CONFIG_ERRORS, explain, flatten, with_floats
 from .lazy import load_lazy_config, override
-from .load import WITHOUT_DATA, load_config, merge_overrides
+from .load import WITHOUT_DATA, check_pairs, load_config, merge_overrides
 from .options import RunOptions
 from .values import check_values
 from .yaml_file import parse_config, read_config_file
@@ -56,6 +56,8 @@ def options_without_data(config_file: str, opts: Sequence[str] = ()) -> RunOptio
     is_python = config_file.endswith(".py")
     if is_python or _is_lazy(read_config_file(config_file)[-1][1]):
         return load_lazy_config(config_file, [*opts, *_LAZY_WITHOUT_DATA])
+    opts = [word for word in opts if word != "--"]
+    check_pairs(opts)
     return RunOptions.read(load_config(config_file, [*opts, *WITHOUT_DATA]))
 
 
@@ -106,7 +108,8 @@ def _stored_yaml(values: dict[str, Any], owner: str, opts: Sequence[str]) -> Run
         cfg.merge_from_other_cfg(CfgNode(with_floats(known, cfg)))
     except CONFIG_ERRORS as error:
         raise UsageError(f"{owner}: {explain(error, cfg, flatten(known))}") from error
-    merge_overrides(cfg, [*(opt for opt in opts if opt != "--"), *WITHOUT_DATA])
+    for words in (opts, WITHOUT_DATA):
+        merge_overrides(cfg, [word for word in words if word != "--"])
     check_values(flatten(cfg))
     cfg.freeze()
     return RunOptions.read(cfg)

@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -322,15 +322,17 @@ class _Outputs:
         if frame.index is not None:
             self._add_to_video(frame, rgb)
             return
-        with whole_file(self._picture(frame.medium)) as part:
+        with _explained(self._folder), whole_file(self._picture(frame.medium)) as part:
             Image.fromarray(rgb).save(part, quality=_JPEG_QUALITY)
 
     def write(self, predictions: Predictions) -> None:
         """Write the tables."""
         if self._json:
-            predictions.write_json(self._json, self._images)
+            with _explained(self._json):
+                predictions.write_json(self._json, self._images)
         if self._csv:
-            predictions.write_csv(self._csv)
+            with _explained(self._csv):
+                predictions.write_csv(self._csv)
 
     def _picture(self, medium: Medium) -> Path:
         allowed = (".mp4",) if medium.is_video else _PICTURES
@@ -340,7 +342,8 @@ class _Outputs:
     def _add_to_video(self, frame: Frame, rgb: np.ndarray) -> None:
         height, width = rgb.shape[:2]
         if self._video is None:
-            part = self._stack.enter_context(whole_file(self._picture(frame.medium)))
+            with _explained(self._folder):
+                part = self._stack.enter_context(whole_file(self._picture(frame.medium)))
             code = cv2.VideoWriter_fourcc(*"mp4v")
             writer = cv2.VideoWriter(str(part), code, frame.fps, (width, height))
             if not writer.isOpened():
@@ -353,6 +356,15 @@ class _Outputs:
             self._video[1].release()
             self._video = None
             self._stack.close()
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn what the operating system says, as of a full disk, into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"output {path} cannot be written: {error.strerror or error}.") from error
 
 
 def _check_writable(path: Path | None) -> None:

@@ -1,5 +1,6 @@
 """Large images in tiles: where they lie, and one result out of theirs."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -55,7 +56,8 @@ def merge_tiles(
     """Make the result of an image from those of its tiles.
 
     A box that ends at the border of its tile, where the image goes on, may be a part of an object.
-    It is dropped if more than half of it lies in the whole box that another tile has. What the
+    It is dropped if another tile shows the whole place of it, for what that tile has found there is
+    better founded, or if more than half of it lies in a whole box of another tile. What the
     remaining boxes of a class have in common is reduced by non-maximum suppression.
 
     Args:
@@ -68,18 +70,17 @@ def merge_tiles(
     Returns:
         Instances: in pixels of the image, in the order of their scores.
     """
-    boxes, cut = [], []
-    for instances, tile in zip(results, tiles, strict=True):
-        corners = instances.pred_boxes.tensor
-        boxes.append(corners + corners.new_tensor((tile.x0, tile.y0, tile.x0, tile.y0)))
-        cut.append(_is_cut(corners, tile, image_size))
-    all_boxes, all_cut = torch.cat(boxes), torch.cat(cut)
     counts = [len(instances) for instances in results]
+    corners = [instances.pred_boxes.tensor for instances in results]
+    all_boxes = torch.cat(
+        [box + box.new_tensor(tile[:2] * 2) for box, tile in zip(corners, tiles, strict=True)]
+    )
     owners = torch.arange(len(results)).repeat_interleave(torch.tensor(counts))
     scores = torch.cat([instances.scores for instances in results])
     classes = torch.cat([instances.pred_classes for instances in results])
     # Before the suppression, in which a part with a higher score would win over the whole.
-    kept = (~_are_parts(all_boxes, all_cut, owners.to(all_boxes.device))).nonzero()[:, 0]
+    parts = _are_parts(all_boxes.cpu(), owners, [_inner(tile, image_size) for tile in tiles])
+    kept = (~parts).nonzero()[:, 0].to(all_boxes.device)
     kept = kept[batched_nms(all_boxes[kept], scores[kept], classes[kept], nms_threshold)]
     merged = Instances(image_size)
     merged.pred_boxes, merged.scores = Boxes(all_boxes[kept]), scores[kept]
@@ -101,37 +102,44 @@ def merge_tiles(
     return merged
 
 
-def _is_cut(boxes: Tensor, tile: Tile, image_size: tuple[int, int]) -> Tensor:
-    """Tell which boxes of a tile end at a border that is not the image's; (N,) bool."""
+def _inner(tile: Tile, image_size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Return the part of a tile in which no box is cut, which is open at the image's border."""
     height, width = image_size
-    sizes = (tile.x1 - tile.x0, tile.y1 - tile.y0)
-    near = [max(_CUT_PIXELS, _CUT_SHARE * size) for size in sizes]
-    cut = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
-    if tile.x0 > 0:
-        cut |= boxes[:, 0] <= near[0]
-    if tile.y0 > 0:
-        cut |= boxes[:, 1] <= near[1]
-    if tile.x1 < width:
-        cut |= boxes[:, 2] >= sizes[0] - near[0]
-    if tile.y1 < height:
-        cut |= boxes[:, 3] >= sizes[1] - near[1]
-    return cut
+    x, y = (max(_CUT_PIXELS, _CUT_SHARE * side) for side in (tile.x1 - tile.x0, tile.y1 - tile.y0))
+    return (
+        tile.x0 + x if tile.x0 > 0 else -math.inf,
+        tile.y0 + y if tile.y0 > 0 else -math.inf,
+        tile.x1 - x if tile.x1 < width else math.inf,
+        tile.y1 - y if tile.y1 < height else math.inf,
+    )
 
 
-def _are_parts(boxes: Tensor, cut: Tensor, owners: Tensor) -> Tensor:
-    """Tell which boxes are cut and lie for the most part in a whole one of another tile.
+def _are_within(boxes: Tensor, parts: Tensor) -> Tensor:
+    return ((boxes[..., :2] > parts[..., :2]) & (boxes[..., 2:] < parts[..., 2:])).all(dim=-1)
 
-    The class does not count: a part of an object is often taken for another one, and the tile that
-    has the whole object sees the place of its part better.
+
+def _are_parts(boxes: Tensor, owners: Tensor, inner: Sequence[Sequence[float]]) -> Tensor:
+    """Tell which boxes are cut by the border of their tile and seen better by another one.
+
+    The class does not count: a part of an object is often taken for another one.
+
+    Args:
+        boxes: (N, 4), in the image.
+        owners: (N,) integer, their tiles.
+        inner: of each tile the part in which no box is cut.
+
+    Returns:
+        Tensor: (N,) bool.
     """
-    parts = torch.zeros_like(cut)
-    whole = boxes[~cut], owners[~cut]
+    bounds = boxes.new_tensor(inner)
+    cut = ~_are_within(boxes, bounds[owners])
+    whole = boxes[~cut]
     areas = Boxes(boxes).area()
+    parts = torch.zeros_like(cut)
     for index in cut.nonzero()[:, 0].tolist():
-        x0, y0, x1, y1 = boxes[index]
-        others = whole[0][whole[1] != owners[index]]
-        width = torch.minimum(others[:, 2], x1) - torch.maximum(others[:, 0], x0)
-        height = torch.minimum(others[:, 3], y1) - torch.maximum(others[:, 1], y0)
-        shared = width.clamp(min=0) * height.clamp(min=0)
-        parts[index] = bool((shared > 0.5 * areas[index]).any())
+        box = boxes[index]
+        shared = torch.minimum(whole[:, 2:], box[2:]) - torch.maximum(whole[:, :2], box[:2])
+        shared = shared.clamp(min=0).prod(dim=1)
+        in_whole = (shared > 0.5 * areas[index]) & (owners[~cut] != owners[index])
+        parts[index] = _are_within(box, bounds).any() or in_whole.any()
     return parts
