@@ -8,7 +8,7 @@ from detectron2.solver.build import get_default_optimizer_params, maybe_add_grad
 from torch import nn
 
 from ..config.options import RunOptions
-from ..layers import AttentionStem, LocalSelfAttention2d
+from ..layers import LocalSelfAttention2d
 from ..modeling import Classifier
 
 # Learned embeddings are not weights of a linear layer: like norms, they do not decay.
@@ -73,8 +73,8 @@ def parameter_groups(
         bias_lr_factor: on the learning rate of biases.
         weight_decay_bias: of biases; None for ``weight_decay``.
         weight_decay_embedding: of learned embeddings.
-        logit_lr_factor: on the learning rate of attention's query and key projections and of a
-            classifier's linear layer.
+        logit_lr_factor: on the learning rate of the query and key projections of attention outside
+            the stem and of a classifier's linear layer.
 
     Returns:
         list[dict]: groups with "params", "lr" and "weight_decay".
@@ -121,10 +121,11 @@ def with_clipping(
 
 
 def _logit_weights(model: nn.Module) -> set[nn.Parameter]:
-    """Collect the weights that compute logits, of attention and of classes."""
+    """Collect the weights that compute logits, of attention layers and of classes."""
     weights = set()
     for module in model.modules():
-        if isinstance(module, (LocalSelfAttention2d, AttentionStem)):
+        # Not of the stem, whose input is the image: its scale stays what it is.
+        if isinstance(module, LocalSelfAttention2d):
             weights |= {layer.weight for layer in (module.query, module.key) if layer is not None}
         elif isinstance(module, Classifier):
             weights |= set(module.head.parameters())

@@ -1,5 +1,6 @@
 """The stem that stands where a strided convolution and a max pool stood."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -21,9 +22,11 @@ from .plain import is_plain_pointwise
 
 STEM_VALUES = ("mixture", "pointwise", "convolution")
 
-# Standard deviations of the initial logits of q.k, q.r and of the mixing weights.
-_LOGIT_STD = 3.0
-_MIXING_STD = 4.0
+# Initial size of the embeddings of offsets, and of the values beside what keeps their input's size.
+_RELATIVE_STD = 0.1
+_VALUE_STD = 0.06
+# How much mixing logits fall at the distance of one region from its center.
+_MIXING_FALL = 6.0
 
 
 class AttentionStem(nn.Module):
@@ -91,27 +94,53 @@ class AttentionStem(nn.Module):
         self.norm = nn.Identity() if norm is None else norm(out_channels)
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw weights so that the places of a block differ from the start.
+        """Draw weights so that a new stem tells the regions of a block apart.
 
-        Mixing logits of unit variance mix all matrices about alike at every place, and attention
-        logits of unit variance average the block: what remains is its mean colour. Larger ones
-        let edges through.
+        Every value matrix starts with a region of its own, with four of them a quadrant, and
+        attention starts near the mean over the block, to which all regions contribute. Random
+        mixtures are incoherent, and random embeddings of offsets let the noise of single pixels
+        through, of which the maximum over the block keeps the largest. The values start small: a
+        step of Adam has the same size for all weights, and the norm takes out the size of values.
         """
         head_width = self.out_channels // self.num_heads
         std = self.in_channels**-0.5
-        nn.init.normal_(self.query.weight, std=_LOGIT_STD * std * head_width**-0.5)
+        nn.init.normal_(self.query.weight, std=std * head_width**-0.5)
         nn.init.normal_(self.key.weight, std=std)
         if self.values == "mixture":
-            nn.init.normal_(self.value_weight, std=std)
-            nn.init.normal_(self.row_embedding, std=0.5**0.5)
-            nn.init.normal_(self.col_embedding, std=0.5**0.5)
-            nn.init.normal_(self.mixture_embedding, std=_MIXING_STD * head_width**-0.5)
+            nn.init.normal_(self.value_weight, std=_VALUE_STD * std)
+            self._divide_block()
         else:
             nn.init.normal_(self.value.weight, std=self.value.weight[0].numel() ** -0.5)
         if self.rel_rows is not None:
-            nn.init.normal_(self.rel_rows)
-            nn.init.normal_(self.rel_cols)
+            nn.init.normal_(self.rel_rows, std=_RELATIVE_STD)
+            nn.init.normal_(self.rel_cols, std=_RELATIVE_STD)
+
+    def _divide_block(self) -> None:
+        """Set the embeddings of equation 9 so that each mixture rules a cell of a grid.
+
+        The logits are ``-_MIXING_FALL * |place - center|^2`` in units of cells, but without the
+        square of the place, which is the same for all mixtures.
+        """
+        num_mixtures, head_width = self.mixture_embedding.shape
+        like = {"dtype": self.mixture_embedding.dtype, "device": self.mixture_embedding.device}
+        rows = max(n for n in range(1, math.isqrt(num_mixtures) + 1) if num_mixtures % n == 0)
+        sides = (rows, num_mixtures // rows)
+        # Heads of two channels have no room for a constant, and the cells of 2 x 2 no need of it.
+        basis = torch.zeros(3, head_width, **like)
+        basis[:head_width] = torch.linalg.qr(torch.randn(head_width, head_width, **like))[0][:3]
+        constant = basis[2]
+        centers = [torch.arange(side, **like) - (side - 1) / 2 for side in sides]
+        cells = torch.cartesian_prod(*centers)  # (num_mixtures, 2)
+        size = _MIXING_FALL**0.5
+        embedding = 2 * cells @ basis[:2] - cells.square().sum(1, keepdim=True) * constant
+        self.mixture_embedding.copy_(size * embedding)
+        place = (torch.arange(self.block_size, **like) + 0.5) / self.block_size - 0.5
+        for target, side, direction in zip(
+            (self.row_embedding, self.col_embedding), sides, basis, strict=False
+        ):
+            target.copy_(size * (side * place[:, None] * direction + constant / 2))
 
     def mixing(self) -> Tensor:
         """Return p(a, b, m) of equation 9, (num_mixtures, block_size, block_size)."""

@@ -46,7 +46,7 @@ def test_rates_and_decays(name, kind, factor):
     assert isinstance(optimizer, kind)
     actual = settings(optimizer, net.named_parameters())
     for parameter, (lr, decay) in actual.items():
-        slow = parameter.split(".")[1:] in (["query", "weight"], ["key", "weight"])
+        slow = parameter in ("attention.query.weight", "attention.key.weight")
         assert lr == 0.5 * (factor if slow else 1.0), parameter
         if "norm" in parameter:
             expected = 0.125

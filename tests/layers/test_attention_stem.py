@@ -26,6 +26,44 @@ def test_mixing_is_equation_9():
             torch.testing.assert_close(mixing[:, a, b], logits.softmax(0))
 
 
+@pytest.mark.parametrize("num_mixtures,rows,cols", [(1, 1, 1), (2, 1, 2), (4, 2, 2), (16, 4, 4)])
+def test_new_mixtures_have_a_cell_each_of_a_grid(num_mixtures, rows, cols):
+    """Equation 9 at first: a softmax over minus the squared distances from the cells' centers."""
+    torch.manual_seed(0)
+    stem = AttentionStem(3, 16, 4, num_mixtures=num_mixtures)
+    expected = torch.empty(num_mixtures, 4, 4)
+    for a in range(4):
+        for b in range(4):
+            y, x = (a + 0.5) * rows / 4, (b + 0.5) * cols / 4  # in cells
+            logits = [
+                -6.0 * ((y - row - 0.5) ** 2 + (x - col - 0.5) ** 2)
+                for row in range(rows)
+                for col in range(cols)
+            ]
+            expected[:, a, b] = torch.tensor(logits).softmax(0)
+    torch.testing.assert_close(stem.mixing(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_heads_of_two_channels_tell_quadrants_apart():
+    """Two directions of embeddings suffice, since all four centers are as far from the middle."""
+    torch.manual_seed(0)
+    narrow, wide = AttentionStem(3, 4, 2), AttentionStem(3, 16, 2)
+    torch.testing.assert_close(narrow.mixing(), wide.mixing(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_new_stem_sees_edges_inside_a_block():
+    """Blocks of the same mean color, split this way or that: their features differ by far."""
+    torch.manual_seed(0)
+    stem = AttentionStem(norm=None)
+    halves = torch.ones(4, 4)
+    halves[:, 2:] = -1.0
+    upright, lying, flat = (
+        stem(pattern.expand(1, 3, 4, 4)).flatten() for pattern in (halves, halves.T, 0 * halves)
+    )
+    assert (upright - lying).norm() > 0.5 * upright.norm()
+    assert flat.norm() == 0
+
+
 @pytest.mark.parametrize("relative", [True, False])
 @pytest.mark.parametrize("values", ["mixture", "pointwise", "convolution"])
 def test_equals_its_equations_on_one_block(values, relative):
