@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train attentional RetinaNets, from scratch and pretrained, and a convolutional one on digits."""
+"""Train a convolutional RetinaNet and attentional ones, with either stem, on digits."""
 
 import argparse
 import os

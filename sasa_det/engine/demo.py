@@ -1,4 +1,4 @@
-"""The demo on handwritten digits: attention, from scratch and pretrained, and convolution."""
+"""The demo on handwritten digits: attention, with either stem, and convolution."""
 
 import json
 import logging
@@ -15,7 +15,6 @@ from detectron2.utils.env import seed_all_rng
 from tabulate import tabulate
 
 from ..analysis.complexity import count_config, total
-from ..checkpoint.convert import convert_checkpoint
 from ..command_line import refuse_existing
 from ..config.load import load_config
 from ..config.options import RunOptions
@@ -30,36 +29,27 @@ from .trainer import Trainer
 
 logger = logging.getLogger("sasa_det")
 
-_CLASSIFIER = "classifier_SASA.yaml"
-_PRETRAINED = "attention, pretrained"
 _DETECTORS = {
-    "attention": "retinanet_SASA.yaml",
-    _PRETRAINED: "retinanet_SASA.yaml",
     "convolution": "retinanet_conv.yaml",
+    "attention, convolutional stem": "retinanet_SASA_conv_stem.yaml",
+    "attention": "retinanet_SASA.yaml",
 }
 
 
-def run_demo(
-    configs: Path,
-    output: Path,
-    opts: Sequence[str] = (),
-    classifier_opts: Sequence[str] = (),
-) -> list[dict[str, Any]]:
-    """Pretrain a backbone, train three detectors with the same budget, and compare them.
+def run_demo(configs: Path, output: Path, opts: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Train three detectors with the same budget, from scratch, and compare them.
 
-    One detector is fully attentional and starts from scratch, one is the same and starts from a
-    classifier of single digits, one is the convolutional twin, from scratch.
+    One is convolutional, one has attention everywhere but in the stem, and one has it everywhere.
 
     Args:
         configs: the folder of the configs.
-        output: folder to make; it receives results.md, results.json, curves.png, backbone.pth and,
-            for each model, a folder with the output of training and detections.png.
-        opts: config overrides for the detectors, KEY VALUE pairs.
-        classifier_opts: the same for the classifier.
+        output: folder to make; it receives results.md, results.json, curves.png and, for each
+            model, a folder with the output of training and detections.png.
+        opts: config overrides, KEY VALUE pairs.
 
     Returns:
-        list[dict]: one entry a detector: model, AP, AP50, parameters, flops, pretraining (seconds,
-        0 from scratch), seconds (training and evaluation) and seconds_per_iteration.
+        list[dict]: one entry a detector: model, AP, AP50, parameters, flops, seconds (training and
+        evaluation) and seconds_per_iteration.
 
     Raises:
         UsageError: if ``output`` exists and is not an empty folder, or a config is wrong.
@@ -67,35 +57,22 @@ def run_demo(
     refuse_existing(output, hint=", as in make demo OUTPUT=folder")
     flush_denormals()
     log_to(None)
-    backbone = output / "backbone.pth"
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def config(label: str, file: str, opts: Sequence[str], weights: str = "") -> CfgNode:
-        folder = str(output / label.replace(", ", "_"))
+    def config(label: str, file: str) -> CfgNode:
+        folder = str(output / label.replace(", ", "_").replace(" ", "_"))
         overrides = ["MODEL.DEVICE", device, *opts, "OUTPUT_DIR", folder]
         options = RunOptions.read(load_config(str(configs / file), overrides))
         check_run(options, Trainer)
-        # These weights do not exist yet.
-        return options.replace(weights=weights).config if weights else options.config
+        return options.config
 
-    classifier = config("classifier", _CLASSIFIER, classifier_opts)
-    runs = {
-        label: config(label, file, opts, str(backbone) if label == _PRETRAINED else "")
-        for label, file in _DETECTORS.items()
-    }
-    trainer, seconds = _train("classifier", classifier)
-    accuracy = trainer._last_eval_results["classification"]["top1"]
-    logger.info("The classifier recognizes %.1f%% of the digits.", accuracy)
-    convert_checkpoint(Path(classifier.OUTPUT_DIR, "model_final.pth"), backbone)
-    results = [
-        _detector_results(label, cfg, seconds if label == _PRETRAINED else 0.0)
-        for label, cfg in runs.items()
-    ]
+    runs = {label: config(label, file) for label, file in _DETECTORS.items()}
+    results = [_detector_results(label, cfg) for label, cfg in runs.items()]
     curves = output / "curves.png"
     draw_curves(
         {label: Path(cfg.OUTPUT_DIR, "metrics.json") for label, cfg in runs.items()}, curves
     )
-    summary = f"{_table(results)}\n\n{_conditions(runs['attention'], accuracy)}\n"
+    summary = f"{_table(results)}\n\n{_conditions(runs['attention'])}\n"
     write_text(output / "results.md", summary)
     write_text(output / "results.json", json.dumps(results, indent=2))
     print(f"\n{summary}")
@@ -121,7 +98,7 @@ def _train(label: str, cfg: CfgNode) -> tuple[Trainer, float]:
         return trainer, time.perf_counter() - start
 
 
-def _detector_results(label: str, cfg: CfgNode, pretraining: float) -> dict[str, Any]:
+def _detector_results(label: str, cfg: CfgNode) -> dict[str, Any]:
     trainer, seconds = _train(label, cfg)
     _draw(cfg, trainer.model, Path(cfg.OUTPUT_DIR, "detections.png"))
     box = trainer._last_eval_results["bbox"]
@@ -133,7 +110,6 @@ def _detector_results(label: str, cfg: CfgNode, pretraining: float) -> dict[str,
         "AP50": box["AP50"],
         "parameters": parts.parameters,
         "flops": parts.flops,
-        "pretraining": pretraining,
         "seconds": seconds,
         "seconds_per_iteration": float(trainer.storage.history("time").median(10**9)),
     }
@@ -179,24 +155,19 @@ def _table(results: list[dict[str, Any]]) -> str:
             f"{result['AP50']:.1f}",
             f"{result['parameters'] / 1e6:.2f}",
             f"{result['flops'] / 1e9:.2f}",
-            f"{result['pretraining']:.0f}" if result["pretraining"] else "",
             f"{result['seconds']:.0f}",
             f"{result['seconds_per_iteration']:.2f}",
         ]
         for result in results
     ]
-    headers = [
-        *("model", "AP", "AP50", "params (M)", "FLOPs (B)"),
-        *("pretraining, s", "training, s", "s / iteration"),
-    ]
+    headers = ("model", "AP", "AP50", "params (M)", "FLOPs (B)", "training, s", "s / iteration")
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
-def _conditions(cfg: CfgNode, accuracy: float) -> str:
+def _conditions(cfg: CfgNode) -> str:
     return (
-        f"The pretrained classifier recognizes {accuracy:.1f}% of the single digits. "
-        f"{cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} images; COCO AP on "
-        f"{', '.join(cfg.DATASETS.TEST)}; FLOPs of one {cfg.INPUT.MIN_SIZE_TEST} x "
+        f"{cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} images, from scratch; "
+        f"COCO AP on {', '.join(cfg.DATASETS.TEST)}; FLOPs of one {cfg.INPUT.MIN_SIZE_TEST} x "
         f"{cfg.INPUT.MIN_SIZE_TEST} image, a multiply-add being 2; seconds of training and "
         f"evaluation on {describe_machine(cfg.MODEL.DEVICE)}."
     )

@@ -15,7 +15,6 @@ import yaml
 from sasa_det.checkpoint import read_checkpoint
 from sasa_det.command_line import run_command
 from sasa_det.data import write_digits
-from sasa_det.data.digits import write_digit_crops
 from sasa_det.engine import UsageError, argument_parser, run
 from sasa_det.engine.demo import run_demo
 from sasa_det.errors import StopTraining
@@ -129,9 +128,9 @@ def test_ctrl_c_in_the_demo(start, read_until, tmp_path):
     assert process.returncode == 130 and "Traceback" not in output, output[-2000:]
     assert "The command ends: SIGINT was received" in output
     # The step that ran is saved, and nothing of the comparison is there.
-    folder = tmp_path / "demo" / "classifier"
+    folder = tmp_path / "demo" / "convolution"
     assert read_checkpoint(folder / (folder / "last_checkpoint").read_text())["iteration"] >= 0
-    assert [path.name for path in (tmp_path / "demo").iterdir()] == ["classifier"]
+    assert [path.name for path in (tmp_path / "demo").iterdir()] == ["convolution"]
 
 
 @pytest.mark.slow
@@ -228,29 +227,20 @@ def test_demo_compares_and_draws(tmp_path, capsys):
     opts += ["INPUT.MIN_SIZE_TEST", "64", "INPUT.MAX_SIZE_TEST", "64"]
 
     output = tmp_path / "demo"
-    classifier = ["SOLVER.MAX_ITER", "2", "SOLVER.WARMUP_ITERS", "1", "SOLVER.IMS_PER_BATCH", "4"]
-    classifier += [
-        "DATASETS.IMAGE_FOLDER",
-        str(write_digit_crops(tmp_path / "c", num_train=10, num_val=10)),
-    ]
-    classifier += ["TEST.EVAL_PERIOD", "0", "DATALOADER.NUM_WORKERS", "0"]
-    results = run_demo(Path("configs/Digits"), output, opts, classifier)
-    models = ["attention", "attention, pretrained", "convolution"]
+    results = run_demo(Path("configs/Digits"), output, opts)
+    models = ["convolution", "attention, convolutional stem", "attention"]
     assert [result["model"] for result in results] == models
-    assert results[0]["parameters"] == results[1]["parameters"] < results[2]["parameters"]
-    assert results[1]["pretraining"] > 0 == results[0]["pretraining"]
-    # The second detector starts from the classifier's backbone, the first does not.
-    begun = (output / "attention_pretrained" / "log.txt").read_text()
-    assert f"Loading weights of {output / 'backbone.pth'}" in begun
-    assert "backbone.pth" not in (output / "attention" / "log.txt").read_text()
+    twin, conv_stem, attention = results
+    for result in (conv_stem, attention):
+        assert result["parameters"] < 0.66 * twin["parameters"]
+        assert result["flops"] < 0.62 * twin["flops"]
     written = json.loads((output / "results.json").read_text())
     assert str(written) == str(results)  # as text: AP is NaN where nothing was found
     for name in (
         "results.md",
         "curves.png",
         "attention/detections.png",
-        "attention_pretrained/detections.png",
-        "classifier/metrics.json",
+        "attention_convolutional_stem/detections.png",
         "convolution/metrics.json",
     ):
         assert (output / name).stat().st_size > 0, name
