@@ -1,4 +1,5 @@
 # make demo         train, evaluate and draw on the built-in data, into OUTPUT
+# make evidence     the long comparison on the built-in data, hours, into output/evidence; resumes
 # make test         all tests; `make test-fast` leaves out the slow ones
 # make lint         style and formatting
 # make install      the environment alone, in .venv; the others do it too
@@ -20,10 +21,13 @@ VENV_PYTHON := .venv/bin/python
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-fast lint install
+.PHONY: demo evidence test test-fast lint install
 
 demo: install
 	$(VENV_PYTHON) tools/digits_demo.py --output "$(OUTPUT)"
+
+evidence: install
+	$(VENV_PYTHON) tools/evidence.py
 
 test: install
 	$(VENV_PYTHON) -m pytest -q $(PARALLEL)

@@ -24,6 +24,7 @@ from .peak import of_pass
 
 _CONVOLUTIONAL, _ATTENTIONAL = "convolutional", "attentional"
 _TUNED = "convolutional, tuned"
+_CONV_STEM = "attentional, convolutional stem"
 _RETINANET_50 = {
     _CONVOLUTIONAL: "COCO-Detection/retinanet_R_50.yaml",
     _ATTENTIONAL: "COCO-Detection/retinanet_SASA_R_50_full.yaml",
@@ -31,6 +32,7 @@ _RETINANET_50 = {
 _DIGITS = {
     _CONVOLUTIONAL: "Digits/retinanet_conv.yaml",
     _ATTENTIONAL: "Digits/retinanet_SASA.yaml",
+    _CONV_STEM: "Digits/retinanet_SASA_conv_stem.yaml",
 }
 
 
@@ -146,19 +148,23 @@ def _backbone_cases(settings: Settings) -> list[Case]:
 
 def _retinanet_cases(settings: Settings) -> list[Case]:
     _check_size(settings, "retinanet", 128)
-    return _detector_cases(settings, "retinanet", "RetinaNet-50", _RETINANET_50, memory=True)
+    return _detector_cases(settings, "retinanet", "RetinaNet-50", _RETINANET_50)
 
 
 def _digits_cases(settings: Settings) -> list[Case]:
     """The models and the batch of the demo, whatever the size of other cases."""
     settings = replace(settings, batch=8, image_size=128, bfloat16=False)
-    return _detector_cases(settings, "digits", "digits RetinaNet", _DIGITS, memory=False)
+    return _detector_cases(settings, "digits", "digits RetinaNet", _DIGITS)
 
 
 def _detector_cases(
-    settings: Settings, group: str, name: str, configs: Mapping[str, str], memory: bool
+    settings: Settings, group: str, name: str, configs: Mapping[str, str]
 ) -> list[Case]:
     size = settings.image_size
+
+    def ways(training: bool) -> list[_Way]:
+        own = [_Way(kind, kind, _as_built) for kind in configs if kind == _CONV_STEM]
+        return _ways(training, settings.bfloat16) + own
 
     def contenders(training: bool) -> list[Contender]:
         return [
@@ -169,12 +175,12 @@ def _detector_cases(
                 flops=partial(_detector_flops, settings, configs[way.kind], training),
                 dtype=way.dtype,
             )
-            for way in _ways(training, settings.bfloat16)
+            for way in ways(training)
         ]
 
     title = f"{name}, {{}}, {settings.batch}x3x{size}x{size}"
     passes = {"inference": False, "training step": True}
-    return cases_of_passes(group, name, title, contenders, passes, memory)
+    return cases_of_passes(group, name, title, contenders, passes)
 
 
 def _detector_flops(settings: Settings, config: str, training: bool) -> int:

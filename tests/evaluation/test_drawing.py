@@ -9,7 +9,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from sasa_det.evaluation import drawing
-from sasa_det.evaluation.drawing import draw_curves, draw_detections, draw_instances
+from sasa_det.evaluation.drawing import (
+    draw_curves,
+    draw_detections,
+    draw_instances,
+    draw_mean_curves,
+)
 
 NAMES = ("cat", "dog", "owl")
 
@@ -217,3 +222,25 @@ def test_masks_are_drawn_and_images_without_instances_stay():
     masked = draw_instances(image, instances, str)
     changed = (plain != masked).any(axis=2)
     assert changed[62:68, 62:68].all() and not changed[:55, 75:].any()
+
+
+def test_mean_curves_show_the_mean_and_the_range_of_runs(tmp_path):
+    curves = {
+        "convolution": [[(10, 20.0), (20, 30.0)], [(10, 30.0), (20, 60.0)]],
+        "attention": [[(5, 40.0)]],
+    }
+    figure = draw_mean_curves(curves, tmp_path / "curves.png", "Box AP")
+    (axes,) = figure.axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines == {"convolution": [[10, 25], [20, 45]], "attention": [[5, 40]]}
+    (corners,) = axes.collections[0].get_paths()
+    assert {(10.0, 20.0), (10.0, 30.0), (20.0, 30.0), (20.0, 60.0)} <= set(
+        map(tuple, corners.vertices.tolist())
+    )
+    assert (tmp_path / "curves.png").stat().st_size > 0
+    uneven = {"convolution": [[(10, 20.0)], [(11, 20.0)]]}
+    with pytest.raises(ValueError, match="'convolution' were evaluated at different iterations"):
+        draw_mean_curves(uneven, tmp_path / "other.png", "Box AP")
+    with pytest.raises(ValueError, match="at least one run"):
+        draw_mean_curves({"none": []}, tmp_path / "other.png", "Box AP")
+    assert not (tmp_path / "other.png").exists()
