@@ -1,6 +1,7 @@
 """A picture of where a pixel looks in an attention layer, head by head."""
 
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,7 +47,7 @@ _HEAT = LinearSegmentedColormap.from_list(
 )
 
 # How much of its light is left of the picture, and how much of the least weight covers it.
-_LIGHT = 0.38
+_LIGHT = 0.5
 _COVER = 0.10
 
 # The part of a picture that is drawn around a window, in windows.
@@ -123,13 +124,14 @@ class _Layout:
         self.rows = -(-num_heads // _COLUMNS)
         self.left = _MARGIN + _OVERVIEW + _AXIS + 0.2
         self.block = _TITLE + 2 * _PANEL + _GAP + _AXIS
-        width = self.left + self.columns * (_PANEL + _GAP) - _GAP + _MARGIN
+        across = max(self.columns, 0 if maps.mixing is None else len(maps.mixing))
+        width = self.left + across * (_PANEL + _GAP) - _GAP + _MARGIN
         height = _HEADER + self.rows * self.block + _MARGIN / 2
-        # The scale and the caption below the overview.
-        height = max(height, _HEADER + _TITLE + self.overview_height + 1.75)
         self.mixing_top = height
         if maps.mixing is not None:
-            height += _TITLE + 0.8 * _PANEL + _MARGIN
+            height += _TITLE + _PANEL + _MARGIN
+        # The scale and the caption below the overview.
+        height = max(height, _HEADER + _TITLE + self.overview_height + 2.0)
         self.size = max(width, 4.6), height
 
     def overview(self) -> tuple[float, float, float, float]:
@@ -178,21 +180,20 @@ def _caption(maps: AttentionMaps) -> str:
     """Say what is drawn, below the overview."""
     (row, column), (rows, columns) = maps.pixel, maps.map_size
     side = maps.kernel_size
-    if maps.is_block:
-        block = side // 2 + 1
-        window = f"looks at the {block} × {block} pixels of its block."
-    else:
-        window = f"looks at {side} × {side} pixels around it."
-    return "\n".join(
-        (
-            f"The pixel in row {row}, column {column} of the",
-            f"{rows} × {columns} of this layer's map",
-            window,
-            "",
-            "Above: its weights in each head.",
-            "Below: their mean over all pixels, by offset.",
-        )
+    block = side // 2 + 1
+    window = (
+        f"{block} × {block} pixels of its block"
+        if maps.is_block
+        else (f"{side} × {side} pixels around it")
     )
+    sentences = [
+        f"The pixel in row {row}, column {column} of this layer's {rows} × {columns} map looks at "
+        f"the {window}.",
+        "Above, its weights in each head. Below, their mean over all pixels, by offset.",
+    ]
+    if maps.mixing is not None:
+        sentences.append("Last, the share of each value matrix at the places of a block.")
+    return "\n\n".join(textwrap.fill(sentence, 38) for sentence in sentences)
 
 
 def _view(maps: AttentionMaps, size: tuple[int, int]) -> tuple[float, float, float]:
@@ -360,9 +361,13 @@ def _percent(value: float, _: object = None) -> str:
 
 def _draw_mixing(figure: Figure, layout: _Layout, maps: AttentionMaps) -> None:
     top = layout.mixing_top + _TITLE
-    side = 0.8 * _PANEL
     for index, mixture in enumerate(maps.mixing.numpy()):
-        axes = layout.axes(figure, layout.left + index * (side + _GAP), top, side, side)
+        left = layout.left + index * (_PANEL + _GAP)
+        axes = layout.axes(figure, left, top, _PANEL, _PANEL)
         _hide_axes(axes)
-        axes.imshow(mixture, cmap=_HEAT, norm=PowerNorm(0.5, vmin=0, vmax=1))
-        axes.set_title(f"Value matrix {index}", fontsize=_FONT_SIZE, color=_INK, pad=2)
+        axes.imshow(mixture, cmap="Greys_r", vmin=0, vmax=1)
+        for (row, column), share in np.ndenumerate(mixture):
+            colour = "black" if share > 0.5 else "white"
+            text = {"fontsize": _FONT_SIZE - 0.5, "ha": "center", "va": "center"}
+            axes.text(column, row, f"{share:.0%}", color=colour, **text)
+        axes.set_title(f"Value matrix {index}", fontsize=_TITLE_SIZE, color=_INK, pad=3)
