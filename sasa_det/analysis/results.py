@@ -78,7 +78,7 @@ def read_detections(predictions: str | os.PathLike, json_file: str | os.PathLike
     for index, result in enumerate(results):
         if problem := _problem(result, known):
             raise UsageError(f"predictions {predictions}: result {index} {problem} of {json_file}.")
-    return Detections(truth, [{key: result[key] for key in _FIELDS} for result in results])
+    return Detections(truth, results)
 
 
 def _problem(result: Any, known: Mapping[str, set[int]]) -> str | None:
@@ -182,7 +182,9 @@ def _hotcoco() -> ModuleType:
 
 def _evaluate(hotcoco: ModuleType, detections: Detections) -> Any:
     truth = hotcoco.COCO(detections.truth)
-    evaluation = hotcoco.COCOeval(truth, truth.load_res(detections.results), "bbox")
+    # Boxes alone: the area of a result with a mask would be the mask's.
+    boxes = [{key: result[key] for key in _FIELDS} for result in detections.results]
+    evaluation = hotcoco.COCOeval(truth, truth.load_res(boxes), "bbox")
     evaluation.evaluate()
     return evaluation
 
