@@ -90,7 +90,7 @@ def test_mistakes_about_attention(tool, refused, trained, digits, tmp_path):
     assert "no head x: --head must be 0 to 7" in error("--layer", "res3.0", "--head", "x")
     assert "the point 64 0 is outside the image" in error("--layer", "res3.0", "--at", 64, 0)
     assert "no.png is not an image file" in error("--layer", "stem", image="no.png")
-    assert "does not exist" in error("--layer", "stem", weights=tmp_path / "no.pth")
+    assert "no.pth cannot be read" in error("--layer", "stem", weights=tmp_path / "no.pth")
     assert "must end in .png, .pdf, .svg" in error("--layer", "stem", output=tmp_path / "a.txt")
     assert "would replace" in error("--layer", "stem", "--overwrite", output=image)
     assert "--input and --output must be given" in refused(
