@@ -45,13 +45,13 @@ def visualize_data_parser(description: str | None = None) -> argparse.ArgumentPa
         metavar="FILE",
         help="config of a training; a LazyConfig is executed",
     )
+    data = parser.add_mutually_exclusive_group()
     for split in ("train", "test"):
-        parser.add_argument(
+        data.add_argument(
             f"--{split}",
             nargs=2,
             metavar=("JSON", "IMAGES"),
-            help=f"COCO-format json and image folder to draw{' instead' if split == 'test' else ''}"
-            ", in place of the config's",
+            help="COCO-format json and image folder to draw, in place of the config's",
         )
     parser.add_argument("--output-dir", required=True, metavar="DIR", help="folder for pictures")
     parser.add_argument(
