@@ -66,5 +66,9 @@ setup(
         "tqdm>=4.60",
     ],
     **kernels(),
-    extras_require={"dev": ["hypothesis", "pytest", "pytest-xdist", "ruff"], "benchmark": ["timm"]},
+    extras_require={
+        "analysis": ["hotcoco>=1.3"],
+        "benchmark": ["timm"],
+        "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
+    },
 )

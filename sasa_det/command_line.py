@@ -48,6 +48,17 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    """Read an argument that must be a number from 0 to 1; a type for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}")
+    return value
+
+
 def refuse_existing(folder: Path, hint: str = "") -> None:
     """Refuse a folder for output that exists already, unless it is empty.
 

@@ -144,7 +144,7 @@ class LocalSelfAttention2d(nn.Module):
         if not torch.jit.is_scripting():
             if runs_products(x) and is_one_piece(self):
                 return self.pool(self._run_one_piece(x))
-        tensors = (*self._project(x), self.rel_rows, self.rel_cols)
+        tensors = (*self.project(x), self.rel_rows, self.rel_cols)
         if torch.jit.is_scripting():  # which takes operators and no keyword-only defaults
             x = torch.ops.sasa_det.local_attention(
                 *tensors,
@@ -176,7 +176,8 @@ class LocalSelfAttention2d(nn.Module):
             return infer(self, Operand(x))
         return OnePiece.apply(x, self, *parameters_of(self))
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return the queries, keys (None without ``content``) and values of an input."""
         placed = x
         if self.position == "absolute":
             height, width = x.shape[2:]

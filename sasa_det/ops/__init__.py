@@ -11,11 +11,14 @@ from .stem_attention import (
     relative_embedding,
     stem_attention,
 )
+from .weights import attention_weights, block_attention_weights
 
 __all__ = [
     "aggregate",
+    "attention_weights",
     "available_backends",
     "block_attention",
+    "block_attention_weights",
     "flops",
     "has_stem_kernels",
     "local_attention",

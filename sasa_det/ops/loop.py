@@ -39,11 +39,12 @@ def _offsets(
             yield row, column, (pixel_rows, pixel_cols), (neighbour_rows, neighbour_cols)
 
 
-def _by_head(x: Tensor | None, num_heads: int, dtype: torch.dtype) -> Tensor | None:
+def heads_apart(x: Tensor | None, num_heads: int, dtype: torch.dtype) -> Tensor | None:
+    """(N, C, H, W) to (N, num_heads, C // num_heads, H, W)."""
     return None if x is None else x.to(dtype).unflatten(1, (num_heads, -1))
 
 
-def _logits(query, key, rel_rows, rel_cols, kernel_size, mask) -> Tensor:
+def window_logits(query, key, rel_rows, rel_cols, kernel_size, mask) -> Tensor:
     """Return the logits of all windows, (N, heads, k, k, H, W); -inf where left out."""
     n, heads, head_width, height, width = query.shape
     logits = query.new_full(
@@ -71,8 +72,8 @@ def why_not(query: Tensor, num_heads: int, forced: bool = False) -> str | None:
 def forward(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask):
     """See :func:`sasa_det.ops.operator.attend`."""
     dtype = accumulation_dtype(query.dtype)
-    queries, keys, values = (_by_head(x, num_heads, dtype) for x in (query, key, value))
-    logits = _logits(queries, keys, rel_rows, rel_cols, kernel_size, mask)
+    queries, keys, values = (heads_apart(x, num_heads, dtype) for x in (query, key, value))
+    logits = window_logits(queries, keys, rel_rows, rel_cols, kernel_size, mask)
     log_sum = torch.logsumexp(logits, (2, 3))
     weights = logits.sub_(log_sum[:, :, None, None]).exp_()
     output = torch.zeros_like(values)
@@ -88,8 +89,8 @@ def backward(grad, query, key, value, rel_rows, rel_cols, log_sum, kernel_size, 
     """See :func:`sasa_det.ops.operator.attend_backward`."""
     dtype = accumulation_dtype(query.dtype)
     tensors = (query, key, value, grad)
-    queries, keys, values, grads = (_by_head(x, num_heads, dtype) for x in tensors)
-    logits = _logits(queries, keys, rel_rows, rel_cols, kernel_size, mask)
+    queries, keys, values, grads = (heads_apart(x, num_heads, dtype) for x in tensors)
+    logits = window_logits(queries, keys, rel_rows, rel_cols, kernel_size, mask)
     weights = logits.sub_(log_sum[:, :, None, None]).exp_()
     grad_query, grad_value = torch.zeros_like(queries), torch.zeros_like(values)
     grad_key = None if keys is None else torch.zeros_like(keys)
