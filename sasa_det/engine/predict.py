@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from detectron2.structures import Instances
 from PIL import Image
 from tqdm import tqdm
 
-from ..command_line import positive_int, refuse_existing
+from ..command_line import positive_int, share
 from ..config.defaults import default_config
 from ..config.keys import all_keys
 from ..data.media import Frame, Medium, count_images, find_media, media_of_coco, read_frames
@@ -25,6 +25,7 @@ from ..evaluation.predictions import Predictions, images_path
 from ..utils.files import whole_file
 from ..utils.text import abbreviated_list, printable
 from .defaults import flush_denormals, log_to
+from .outputs import check_output_file, check_output_folder, explained
 from .predictor import Predictor
 from .trained_model import TrainedModel, load_trained_model
 
@@ -70,7 +71,7 @@ def predict_parser(description: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--csv", metavar="FILE", help="file to write, a table of all objects")
     parser.add_argument(
         "--confidence-threshold",
-        type=_share,
+        type=share,
         default=0.5,
         metavar="SCORE",
         help="lowest score of an object, 0.5 by default; to measure the AP of the results, 0.05",
@@ -110,21 +111,11 @@ def predict_parser(description: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}")
-    return share
-
-
 def _share_below_1(text: str) -> float:
-    share = _share(text)
-    if share == 1:
+    value = share(text)
+    if value == 1:
         raise argparse.ArgumentTypeError(f"must be below 1, got {text!r}")
-    return share
+    return value
 
 
 def run_predict(args: argparse.Namespace) -> int:
@@ -278,13 +269,9 @@ class _Outputs:
         if len({os.path.abspath(path) for path in self.tables}) < len(self.tables):
             raise UsageError("--json and --csv must name different files.")
         for path in self.tables:
-            if path.is_dir() or (os.path.lexists(path) and not args.overwrite):
-                kind = "is a folder" if path.is_dir() else "exists; --overwrite replaces it"
-                raise UsageError(f"output {path} {kind}.")
-        if self._folder is not None and (not args.overwrite or self._folder.is_file()):
-            refuse_existing(self._folder, hint=", or give --overwrite for a folder")
-        for path in (self._folder, *self.tables):
-            _check_writable(path)
+            check_output_file(path, overwrite=args.overwrite)
+        if self._folder is not None:
+            check_output_folder(self._folder, overwrite=args.overwrite)
         written = {os.path.realpath(path): str(path) for path in self.tables}
         sources = {os.path.realpath(path) for path in (args.weights, *(args.test or ())[:1])}
         sources |= {os.path.realpath(medium.path) for medium in media}
@@ -322,16 +309,16 @@ class _Outputs:
         if frame.index is not None:
             self._add_to_video(frame, rgb)
             return
-        with _explained(self._folder), whole_file(self._picture(frame.medium)) as part:
+        with explained(self._folder), whole_file(self._picture(frame.medium)) as part:
             Image.fromarray(rgb).save(part, quality=_JPEG_QUALITY)
 
     def write(self, predictions: Predictions) -> None:
         """Write the tables."""
         if self._json:
-            with _explained(self._json):
+            with explained(self._json):
                 predictions.write_json(self._json, self._images)
         if self._csv:
-            with _explained(self._csv):
+            with explained(self._csv):
                 predictions.write_csv(self._csv)
 
     def _picture(self, medium: Medium) -> Path:
@@ -342,7 +329,7 @@ class _Outputs:
     def _add_to_video(self, frame: Frame, rgb: np.ndarray) -> None:
         height, width = rgb.shape[:2]
         if self._video is None:
-            with _explained(self._folder):
+            with explained(self._folder):
                 part = self._stack.enter_context(whole_file(self._picture(frame.medium)))
             code = cv2.VideoWriter_fourcc(*"mp4v")
             writer = cv2.VideoWriter(str(part), code, frame.fps, (width, height))
@@ -356,25 +343,3 @@ class _Outputs:
             self._video[1].release()
             self._video = None
             self._stack.close()
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn what the operating system says, as of a full disk, into one sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(f"output {path} cannot be written: {error.strerror or error}.") from error
-
-
-def _check_writable(path: Path | None) -> None:
-    if path is None:
-        return
-    parent = Path(os.path.abspath(path))
-    while not parent.exists():
-        parent = parent.parent
-    folder = parent if parent.is_dir() else parent.parent
-    if parent != Path(os.path.abspath(path)) and not parent.is_dir():
-        raise UsageError(f"output {path} cannot be written: {parent} is not a folder.")
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"output {path} cannot be written: {folder} may not be written to.")
