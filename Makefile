@@ -23,7 +23,7 @@ INSTALLED := .venv/.installed
 .PHONY: demo test test-fast lint install
 
 demo: install
-	$(VENV_PYTHON) tools/demo.py --output "$(OUTPUT)"
+	$(VENV_PYTHON) tools/digits_demo.py --output "$(OUTPUT)"
 
 test: install
 	$(VENV_PYTHON) -m pytest -q $(PARALLEL)

@@ -1,6 +1,7 @@
 """The checkpoints of a run: saved whole, resumed from the newest that is valid."""
 
 import logging
+import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,6 +20,26 @@ from .sources import WEIGHTS_KEYS, locate
 from .writing import write_checkpoint
 
 logger = logging.getLogger(__name__)
+
+
+def read_weights(path: str | os.PathLike) -> tuple[dict[str, Any], Path]:
+    """Read weights from wherever they are, and check that all of them are finite.
+
+    Args:
+        path: what :func:`~sasa_det.checkpoint.sources.locate` accepts.
+
+    Returns:
+        tuple: what :func:`~sasa_det.checkpoint.read_checkpoint` returns, and the file.
+
+    Raises:
+        CheckpointError: if the file cannot be used.
+    """
+    source = locate(path)
+    checkpoint = read_checkpoint(source.path)
+    check_finite(checkpoint, source.path)
+    if source.matching_heuristics:
+        checkpoint["matching_heuristics"] = True
+    return checkpoint, source.path
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -98,12 +119,11 @@ class Checkpointer(DetectionCheckpointer):
                 raise CheckpointError(f"no weights are given: name a checkpoint {WEIGHTS_KEYS}.")
             logger.info("No weights are given: the model starts from its initialization.")
             return {}
-        source = locate(path)
-        checkpoint = read_checkpoint(source.path)
-        check_finite(checkpoint, source.path)
-        if source.matching_heuristics:
-            checkpoint["matching_heuristics"] = True
-        return self._apply(checkpoint, source.path, checkpointables, strict=self.strict)
+        return self._apply(*read_weights(path), checkpointables, strict=self.strict)
+
+    def load_read(self, checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+        """Load the weights that :func:`read_weights` returned; as :meth:`load`."""
+        return self._apply(checkpoint, path, [], strict=self.strict)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Load the newest valid training state of ``save_dir``, or else weights alone.

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from ..config.defaults import default_config
 from ..config.keys import CONFIG_ERRORS, explain, flatten
-from ..config.load import BUILD_ERRORS, explain_build_error, load_config
+from ..config.load import BUILD_ERRORS, WITHOUT_DATA, explain_build_error, load_config
 from ..config.yaml_file import parse_config
 from ..errors import CheckpointError, TransferError, UsageError
 from .layouts import recognize
 from .preprocessing import is_preprocessing, preprocessing_of
-from .reading import check_finite, classes_in, read_checkpoint
+from .reading import category_ids_in, check_finite, classes_in, read_checkpoint
 from .transfer import Report, transfer
 from .writing import write_checkpoint
 
@@ -32,14 +32,7 @@ _SUFFIXES = (".pth", ".safetensors")
 _NAMING = ("__author__", "matching_heuristics")
 
 # What a converted file says of its weights.
-_FACTS = ("preprocessing", "config", "config_digest", "classes")
-
-# The target is built without data, which need not be on this computer.
-_NO_DATA = (
-    *("DATASETS.TRAIN_JSON", "", "DATASETS.TRAIN_IMAGES", ""),
-    *("DATASETS.TEST_JSON", "", "DATASETS.TEST_IMAGES", ""),
-    *("DATASETS.IMAGE_FOLDER", "", "DATASETS.HOLDOUT", "0.0"),
-)
+_FACTS = ("preprocessing", "config", "config_digest", "classes", "category_ids")
 
 
 def convert_checkpoint(
@@ -158,6 +151,8 @@ def convert_checkpoint(
     if whole and classes:
         # Evaluation compares them with those of the data.
         facts["classes"] = classes
+        if ids := category_ids_in(checkpoint):
+            facts["category_ids"] = ids
     if preprocessing is not None:
         facts["preprocessing"] = preprocessing
     found = {name: _without_surroundings(tensors[old]) for name, old in report.loaded.items()}
@@ -196,7 +191,7 @@ def build_target(config_file: str, opts: Sequence[str] = ()) -> nn.Module:
     Raises:
         UsageError: on a config that cannot be used.
     """
-    return _build(load_config(config_file, [*opts, *_NO_DATA]))
+    return _build(load_config(config_file, [*opts, *WITHOUT_DATA]))
 
 
 def _model_config(values: dict[str, Any], path: Path) -> CfgNode:

@@ -59,10 +59,33 @@ def classes_in(checkpoint: Mapping[str, Any]) -> list[str] | None:
     Returns:
         list[str]: None if the checkpoint does not hold them, as one of another project.
     """
+    return _list_in(checkpoint, "classes", str)
+
+
+def category_ids_in(checkpoint: Mapping[str, Any]) -> list[int] | None:
+    """Return the ids that the classes have in the training data, in the order of the indices.
+
+    Args:
+        checkpoint: as for :func:`classes_in`.
+
+    Returns:
+        list[int]: None if the checkpoint does not hold them.
+    """
+    return _list_in(checkpoint, "category_ids", int)
+
+
+def config_in(checkpoint: Mapping[str, Any]) -> str:
+    """Return the config that a model was trained with, as yaml; "" if there is none."""
+    config = checkpoint.get("config")
+    return config if isinstance(config, str) else ""
+
+
+def _list_in(checkpoint: Mapping[str, Any], key: str, kind: type) -> list[Any] | None:
+    """Return a list of values of a type, of the file itself or of the state of its trainer."""
     for holder in (checkpoint, checkpoint.get("trainer")):
-        classes = holder.get("classes") if isinstance(holder, dict) else None
-        if classes and isinstance(classes, list) and all(isinstance(c, str) for c in classes):
-            return classes
+        values = holder.get(key) if isinstance(holder, dict) else None
+        if values and isinstance(values, list) and all(type(value) is kind for value in values):
+            return values
     return None
 
 

@@ -48,7 +48,7 @@ def load_lazy_config(
         DatasetError, FileNotFoundError: as :func:`sasa_det.config.load.register_datasets`.
     """
     lazy = _load(config_file)
-    overridden = _override(lazy, [word for word in overrides if word != "--"])
+    overridden = override(lazy, [word for word in overrides if word != "--"])
     for section in _SECTIONS:
         if not OmegaConf.is_dict(lazy[section]):
             raise UsageError(f"{section} must be a section of keys, got {lazy[section]!r}.")
@@ -124,8 +124,8 @@ def _tell_with_line(path: str, error: Exception) -> str:
     return f"{place}: {type(error).__name__}: {first_line(error)}"
 
 
-def _override(lazy: DictConfig, words: Sequence[str]) -> set[str]:
-    """Apply overrides and return their keys."""
+def override(lazy: DictConfig, words: Sequence[str]) -> set[str]:
+    """Apply ``key=value`` words and return their keys; a UsageError tells of one that is wrong."""
     keys = set()
     for word in words:
         key, equals, _ = word.lstrip("+").partition("=")

@@ -37,6 +37,13 @@ _OVERRULED = {
     YAML_KEYS["reference_batch"]: YAML_KEYS["base_lr"],
 }
 
+# Overrides with which a config is used without its data, which need not be on this computer.
+WITHOUT_DATA = (
+    *("DATASETS.TRAIN_JSON", "", "DATASETS.TRAIN_IMAGES", ""),
+    *("DATASETS.TEST_JSON", "", "DATASETS.TEST_IMAGES", ""),
+    *("DATASETS.IMAGE_FOLDER", "", "DATASETS.HOLDOUT", "0.0"),
+)
+
 # The errors of models, optimizers and mappers that cannot be built from a config.
 BUILD_ERRORS = (
     ArithmeticError,
@@ -96,7 +103,7 @@ def load_config(
             raise UsageError(f"{path}: {explain(error, cfg, flatten(values))}") from error
         _reset(cfg, overruled(flatten(values)))
     opts = [opt for opt in opts if opt != "--"]
-    _merge_overrides(cfg, opts)
+    merge_overrides(cfg, opts)
     for split, source in (("TRAIN", train), ("TEST", test)):
         if source:
             cfg.DATASETS[f"{split}_JSON"], cfg.DATASETS[f"{split}_IMAGES"] = source
@@ -152,13 +159,19 @@ def overruled(given: Collection[str]) -> list[str]:
     return [key for key, by in _OVERRULED.items() if by in given and key not in given]
 
 
-def _merge_overrides(cfg: CfgNode, opts: Sequence[str]) -> None:
+def check_pairs(opts: Sequence[str]) -> None:
+    """Raise UsageError unless words can be KEY VALUE pairs."""
     flags = [opt for opt in opts[::2] if opt.startswith("--")]
     if flags:
         flag = flags[0].partition("=")[0]
         raise UsageError(f"flags come before the KEY VALUE pairs, got {flag} among these.")
     if len(opts) % 2:
         raise UsageError(f"config overrides must be KEY VALUE pairs, got {' '.join(opts)!r}.")
+
+
+def merge_overrides(cfg: CfgNode, opts: Sequence[str]) -> None:
+    """Change a config by KEY VALUE pairs; a UsageError tells of a key or value it cannot take."""
+    check_pairs(opts)
     known = all_keys(cfg)
     for key in opts[::2]:
         if key not in known:

@@ -139,6 +139,7 @@ class RunOptions:
     best_mode: str = _key("TEST.BEST_MODE", "train.best_mode")
     early_stopping: int = _key("TEST.EARLY_STOPPING", "train.early_stopping")
     expected_results: list[Any] = _key("TEST.EXPECTED_RESULTS")
+    tta_enabled: bool = _key("TEST.AUG.ENABLED")
     precise_bn: bool = _key("TEST.PRECISE_BN.ENABLED", "train.precise_bn.enabled")
     precise_bn_iters: int = _key("TEST.PRECISE_BN.NUM_ITER", "train.precise_bn.num_iter")
 

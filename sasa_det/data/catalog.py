@@ -85,6 +85,19 @@ def metadata_of(name: str) -> Metadata:
     return MetadataCatalog.get(name)
 
 
+def category_ids(name: str) -> list[int]:
+    """Return the ids of the classes in the files of a data set, in the order of its class indices.
+
+    Args:
+        name: of a data set; it must have been loaded if its classes are read from its files.
+
+    Returns:
+        list[int]: empty if the classes have no ids, or are not known yet.
+    """
+    ids = MetadataCatalog.get(name).get("thing_dataset_id_to_contiguous_id") or {}
+    return sorted(ids, key=ids.get)
+
+
 def are_same_classes(names: Sequence[str], others: Sequence[str]) -> bool:
     """Return whether classes have the same names, in any order if no name stands for two."""
     same = sorted(names) == sorted(others)

@@ -97,9 +97,7 @@ class DetectionMapper(DatasetMapper):
         inputs = _Inputs(image, sem_seg=sem_seg)
         transforms = self.augmentations(inputs)
         image_shape = inputs.image.shape[:2]
-        # As in detectron2, tensors: worker processes share them with the training process.
-        pixels = np.ascontiguousarray(inputs.image.transpose(2, 0, 1))
-        dataset_dict["image"] = torch.as_tensor(pixels)
+        dataset_dict["image"] = _as_tensor(inputs.image)
         if sem_seg is not None:
             dataset_dict["sem_seg"] = torch.as_tensor(inputs.sem_seg.astype("long"))
         if self.proposal_topk is not None:
@@ -154,6 +152,27 @@ class _Inputs(T.AugInput):
             tfm.h, tfm.w = max(tfm.h, 1), max(tfm.w, 1)
             tfm.y0, tfm.x0 = min(tfm.y0, height - 1), min(tfm.x0, width - 1)
         super().transform(tfm)
+
+
+def _as_tensor(image: np.ndarray) -> torch.Tensor:
+    # As in detectron2, tensors: worker processes share them with the training process.
+    return torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def model_input(image: np.ndarray, augmentations: T.Augmentation) -> dict[str, Any]:
+    """Prepare an image that was read already as a mapper prepares the image of a file.
+
+    Args:
+        image: (H, W, C) uint8, in the mapper's ``image_format``.
+        augmentations: the mapper's.
+
+    Returns:
+        dict: "image", a (C, H', W') tensor, and "height" and "width", those of the given image.
+    """
+    inputs = _Inputs(image)
+    augmentations(inputs)
+    height, width = image.shape[:2]
+    return {"image": _as_tensor(inputs.image), "height": height, "width": width}
 
 
 def _box_in_image(annotation: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:

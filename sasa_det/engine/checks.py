@@ -25,6 +25,7 @@ from ..evaluation.validation_loss import validation_losses
 from ..modeling.attention_options import check_norm
 from ..modeling.batch_norm import check_batch_norms
 from ..modeling.rcnn import check_res5_heads
+from ..modeling.test_time_augmentation import check_augmentation
 from .distributed import unsharded
 from .tasks import Task, task_of
 
@@ -47,6 +48,8 @@ def check_model(
         UsageError, CheckpointError, DatasetError: as :func:`check_run`.
     """
     try:
+        if options.tta_enabled:
+            check_augmentation(options.config)
         _check_norms(options, num_processes)
         options = options.replace(device="cpu")
         model = trainer.build_model(options.config)
@@ -107,7 +110,10 @@ def check_metrics(options: RunOptions) -> None:
         known = metrics[tests[0]]
     else:
         known = [f"{name}/{metric}" for name in tests for metric in metrics[name]]
-    _check_expected(options.expected_results, known if len(tests) == 1 else [])
+    expected = known if len(tests) == 1 else []
+    if options.tta_enabled:
+        expected = expected + [metric.replace("/", "_TTA/", 1) for metric in expected]
+    _check_expected(options.expected_results, expected)
     best = options.best_metric
     if best.startswith(_LOSSES) and options.validation_loss:
         return  # which check_losses looks at
@@ -190,7 +196,7 @@ def check_run(
         check_schedule(options)
         _check_batch(options, num_processes)
         _check_sharding(options, num_processes)
-    _check_device(options)
+    check_device(options)
     _check_data(options, eval_only)
     if not trainer.has_own_evaluator(options.config):
         _check_evaluation(options)
@@ -223,7 +229,7 @@ def check_processes(
     Raises:
         UsageError: naming the key of the device, ``--num-gpus`` or ``--dist-url``.
     """
-    _check_device(options)
+    check_device(options)
     device = options.device
     if device != "cpu" and num_gpus > torch.cuda.device_count():
         raise UsageError(
@@ -279,7 +285,8 @@ def _check_sharding(options: RunOptions, num_processes: int) -> None:
             )
 
 
-def _check_device(options: RunOptions) -> None:
+def check_device(options: RunOptions) -> None:
+    """Raise UsageError if the device of a config is not there, or not known."""
     key, name = options.key("device"), options.device
     try:
         device = torch.device(name)

@@ -221,7 +221,9 @@ def _evaluation(trainer: type[Trainer], options: RunOptions, resume: bool) -> Ca
     follow_classes(options.test, classes_in(loaded), "the weights")
 
     def evaluate() -> None:
-        results = trainer.test(options.config, model)
+        results = dict(trainer.test(options.config, model))
+        if options.tta_enabled:
+            results.update(trainer.test_with_TTA(options.config, model))
         if options.expected_results:
             verify_results(options.config, results)
 

@@ -68,6 +68,10 @@ class Task(ABC):
         """Build the mapper of the data to train or to test on, to find mistakes in its options."""
 
     @abstractmethod
+    def test_mapper(self) -> Any:
+        """Build the mapper of the data to test on, which prediction uses as well."""
+
+    @abstractmethod
     def train_loader(self) -> TrainLoader:
         """Build the loader of the data to train on."""
 
@@ -110,13 +114,16 @@ class Detection(Task):
         check_registered(names, training=training, **self.options.image_options())
 
     def check_mapper(self, is_train: bool) -> None:
-        (build_train_mapper if is_train else build_test_mapper)(self.cfg)
+        build_train_mapper(self.cfg) if is_train else self.test_mapper()
+
+    def test_mapper(self) -> Any:
+        return build_test_mapper(self.cfg)
 
     def train_loader(self) -> TrainLoader:
         return build_train_loader(self.cfg)
 
     def test_loader(self, name: str) -> Iterable[Any]:
-        mapper = build_test_mapper(self.cfg)
+        mapper = self.test_mapper()
         return end_workers_with_parent(build_detection_test_loader(self.cfg, name, mapper=mapper))
 
     def evaluator(self, name: str, folder: str) -> DatasetEvaluator:
@@ -155,6 +162,9 @@ class LazyDetection(Detection):
     def _train_mapper(self) -> Any:
         return self._mapper("train")
 
+    def test_mapper(self) -> Any:
+        return self._mapper("test")
+
     def _mapper(self, split: str) -> Any:
         mapper = instantiate(self.cfg.dataloader[split].mapper)
         if not callable(mapper):
@@ -170,7 +180,7 @@ class LazyDetection(Detection):
             _check_call("dataloader.train", self._train_call())
             _check_call("dataloader.train.dataset", loaders.train.dataset)
             return
-        self._mapper("test")
+        self.test_mapper()
         for name in self.options.test[:1]:
             _check_call("dataloader.test", self._test_call(name))
             _check_call("dataloader.test.dataset", loaders.test.dataset)
@@ -242,6 +252,9 @@ class Classification(Task):
         if is_train:
             check_sampler(self.cfg)
         build_mapper(self.cfg, is_train=is_train)
+
+    def test_mapper(self) -> Any:
+        return build_mapper(self.cfg, is_train=False)
 
     def train_loader(self) -> TrainLoader:
         return build_classification_train_loader(self.cfg)

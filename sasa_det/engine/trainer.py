@@ -28,11 +28,12 @@ from ..checkpoint.reading import classes_in
 from ..config.load import BUILD_ERRORS, explain_build_error
 from ..config.options import RunOptions, plain
 from ..config.values import check_schedule, warn_of_slow_averages
-from ..data.catalog import follow_classes, warn_of_classes
+from ..data.catalog import category_ids, follow_classes, warn_of_classes
 from ..data.loader import TrainLoader
 from ..errors import DatasetError, UsageError
 from ..evaluation.coco import coco_evaluator
 from ..evaluation.validation_loss import validation_losses
+from ..modeling import with_augmentation
 from .checks import check_losses
 from .distributed import distribute, unsharded
 from .hooks import (
@@ -221,6 +222,10 @@ class Trainer(DefaultTrainer):
             ]
             with self.ema.applied():
                 results["ema"] = self._test(model, evaluators)
+        if self.options.tta_enabled and self.iter + 1 >= self.max_iter:
+            # It takes as long as several evaluations. As in detectron2, at the end alone.
+            with self.signals.at_once():
+                results.update(self.test_with_TTA(self.cfg, model))
         if self.options.validation_loss:
             batches = self.signals.between(self._validation_batches())
             with unsharded(model):
@@ -291,6 +296,32 @@ class Trainer(DefaultTrainer):
         return next(iter(results.values())) if len(results) == 1 else results
 
     @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+        """Evaluate a model with test-time augmentation, as detectron2's ``tools/train_net.py``.
+
+        Args:
+            cfg: the config of the run, with ``TEST.AUG.ENABLED``.
+            model: as for :meth:`test`.
+
+        Returns:
+            dict: as of :meth:`test`, with ``_TTA`` behind the names.
+        """
+        options = RunOptions.read(cfg)
+        task = task_of(options)
+        evaluators = [
+            cls.build_evaluator(cfg, name, task.results_folder(name, "TTA"))
+            for name in options.test
+        ]
+        # The augmentation resizes the images from their own size, and not for a second time.
+        unresized = cfg.clone()
+        unresized.defrost()
+        unresized.INPUT.MIN_SIZE_TEST = 0
+        unresized.freeze()
+        logger.info("Evaluating with test-time augmentation.")
+        results = cls.test(unresized, with_augmentation(cfg, model), evaluators)
+        return {f"{name}_TTA": values for name, values in results.items()}
+
+    @classmethod
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> DatasetEvaluator:
@@ -307,6 +338,8 @@ class Trainer(DefaultTrainer):
         # detectron2 0.6 leaves it out.
         state["_trainer"] = self._trainer.state_dict()
         state["classes"] = self._class_names()
+        if ids := category_ids(self.options.train[0]):
+            state["category_ids"] = ids
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

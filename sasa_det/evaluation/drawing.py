@@ -3,10 +3,13 @@
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from detectron2.data import Metadata
+from detectron2.structures import Instances
+from detectron2.utils.visualizer import Visualizer
 from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
@@ -79,6 +82,48 @@ def draw_detections(
     with whole_file(path) as part:
         figure.savefig(part, format="png")
     return figure
+
+
+def draw_instances(
+    image: np.ndarray, instances: Instances, class_name: Callable[[int], str]
+) -> np.ndarray:
+    """Draw detections into an image with detectron2's Visualizer, a colour for each class.
+
+    Args:
+        image: (H, W, 3) uint8, RGB.
+        instances: on the CPU: "pred_boxes", "scores", "pred_classes" and, if they are there,
+            "pred_masks" and "pred_keypoints".
+        class_name: returns the name of a class index.
+
+    Returns:
+        numpy.ndarray: (H, W, 3) uint8, RGB.
+    """
+    if not len(instances):
+        return image
+    classes = instances.pred_classes.tolist()
+    scores = instances.scores.tolist()
+    colours = _class_colours(max(classes) + 1)
+    given = {
+        name: getattr(instances, field)
+        for name, field in (("masks", "pred_masks"), ("keypoints", "pred_keypoints"))
+        if instances.has(field)
+    }
+    if "masks" in given:
+        given["masks"] = list(given["masks"].numpy())
+    # Matplotlib reads a dollar sign as the beginning of a formula.
+    labels = [
+        f"{class_name(index)} {score:.0%}".replace("$", r"\$")
+        for index, score in zip(classes, scores, strict=True)
+    ]
+    visualizer = Visualizer(image, Metadata())
+    drawn = visualizer.overlay_instances(
+        boxes=instances.pred_boxes,
+        labels=labels,
+        assigned_colors=[colours[index] for index in classes],
+        alpha=0.8,
+        **given,
+    )
+    return drawn.get_image()
 
 
 def _draw_panel(

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,3 +121,26 @@ def leaves(value, path=""):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return {k: v for key, part in items for k, v in leaves(part, f"{path}/{key}").items()}
     return {path: value}
+
+
+@pytest.fixture(scope="session")
+def trained(digits, tmp_path_factory):
+    """The checkpoint of a detector that has learnt the 8 images of ``digits`` by heart."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = digits / "train.json", digits / "train"
+    options = [
+        "SEED",
+        1,
+        "SOLVER.MAX_ITER",
+        100,
+        "SOLVER.IMS_PER_BATCH",
+        4,
+        "SOLVER.CHECKPOINT_PERIOD",
+        1000,
+    ]
+    options += ["INPUT.JITTER.MIN_SCALE", 1.0, "INPUT.JITTER.MAX_SCALE", 1.0]
+    config = Path(__file__).parents[2] / CONFIG
+    words = ["--config-file", config, "--train", *data, "--test", *data, *options]
+    words += ["OUTPUT_DIR", folder]
+    assert run(argument_parser().parse_args([str(word) for word in words])) == 0
+    return folder / "model_final.pth"

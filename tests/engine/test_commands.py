@@ -111,7 +111,7 @@ TOOLS = sorted(set(Path("tools").glob("*.py")) - {Path("tools/install_detectron2
 
 @pytest.mark.slow
 def test_ctrl_c_while_a_command_is_imported(start, read_until):
-    assert len(TOOLS) == 8
+    assert len(TOOLS) == 9
     processes = [start(launcher=("-X", "importtime"), tool=tool, data=["--help"]) for tool in TOOLS]
     for process in processes:
         output = read_until(process, "numpy")
@@ -122,7 +122,7 @@ def test_ctrl_c_while_a_command_is_imported(start, read_until):
 
 @pytest.mark.slow
 def test_ctrl_c_in_the_demo(start, read_until, tmp_path):
-    process = start(tool="tools/demo.py", data=["--output", tmp_path / "demo"])
+    process = start(tool="tools/digits_demo.py", data=["--output", tmp_path / "demo"])
     output = read_until(process, "Starting training")
     process.send_signal(signal.SIGINT)
     output += process.communicate()[0]

@@ -1,0 +1,380 @@
+"""Prediction from a command line: images and videos in, pictures and tables out."""
+
+import argparse
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from pathlib import Path
+
+import cv2
+import numpy as np
+from detectron2.structures import Instances
+from PIL import Image
+from tqdm import tqdm
+
+from ..command_line import positive_int, refuse_existing
+from ..config.defaults import default_config
+from ..config.keys import all_keys
+from ..data.media import Frame, Medium, count_images, find_media, media_of_coco, read_frames
+from ..errors import ImageError, UsageError
+from ..evaluation.drawing import draw_instances
+from ..evaluation.predictions import Predictions, images_path
+from ..utils.files import whole_file
+from ..utils.text import abbreviated_list, printable
+from .defaults import flush_denormals, log_to
+from .predictor import Predictor
+from .trained_model import TrainedModel, load_trained_model
+
+logger = logging.getLogger(__name__)
+
+# Pictures keep these formats; those of other images and videos become the first and .mp4.
+_PICTURES = (".png", ".jpg", ".jpeg")
+
+_JPEG_QUALITY = 95
+
+_SHOWN = 3
+
+_EPILOG = """
+KEY VALUE pairs override the config of the model, as MODEL.DEVICE cpu, and come after a flag other
+than --input. Exit status: 0 if at least one image could be read, 1 if none could, 2 if there is a
+mistake in the command or the weights.
+"""
+
+
+def predict_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of the command line that :func:`run_predict` takes."""
+    parser = argparse.ArgumentParser(description=description, epilog=_EPILOG)
+    parser.add_argument(
+        "--weights", required=True, metavar="FILE", help="checkpoint of a detector, model_final.pth"
+    )
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        metavar="INPUT",
+        help="images, folders of images, glob patterns in quotes, and videos",
+    )
+    parser.add_argument(
+        "--test",
+        nargs=2,
+        metavar=("JSON", "IMAGES"),
+        help="COCO-format json and the folder of its images, instead of --input; the results have "
+        "its ids of images and categories",
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", help="folder for pictures and videos with what was found"
+    )
+    parser.add_argument("--json", metavar="FILE", help="file to write, of COCO results")
+    parser.add_argument("--csv", metavar="FILE", help="file to write, a table of all objects")
+    parser.add_argument(
+        "--confidence-threshold",
+        type=_share,
+        default=0.5,
+        metavar="SCORE",
+        help="lowest score of an object, 0.5 by default; to measure the AP of the results, 0.05",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive_int,
+        default=8,
+        metavar="N",
+        help="images or tiles that go through the model at once, 8 by default",
+    )
+    parser.add_argument(
+        "--tile",
+        type=positive_int,
+        metavar="PIXELS",
+        help="cut images into tiles of this height and width, for large images",
+    )
+    parser.add_argument(
+        "--overlap",
+        type=_share_below_1,
+        metavar="SHARE",
+        help="share of a tile that the next one shows as well, 0.2 by default; objects should be "
+        "smaller",
+    )
+    parser.add_argument(
+        "--config-file",
+        default="",
+        metavar="FILE",
+        help="config of the model, if the checkpoint carries none; a LazyConfig is executed",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace files that exist in the place of outputs"
+    )
+    parser.add_argument(
+        "opts", metavar="KEY VALUE", nargs=argparse.REMAINDER, help="overrides of the config"
+    )
+    return parser
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}")
+    return share
+
+
+def _share_below_1(text: str) -> float:
+    share = _share(text)
+    if share == 1:
+        raise argparse.ArgumentTypeError(f"must be below 1, got {text!r}")
+    return share
+
+
+def run_predict(args: argparse.Namespace) -> int:
+    """Predict as a command line of :func:`predict_parser` says.
+
+    Returns:
+        int: exit status: 0, or 1 if no image could be read; nothing is written then.
+
+    Raises:
+        UsageError, CheckpointError: in one sentence, before anything is written.
+    """
+    flush_denormals()
+    log_to(None)
+    media, ids = _media(args)
+    outputs = _Outputs(args, media)
+    trained = load_trained_model(args.weights, config_file=args.config_file, opts=args.opts)
+    predictions = Predictions(
+        trained.class_name, _category_ids(trained, args.test, ids), trained.options.num_classes
+    )
+    predictor = Predictor(
+        trained,
+        score_threshold=args.confidence_threshold,
+        batch_size=args.batch_size,
+        tile=args.tile or 0,
+        overlap=0.2 if args.overlap is None else args.overlap,
+    )
+    # Tiles of one image are a batch, and an image in tiles may be very large.
+    num_images = 1 if args.tile else args.batch_size
+    unreadable: list[str] = []
+    count = 0
+    total = sum(map(count_images, media))
+    with tqdm(total=total, unit="image", desc="Predicting") as progress, outputs:
+        for batch in _read_ahead(_batches(media, predictor.max_pixels, num_images)):
+            frames = [frame for frame in batch if isinstance(frame, Frame)]
+            for error in batch:
+                if isinstance(error, ImageError):
+                    unreadable.append(str(error.path))
+                    tqdm.write(printable(f"Skipped: {error}"))
+            found = predictor([frame.image for frame in frames])
+            for frame, instances in zip(frames, found, strict=True):
+                instances = instances.to("cpu")
+                medium = frame.medium
+                predictions.add(instances, medium.name, frame=frame.index, image_id=medium.image_id)
+                outputs.draw(frame, instances, trained.class_name)
+            count += len(frames)
+            progress.update(len(batch))
+        seconds = max(progress.format_dict["elapsed"], 1e-9)
+    if unreadable:
+        logger.warning(
+            "%d of %d files could not be read: %s",
+            len(unreadable),
+            len(media),
+            abbreviated_list(unreadable, _SHOWN),
+        )
+    if not count:
+        logger.error("No image could be read, and nothing was written.")
+        return 1
+    outputs.write(predictions)
+    logger.info(
+        "%d objects with a score of at least %g in %d images, %.1f images/s; written to %s.",
+        len(predictions.results),
+        args.confidence_threshold,
+        count,
+        count / seconds,
+        ", ".join(str(path) for path in (args.output, *outputs.tables) if path),
+    )
+    return 0
+
+
+def _media(args: argparse.Namespace) -> tuple[list[Medium], dict[str, int]]:
+    """Find what to predict on, and the ids of the categories of a COCO json."""
+    if bool(args.input) == bool(args.test):
+        raise UsageError("give images with --input, or a COCO json and its images with --test.")
+    if args.overlap is not None and not args.tile:
+        raise UsageError("--overlap is for tiles: give their size with --tile.")
+    if args.test:
+        return media_of_coco(*args.test)
+    known = all_keys(default_config())
+    for word in args.input:
+        if word in known and not os.path.lexists(word):
+            raise UsageError(
+                f"{word} stands among the words of --input; put the KEY VALUE pairs behind another "
+                "flag, or behind --."
+            )
+    return find_media(args.input, leave_out=args.output), {}
+
+
+def _category_ids(
+    trained: TrainedModel, test: Sequence[str] | None, ids: dict[str, int]
+) -> Callable[[int], int]:
+    """Return what gives the id of a class index, by its name in a COCO json if there is one."""
+    if not test or not ids:
+        return trained.category_id
+    number = trained.options.num_classes
+    names = trained.class_names
+    if not names and number == len(ids):
+        return sorted(ids.values()).__getitem__
+    missing = [name for name in names if name not in ids]
+    if missing or not names:
+        what = f"no category {missing[0]!r}" if missing else f"{len(ids)} categories"
+        raise UsageError(
+            f"{test[0]} has {what}, and the model has "
+            f"{abbreviated_list(names, _SHOWN) or f'{number} classes without names'}: the classes "
+            "must be the same."
+        )
+    return [ids[name] for name in names].__getitem__
+
+
+def _batches(
+    media: Iterable[Medium], max_pixels: int, size: int
+) -> Iterator[list[Frame | ImageError]]:
+    frames = _frames(media, max_pixels)
+    while batch := list(islice(frames, size)):
+        yield batch
+
+
+def _frames(media: Iterable[Medium], max_pixels: int) -> Iterator[Frame | ImageError]:
+    for medium in media:
+        try:
+            yield from read_frames(medium, max_pixels)
+        except ImageError as error:
+            yield error
+
+
+def _read_ahead(batches: Iterator[list]) -> Iterator[list]:
+    """Read a batch while the one before is worked on.
+
+    One thread alone reads, for the limit on pixels that reading sets is the whole process'.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(next, batches, None)
+        while (batch := future.result()) is not None:
+            future = pool.submit(next, batches, None)
+            yield batch
+
+
+class _Outputs:
+    """The files that a command writes; a video is written while its images are predicted on."""
+
+    def __init__(self, args: argparse.Namespace, media: Sequence[Medium]):
+        """Raise UsageError if a file must not be written, before anything is."""
+        if not (args.output or args.json or args.csv):
+            raise UsageError("there is nothing to write: give --output, --json or --csv.")
+        self._folder = Path(args.output) if args.output else None
+        self._json, self._csv = (Path(path) if path else None for path in (args.json, args.csv))
+        # The images of a COCO json have one already.
+        self._images = None if args.test or not self._json else images_path(self._json)
+        self.tables = [path for path in (self._json, self._images, self._csv) if path]
+        self._video: tuple[Medium, cv2.VideoWriter] | None = None
+        self._stack = ExitStack()
+        if len({os.path.abspath(path) for path in self.tables}) < len(self.tables):
+            raise UsageError("--json and --csv must name different files.")
+        for path in self.tables:
+            if path.is_dir() or (os.path.lexists(path) and not args.overwrite):
+                kind = "is a folder" if path.is_dir() else "exists; --overwrite replaces it"
+                raise UsageError(f"output {path} {kind}.")
+        if self._folder is not None and not args.overwrite:
+            refuse_existing(self._folder, hint=", or give --overwrite")
+        for path in (self._folder, *self.tables):
+            _check_writable(path)
+        written = {os.path.realpath(path): str(path) for path in self.tables}
+        sources = {os.path.realpath(path) for path in (args.weights, *(args.test or ())[:1])}
+        sources |= {os.path.realpath(medium.path) for medium in media}
+        for medium in media if self._folder is not None else ():
+            path = self._picture(medium)
+            if (real := os.path.realpath(path)) in written:
+                raise UsageError(
+                    f"{path} would be written twice, for {written[real]} and for {medium.path}: "
+                    "give the folder that both are in, or one at a time."
+                )
+            written[real] = medium.path
+        for path in sorted(sources & written.keys()):
+            raise UsageError(f"{path} is an input, and must not be an output as well.")
+
+    def __enter__(self) -> "_Outputs":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if error is None:
+            self._end_video()
+        else:
+            if self._video is not None:
+                self._video[1].release()
+            # The video is removed, for it is not whole.
+            self._stack.__exit__(kind, error, trace)
+
+    def draw(self, frame: Frame, instances: Instances, class_name: Callable[[int], str]) -> None:
+        """Write the picture of an image, or the next one of a video."""
+        if self._folder is None:
+            return
+        # A folder is locked while a file is written into it.
+        if self._video is not None and self._video[0] is not frame.medium:
+            self._end_video()
+        rgb = draw_instances(frame.image[:, :, ::-1], instances, class_name)
+        if frame.index is not None:
+            self._add_to_video(frame, rgb)
+            return
+        with _explained(self._folder), whole_file(self._picture(frame.medium)) as part:
+            Image.fromarray(rgb).save(part, quality=_JPEG_QUALITY)
+
+    def write(self, predictions: Predictions) -> None:
+        """Write the tables."""
+        if self._json:
+            with _explained(self._json):
+                predictions.write_json(self._json, self._images)
+        if self._csv:
+            with _explained(self._csv):
+                predictions.write_csv(self._csv)
+
+    def _picture(self, medium: Medium) -> Path:
+        allowed = (".mp4",) if medium.is_video else _PICTURES
+        suffix = "" if Path(medium.name).suffix.lower() in allowed else allowed[0]
+        return self._folder / f"{medium.name}{suffix}"
+
+    def _add_to_video(self, frame: Frame, rgb: np.ndarray) -> None:
+        height, width = rgb.shape[:2]
+        if self._video is None:
+            with _explained(self._folder):
+                part = self._stack.enter_context(whole_file(self._picture(frame.medium)))
+            code = cv2.VideoWriter_fourcc(*"mp4v")
+            writer = cv2.VideoWriter(str(part), code, frame.fps, (width, height))
+            if not writer.isOpened():
+                raise UsageError("this OpenCV cannot write mp4 videos; leave --output out.")
+            self._video = frame.medium, writer
+        self._video[1].write(np.ascontiguousarray(rgb[:, :, ::-1]))
+
+    def _end_video(self) -> None:
+        if self._video is not None:
+            self._video[1].release()
+            self._video = None
+            self._stack.close()
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn what the operating system says, as of a full disk, into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"output {path} cannot be written: {error.strerror or error}.") from error
+
+
+def _check_writable(path: Path | None) -> None:
+    if path is None:
+        return
+    parent = Path(os.path.abspath(path))
+    while not parent.exists():
+        parent = parent.parent
+    folder = parent if parent.is_dir() else parent.parent
+    if parent != Path(os.path.abspath(path)) and not parent.is_dir():
+        raise UsageError(f"output {path} cannot be written: {parent} is not a folder.")
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"output {path} cannot be written: {folder} may not be written to.")
