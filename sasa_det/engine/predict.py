@@ -142,7 +142,7 @@ def run_predict(args: argparse.Namespace) -> int:
     outputs = _Outputs(args, media)
     trained = load_trained_model(args.weights, config_file=args.config_file, opts=args.opts)
     predictions = Predictions(
-        trained.class_name, _category_ids(trained, args.test, ids), trained.options.num_classes
+        trained.class_name, _category_ids(trained, args.test, ids), trained.num_classes
     )
     predictor = Predictor(
         trained,
@@ -218,7 +218,7 @@ def _category_ids(
     """Return what gives the id of a class index, by its name in a COCO json if there is one."""
     if not test or not ids:
         return trained.category_id
-    number = trained.options.num_classes
+    number = trained.num_classes
     names = trained.class_names
     if not names and number == len(ids):
         return sorted(ids.values()).__getitem__
@@ -281,8 +281,8 @@ class _Outputs:
             if path.is_dir() or (os.path.lexists(path) and not args.overwrite):
                 kind = "is a folder" if path.is_dir() else "exists; --overwrite replaces it"
                 raise UsageError(f"output {path} {kind}.")
-        if self._folder is not None and not args.overwrite:
-            refuse_existing(self._folder, hint=", or give --overwrite")
+        if self._folder is not None and (not args.overwrite or self._folder.is_file()):
+            refuse_existing(self._folder, hint=", or give --overwrite for a folder")
         for path in (self._folder, *self.tables):
             _check_writable(path)
         written = {os.path.realpath(path): str(path) for path in self.tables}

@@ -139,6 +139,8 @@ class Predictor:
         """
         if isinstance(images, (str, os.PathLike)):
             raise ValueError(f"images must be a list of images, got the path {images}")
+        if isinstance(images, np.ndarray) and images.ndim < 4:
+            raise ValueError(f"images must be a list of images, got an array of {images.shape}")
         arrays = [
             read_image(os.fspath(image), self.max_pixels, "BGR")
             if isinstance(image, (str, os.PathLike))

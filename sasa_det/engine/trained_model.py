@@ -10,6 +10,7 @@ import torch
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
+from omegaconf import DictConfig
 from torch import nn
 
 from ..checkpoint import Checkpointer
@@ -53,8 +54,13 @@ class TrainedModel:
     category_ids: list[int]
 
     @property
-    def config(self) -> CfgNode:
+    def config(self) -> CfgNode | DictConfig:
         return self.options.config
+
+    @property
+    def num_classes(self) -> int | None:
+        """The number of classes, if the config has it where it is known to be."""
+        return _num_classes(self.options)
 
     def class_name(self, index: int) -> str:
         """Return the name of a class, which is as "class 3" if the names are not known."""
@@ -145,6 +151,10 @@ def _check_kind(options: RunOptions, path: os.PathLike) -> None:
         raise UsageError(f"{path}: {key} must be False, because new images have no proposals.")
 
 
+def _num_classes(options: RunOptions) -> int | None:
+    return options.num_classes if options.class_key else None
+
+
 class _Classes(NamedTuple):
     names: list[str]
     ids: list[int]
@@ -156,6 +166,6 @@ def _of_training_data(options: RunOptions) -> _Classes:
         if name not in DatasetCatalog:
             break
         names = list(MetadataCatalog.get(name).get("thing_classes") or ())
-        if options.num_classes in (None, len(names)):
+        if _num_classes(options) in (None, len(names)):
             return _Classes(names, category_ids(name))
     return _Classes([], [])

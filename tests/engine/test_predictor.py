@@ -208,6 +208,8 @@ def test_what_is_no_image_is_refused(trained, image, words):
         predictor([image])
     with pytest.raises(ValueError, match="must be a list of images, got the path x.png"):
         predictor("x.png")
+    with pytest.raises(ValueError, match=r"must be a list of images, got an array of \(4, 4, 3\)"):
+        predictor(np.zeros((4, 4, 3), np.uint8))
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,8 @@ def test_what_is_loaded_is_what_was_saved(folder, digits, assert_equal_runs):
     trainer.checkpointer.save("model_0000003", iteration=trainer.iter, config="")
     path = folder / "again" / "model_0000003.pth"
     again = read_checkpoint(path)
-    # Which metric is meant has come to the record since.
+    # Which metric is meant, and the ids of the classes, have come to the record since.
+    assert again["trainer"].pop("category_ids") == list(range(1, 11))
     best = again["trainer"]["hooks"]["Evaluation"]["best"]
     assert (best.pop("name"), best.pop("mode")) == ("validation/total_loss", "min")
     write_checkpoint(again, path)

@@ -3,11 +3,13 @@ import os
 
 import numpy as np
 import pytest
+import torch
+from detectron2.structures import Boxes, Instances
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from sasa_det.evaluation import drawing
-from sasa_det.evaluation.drawing import draw_curves, draw_detections
+from sasa_det.evaluation.drawing import draw_curves, draw_detections, draw_instances
 
 NAMES = ("cat", "dog", "owl")
 
@@ -180,3 +182,38 @@ def test_broken_metrics_are_named(tmp_path, caplog):
         draw_curves({"run": path}, tmp_path / "a.png")
     with pytest.raises(FileNotFoundError):
         draw_curves({"run": tmp_path / "none.json"}, tmp_path / "a.png")
+
+
+def instances_of(boxes, classes, size=(90, 120)):
+    instances = Instances(size)
+    instances.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+    instances.scores = torch.linspace(0.9, 0.5, len(boxes))
+    instances.pred_classes = torch.tensor(classes, dtype=torch.int64)
+    return instances
+
+
+def test_instances_are_drawn_in_the_colours_of_their_classes():
+    image = np.full((300, 600, 3), 90, np.uint8)
+    boxes = [[20, 100, 180, 250], [220, 100, 380, 250], [420, 100, 580, 250]]
+    instances = instances_of(boxes, [2, 0, 2], size=(300, 600))
+    found = draw_instances(image, instances, "a $ {}".format)
+    assert found.shape == image.shape and found.dtype == np.uint8 and (image == 90).all()
+    # On the lower edges: the labels are above.
+    first, second, third = (found[248:253, x].astype(int) for x in (100, 300, 500))
+    assert np.array_equal(first, third) and abs(first - second).max() > 60
+    assert (found[255:] == 90).all() and (found[80:100, 20:60] != 90).any()
+    # A class has the same colour in every image.
+    again = draw_instances(image, instances[:1], str)
+    assert np.array_equal(again[248:253, 100], first)
+
+
+def test_masks_are_drawn_and_images_without_instances_stay():
+    image = np.full((90, 120, 3), 90, np.uint8)
+    assert np.array_equal(draw_instances(image, instances_of([], []), str), image)
+    instances = instances_of([[20, 20, 100, 80]], [1])
+    plain = draw_instances(image, instances, str)
+    instances.pred_masks = torch.zeros(1, 90, 120, dtype=torch.bool)
+    instances.pred_masks[0, 60:70, 60:70] = True
+    masked = draw_instances(image, instances, str)
+    changed = (plain != masked).any(axis=2)
+    assert changed[62:68, 62:68].all() and not changed[:55, 75:].any()
