@@ -7,10 +7,14 @@ are written for sizes that are not known.
 
 import torch
 import torch.nn.functional as F
-from detectron2.modeling import RetinaNet
+from detectron2.export import TracingAdapter
+from detectron2.modeling import GeneralizedRCNN, RetinaNet
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from torch import Tensor, nn
 from torchvision.ops import nms
+
+from ..errors import UsageError
+from ..modeling import Classifier
 
 
 def padded_image(model: nn.Module, image: Tensor) -> Tensor:
@@ -26,6 +30,7 @@ def padded_image(model: nn.Module, image: Tensor) -> Tensor:
 class FlatRetinaNet(nn.Module):
     """A RetinaNet from an image to boxes, scores and classes."""
 
+    kind = "detector"
     output_names = ("boxes", "scores", "classes")
 
     def __init__(self, model: RetinaNet):
@@ -49,9 +54,7 @@ class FlatRetinaNet(nn.Module):
             _anchors(feature, *of_level)
             for feature, *of_level in zip(features, *_anchor_options(model), strict=True)
         ]
-        levels = [
-            self._candidates(*level) for level in zip(anchors, logits, deltas, strict=True)
-        ]
+        levels = [self._candidates(*level) for level in zip(anchors, logits, deltas, strict=True)]
         boxes, scores, classes = (torch.cat(parts) for parts in zip(*levels, strict=True))
         likely = torch.nonzero(scores > model.test_score_thresh).squeeze(1)
         boxes, scores, classes = boxes[likely], scores[likely], classes[likely]
@@ -115,3 +118,106 @@ def _inside(boxes: Tensor, scores: Tensor, classes: Tensor, image: Tensor):
     y0, y1 = y0.clamp(0, height), y1.clamp(0, height)
     kept = torch.nonzero((x1 > x0) & (y1 > y0)).squeeze(1)
     return torch.stack([x0, y0, x1, y1], 1)[kept], scores[kept], classes[kept]
+
+
+class RawRetinaNet(nn.Module):
+    """A RetinaNet from an image to features, logits and deltas of every level."""
+
+    kind = "raw"
+
+    def __init__(self, model: RetinaNet):
+        super().__init__()
+        self.model = model
+        names = model.head_in_features
+        self.output_names = tuple(
+            f"{what}_{name}" for what in ("features", "logits", "deltas") for name in names
+        )
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """
+        Args:
+            image: as of :class:`FlatRetinaNet`.
+
+        Returns:
+            tuple[Tensor]: named by ``output_names``: (1, C, H, W), (1, A K, H, W), (1, A 4, H, W).
+        """
+        features = self.model.backbone(padded_image(self.model, image))
+        features = [features[name] for name in self.model.head_in_features]
+        logits, deltas = self.model.head(features)
+        return (*features, *logits, *deltas)
+
+
+class FlatClassifier(nn.Module):
+    """A classifier from an image to the probabilities of the classes, or to what leads to them."""
+
+    def __init__(self, model: Classifier, raw: bool = False):
+        super().__init__()
+        self.model = model
+        self.kind = "raw" if raw else "classifier"
+        self._features = list(model.backbone.output_shape()) if raw else []
+        names = [f"features_{name}" for name in self._features]
+        self.output_names = (*names, "logits") if raw else ("scores",)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """
+        Args:
+            image: (C, H, W) in 0 to 255.
+
+        Returns:
+            (scores,): (num_classes,); raw, the features and the logits.
+        """
+        model = self.model
+        if self.kind == "classifier":
+            return (model.logits(image[None]).softmax(1)[0],)
+        features = model.backbone(((image - model.pixel_mean) / model.pixel_std)[None])
+        logits = features[model.in_feature]
+        if model.linear is not None:
+            logits = model.linear(logits.mean((2, 3)))
+        return (*(features[name] for name in self._features), logits)
+
+
+def _flat_rcnn(model: GeneralizedRCNN, image: Tensor) -> TracingAdapter:
+    """Return what detectron2 traces of an R-CNN; it runs its own steps behind the heads."""
+    has_masks = bool(getattr(model.roi_heads, "mask_on", False))
+
+    def infer(model: GeneralizedRCNN, image: Tensor) -> tuple[Tensor, ...]:
+        found = model.inference([{"image": image}], do_postprocess=False)[0]
+        masks = (found.pred_masks,) if has_masks else ()
+        return (found.pred_boxes.tensor, found.scores, found.pred_classes, *masks)
+
+    adapter = TracingAdapter(model, image, infer)
+    adapter.kind = "detector"
+    adapter.output_names = ("boxes", "scores", "classes") + (("masks",) if has_masks else ())
+    return adapter
+
+
+def flatten_model(model: nn.Module, image: Tensor, *, raw: bool = False) -> nn.Module:
+    """Return a model with one image as its input and a tuple of tensors as its output.
+
+    Args:
+        model: RetinaNet, classifier or R-CNN, in eval mode.
+        image: (C, H, W) in 0 to 255, a sample.
+        raw: whether the outputs are features, logits and deltas, not what is made of them.
+
+    Returns:
+        nn.Module: with the attributes ``kind``, one of "detector", "classifier" and "raw", and
+        ``output_names``.
+
+    Raises:
+        UsageError: if there is no such form of the model.
+    """
+    if isinstance(model, RetinaNet):
+        return RawRetinaNet(model) if raw else FlatRetinaNet(model)
+    if isinstance(model, Classifier):
+        return FlatClassifier(model, raw)
+    if type(model) is GeneralizedRCNN and not raw:
+        if getattr(model.roi_heads, "keypoint_on", False):
+            raise UsageError(
+                "an R-CNN with keypoints cannot be exported; set MODEL.KEYPOINT_ON False."
+            )
+        return _flat_rcnn(model, image)
+    what = "with --raw" if type(model) is GeneralizedRCNN else "by this command"
+    raise UsageError(
+        f"a {type(model).__name__} cannot be exported {what}; RetinaNet, AttentionRetinaNet and "
+        "Classifier can, and GeneralizedRCNN without --raw."
+    )
