@@ -70,9 +70,8 @@ def _open_onnx(path: Path, runtime: Any) -> tuple[Callable, str]:
     session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(image: Tensor) -> list[Tensor]:
-        return [
-            torch.from_numpy(np.asarray(x)) for x in session.run(None, {"image": image.numpy()})
-        ]
+        outputs = session.run(None, {"image": image.numpy()})
+        return [torch.from_numpy(np.asarray(x)) for x in outputs]
 
     return run, session.get_modelmeta().custom_metadata_map.get(FACTS, "null")
 

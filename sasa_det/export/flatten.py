@@ -212,9 +212,7 @@ def flatten_model(model: nn.Module, image: Tensor, *, raw: bool = False) -> nn.M
         return FlatClassifier(model, raw)
     if type(model) is GeneralizedRCNN and not raw:
         if getattr(model.roi_heads, "keypoint_on", False):
-            raise UsageError(
-                "an R-CNN with keypoints cannot be exported; set MODEL.KEYPOINT_ON False."
-            )
+            raise UsageError("an R-CNN with MODEL.KEYPOINT_ON True cannot be exported.")
         return _flat_rcnn(model, image)
     what = "with --raw" if type(model) is GeneralizedRCNN else "by this command"
     raise UsageError(
