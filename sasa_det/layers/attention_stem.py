@@ -118,7 +118,7 @@ class AttentionStem(nn.Module):
         place = self.row_embedding[:, None] + self.col_embedding[None]
         # Not by einsum, which ONNX has since opset 12 alone.
         mixing = self.mixture_embedding @ place.flatten(0, 1).transpose(0, 1)
-        return mixing.unflatten(1, (self.block_size, self.block_size)).softmax(0)
+        return mixing.reshape(-1, self.block_size, self.block_size).softmax(0)
 
     def forward(self, x: Tensor) -> Tensor:
         """
