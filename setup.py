@@ -66,5 +66,9 @@ setup(
         "tqdm>=4.60",
     ],
     **kernels(),
-    extras_require={"dev": ["hypothesis", "pytest", "pytest-xdist", "ruff"], "benchmark": ["timm"]},
+    extras_require={
+        "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
+        "benchmark": ["timm"],
+        "export": ["onnx>=1.15", "onnxruntime>=1.17"],
+    },
 )
