@@ -70,5 +70,6 @@ setup(
         "analysis": ["hotcoco>=1.3"],
         "benchmark": ["timm"],
         "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
+        "export": ["onnx>=1.15", "onnxruntime>=1.17"],
     },
 )

@@ -49,7 +49,10 @@ def predict_parser(description: str | None = None) -> argparse.ArgumentParser:
     """Return the parser of the command line that :func:`run_predict` takes."""
     parser = argparse.ArgumentParser(description=description, epilog=_EPILOG)
     parser.add_argument(
-        "--weights", required=True, metavar="FILE", help="checkpoint of a detector, model_final.pth"
+        "--weights",
+        required=True,
+        metavar="FILE",
+        help="checkpoint of a detector, model_final.pth, or a file of tools/export_model.py",
     )
     parser.add_argument(
         "--input",

@@ -22,6 +22,7 @@ from ..config.options import RunOptions
 from ..config.stored import options_without_data, stored_options
 from ..data.catalog import category_ids
 from ..errors import UsageError
+from ..export import is_exported, read_exported
 from ..modeling.rcnn import check_res5_heads
 from ..modeling.test_time_augmentation import check_augmentation
 from .checks import check_device
@@ -73,7 +74,11 @@ class TrainedModel:
 
 
 def load_trained_model(
-    weights: str | os.PathLike, *, config_file: str = "", opts: Sequence[str] = ()
+    weights: str | os.PathLike,
+    *,
+    config_file: str = "",
+    opts: Sequence[str] = (),
+    classifiers: bool = False,
 ) -> TrainedModel:
     """Build the detector of a checkpoint and load its weights.
 
@@ -82,9 +87,11 @@ def load_trained_model(
     the data set that its config names in ``DATASETS.TRAIN``, if that is registered.
 
     Args:
-        weights: a checkpoint of this project or of detectron2.
+        weights: a checkpoint of this project or of detectron2, or a file of
+            ``tools/export_model.py``, which runs on the CPU.
         config_file: yaml config or LazyConfig of the model, in place of the one in the checkpoint.
         opts: KEY VALUE pairs that override it, or key=value for a LazyConfig.
+        classifiers: whether the model may be a classifier.
 
     Raises:
         UsageError: if there is no config, it cannot be used, or is not a detector's.
@@ -92,6 +99,8 @@ def load_trained_model(
     """
     if not os.fspath(weights):
         raise UsageError("no weights are given: name a checkpoint, such as model_final.pth.")
+    if is_exported(weights):
+        return _load_exported(weights, config_file, opts)
     checkpoint, path = read_weights(weights)
     text = config_in(checkpoint)
     if config_file:
@@ -108,7 +117,8 @@ def load_trained_model(
     key = options.class_key
     if config_file and names and key and not any(word.startswith(key) for word in opts):
         options = options.replace(num_classes=len(names))
-    _check_kind(options, path)
+    if not (classifiers and options.meta_architecture == "Classifier"):
+        _check_kind(options, path)
     try:
         # Not MODEL.COMPILE and the like: they take longer than they gain over some images.
         if options.is_lazy:
@@ -128,6 +138,21 @@ def load_trained_model(
     if ids is None and names == known.names:
         ids = known.ids
     return TrainedModel(model.eval(), options, names, ids or [])
+
+
+def _load_exported(path: str | os.PathLike, config_file: str, opts: Sequence[str]) -> TrainedModel:
+    if config_file:
+        raise UsageError(f"{path} holds its config; leave --config-file out.")
+    model = read_exported(path)
+    options = stored_options(model.facts["config"], f"the config in {path}", opts)
+    options = options.replace(device="cpu")
+    _check_kind(options, path)
+    if options.tta_enabled and options.meta_architecture == "GeneralizedRCNN":
+        raise UsageError(
+            f"{path}: TEST.AUG.ENABLED must be False, for an exported R-CNN has no test-time "
+            "augmentation."
+        )
+    return TrainedModel(model, options, model.facts["classes"], model.facts["category_ids"])
 
 
 def _on_device(options: RunOptions, opts: Sequence[str]) -> RunOptions:

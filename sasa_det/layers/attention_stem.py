@@ -145,7 +145,9 @@ class AttentionStem(nn.Module):
     def mixing(self) -> Tensor:
         """Return p(a, b, m) of equation 9, (num_mixtures, block_size, block_size)."""
         place = self.row_embedding[:, None] + self.col_embedding[None]
-        return torch.einsum("abd,md->mab", place, self.mixture_embedding).softmax(0)
+        # Not by einsum, which ONNX has since opset 12 alone.
+        mixing = self.mixture_embedding @ place.flatten(0, 1).transpose(0, 1)
+        return mixing.reshape(-1, self.block_size, self.block_size).softmax(0)
 
     def forward(self, x: Tensor) -> Tensor:
         """

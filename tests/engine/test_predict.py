@@ -179,7 +179,9 @@ def test_outputs_that_exist_are_replaced_only_if_asked(predict, tmp_path):
         with pytest.raises(UsageError, match=r"^output .* (exists|is a folder)"):
             predict(*words)
     (tmp_path / "x_images.json").write_text("mine")
-    with pytest.raises(UsageError, match="x_images.json exists already; name another one, or give --overwrite"):
+    with pytest.raises(
+        UsageError, match="x_images.json exists already; name another one, or give --overwrite"
+    ):
         predict("--json", tmp_path / "x.json")
     assert table.read_text() == "mine" and len(list(folder.iterdir())) == 1
     assert predict("--output", folder, "--csv", table, "--overwrite") == 0
