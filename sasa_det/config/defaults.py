@@ -150,12 +150,14 @@ def add_sasa_config(cfg: CfgNode) -> None:
     cfg.SOLVER.OPTIMIZER = "SGD"
     # Weight decay of the learned embeddings, which, like norms, are not weights of a linear layer.
     cfg.SOLVER.WEIGHT_DECAY_EMBEDDING = 0.0
-    # Factor on the learning rate of the query and key projections of attention, except in the stem,
-    # and of the linear layer of a classifier. The step size of Adam is the learning rate, and the
-    # scale of features, unlike that of the image, grows with depth. With a factor of 1, the
+    # Factor on the learning rate of the query and key projections of attention and of the linear
+    # layer of a classifier. The step size of Adam is the learning rate. With a factor of 1, the
     # product of queries and keys soon saturates the softmax, and the steps of the linear layer,
     # whose inputs all have the same sign, add up to too much.
     cfg.SOLVER.LOGIT_LR_FACTOR = 1.0
+    # The same factor for the attention stem, whose input is the image: its scale, unlike that of
+    # features, does not grow. 0 uses LOGIT_LR_FACTOR.
+    cfg.SOLVER.STEM_LOGIT_LR_FACTOR = 0.0
     # Gradient accumulation: number of parts of a batch that are computed one after the other before
     # a step of the optimizer. The memory needed is that of one part. IMS_PER_BATCH must be a
     # multiple of this number times the number of processes.

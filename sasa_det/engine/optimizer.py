@@ -8,7 +8,7 @@ from detectron2.solver.build import get_default_optimizer_params, maybe_add_grad
 from torch import nn
 
 from ..config.options import RunOptions
-from ..layers import LocalSelfAttention2d
+from ..layers import AttentionStem, LocalSelfAttention2d
 from ..modeling import Classifier
 
 # Learned embeddings are not weights of a linear layer: like norms, they do not decay.
@@ -38,6 +38,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
         weight_decay_embedding=solver.WEIGHT_DECAY_EMBEDDING,
         logit_lr_factor=solver.LOGIT_LR_FACTOR,
+        stem_logit_lr_factor=solver.STEM_LOGIT_LR_FACTOR or None,
     )
     if solver.OPTIMIZER == "SGD":
         optimizer = torch.optim.SGD
@@ -62,6 +63,7 @@ def parameter_groups(
     weight_decay_bias: float | None = None,
     weight_decay_embedding: float = 0.0,
     logit_lr_factor: float = 1.0,
+    stem_logit_lr_factor: float | None = None,
 ) -> list[dict[str, Any]]:
     """Group a model's parameters by learning rate and weight decay, for an optimizer.
 
@@ -73,8 +75,9 @@ def parameter_groups(
         bias_lr_factor: on the learning rate of biases.
         weight_decay_bias: of biases; None for ``weight_decay``.
         weight_decay_embedding: of learned embeddings.
-        logit_lr_factor: on the learning rate of the query and key projections of attention outside
-            the stem and of a classifier's linear layer.
+        logit_lr_factor: on the learning rate of attention's query and key projections and of a
+            classifier's linear layer.
+        stem_logit_lr_factor: the same for the attention stem; None for ``logit_lr_factor``.
 
     Returns:
         list[dict]: groups with "params", "lr" and "weight_decay".
@@ -88,9 +91,16 @@ def parameter_groups(
         weight_decay_bias=weight_decay_bias,
         overrides={name: {"weight_decay": weight_decay_embedding} for name in _EMBEDDINGS},
     )
-    if logit_lr_factor == 1.0:
-        return groups
-    return _with_lr_factor(groups, _logit_weights(model), logit_lr_factor)
+    if stem_logit_lr_factor is None:
+        stem_logit_lr_factor = logit_lr_factor
+    weights, stem_weights = _logit_weights(model), _query_and_key(model, AttentionStem)
+    # Together where they can be: checkpoints hold the optimizer's state group by group.
+    factors = {logit_lr_factor: weights}
+    factors[stem_logit_lr_factor] = factors.get(stem_logit_lr_factor, set()) | stem_weights
+    for factor, chosen in factors.items():
+        if factor != 1.0:
+            groups = _with_lr_factor(groups, chosen, factor)
+    return groups
 
 
 def max_gradient_norm(options: RunOptions) -> float | None:
@@ -122,14 +132,17 @@ def with_clipping(
 
 def _logit_weights(model: nn.Module) -> set[nn.Parameter]:
     """Collect the weights that compute logits, of attention layers and of classes."""
-    weights = set()
+    weights = _query_and_key(model, LocalSelfAttention2d)
     for module in model.modules():
-        # Not of the stem, whose input is the image: its scale stays what it is.
-        if isinstance(module, LocalSelfAttention2d):
-            weights |= {layer.weight for layer in (module.query, module.key) if layer is not None}
-        elif isinstance(module, Classifier):
+        if isinstance(module, Classifier):
             weights |= set(module.head.parameters())
     return weights
+
+
+def _query_and_key(model: nn.Module, kind: type[nn.Module]) -> set[nn.Parameter]:
+    layers = [module for module in model.modules() if isinstance(module, kind)]
+    projections = [p for layer in layers for p in (layer.query, layer.key) if p is not None]
+    return {projection.weight for projection in projections}
 
 
 def _with_lr_factor(

@@ -32,8 +32,8 @@ def settings(optimizer, parameters):
 
 
 @pytest.mark.parametrize("name,kind", [("SGD", torch.optim.SGD), ("AdamW", torch.optim.AdamW)])
-@pytest.mark.parametrize("factor", [1.0, 0.1])
-def test_rates_and_decays(name, kind, factor):
+@pytest.mark.parametrize("factor,stem_factor", [(1.0, 0.0), (0.1, 0.0), (0.1, 1.0), (1.0, 0.2)])
+def test_rates_and_decays(name, kind, factor, stem_factor):
     cfg = get_cfg()
     add_sasa_config(cfg)
     cfg.SOLVER.OPTIMIZER = name
@@ -41,13 +41,18 @@ def test_rates_and_decays(name, kind, factor):
     cfg.SOLVER.WEIGHT_DECAY = 0.25
     cfg.SOLVER.WEIGHT_DECAY_NORM = 0.125
     cfg.SOLVER.LOGIT_LR_FACTOR = factor
+    cfg.SOLVER.STEM_LOGIT_LR_FACTOR = stem_factor
     net = model()
     optimizer = build_optimizer(cfg, net)
     assert isinstance(optimizer, kind)
     actual = settings(optimizer, net.named_parameters())
     for parameter, (lr, decay) in actual.items():
-        slow = parameter in ("attention.query.weight", "attention.key.weight")
-        assert lr == 0.5 * (factor if slow else 1.0), parameter
+        expected = 1.0
+        if parameter in ("attention.query.weight", "attention.key.weight"):
+            expected = factor
+        elif parameter in ("stem.query.weight", "stem.key.weight"):
+            expected = stem_factor or factor
+        assert lr == 0.5 * expected, parameter
         if "norm" in parameter:
             expected = 0.125
         elif "rel_" in parameter or "embedding" in parameter:

@@ -134,7 +134,7 @@ def test_the_last_word_on_a_length_counts():
     # A child that counts in iterations does not have its parent's epochs.
     cfg = in_iterations(load_config("configs/Digits/retinanet_SASA.yaml"), 117266)
     assert cfg.SOLVER.MAX_ITER == 700 and cfg.SOLVER.WARMUP_ITERS == 100
-    assert scale_learning_rate(cfg).SOLVER.BASE_LR == cfg.SOLVER.BASE_LR == 0.01
+    assert scale_learning_rate(cfg).SOLVER.BASE_LR == cfg.SOLVER.BASE_LR == 0.006
     # A rate is that of the batch it is given for.
     batch = ["SOLVER.IMS_PER_BATCH", "16"]
     assert scale_learning_rate(load_config(coco, batch)).SOLVER.BASE_LR == 0.03

@@ -15,6 +15,9 @@ from sasa_det.modeling import fuse
 
 SIZES = [(64, 96), (32, 32), (77, 130)]
 
+# torch.export takes minutes for a detector; its operators are tested in test_decompositions.py.
+TRACED = ["torchscript", "onnx"]
+
 # It runs a file on images, and neither this package nor detectron2 can be imported.
 ALONE = """
 import sys
@@ -121,7 +124,7 @@ def model():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", TRACED)
 def test_a_detector_runs_without_this_package_at_any_size(model, format, tmp_path):
     path = tmp_path / f"model{FORMATS[format]}"
     samples = images()
@@ -149,7 +152,7 @@ def test_a_detector_runs_without_this_package_at_any_size(model, format, tmp_pat
     assert operators(path) & {"onnx::NonMaxSuppression", "torchvision::nms"}
 
 
-@pytest.mark.parametrize("format", ["torchscript", "onnx"])
+@pytest.mark.parametrize("format", TRACED)
 @pytest.mark.slow
 def test_raw_outputs_are_those_of_the_parts(model, format, tmp_path):
     path = tmp_path / f"model{FORMATS[format]}"
@@ -169,7 +172,7 @@ def test_raw_outputs_are_those_of_the_parts(model, format, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", TRACED)
 def test_a_classifier(format, tmp_path):
     torch.manual_seed(0)
     opts = ["MODEL.DEVICE", "cpu", "MODEL.RESNETS.DEPTH", "26"]
