@@ -59,6 +59,19 @@ def share(text: str) -> float:
     return value
 
 
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the config of a trained model, and its overrides, to the arguments of a command."""
+    parser.add_argument(
+        "--config-file",
+        default="",
+        metavar="FILE",
+        help="config of the model, if the checkpoint carries none; a LazyConfig is executed",
+    )
+    parser.add_argument(
+        "opts", metavar="KEY VALUE", nargs=argparse.REMAINDER, help="overrides of the config"
+    )
+
+
 def refuse_existing(folder: Path, hint: str = "") -> None:
     """Refuse a folder for output that exists already, unless it is empty.
 

@@ -16,6 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from ..errors import UsageError
 from ..utils.files import whole_file
+from ..utils.text import without_formulas
 from .attention_maps import AttentionMaps
 
 FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
@@ -169,7 +170,7 @@ def _draw_header(figure: Figure, layout: _Layout, maps: AttentionMaps, source: s
     figure.text(
         left,
         1 - 0.36 / height,
-        source.replace("$", r"\$"),
+        without_formulas(source),
         fontsize=_TITLE_SIZE,
         color=_FAINT,
         va="top",

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..utils.files import whole_file
+from ..utils.text import without_formulas
 from .results import ERRORS
 
 _DPI = 120
@@ -56,7 +57,9 @@ def draw_precision_recall(results: Mapping[str, Any], path: str | os.PathLike) -
             ls=("-", "--")[index // len(_COLOURS) % 2],
             alpha=1 if named else 0.3,
             lw=1.2 if named else 0.7,
-            label=f"{_text(name)}, AP50 {100 * np.mean(precision):.1f}" if named else None,
+            label=f"{without_formulas(name)}, AP50 {100 * np.mean(precision):.1f}"
+            if named
+            else None,
         )
     few = len(worst) <= _NAMED
     right.set_title("By class at IoU 0.50" + ("" if few else f", the {_NAMED} worst by name"))
@@ -82,7 +85,9 @@ def draw_classes(results: Mapping[str, Any], path: str | os.PathLike) -> None:
         values = [row[name] for _, row in rows]
         left.barh(places, values, height, color=colour, label=name)
     left.set_yticks(
-        places, [f"{_text(name)} ({row['num_objects']:,})" for name, row in rows], fontsize=7.5
+        places,
+        [f"{without_formulas(name)} ({row['num_objects']:,})" for name, row in rows],
+        fontsize=7.5,
     )
     left.invert_yaxis()
     left.set_title(f"{title}, with the number of objects")
@@ -105,7 +110,7 @@ def draw_classes(results: Mapping[str, Any], path: str | os.PathLike) -> None:
 
 def draw_confusion(results: Mapping[str, Any], path: str | os.PathLike) -> None:
     """Draw the confusion matrix, each row as shares of its objects; arguments as above."""
-    classes = [_text(name) for name in results["confusion"]["classes"]]
+    classes = [without_formulas(name) for name in results["confusion"]["classes"]]
     matrix = np.array(results["confusion"]["matrix"], dtype=float)
     totals = matrix.sum(1, keepdims=True)
     shares = np.divide(matrix, totals, out=np.zeros_like(matrix), where=totals > 0)
@@ -162,11 +167,6 @@ def _draw_bars(axes: Axes, values: list[float], labels: list[str]) -> None:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-
-
-def _text(name: str) -> str:
-    # Matplotlib reads a dollar sign as the beginning of a formula.
-    return name.replace("$", r"\$")
 
 
 def _save(figure: Figure, path: str | os.PathLike) -> None:

@@ -66,14 +66,15 @@ def main(configs: Path, argv: Sequence[str] | None = None) -> int:
     command += ["--threads", str(torch.get_num_threads())]
     machine = describe_machine(settings.device, args.dtype)
     report = _Report(output, machine, args.rounds, load, peaks, notes)
-    measure_cases(cases, args.rounds, settings, peaks, command, report.write)
+    results = measure_cases(cases, args.rounds, settings, peaks, command, report.write)
+    draw_results(cases, results, output / "results.png")
     print(f"\n{report.table}\nWritten to {output}: results.md, results.json, results.png")
     return 0
 
 
 @dataclass
 class _Report:
-    """The files of a run, which are written anew after each case, so that none is lost."""
+    """The numbers of a run, which are written anew after each case, so that none is lost."""
 
     output: Path
     machine: str
@@ -101,7 +102,6 @@ class _Report:
             "results": [asdict(result) for result in results],
         }
         write_text(self.output / "results.json", json.dumps(record, indent=2))
-        draw_results(cases, results, self.output / "results.png")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -163,7 +163,8 @@ def _detector_cases(
     size = settings.image_size
 
     def ways(training: bool) -> list[_Way]:
-        own = [_Way(kind, kind, _as_built) for kind in configs if kind == _CONV_STEM]
+        others = [kind for kind in configs if kind not in (_CONVOLUTIONAL, _ATTENTIONAL)]
+        own = [_Way(kind, kind, _as_built) for kind in others]
         return _ways(training, settings.bfloat16) + own
 
     def contenders(training: bool) -> list[Contender]:

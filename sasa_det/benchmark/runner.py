@@ -24,7 +24,7 @@ def measure_cases(
     peaks: Mapping[torch.dtype, float],
     command: Sequence[str],
     keep: Callable[[Sequence[Case], Sequence[Result]], None],
-) -> None:
+) -> list[Result]:
     """Measure cases one after another, and log how far it is.
 
     Args:
@@ -49,6 +49,7 @@ def measure_cases(
         logger.info("%s: %d of %d cases, about %.0f s left.", case.name, number, len(cases), left)
     spent = ", ".join(f"{group} {value:.0f}" for group, value in seconds_of_groups.items())
     logger.info("Seconds of each group: %s.", spent)
+    return results
 
 
 def _measure(

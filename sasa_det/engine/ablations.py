@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import json
-import logging
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
-from detectron2.config import CfgNode
 from tabulate import tabulate
 
 from ..analysis.paper_tables import PAPER_TABLES, Row, Table
 from ..config.keys import flatten
 from ..config.load import load_config
+from ..config.yaml_file import read_config_file
 from ..errors import UsageError
 from ..utils.files import write_text
 from ..utils.machine import describe_machine
 from .defaults import log_to
 from .experiments import Experiment, Experiments, overrides
-
-logger = logging.getLogger("sasa_det")
 
 
 @dataclass(frozen=True)
@@ -134,8 +129,8 @@ def _experiment(
     folder = root / "configs" / table.folder
     # The rows that are the paper's base say nothing of what the others change.
     keys = {key for each in table.rows for key in _changed(folder / f"{each.config}.yaml")}
-    papers = load_config(str(folder / f"{row.config}.yaml"))
-    changes = {key: _value(papers, key) for key in sorted(keys)}
+    papers = flatten(load_config(str(folder / f"{row.config}.yaml")))
+    changes = {key: papers[key] for key in sorted(keys)}
     return Experiment(
         f"{row.config}-{seed}",
         "train_imagenet",
@@ -146,13 +141,8 @@ def _experiment(
 
 
 def _changed(config: Path) -> set[str]:
-    return set(flatten(yaml.safe_load(config.read_text()))) - {"_BASE_", "OUTPUT_DIR"}
-
-
-def _value(cfg: CfgNode, key: str) -> Any:
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
+    _, values = read_config_file(str(config))[-1]
+    return set(flatten(values)) - {"OUTPUT_DIR"}
 
 
 def _report(name: str, table: Table, results: Mapping[str, Sequence[float]]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from detectron2.structures import BoxMode
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -125,9 +126,8 @@ def _worst_samples(
         found[result["image_id"]].append(result)
 
     def boxes(entries: list[dict[str, Any]]) -> np.ndarray:
-        corners = np.array([entry["bbox"] for entry in entries], dtype=float).reshape(-1, 4)
-        corners[:, 2:] += corners[:, :2]
-        return corners
+        given = np.array([entry["bbox"] for entry in entries], dtype=float).reshape(-1, 4)
+        return BoxMode.convert(given, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
 
     def classes(entries: list[dict[str, Any]]) -> list[int]:
         return [index[entry["category_id"]] for entry in entries]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ from ..utils.files import write_text
 from ..utils.machine import describe_machine
 from .defaults import log_to
 from .experiments import Experiment, Experiments, Outcome, overrides
-
-logger = logging.getLogger("sasa_det")
 
 MODELS = {
     "convolution": "conv",
@@ -83,7 +80,7 @@ def gather_evidence(root: Path, output: Path, jobs: int, budget: Budget) -> str:
     )
     write_text(output / "evidence.md", text + "\n")
     record = {
-        "rates": {name: rates for name, rates in tried.items()},
+        "rates": tried,
         "runs": {" | ".join(map(str, key)): vars(outcome) for key, outcome in finals.items()},
         "rows": rows,
     }

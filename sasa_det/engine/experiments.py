@@ -10,9 +10,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..config.load import load_config
@@ -55,9 +55,9 @@ class Outcome:
         loss: total loss, the median of the last records.
     """
 
-    curve: list[tuple[int, float]] = field(default_factory=list)
-    final: dict[str, float] = field(default_factory=dict)
-    loss: float | None = None
+    curve: list[tuple[int, float]]
+    final: dict[str, float]
+    loss: float | None
 
 
 class Experiments:
@@ -91,14 +91,16 @@ class Experiments:
                 experiment is refused.
             RuntimeError: if one fails; it names the log, and what has ended is kept.
         """
-        missing = [e for e in experiments if self._read(e) is None]
+        outcomes = {experiment.name: self._read(experiment) for experiment in experiments}
+        missing = [experiment for experiment in experiments if outcomes[experiment.name] is None]
         logger.info("%d of %d experiments are to be run.", len(missing), len(experiments))
         start = time.perf_counter()
         with ThreadPoolExecutor(self.jobs) as pool:
-            running = [pool.submit(self._train, experiment) for experiment in missing]
+            running = {pool.submit(self._train, each): each for each in missing}
             try:
                 for number, done in enumerate(as_completed(running), 1):
                     done.result()
+                    outcomes[running[done].name] = self._read(running[done])
                     left = (time.perf_counter() - start) / number * (len(missing) - number)
                     logger.info(
                         "%d of %d experiments have ended, about %.0f min are left.",
@@ -107,7 +109,7 @@ class Experiments:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        return {experiment.name: self._read(experiment) for experiment in experiments}
+        return outcomes
 
     def checkpoint(self, name: str) -> Path:
         """Return the final checkpoint of an experiment that has ended."""
@@ -195,10 +197,5 @@ def _outcome(metrics: Path, metric: str) -> Outcome:
 
 def overrides(values: Mapping[str, object]) -> tuple[str, ...]:
     """Return KEY VALUE pairs in one list, as commands take them."""
-    return tuple(_words(values))
-
-
-def _words(values: Mapping[str, object]) -> Iterator[str]:
-    for key, value in values.items():
-        yield key
-        yield value if isinstance(value, str) else repr(value)
+    pairs = ((key, v if isinstance(v, str) else repr(v)) for key, v in values.items())
+    return tuple(word for pair in pairs for word in pair)

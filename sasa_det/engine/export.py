@@ -3,7 +3,6 @@
 import argparse
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.data import DatasetCatalog
+from detectron2.evaluation.testing import flatten_results_dict
 from tabulate import tabulate
 from torch import Tensor, nn
 
 from .. import __version__
+from ..command_line import add_config_arguments
 from ..config.load import register_datasets
 from ..config.options import RunOptions
 from ..data.images import read_image
@@ -22,6 +23,7 @@ from ..data.mapper import model_input
 from ..errors import UsageError, nearest
 from ..export import FORMATS, ExportedModel, export_model, is_exported, need, read_exported
 from .defaults import log_to
+from .outputs import check_output_file, explained
 from .tasks import task_of
 from .trained_model import TrainedModel, load_trained_model
 from .trainer import Trainer
@@ -77,17 +79,9 @@ def export_parser(description: str | None = None) -> argparse.ArgumentParser:
         help="COCO-format json and image folder for --run-eval, instead of the config's",
     )
     parser.add_argument(
-        "--config-file",
-        default="",
-        metavar="FILE",
-        help="config of the model, if the checkpoint carries none; a LazyConfig is executed",
-    )
-    parser.add_argument(
         "--overwrite", action="store_true", help="replace the file if it exists already"
     )
-    parser.add_argument(
-        "opts", metavar="KEY VALUE", nargs=argparse.REMAINDER, help="overrides of the config"
-    )
+    add_config_arguments(parser)
     return parser
 
 
@@ -107,10 +101,7 @@ def run_export(args: argparse.Namespace) -> int:
             f"{nearest(args.format, FORMATS)}"
         )
     path = Path(args.output, f"model{FORMATS[args.format]}")
-    if path.exists() and not args.overwrite:
-        raise UsageError(f"output {path} exists already; --overwrite replaces it.")
-    if Path(args.output).exists() and not Path(args.output).is_dir():
-        raise UsageError(f"output {args.output} is a file; name a folder.")
+    check_output_file(path, overwrite=args.overwrite, inputs=[args.weights])
     if args.format == "onnx":
         need("onnx", "the format onnx")
         need("onnxruntime", "the format onnx")
@@ -128,15 +119,16 @@ def run_export(args: argparse.Namespace) -> int:
     tested = _test_options(trained.options, args) if args.run_eval else None
     image = _sample(trained, args.sample_image, size)
     logger.info("Exporting as %s; this takes up to a few minutes.", args.format)
-    export_model(
-        trained.model,
-        image,
-        path,
-        args.format,
-        facts=facts_of(trained),
-        dynamic=size is None,
-        raw=args.raw,
-    )
+    with explained(path):
+        export_model(
+            trained.model,
+            image,
+            path,
+            args.format,
+            facts=facts_of(trained),
+            dynamic=size is None,
+            raw=args.raw,
+        )
     logger.info("Written to %s (%.1f MB).", path, path.stat().st_size / 1e6)
     if args.raw:
         return 0
@@ -229,12 +221,7 @@ def _comparison(model: nn.Module, exported: ExportedModel, options: RunOptions) 
     for name, each in (("checkpoint", model), ("exported", exported)):
         logger.info("Evaluating the %s model.", name)
         folder = os.path.join(options.output_dir, name)
-        columns.append(_flat(Trainer.test(options.replace(output_dir=folder).config, each)))
+        results = Trainer.test(options.replace(output_dir=folder).config, each)
+        columns.append(flatten_results_dict(results))
     rows = [(metric, *(column.get(metric) for column in columns)) for metric in columns[0]]
     return tabulate(rows, headers=("metric", "checkpoint", "exported"), floatfmt=".3f")
-
-
-def _flat(results: Any, prefix: Sequence[str] = ()) -> dict[str, float]:
-    if not isinstance(results, dict):
-        return {"/".join(prefix): results}
-    return {k: v for name, part in results.items() for k, v in _flat(part, (*prefix, name)).items()}

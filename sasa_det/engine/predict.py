@@ -15,7 +15,7 @@ from detectron2.structures import Instances
 from PIL import Image
 from tqdm import tqdm
 
-from ..command_line import positive_int, share
+from ..command_line import add_config_arguments, positive_int, share
 from ..config.defaults import default_config
 from ..config.keys import all_keys
 from ..data.media import Frame, Medium, count_images, find_media, media_of_coco, read_frames
@@ -100,17 +100,9 @@ def predict_parser(description: str | None = None) -> argparse.ArgumentParser:
         "smaller",
     )
     parser.add_argument(
-        "--config-file",
-        default="",
-        metavar="FILE",
-        help="config of the model, if the checkpoint carries none; a LazyConfig is executed",
-    )
-    parser.add_argument(
         "--overwrite", action="store_true", help="replace files that exist in the place of outputs"
     )
-    parser.add_argument(
-        "opts", metavar="KEY VALUE", nargs=argparse.REMAINDER, help="overrides of the config"
-    )
+    add_config_arguments(parser)
     return parser
 
 

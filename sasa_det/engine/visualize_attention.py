@@ -14,6 +14,7 @@ from ..analysis.attention_maps import (
     attention_maps,
     find_attention_layer,
 )
+from ..command_line import add_config_arguments
 from ..data.images import read_image
 from ..data.mapper import model_input
 from ..errors import UsageError
@@ -52,16 +53,8 @@ def visualize_attention_parser(description: str | None = None) -> argparse.Argum
         help="pixel of the image, from its left and upper border; its center by default",
     )
     parser.add_argument("--output", metavar="FILE", help="picture to write: .png, .pdf or .svg")
-    parser.add_argument(
-        "--config-file",
-        default="",
-        metavar="FILE",
-        help="config of the model, if the checkpoint carries none; a LazyConfig is executed",
-    )
     parser.add_argument("--overwrite", action="store_true", help="replace the picture if it exists")
-    parser.add_argument(
-        "opts", metavar="KEY VALUE", nargs=argparse.REMAINDER, help="overrides of the config"
-    )
+    add_config_arguments(parser)
     return parser
 
 

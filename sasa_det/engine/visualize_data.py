@@ -21,6 +21,7 @@ from ..config.options import RunOptions
 from ..data.images import read_image
 from ..errors import UsageError
 from ..utils.files import whole_file
+from ..utils.text import without_formulas
 from .defaults import flush_denormals, log_to
 from .outputs import check_output_folder, explained
 from .tasks import task_of
@@ -137,7 +138,7 @@ def draw_record(image: np.ndarray, record: dict[str, Any], metadata: Metadata) -
     """
     if not record.get("annotations"):
         return image
-    classes = [_escaped(name) for name in metadata.get("thing_classes", ())]
+    classes = [without_formulas(name) for name in metadata.get("thing_classes", ())]
     shown = Metadata(thing_classes=classes)
     for key in ("keypoint_names", "keypoint_connection_rules"):
         if (value := metadata.get(key)) is not None:
@@ -156,7 +157,9 @@ def picture_name(record: dict[str, Any], dataset: str) -> str:
 
 def _trained_on(task: Any, image_format: str, name: str) -> Iterator[tuple[str, np.ndarray]]:
     """Yield pictures of what the training loader gives, in its order."""
-    classes = [_escaped(name) for name in MetadataCatalog.get(name).get("thing_classes", ())]
+    classes = [
+        without_formulas(name) for name in MetadataCatalog.get(name).get("thing_classes", ())
+    ]
     for index, sample in enumerate(chain.from_iterable(task.train_loader())):
         image = sample["image"].permute(1, 2, 0)
         image = detection_utils.convert_image_to_rgb(image.numpy(), image_format)
@@ -170,8 +173,3 @@ def _trained_on(task: Any, image_format: str, name: str) -> Iterator[tuple[str, 
             keypoints=fields.get("gt_keypoints"),
         )
         yield f"{index:06d}_{Path(sample['file_name']).stem}.png", drawn.get_image()
-
-
-def _escaped(name: str) -> str:
-    # Matplotlib reads a dollar sign as the beginning of a formula.
-    return name.replace("$", r"\$")

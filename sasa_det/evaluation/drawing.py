@@ -18,6 +18,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from ..utils.files import whole_file
+from ..utils.text import without_formulas
 
 logger = logging.getLogger(__name__)
 
@@ -110,9 +111,8 @@ def draw_instances(
     }
     if "masks" in given:
         given["masks"] = list(given["masks"].numpy())
-    # Matplotlib reads a dollar sign as the beginning of a formula.
     labels = [
-        f"{class_name(index)} {score:.0%}".replace("$", r"\$")
+        without_formulas(f"{class_name(index)} {score:.0%}")
         for index, score in zip(classes, scores, strict=True)
     ]
     visualizer = Visualizer(image, Metadata())

@@ -22,6 +22,11 @@ def abbreviated_list(names: Sequence[object], most: int) -> str:
     return ", ".join(map(str, names[:most])) + (f" and {rest} more" if rest > 0 else "")
 
 
+def without_formulas(text: str) -> str:
+    """Escape dollar signs, which Matplotlib reads as the beginning of a formula."""
+    return text.replace("$", r"\$")
+
+
 def printable(text: str, keep: str = "") -> str:
     """Escape the characters of a text that would control a terminal.
 
