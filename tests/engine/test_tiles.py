@@ -103,6 +103,16 @@ def test_a_part_goes_where_the_other_tile_sees_nothing():
     assert merge_pair(part, instances_of([], [], [])) == []
 
 
+def test_a_part_goes_if_most_of_it_lies_in_a_whole_box_of_another_tile():
+    part = instances_of([[78, 10, 100, 40]], [0.9], [7])  # too wide for the second tile
+    whole = instances_of([[4, 10, 40, 40]], [0.3], [2])
+    assert merge_pair(part, whole) == [[84, 10, 120, 40]]
+    # What the same tile has found is no better founded.
+    both = instances_of([[78, 10, 100, 40], [70, 10, 96, 40]], [0.9, 0.8], [7, 2])
+    nothing = instances_of([], [], [])
+    assert merge_pair(both, nothing) == [[78, 10, 100, 40], [70, 10, 96, 40]]
+
+
 def test_an_object_that_is_whole_in_no_tile_stays():
     part = instances_of([[30, 10, 100, 40]], [0.9], [7])
     rest = instances_of([[0, 10, 60, 40]], [0.8], [7])
