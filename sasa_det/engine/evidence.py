@@ -75,7 +75,9 @@ def gather_evidence(root: Path, output: Path, jobs: int, budget: Budget) -> str:
         [
             tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True),
             _rates_table(tried),
-            f"{budget} on {describe_machine(device)}; {jobs} trainings at a time.",
+            f"{budget.iterations} iterations with the seeds {', '.join(map(str, budget.seeds))}; "
+            f"rates chosen with {budget.tuning_iterations} iterations and the first seed; on "
+            f"{describe_machine(device)}, {jobs} trainings at a time.",
         ]
     )
     write_text(output / "evidence.md", text + "\n")
