@@ -54,8 +54,7 @@ class EmbeddingGradients {
     type_ = embedding->scalar_type();
     const std::array<int64_t, 4> sizes = {parts, a.heads, a.depth / 2, a.kernel};
     const at::IntArrayRef shape(sizes);
-    const auto floats = embedding->options().dtype(at::kFloat);
-    gradients_ = at::empty(several_ ? shape : shape.slice(1), floats);
+    gradients_ = empty_result(several_ ? shape : shape.slice(1));
     if (a.batch * a.height * a.width == 0) gradients_.zero_();  // no task writes them
   }
   float* data() { return gradients_.defined() ? gradients_.mutable_data_ptr<float>() : nullptr; }
@@ -90,7 +89,7 @@ void local_attention_out(const at::Tensor& query, const Optional& key, const at:
 at::Tensor local_attention(const at::Tensor& query, const Optional& key, const at::Tensor& value,
                            const Optional& rel_rows, const Optional& rel_cols, int64_t kernel_size,
                            int64_t num_heads, bool mask, const std::string& instructions) {
-  const at::Tensor output = at::empty(query.sizes(), query.options());
+  const at::Tensor output = empty_result(query.sizes(), query.scalar_type());
   local_attention_out(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask,
                       instructions, output);
   return output;
@@ -104,8 +103,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> local_att
   const LocalAttentionKernels& chosen = choose_kernels(instructions, a.call);
   TORCH_CHECK_VALUE(grad.sizes() == query.sizes(), "grad must have query's shape.");
   const at::Tensor contiguous_grad = contiguous_as(query.scalar_type(), grad);
-  at::Tensor grad_query = at::empty_like(a.query), grad_value = at::empty_like(a.value);
-  at::Tensor grad_key = a.key.defined() ? at::empty_like(a.key) : at::empty({0}, query.options());
+  const auto like_query = [&] { return empty_result(query.sizes(), query.scalar_type()); };
+  at::Tensor grad_query = like_query(), grad_value = like_query();
+  at::Tensor grad_key = a.key.defined() ? like_query() : at::empty({0}, query.options());
   const int64_t parts = chosen.backward_bands(a.call) * a.call.batch;
   EmbeddingGradients grad_rows(rel_rows, parts, a.call), grad_cols(rel_cols, parts, a.call);
   if (grad_query.numel() > 0) {

@@ -129,8 +129,8 @@ Tensors product(const c10::List<at::Tensor>& sources, const c10::List<at::Tensor
                       weight.sizes(), transposed ? ", transposed." : ".");
     a.weights[w] = kept.pointer(weight);
     if (w < a.num_results)
-      results.push_back(at::empty(
-          {a.batch, weight.size(result_side), first.size(2), first.size(3)}, first.options()));
+      results.push_back(
+          empty_result({a.batch, weight.size(result_side), first.size(2), first.size(3)}));
   }
   at::Tensor sums;
   const bool sum = statistics || !mask.empty();
@@ -154,7 +154,7 @@ Tensors product(const c10::List<at::Tensor>& sources, const c10::List<at::Tensor
       to.mask_center = kept.channels(mask.get(3), to.channels);
     }
     if (sum && (mask.empty() || to.mask_center)) {
-      sums = at::empty({groups, 2, to.channels}, first.options());
+      sums = empty_result({groups, 2, to.channels});
       to.sums = sums.mutable_data_ptr<float>();
     }
   }
@@ -194,8 +194,7 @@ at::Tensor weight_gradient(const c10::List<at::Tensor>& grads, const Terms& grad
     channels += grad.size(1);
   }
   if (a.batch * a.pixels == 0) return at::zeros({channels, x.size(1)}, x.options());
-  const at::Tensor partial =
-      at::empty({chosen.gradient_parts(a), channels, x.size(1)}, x.options());
+  const at::Tensor partial = empty_result({chosen.gradient_parts(a), channels, x.size(1)});
   a.partial = partial.mutable_data_ptr<float>();
   run(chosen.gradient_tasks(a), a, chosen.gradient);
   return partial.size(0) == 1 ? partial[0] : partial.sum(0);
@@ -213,7 +212,7 @@ at::Tensor add(const at::Tensor& first, const Terms& first_terms, const Optional
     a.second = kept.operand(*second, second_terms, false);
   }
   a.relu = relu;
-  at::Tensor to = at::empty(first.sizes(), first.options());
+  at::Tensor to = empty_result(first.sizes());
   a.to = to.mutable_data_ptr<float>();
   run(chosen.combination_tasks(a), a, chosen.combine);
   return to;
@@ -223,7 +222,7 @@ Tensors channel_moments(const at::Tensor& x, const std::string& instructions) {
   const ProductKernels& chosen = kernels(instructions);
   Kept kept;
   Combination a = kept.combination(x, Terms(), false);
-  const at::Tensor sums = at::empty({a.batch, 3, x.size(1)}, x.options());
+  const at::Tensor sums = empty_result({a.batch, 3, x.size(1)});
   a.sums = sums.mutable_data_ptr<float>();
   run(chosen.combination_tasks(a), a, chosen.combine);
   return combine_moments(sums, [&](int64_t) { return a.pixels; });
@@ -243,9 +242,9 @@ Tensors masked_gradient(const at::Tensor& grad, const at::Tensor& mask,
     a.others[i] = kept.image(others.get(i), grad.sizes());
     a.centers[i] = kept.channels(centers.get(i), grad.size(1));
   }
-  at::Tensor to = at::empty(grad.sizes(), grad.options());
+  at::Tensor to = empty_result(grad.sizes());
   a.to = to.mutable_data_ptr<float>();
-  const at::Tensor sums = at::empty({a.batch, 3, grad.size(1)}, grad.options());
+  const at::Tensor sums = empty_result({a.batch, 3, grad.size(1)});
   a.sums = sums.mutable_data_ptr<float>();
   run(chosen.combination_tasks(a), a, chosen.combine);
   const at::Tensor total = sums.sum(0);

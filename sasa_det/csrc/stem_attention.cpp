@@ -137,8 +137,8 @@ at::Tensor forward(const at::Tensor& x, const at::Tensor& query, const at::Tenso
     a.call.scale = norm->scale.const_data_ptr<float>();
     a.call.shift = norm->shift.const_data_ptr<float>();
   }
-  at::Tensor output = norm ? at::empty(a.pooled_shape(), x.options().dtype(at::kFloat))
-                           : at::empty(a.output_shape(), x.options());
+  at::Tensor output = norm ? empty_result(a.pooled_shape())
+                           : empty_result(a.output_shape(), x.scalar_type());
   a.call.output = output.mutable_data_ptr();
   if (output.numel() > 0) run(chosen.tasks(a.call), a.call, chosen.forward);
   return output.to(x.scalar_type());
@@ -153,7 +153,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> normalized(
   const StemAttentionKernels& chosen = a.kernels(instructions);
   Norm norm(weight, bias, a.call.channels, eps);
   const auto options = x.options().dtype(at::kFloat);
-  at::Tensor pooled = at::empty(a.pooled_shape(), options), output = at::empty_like(pooled);
+  at::Tensor pooled = empty_result(a.pooled_shape()), output = empty_result(a.pooled_shape());
   at::Tensor mean = at::empty({0}, options), variance = at::empty({0}, options);
   TORCH_CHECK_VALUE(pooled.numel() > 0, "x must have pixels, got ", x.sizes(), ".");
   const int64_t tasks = chosen.tasks(a.call);
@@ -186,9 +186,10 @@ std::array<at::Tensor, 6> gradients(const Arguments& a, StemGradients g, bool im
   const int64_t tasks = a.x.numel() == 0 ? 0 : chosen.tasks(a.call);
   const auto options = a.x.options().dtype(at::kFloat);
   const int64_t in_channels = a.call.in_channels;
-  at::Tensor x = image_gradient ? at::empty_like(a.x) : at::empty({0}, a.x.options());
-  at::Tensor form = at::empty({tasks, a.call.heads, in_channels, in_channels}, options);
-  at::Tensor value = at::empty({tasks, STEM_PLACES, a.call.channels, in_channels}, options);
+  at::Tensor x = image_gradient ? empty_result(a.x.sizes(), a.x.scalar_type())
+                                : at::empty({0}, a.x.options());
+  at::Tensor form = empty_result({tasks, a.call.heads, in_channels, in_channels});
+  at::Tensor value = empty_result({tasks, STEM_PLACES, a.call.channels, in_channels});
   at::Tensor rows = at::empty({0}, options), cols = at::empty({0}, options);
   g.x = image_gradient ? x.mutable_data_ptr() : nullptr;
   g.form = form.mutable_data_ptr<float>();

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "results.h"
 
 namespace sasa_det {
 
