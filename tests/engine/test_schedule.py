@@ -132,8 +132,8 @@ def test_the_last_word_on_a_length_counts():
     cfg = in_iterations(load_config(coco, ["SOLVER.MAX_ITER", "90"]), 117266)
     assert cfg.SOLVER.MAX_ITER == 90 and cfg.SOLVER.WARMUP_ITERS == 1832
     # A child that counts in iterations does not have its parent's epochs.
-    cfg = in_iterations(load_config("configs/Digits/retinanet_SASA.yaml"), 117266)
-    assert cfg.SOLVER.MAX_ITER == 700 and cfg.SOLVER.WARMUP_ITERS == 100
+    cfg = in_iterations(load_config("configs/Digits/retinanet_conv.yaml"), 117266)
+    assert cfg.SOLVER.MAX_ITER == 800 and cfg.SOLVER.WARMUP_ITERS == 100
     assert scale_learning_rate(cfg).SOLVER.BASE_LR == cfg.SOLVER.BASE_LR == 0.006
     # A rate is that of the batch it is given for.
     batch = ["SOLVER.IMS_PER_BATCH", "16"]
