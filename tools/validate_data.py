@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Describe a COCO-format json file and its images, and list every problem in them."""
+"""Describe a data set and its images, and list every problem in them."""
 
 import argparse
 import os
@@ -10,8 +10,11 @@ import sys
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from sasa_det.command_line import run_command
+from sasa_det.data import DatasetError
+from sasa_det.data.sources import open_data
 from sasa_det.data.validation import validate_coco
 from sasa_det.data.validation_report import describe_report
+from sasa_det.data_arguments import DATA_HELP, DEFAULT_SPLITS, words_problem
 from sasa_det.utils.text import printable
 
 
@@ -21,11 +24,17 @@ def main() -> int:
         epilog="Exit status: 0 if the data can be used, 1 if they are refused, 2 if the command "
         "line is wrong.",
     )
-    parser.add_argument("json", help="COCO instances json")
-    parser.add_argument("images", help="the folder of its images")
+    metavar = ("DATA", "IMAGES|SPLIT")
+    parser.add_argument("data", nargs="*", metavar=metavar, help=DATA_HELP.format(split="train"))
     use = parser.add_mutually_exclusive_group()
-    use.add_argument("--train", action="store_true", help="check for training")
-    use.add_argument("--test", action="store_true", help="check for evaluation")
+    for split, purpose in (("train", "training"), ("test", "evaluation")):
+        use.add_argument(
+            f"--{split}",
+            nargs="*",
+            metavar=metavar,
+            help=f"check for {purpose}; the data may be given here, with the split "
+            f"{DEFAULT_SPLITS[split]} by default",
+        )
     parser.add_argument(
         "--masks", choices=("polygon", "bitmask"), help="check for masks of this INPUT.MASK_FORMAT"
     )
@@ -34,15 +43,22 @@ def main() -> int:
     )
     parser.add_argument("--pixels", action="store_true", help="decode every image as well")
     parser.add_argument("--all", action="store_true", help="list every problem and every class")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
+    training = True if args.train is not None else False if args.test is not None else None
+    words = [*args.data, *(args.train or args.test or [])]
+    if not words:
+        parser.error("no data are given")
+    if problem := words_problem(words):
+        parser.error(problem)
 
     # A reader that ends early, as in `| head`, ends it without a traceback.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
+        json_file, images = open_data(*words, use="test" if training is False else "train")
         report = validate_coco(
-            args.json,
-            args.images,
-            training=True if args.train else False if args.test else None,
+            json_file,
+            images,
+            training=training,
             mask_format=args.masks or "",
             num_keypoints=args.keypoints,
             limit=None if args.all else 5,
@@ -51,6 +67,9 @@ def main() -> int:
     except OSError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
+    except DatasetError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 1
     print(describe_report(report, everything=args.all))
     return 0 if report.is_accepted(report.training) else 1
 

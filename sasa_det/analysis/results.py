@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+from detectron2.utils.file_io import PathManager
 
 from ..errors import UsageError
 
@@ -59,7 +60,8 @@ def read_detections(predictions: str | os.PathLike, json_file: str | os.PathLike
     Raises:
         UsageError: if the results cannot be read, or are not of this data set.
     """
-    truth = json.loads(Path(json_file).read_text(encoding="utf-8"))
+    path = PathManager.get_local_path(os.fspath(json_file))
+    truth = json.loads(Path(path).read_text(encoding="utf-8"))
     try:
         results = json.loads(Path(predictions).read_text(encoding="utf-8"))
     except OSError as error:

@@ -129,13 +129,15 @@ def add_sasa_config(cfg: CfgNode) -> None:
     # Size in pixels of the shorter side after resizing in evaluation, before the center crop.
     classification.RESIZE_TEST = 256
 
-    # COCO-format json file to train on, instead of DATASETS.TRAIN.
+    # COCO-format json file, YOLO data.yaml or Pascal VOC folder to train on, instead of
+    # DATASETS.TRAIN.
     cfg.DATASETS.TRAIN_JSON = ""
-    # Folder of the images of TRAIN_JSON.
+    # Folder of the images of TRAIN_JSON, or the split of a data.yaml or folder: train if empty.
     cfg.DATASETS.TRAIN_IMAGES = ""
-    # COCO-format json file to evaluate on, instead of DATASETS.TEST.
+    # COCO-format json file, YOLO data.yaml or Pascal VOC folder to evaluate on, instead of
+    # DATASETS.TEST.
     cfg.DATASETS.TEST_JSON = ""
-    # Folder of the images of TEST_JSON.
+    # Folder of the images of TEST_JSON, or the split of a data.yaml or folder: val if empty.
     cfg.DATASETS.TEST_IMAGES = ""
 
     # Folder of images for a classifier, instead of DATASETS.TRAIN and DATASETS.TEST. It contains

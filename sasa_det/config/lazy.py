@@ -37,7 +37,8 @@ def load_lazy_config(
         config_file: path of a Python file, or of the config.yaml that a run stored.
         overrides: ``key=value`` words as :meth:`LazyConfig.apply_overrides` reads them; a ``+``
             before the key adds one that is not there.
-        train, test: (json, image folder) of COCO-format data to use instead of the config's.
+        train, test: words that name data to use instead of the config's, as
+            :func:`sasa_det.data.sources.open_data` takes them.
         check: False in the processes of a run whose data were checked before they were started.
 
     Returns:
@@ -62,7 +63,8 @@ def load_lazy_config(
             OmegaConf.update(lazy, names[key], 0)
     for split, source in (("train", train), ("test", test)):
         if source:
-            lazy.dataloader[f"{split}_json"], lazy.dataloader[f"{split}_images"] = source
+            words = [*map(str, source), ""]
+            lazy.dataloader[f"{split}_json"], lazy.dataloader[f"{split}_images"] = words[:2]
     options = RunOptions.read(lazy)
     given = {YAML_KEYS[field]: getattr(options, field) for field in LAZY_KEYS}
     if options.class_key and OmegaConf.select(lazy, options.class_key, default=0) != 0:

@@ -11,6 +11,8 @@ from fvcore.common.registry import Registry
 from ..data.catalog import num_classes_of
 from ..data.coco import register_coco
 from ..data.image_folder import check_image_folders, hold_out, register_image_folder
+from ..data.sources import open_data
+from ..data_arguments import data_format
 from ..errors import UsageError, first_line, nearest
 from .defaults import default_config
 from .keys import CONFIG_ERRORS, all_keys, explain, flatten, unknown_key, with_floats
@@ -86,7 +88,8 @@ def load_config(
     Args:
         config_file: path of a yaml file; "" for detectron2's defaults.
         opts: KEY VALUE pairs.
-        train, test: (json, image folder) of COCO-format data to use instead of the config's.
+        train, test: words that name data to use instead of the config's, as
+            :func:`sasa_det.data.sources.open_data` takes them.
 
     Returns:
         CfgNode: frozen, with the number of classes of the named data unless ``opts`` sets it.
@@ -106,7 +109,8 @@ def load_config(
     merge_overrides(cfg, opts)
     for split, source in (("TRAIN", train), ("TEST", test)):
         if source:
-            cfg.DATASETS[f"{split}_JSON"], cfg.DATASETS[f"{split}_IMAGES"] = source
+            words = [*map(str, source), ""]
+            cfg.DATASETS[f"{split}_JSON"], cfg.DATASETS[f"{split}_IMAGES"] = words[:2]
     _reset(cfg, overruled(opts[::2]))
     check_values(flatten(cfg))
     cfg.freeze()
@@ -201,18 +205,19 @@ def register_datasets(options: RunOptions, *, check: bool = True) -> dict[str, t
 
     Raises:
         UsageError: if a json is named without its image folder, or the other way round.
-        DatasetError, FileNotFoundError: if the files are not in COCO format.
+        DatasetError, FileNotFoundError: if the data cannot be used.
     """
     names = {}
     for split in ("train", "test"):
         keys = f"{split}_json", f"{split}_images"
-        json_file, images = (getattr(options, key) for key in keys)
-        if bool(json_file) != bool(images):
+        path, images = (getattr(options, key) for key in keys)
+        if bool(path) != bool(images) and (not path or data_format(path) == "coco"):
             raise UsageError(
                 f"{' and '.join(map(options.key, keys))} must be given together, got "
-                f"{json_file!r} and {images!r}."
+                f"{path!r} and {images!r}."
             )
-        if json_file:
+        if path:
+            json_file, images = open_data(path, images, split, reuse=not check)
             register_coco(json_file, json_file, images, check=check, **options.image_options())
             names[split] = (json_file,)
     return names | _register_image_folders(options, names.get("train", options.train), check)

@@ -24,6 +24,7 @@ from .coco_entries import (
     numbers_problem,
 )
 from .coco_masks import mask_problem, usable_polygons
+from .sources import reading_of
 from .validation import CocoReport, check_exists, validate_coco
 from .validation_report import summarize_warnings
 
@@ -85,6 +86,19 @@ def register_coco(
     if report is not None:
         # It is set when the data are loaded as well; here it is known before.
         metadata.thing_classes = list(report.class_names)
+
+
+def check_read(json_file: str) -> None:
+    """Raise DatasetError if something of converted annotations could not be read.
+
+    Args:
+        json_file: a name that :func:`sasa_det.data.sources.open_data` returned.
+    """
+    reading = reading_of(json_file)
+    errors = [p for p in reading.problems if p.kind.severity == "error"] if reading else []
+    if errors:
+        rest = f" (and {len(errors) - 1:,} more errors)" if len(errors) > 1 else ""
+        raise DatasetError(f"{json_file}: {errors[0].message}{rest}")
 
 
 def check_registered(names: Sequence[str], training: bool, **options: Any) -> None:

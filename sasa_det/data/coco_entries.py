@@ -52,6 +52,16 @@ UNSAFE_FILE = Kind("file names that lead out of the image folder")
 MISSING_FILE = Kind("missing image files")
 TOO_LARGE = Kind("images of more pixels than max_pixels (INPUT.MAX_PIXELS)")
 UNREADABLE = Kind("unreadable images")
+# Annotations of another format.
+UNREADABLE_ANNOTATIONS = Kind("annotation files that cannot be read")
+BAD_OBJECT = Kind("objects that cannot be read")
+UNKNOWN_CLASS = Kind("objects of unknown classes")
+WRONG_SIZE = Kind("images of another size than their annotations are for")
+MISSING_ANNOTATIONS = Kind(
+    "images without an annotation file", "they count as images without objects"
+)
+UNUSED_ANNOTATIONS = Kind("annotation files without an image", "left out")
+UNUSED_SHAPE = Kind("shapes that have no box", "left out")
 # Annotations.
 NEGATIVE_ID = Kind("annotations of negative id", training=False)
 ID_ZERO = Kind(

@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 # Default of INPUT.MAX_PIXELS.
 MAX_PIXELS = 100_000_000
 
+# More pixels than any header can give: the size itself is asked for.
+_ANY_SIZE = 2**62
+
 # Pillow's modes of more than 8 bits, which it clips to 0..255 in a conversion to RGB.
 _DEEP_MODES = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
@@ -49,6 +52,18 @@ def read_image(path: str, max_pixels: int, image_format: str = "RGB") -> np.ndar
         image.load()
         image = detection_utils._apply_exif_orientation(image)
         return detection_utils.convert_PIL_to_numpy(image, image_format)
+
+
+def image_size(path: str) -> tuple[int, int]:
+    """Read the (width, height) of an image from its header, turned as :func:`read_image` does.
+
+    Raises:
+        ImageError: as :func:`read_image`, but for what only decoding shows.
+    """
+    with _opened(path, _ANY_SIZE) as image:
+        # Of a TIFF, Pillow gives the size of the turned image.
+        turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation)
+        return image.size[::-1] if turned in (5, 6, 7, 8) else image.size
 
 
 def check_size(path: str, image: np.ndarray, size: tuple[int, int] | None) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from detectron2.utils.file_io import PathManager
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..errors import ImageError, UsageError
@@ -169,7 +170,7 @@ def media_of_coco(
             leads out of the folder.
     """
     try:
-        with open(json_file, encoding="utf-8") as file:
+        with open(PathManager.get_local_path(os.fspath(json_file)), encoding="utf-8") as file:
             content = json.load(file)
         images = {image["id"]: image["file_name"] for image in content["images"]}
         ids = {entry["name"]: entry["id"] for entry in content.get("categories", ())}

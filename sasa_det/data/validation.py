@@ -25,6 +25,7 @@ from .coco_entries import (
 )
 from .coco_masks import mask_problems
 from .images import MAX_PIXELS, check_image_files, check_size, read_image
+from .sources import reading_of
 
 # The share of the boxes from which on those that fit their image as two corners only are reported:
 # some boxes of many data sets are a little too large.
@@ -198,6 +199,11 @@ class _Walk:
 
     def through(self, json_file: str | os.PathLike) -> None:
         """Find the problems of a file, those first that others may follow from."""
+        reading = reading_of(json_file)
+        for problem in reading.problems if reading else ():
+            self._add(problem.kind, problem.message)
+        # That nothing is there follows from these.
+        is_unread = reading is not None and reading.num_left_out > 0
         try:
             content = _read(json_file)
         except ValueError as error:
@@ -207,18 +213,23 @@ class _Walk:
         examine = [self._category, self._image, self._annotation]
         for section, find in zip(FIELDS, examine, strict=True):
             self.sizes[section] = len(content[section])
-            if not content[section] and section in _NEEDED:
+            if not content[section] and section in _NEEDED and not is_unread:
                 clause = f"{section!r} is empty; at least one {_NEEDED[section]} is needed"
                 self._add(problems.EMPTY_SECTION, clause)
             for index, entry in enumerate(content[section]):
                 valid, found = check_fields(section, index, entry, self._seen)
                 if isinstance(entry, dict):
                     found += find(index, entry, valid)
+                    if reading and "source" in entry:
+                        valid["source"] = entry["source"]
                 for kind, clause in found:
                     self._add_of(section, index, valid, kind, f" {clause}")
+        if reading:
+            self.sizes["images"] += reading.num_left_out
         if self.counts[problems.CORNER_BOX] <= _CORNERS_SHARE * self.sizes["annotations"]:
             del self.counts[problems.CORNER_BOX]
-        self._find_useless_annotations()
+        if content["annotations"] or not is_unread:
+            self._find_useless_annotations()
         self._find_missing_files()
 
     def decode_images(self) -> None:
@@ -238,11 +249,15 @@ class _Walk:
     def _add_of(
         self, section: str, index: int, valid: dict[str, Any], kind: Kind, clause: str
     ) -> None:
-        """Add a problem of an entry, whose name the clause is appended to."""
+        """Add a problem of an entry, whose name the clause is appended to.
+
+        In converted annotations, the name is the place in the file that it is from.
+        """
         identity, image_id = valid.get("id"), valid.get("image_id")
         known = [f"id {identity}"] if identity is not None else []
         known += [f"of image {image_id}"] if image_id is not None else []
         where = f"{section}[{index}]" + (f" ({' '.join(known)})" if known else "")
+        where = valid.get("source", where)
         ids = {"images": [identity], "annotations": [image_id, identity]}.get(section, [])
         self._add(kind, where + clause, *ids)
 

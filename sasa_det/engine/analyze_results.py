@@ -23,6 +23,8 @@ from ..analysis.results_figures import (
 from ..command_line import positive_int, share
 from ..data.coco import check_coco
 from ..data.images import MAX_PIXELS, read_image
+from ..data.sources import open_data
+from ..data_arguments import DataParser
 from ..evaluation.drawing import draw_detections
 from ..utils.files import write_text
 from .defaults import log_to
@@ -42,7 +44,7 @@ _NUMBERS, _WORST = "results.json", "worst_images.png"
 
 def analyze_results_parser(description: str | None = None) -> argparse.ArgumentParser:
     """Return the parser of the command line that :func:`run_analyze_results` takes."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = DataParser(description=description)
     parser.add_argument(
         "--predictions",
         required=True,
@@ -50,13 +52,7 @@ def analyze_results_parser(description: str | None = None) -> argparse.ArgumentP
         help="COCO results with boxes: coco_instances_results.json of an evaluation, or what "
         "tools/predict.py --test wrote with --confidence-threshold 0.05",
     )
-    parser.add_argument(
-        "--test",
-        required=True,
-        nargs=2,
-        metavar=("JSON", "IMAGES"),
-        help="COCO-format json and image folder that the results are of",
-    )
+    parser.add_data_argument("test", required=True)
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for numbers and pictures"
     )
@@ -87,12 +83,12 @@ def run_analyze_results(args: argparse.Namespace) -> None:
         UsageError, DatasetError, FileNotFoundError: in one sentence, before anything is written.
     """
     log_to(None)
-    json_file, image_root = args.test
+    json_file, image_root = open_data(*args.test, use="test")
     check_output_folder(
         args.output,
         [_NUMBERS, _WORST, *_FIGURES],
         overwrite=args.overwrite,
-        inputs=[args.predictions, json_file],
+        inputs=[args.predictions, args.test[0]],
     )
     check_coco(json_file, image_root, training=False)
     detections = read_detections(args.predictions, json_file)

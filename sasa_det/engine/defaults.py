@@ -27,6 +27,7 @@ from ..config.lazy import load_lazy_config
 from ..config.load import load_config, register_datasets
 from ..config.options import RunOptions
 from ..data.catalog import follow_classes
+from ..data_arguments import DataParser
 from ..errors import USAGE_ERRORS, StopTraining, UsageError, print_error
 from ..utils.files import write_text
 from ..utils.text import printable
@@ -262,10 +263,10 @@ def argument_parser(
         description: what the command does.
 
     Returns:
-        argparse.ArgumentParser: beside detectron2's flags, ``--train`` and ``--test`` name a
-        COCO-format json and its image folder, or ``--data`` and ``--holdout`` the images of a
-        classifier, and ``--overwrite`` removes an earlier run. ``--resume`` gives "always" and
-        ``--resume auto`` gives "auto"; without it, ``resume`` is None.
+        argparse.ArgumentParser: beside detectron2's flags, ``--train`` and ``--test`` name data, or
+        ``--data`` and ``--holdout`` the images of a classifier, and ``--overwrite`` removes an
+        earlier run. ``--resume`` gives "always" and ``--resume auto`` gives "auto"; without it,
+        ``resume`` is None.
     """
     base = default_argument_parser()
     parser = _Parser(
@@ -321,12 +322,7 @@ def argument_parser(
         )
         return parser
     for split in ("train", "test"):
-        parser.add_argument(
-            f"--{split}",
-            nargs=2,
-            metavar=("JSON", "IMAGES"),
-            help=f"COCO-format json and image folder to {split} on, instead of the config's",
-        )
+        parser.add_data_argument(split)
     return parser
 
 
@@ -346,7 +342,7 @@ def _share(text: str) -> float:
     return share
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(DataParser):
     """Takes the word after ``--resume`` for its value only if it is ``auto``.
 
     argparse alone would take the first KEY of the overrides for it.

@@ -20,6 +20,7 @@ from ..config.load import register_datasets
 from ..config.options import RunOptions
 from ..data.images import read_image
 from ..data.mapper import model_input
+from ..data_arguments import DataParser
 from ..errors import UsageError, nearest
 from ..export import FORMATS, ExportedModel, export_model, is_exported, need, read_exported
 from .defaults import log_to
@@ -38,7 +39,7 @@ last. Exit status: 0, or 2 if there is a mistake in the command or the weights.
 
 def export_parser(description: str | None = None) -> argparse.ArgumentParser:
     """Return the parser of the command line that :func:`run_export` takes."""
-    parser = argparse.ArgumentParser(description=description, epilog=_EPILOG)
+    parser = DataParser(description=description, epilog=_EPILOG)
     parser.add_argument(
         "--weights", required=True, metavar="FILE", help="checkpoint of a detector or classifier"
     )
@@ -72,12 +73,7 @@ def export_parser(description: str | None = None) -> argparse.ArgumentParser:
         action="store_true",
         help="evaluate the checkpoint and the file on the config's test set, and compare them",
     )
-    parser.add_argument(
-        "--test",
-        nargs=2,
-        metavar=("JSON", "IMAGES"),
-        help="COCO-format json and image folder for --run-eval, instead of the config's",
-    )
+    parser.add_data_argument("test")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the file if it exists already"
     )
@@ -200,14 +196,14 @@ def _sample(trained: TrainedModel, file: str | None, size: tuple[int, int] | Non
 def _test_options(options: RunOptions, args: argparse.Namespace) -> RunOptions:
     """Return options with the data to test on, registered."""
     if args.test:
-        json_file, images = args.test
-        options = options.replace(test_json=json_file, test_images=images)
+        path, where = [*args.test, ""][:2]
+        options = options.replace(test_json=path, test_images=where)
         options = options.replace(test=register_datasets(options)["test"])
     for name in options.test or ("",):
         if name not in DatasetCatalog:
             raise UsageError(
                 f"--run-eval needs data to test on, and {name or 'none'} is not registered: give "
-                "--test JSON IMAGES."
+                "--test."
             )
     folder = os.path.join(args.output, "evaluation")
     options = options.replace(output_dir=folder, device="cpu")

@@ -18,7 +18,10 @@ from tqdm import tqdm
 from ..command_line import add_config_arguments, positive_int, share
 from ..config.defaults import default_config
 from ..config.keys import all_keys
+from ..data.coco import check_read
 from ..data.media import Frame, Medium, count_images, find_media, media_of_coco, read_frames
+from ..data.sources import open_data
+from ..data_arguments import DATA_HELP, DataParser
 from ..errors import ImageError, UsageError
 from ..evaluation.drawing import draw_instances
 from ..evaluation.predictions import Predictions, images_path
@@ -47,7 +50,7 @@ mistake in the command or the weights.
 
 def predict_parser(description: str | None = None) -> argparse.ArgumentParser:
     """Return the parser of the command line that :func:`run_predict` takes."""
-    parser = argparse.ArgumentParser(description=description, epilog=_EPILOG)
+    parser = DataParser(description=description, epilog=_EPILOG)
     parser.add_argument(
         "--weights",
         required=True,
@@ -60,12 +63,10 @@ def predict_parser(description: str | None = None) -> argparse.ArgumentParser:
         metavar="INPUT",
         help="images, folders of images, glob patterns in quotes, and videos",
     )
-    parser.add_argument(
-        "--test",
-        nargs=2,
-        metavar=("JSON", "IMAGES"),
-        help="COCO-format json and the folder of its images, instead of --input; the results have "
-        "its ids of images and categories",
+    parser.add_data_argument(
+        "test",
+        help=f"{DATA_HELP.format(split='val')}; instead of --input, and the results have its ids "
+        "of images and categories",
     )
     parser.add_argument(
         "--output", metavar="DIR", help="folder for pictures and videos with what was found"
@@ -183,11 +184,13 @@ def run_predict(args: argparse.Namespace) -> int:
 def _media(args: argparse.Namespace) -> tuple[list[Medium], dict[str, int]]:
     """Find what to predict on, and the ids of the categories of a COCO json."""
     if bool(args.input) == bool(args.test):
-        raise UsageError("give images with --input, or a COCO json and its images with --test.")
+        raise UsageError("give images with --input, or a data set with --test.")
     if args.overlap is not None and not args.tile:
         raise UsageError("--overlap is for tiles: give their size with --tile.")
     if args.test:
-        return media_of_coco(*args.test)
+        json_file, image_root = open_data(*args.test, use="test")
+        check_read(json_file)
+        return media_of_coco(json_file, image_root)
     known = all_keys(default_config())
     for word in args.input:
         if word in known and not os.path.lexists(word):

@@ -19,6 +19,7 @@ from ..config.lazy import load_lazy_config
 from ..config.load import load_config
 from ..config.options import RunOptions
 from ..data.images import read_image
+from ..data_arguments import DataParser
 from ..errors import UsageError
 from ..utils.files import whole_file
 from ..utils.text import without_formulas
@@ -33,7 +34,7 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 def visualize_data_parser(description: str | None = None) -> argparse.ArgumentParser:
     """Return the parser of the command line that :func:`run_visualize_data` takes."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = DataParser(description=description)
     parser.add_argument(
         "--source",
         required=True,
@@ -48,12 +49,7 @@ def visualize_data_parser(description: str | None = None) -> argparse.ArgumentPa
     )
     data = parser.add_mutually_exclusive_group()
     for split in ("train", "test"):
-        data.add_argument(
-            f"--{split}",
-            nargs=2,
-            metavar=("JSON", "IMAGES"),
-            help="COCO-format json and image folder to draw, in place of the config's",
-        )
+        parser.add_data_argument(split, data)
     parser.add_argument("--output-dir", required=True, metavar="DIR", help="folder for pictures")
     parser.add_argument(
         "--num-images",

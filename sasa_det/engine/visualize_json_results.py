@@ -20,6 +20,8 @@ from ..command_line import share
 from ..data.catalog import metadata_of
 from ..data.coco import check_coco, load_coco
 from ..data.images import MAX_PIXELS, read_image
+from ..data.sources import open_data
+from ..data_arguments import DataParser
 from ..errors import UsageError
 from ..evaluation.drawing import draw_instances
 from ..utils.files import whole_file
@@ -32,18 +34,13 @@ logger = logging.getLogger(__name__)
 
 def visualize_json_results_parser(description: str | None = None) -> argparse.ArgumentParser:
     """Return the parser of the command line that :func:`run_visualize_json_results` takes."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = DataParser(description=description)
     parser.add_argument(
         "--input", required=True, metavar="FILE", help="COCO results, coco_instances_results.json"
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for pictures")
     data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument(
-        "--test",
-        nargs=2,
-        metavar=("JSON", "IMAGES"),
-        help="COCO-format json and image folder that the results are of",
-    )
+    parser.add_data_argument("test", data)
     data.add_argument("--dataset", metavar="NAME", help="registered data set, such as digits_val")
     parser.add_argument(
         "--conf-threshold",
@@ -67,7 +64,10 @@ def run_visualize_json_results(args: argparse.Namespace) -> None:
     """
     log_to(None)
     check_output_folder(args.output, overwrite=args.overwrite, inputs=[args.input])
-    json_file, image_root = args.test or _files_of(args.dataset)
+    if args.test:
+        json_file, image_root = open_data(*args.test, use="test")
+    else:
+        json_file, image_root = _files_of(args.dataset)
     check_coco(json_file, image_root, training=False)
     detections = read_detections(args.input, json_file)
     name = f"results of {json_file}"

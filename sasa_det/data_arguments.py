@@ -1,0 +1,95 @@
+"""The words that name data on a command line; it needs neither detectron2 nor a model."""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+DATA_HELP = (
+    "COCO-format json and image folder, a YOLO data.yaml, or a Pascal VOC folder; the last two may "
+    "have the name of a split behind them, which is {split} by default"
+)
+
+DEFAULT_SPLITS = {"train": "train", "test": "val"}
+
+# A key of a yaml config, or key=value of a LazyConfig.
+_OVERRIDE = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*|.*=.*")
+
+
+def data_format(path: str) -> str:
+    """Return the format of data by the path that names them.
+
+    Args:
+        path: of a file, which need not be there, or a folder.
+
+    Returns:
+        str: "yolo" for a yaml file, "coco" for other files, and "voc" for a folder.
+    """
+    if path.lower().endswith((".yaml", ".yml")):
+        return "yolo"
+    is_file = path.lower().endswith(".json") or "://" in path or os.path.isfile(path)
+    return "coco" if is_file and not os.path.isdir(path) else "voc"
+
+
+class DataParser(argparse.ArgumentParser):
+    """Takes one or two words that name data after a flag, and no KEY of the overrides after these.
+
+    argparse alone would take all words up to the next flag.
+    """
+
+    def add_data_argument(self, split: str, group=None, **options) -> None:
+        """Add the flag of the data to train or to test on.
+
+        Args:
+            split: "train" or "test".
+            group: of arguments, to add it to.
+            **options: of ``add_argument``.
+        """
+        defaults = {
+            "nargs": "+",
+            "action": _Words,
+            "metavar": ("DATA", "IMAGES|SPLIT"),
+            "help": DATA_HELP.format(split=DEFAULT_SPLITS[split]),
+        }
+        (group or self).add_argument(f"--{split}", **(defaults | options))
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
+        words = list(sys.argv[1:] if args is None else args)
+        has_overrides = any(action.nargs == argparse.REMAINDER for action in self._actions)
+        if has_overrides:
+            for index in reversed(range(len(words))):
+                action = self._option_string_actions.get(words[index])
+                if isinstance(action, _Words):
+                    end = index + 1 + _num_words(words[index + 1 :])
+                    if end < len(words) and not words[end].startswith("-"):
+                        words.insert(end, "--")
+        return super().parse_known_args(words, namespace)
+
+
+def _num_words(words: Sequence[str]) -> int:
+    """Return how many of the words after a flag name data."""
+    words = [*words[:2], "-", "-"]
+    if words[0].startswith("-"):
+        return 0
+    if words[1].startswith("-"):
+        return 1
+    if data_format(words[0]) == "coco":
+        return 2
+    return 1 if _OVERRIDE.fullmatch(words[1]) else 2
+
+
+class _Words(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        if problem := words_problem(values):
+            parser.error(f"argument {'/'.join(self.option_strings)}: {problem}")
+        setattr(namespace, self.dest, values)
+
+
+def words_problem(words: Sequence[str]) -> str | None:
+    """Return a clause about words that do not name data, or None."""
+    if len(words) > 2:
+        return f"expected data and their image folder or split, got {len(words)} words"
+    if len(words) == 1 and data_format(words[0]) == "coco":
+        return f"expected the image folder of {words[0]} behind it"
+    return None
