@@ -56,7 +56,7 @@ def read_labelme(folder: str) -> Converted:
     for path in sorted(files_in(folder, IMAGE_SUFFIXES)):
         json_file = f"{os.path.splitext(path)[0]}.json"
         if path not in used and json_file not in faults and builder.add_image(path):
-            builder.add_problem(problems.MISSING_ANNOTATIONS, f"image {path} has no {json_file}")
+            builder.add_problem(problems.MISSING_ANNOTATIONS, f"image {path} has no json file")
     return builder.finish([folder])
 
 

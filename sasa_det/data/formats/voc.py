@@ -91,9 +91,7 @@ def read_voc(folder: str, split: str = "") -> Converted:
             )
             builder.num_left_out += 1
         elif builder.add_image(image_path):
-            builder.add_problem(
-                problems.MISSING_ANNOTATIONS, f"image {image_path} has no {xml_file}"
-            )
+            builder.add_problem(problems.MISSING_ANNOTATIONS, f"image {image_path} has no XML file")
     return builder.finish(folders)
 
 
@@ -117,7 +115,7 @@ def _objects(root: Element) -> list[Element]:
     return root.findall("object")
 
 
-# Of an image its path, its XML file and the list that names it, "" without one.
+# Of an image its path, its XML file and what names it, "" without one.
 _Pair = tuple[str, str, str]
 
 
@@ -126,6 +124,7 @@ def _listed(folder: str, split: str, annotations: str, images: str) -> list[_Pai
     for path in sorted(files_in(images, IMAGE_SUFFIXES)):
         stem = os.path.splitext(os.path.relpath(path, images))[0]
         by_stem.setdefault(stem, []).append(path)
+    unlabelled = []
     if split:
         list_file = os.path.join(folder, "ImageSets", "Main", f"{split}.txt")
         if not os.path.isfile(list_file):
@@ -144,12 +143,12 @@ def _listed(folder: str, split: str, annotations: str, images: str) -> list[_Pai
         files = sorted(files_in(annotations, {".xml"}))
         stems = [(os.path.relpath(path, annotations)[:-4], path) for path in files]
         known = {stem for stem, _ in stems}
-        stems += [(stem, "") for stem in by_stem if stem not in known]
+        unlabelled = [(by_stem[stem][0], "", "") for stem in by_stem if stem not in known]
     pairs = []
     for stem, listed_in in stems:
         path = by_stem.get(stem, [os.path.join(images, f"{stem}.jpg")])[0]
         pairs.append((path, os.path.join(annotations, f"{stem}.xml"), listed_in))
-    return pairs
+    return [*pairs, *unlabelled]
 
 
 def _side_by_side(folder: str, roots: dict[str, Element], faults: dict[str, str]) -> list[_Pair]:
@@ -170,7 +169,7 @@ def _side_by_side(folder: str, roots: dict[str, Element], faults: dict[str, str]
         image = image if named or same_stem else f"{stem}.jpg"
         used.add(image)
         pairs.append((image, xml_file, xml_file))
-    pairs += [(path, os.path.splitext(path)[0] + ".xml", "") for path in images if path not in used]
+    pairs += [(path, "", "") for path in images if path not in used]
     return sorted(pairs)
 
 
