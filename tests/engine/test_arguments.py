@@ -40,7 +40,10 @@ def test_resume_takes_the_word_auto_and_no_key(words, resume, opts):
         (["--num-machines", "-1"], "argument --num-machines: must be an integer of at least 1"),
         (["--machine-rank", "1"], "argument --machine-rank: must be at least 0 and below"),
         (["--machine-rank", "-1"], "argument --machine-rank: must be at least 0 and below"),
-        (["--train", "only.json"], "argument --train: expected 2 arguments"),
+        (
+            ["--train", "only.json"],
+            "argument --train: expected the image folder of only.json behind it",
+        ),
     ],
 )
 def test_arguments_that_make_no_sense(words, message, capsys):
