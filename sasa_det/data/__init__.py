@@ -19,6 +19,7 @@ from .mapper import (
     build_train_mapper,
     jitter_and_crop_augmentations,
 )
+from .sources import open_data
 from .validation import CocoReport, validate_coco
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "hold_out",
     "jitter_and_crop_augmentations",
     "num_classes_of",
+    "open_data",
     "register_coco",
     "register_digit_crops",
     "register_digits",

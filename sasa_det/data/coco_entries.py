@@ -60,6 +60,7 @@ WRONG_SIZE = Kind("images of another size than their annotations are for")
 MISSING_ANNOTATIONS = Kind(
     "images without an annotation file", "they count as images without objects"
 )
+UNUSED_IMAGE = Kind("images that are not annotated", "left out")
 UNUSED_ANNOTATIONS = Kind("annotation files without an image", "left out")
 UNUSED_SHAPE = Kind("shapes that have no box", "left out")
 # Annotations.

@@ -18,9 +18,9 @@ from .files import files_in
 def read_labelme(folder: str) -> Converted:
     """Read the rectangles, polygons and circles of a folder of labelme's json files.
 
-    A polygon gives a mask and the box around it, a circle the box around it. The classes are those
-    that labels.txt or classes.txt in the folder or the one above lists, in its order, or all labels
-    in alphabetical order.
+    A polygon gives a mask and the box around it, a circle the box around it. Images without a json
+    file are not annotated, and are left out. The classes are those that labels.txt or classes.txt
+    in the folder or the one above lists, in its order, or all labels in alphabetical order.
 
     Args:
         folder: of json files at any depth.
@@ -55,8 +55,8 @@ def read_labelme(folder: str) -> Converted:
         builder.num_left_out += 1
     for path in sorted(files_in(folder, IMAGE_SUFFIXES)):
         json_file = f"{os.path.splitext(path)[0]}.json"
-        if path not in used and json_file not in faults and builder.add_image(path):
-            builder.add_problem(problems.MISSING_ANNOTATIONS, f"image {path} has no json file")
+        if path not in used and json_file not in faults:
+            builder.add_problem(problems.UNUSED_IMAGE, f"image {path} has no json file")
     return builder.finish([folder])
 
 

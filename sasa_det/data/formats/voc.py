@@ -33,7 +33,8 @@ def read_voc(folder: str, split: str = "") -> Converted:
 
     Corners of boxes are indices of pixels that count from 1, and the last is in the box: as in
     detectron2's own loader, 1 is subtracted from xmin and ymin. Objects that are difficult become
-    crowds, which evaluation does not count and training leaves out.
+    crowds, which evaluation does not count and training leaves out. Images without objects have an
+    XML file all the same: one without is not annotated, and is left out.
 
     The classes of both kinds are those that classes.txt in the folder or the one above lists, in
     its order, or all in the XML files of the folder, whatever the split, in alphabetical order.
@@ -90,8 +91,8 @@ def read_voc(folder: str, split: str = "") -> Converted:
                 problems.UNREADABLE_ANNOTATIONS, f"{listed_in}: {xml_file} does not exist"
             )
             builder.num_left_out += 1
-        elif builder.add_image(image_path):
-            builder.add_problem(problems.MISSING_ANNOTATIONS, f"image {image_path} has no XML file")
+        else:
+            builder.add_problem(problems.UNUSED_IMAGE, f"image {image_path} has no XML file")
     return builder.finish(folders)
 
 

@@ -75,7 +75,12 @@ def test_a_folder_of_images_beside_their_files(folder, objects_of, faults_of):
         "image {}/b.png has no XML file",
         "image {}/d.png has no XML file",
     ]
-    assert {p.kind for p in converted.problems} == {problems.MISSING_ANNOTATIONS}
+    assert {p.kind for p in converted.problems} == {problems.UNUSED_IMAGE}
+    assert [image["file_name"] for image in converted.content["images"]] == [
+        "b.tif",
+        "c.jpg",
+        "x/a.PNG",
+    ]
 
 
 def test_everything_that_is_wrong_is_named(voc, faults_of):
