@@ -74,12 +74,11 @@ def run_convert_data(args: argparse.Namespace) -> None:
     with explained(args.output):
         write_text(args.output, json.dumps({key: _plain(value) for key, value in content.items()}))
     logger.info(
-        "%d images with %d objects of %d classes are written to %s; to train on them, give "
-        "--train %s %s.",
+        "Written to %s: images: %d, objects: %d, classes: %d. To train on it, give --train %s %s",
+        args.output,
         report.num_images,
         report.num_annotations,
         len(report.categories),
-        args.output,
         args.output,
         image_root,
     )

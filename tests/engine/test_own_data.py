@@ -4,9 +4,13 @@ import json
 import runpy
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from sasa_det.config.lazy import load_lazy_config
+from sasa_det.config.load import load_config
 
 CONFIG = "configs/Quick/retinanet_SASA.yaml"
 
@@ -148,7 +152,7 @@ def test_converted_data_are_those_they_were_made_of(tool, data, digits, tmp_path
         assert entry["bbox"] == pytest.approx(true["bbox"])
         assert entry["iscrowd"] == 0 and "source" not in entry
     # As the last line says.
-    status, output = tool("validate_data", tmp_path / "out.json", output.split()[-1].rstrip("."))
+    status, output = tool("validate_data", tmp_path / "out.json", output.split()[-1])
     assert status == 0, output
     before = (tmp_path / "out.json").read_bytes()
     status, output = tool("convert_data", *words)
@@ -187,3 +191,20 @@ def test_what_cannot_be_converted_leaves_no_file(tool, tmp_path):
     status, output = tool("convert_data", *flags, "--overwrite")
     assert status == 2 and "which is an input" in output
     assert (tmp_path / "a.json").read_text() == text
+
+
+def test_a_lazy_config_takes_the_same_words(data, tmp_path):
+    config = tmp_path / "lazy.py"
+    config.write_text(
+        "from detectron2.config import LazyConfig\n"
+        f"_FILE = {str(Path('configs/COCO-Detection/retinanet_SASA_R_50_full.py').resolve())!r}\n"
+        "_SECTIONS = ('dataloader', 'lr_multiplier', 'model', 'optimizer', 'train')\n"
+        "dataloader, lr_multiplier, model, optimizer, train = LazyConfig.load(_FILE, _SECTIONS)\n"
+    )
+    yaml_file, voc = str(data / "data.yaml"), str(data / "voc")
+    options = load_lazy_config(str(config), train=[yaml_file], test=[yaml_file, "val"])
+    assert (options.train, options.test) == ((f"{yaml_file}:train",), (f"{yaml_file}:val",))
+    assert options.num_classes == 10
+    cfg = load_config(CONFIG, ["DATASETS.TRAIN_JSON", yaml_file, "DATASETS.TEST_JSON", voc])
+    assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == ((f"{yaml_file}:train",), (f"{voc}:all",))
+    assert cfg.MODEL.RETINANET.NUM_CLASSES == 10

@@ -1,11 +1,11 @@
-"""Readers of annotation formats other than COCO's, whose content and faults they gather.
+"""Readers of annotation formats other than COCO's, which gather content and faults.
 
-Libraries that convert formats were tried first: globox 2.9, labelformat 0.1.17 and hotcoco 1.3 on
-files with one fault of each kind. globox ends at the first fault with an assertion that names no
-file, labelformat leaves lines out that it cannot read, hotcoco writes boxes of NaN; none looks at
-the image files for their sizes and their orientation. globox and hotcoco also number the classes of
-Pascal VOC anew for each folder, and globox reads no masks. A training must know all of that before
-it starts, so that what they leave is a few lines for each format.
+Libraries that convert formats were tried first: globox 2.9.0, labelformat 0.1.17 and hotcoco 1.3.0,
+on files with one fault of each kind. globox ends at the first fault with an assertion that names no
+file, labelformat leaves out lines that it cannot read, and hotcoco writes boxes of NaN. All of them
+believe the sizes of images that annotations have, and globox and hotcoco sort the classes of Pascal
+VOC in each folder. What is left for a library, once a training needs to know all of that before it
+starts, is a few lines for each format.
 """
 
 from .builder import Converted

@@ -4,11 +4,10 @@ import math
 import os
 from xml.etree.ElementTree import Element
 
-from tqdm import tqdm
-
 from ...errors import DatasetError
 from .. import coco_entries as problems
 from .builder import CocoBuilder, Converted, ImageEntry, number
+from .files import progress
 from .xml import parse_xml
 
 _UNUSED = ("cuboid", "mask", "points", "polyline", "skeleton")
@@ -43,7 +42,7 @@ def read_cvat(xml_file: str) -> Converted:
         raise DatasetError(f"{xml_file} has no labels of a task, a job or a project in its <meta>")
     builder = CocoBuilder(names, f"the labels in {xml_file}", {xml_file})
     folder = os.path.dirname(os.path.abspath(xml_file))
-    for index, entry in enumerate(tqdm(root.findall("image"), desc="Images", unit="", delay=2)):
+    for index, entry in enumerate(progress(root.findall("image"), "Reading sizes", "image")):
         where = f"{xml_file} image {entry.get('name') or index + 1!r}"
         sides = [entry.get(side, "") for side in ("width", "height")]
         size = tuple(int(side) if side.isdecimal() else 0 for side in sides)

@@ -1,7 +1,12 @@
-"""Files of data sets, found by their names."""
+"""Files of data sets, found by their names and gone through."""
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+_T = TypeVar("_T")
 
 
 def files_in(
@@ -21,3 +26,8 @@ def files_in(
         for name in files:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:
                 yield os.path.join(place, name)
+
+
+def progress(items: Iterable[_T], description: str, unit: str) -> Iterable[_T]:
+    """Show how far a loop over items is, once it takes more than two seconds."""
+    return tqdm(items, desc=description, unit=unit, delay=2)

@@ -5,14 +5,12 @@ import math
 import os
 from typing import Any
 
-from tqdm import tqdm
-
 from ...errors import DatasetError
 from .. import coco_entries as problems
 from ..coco_entries import shown
 from ..media import IMAGE_SUFFIXES
 from .builder import CocoBuilder, Converted, classes_of, number, read_text
-from .files import files_in
+from .files import files_in, progress
 
 
 def read_labelme(folder: str) -> Converted:
@@ -32,7 +30,7 @@ def read_labelme(folder: str) -> Converted:
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"data folder {folder} does not exist")
     contents, faults = {}, {}
-    for path in tqdm(sorted(files_in(folder, {".json"})), desc="Reading", unit="", delay=2):
+    for path in progress(sorted(files_in(folder, {".json"})), "Reading json files", "file"):
         try:
             contents[path] = _read(path)
         except DatasetError as error:
@@ -48,7 +46,7 @@ def read_labelme(folder: str) -> Converted:
     names, names_source = classes_of(folder, labels)
     builder = CocoBuilder(names, names_source, {*contents, *faults})
     used = set()
-    for path, content in tqdm(contents.items(), desc="Images", unit="", delay=2):
+    for path, content in progress(contents.items(), "Reading sizes", "image"):
         used.add(_add(builder, path, content))
     for message in faults.values():
         builder.add_problem(problems.UNREADABLE_ANNOTATIONS, message)

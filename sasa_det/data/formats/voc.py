@@ -3,13 +3,11 @@
 import os
 from xml.etree.ElementTree import Element
 
-from tqdm import tqdm
-
 from ...errors import DatasetError
 from .. import coco_entries as problems
 from ..media import IMAGE_SUFFIXES
 from .builder import CocoBuilder, Converted, classes_of, number, read_text, split_hint
-from .files import files_in
+from .files import files_in, progress
 from .xml import parse_xml
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -58,7 +56,7 @@ def read_voc(folder: str, split: str = "") -> Converted:
             "image folder, and for YOLO its data.yaml"
         )
     roots, faults = {}, {}
-    for path in tqdm(xml_files, desc="Reading XML files", unit="", delay=2):
+    for path in progress(xml_files, "Reading XML files", "file"):
         try:
             roots[path] = _parse(path)
         except DatasetError as error:
@@ -80,7 +78,7 @@ def read_voc(folder: str, split: str = "") -> Converted:
             )
         pairs = _side_by_side(folder, roots, faults)
         folders = [folder]
-    for image_path, xml_file, listed_in in tqdm(pairs, desc="Images", unit="", delay=2):
+    for image_path, xml_file, listed_in in progress(pairs, "Reading sizes", "image"):
         if xml_file in faults:
             builder.add_problem(problems.UNREADABLE_ANNOTATIONS, faults[xml_file])
             builder.num_left_out += 1

@@ -5,14 +5,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import yaml
-from tqdm import tqdm
 
 from ...errors import DatasetError
 from .. import coco_entries as problems
 from ..coco_entries import described, shown
 from ..media import IMAGE_SUFFIXES
 from .builder import CocoBuilder, Converted, ImageEntry, number, read_text, split_hint
-from .files import files_in
+from .files import files_in, progress
 
 # The keys of a data.yaml that name images.
 _SPLITS = ("train", "val", "test")
@@ -62,7 +61,7 @@ def read_yolo(yaml_file: str, split: str) -> Converted:
     builder = CocoBuilder(names, f"the names in {yaml_file}", {yaml_file})
     folders, listed = _find_images(yaml_file, content, split)
     label_files = set()
-    for path, listed_in in tqdm(listed, desc=f"Reading {split}", unit=" images", delay=2):
+    for path, listed_in in progress(listed, f"Reading {split}", "image"):
         image = builder.add_image(path, listed_in)
         label_file = label_path(path)
         label_files.add(label_file)
