@@ -85,8 +85,9 @@ def open_converted(
         return name, _readings[name].image_root
     converted = read()
     text = json.dumps(converted.content)
+    found = converted.image_root, converted.problems, converted.num_left_out, converted.sources
     old = _readings.get(name)
-    if old is None or (_text(old.path), old.image_root) != (text, converted.image_root):
+    if old is None or old[1:] != found or _text(old.path) != text:
         path = os.path.join(_folder(), f"{next(_numbers)}.json")
         with open(path, "w", encoding="utf-8") as file:
             file.write(text)
@@ -97,9 +98,7 @@ def open_converted(
                 catalog.pop(name, None)
     else:
         path = old.path
-    _readings[name] = Reading(
-        path, converted.image_root, converted.problems, converted.num_left_out, converted.sources
-    )
+    _readings[name] = Reading(path, *found)
     PathManager.register_handler(_Converted(name), allow_override=True)
     return name, converted.image_root
 

@@ -170,6 +170,9 @@ def test_what_validation_refuses_training_refuses(same_data, tmp_path, register)
     label_file.write_text("0 .5 .5 .1 .1\n1 .5 .5 .1 .1")
     register((str(data / "data.yaml"),))
     assert len(DatasetCatalog.get(name)[0]["annotations"]) == 2
+    label_file.write_text("0 .5 .5 .1 .1\n1 .5 .5 .1 .1\n2 .5 .5 .1 .1")
+    with pytest.raises(DatasetError, match="line 3 has the class index 2"):
+        register((str(data / "data.yaml"),))
 
 
 def test_missing_images_are_named(same_data, tmp_path, register):

@@ -1,6 +1,7 @@
 """Data sets in Pascal VOC's format: an XML file of objects for each image."""
 
 import os
+import re
 from xml.etree.ElementTree import Element
 
 from ...errors import DatasetError
@@ -68,7 +69,7 @@ def read_voc(folder: str, split: str = "") -> Converted:
     builder = CocoBuilder(names, names_source, set(xml_files))
     if annotations:
         images = _subfolder(folder, "JPEGImages") or _subfolder(folder, "images") or folder
-        pairs = _listed(folder, split, annotations, images)
+        pairs = _listed(folder, split, annotations, images, xml_files)
         folders = [images]
     else:
         if split:
@@ -114,11 +115,17 @@ def _objects(root: Element) -> list[Element]:
     return root.findall("object")
 
 
+# Lists of single classes have 1, 0 or -1 behind the name.
+_CLASS_FLAG = re.compile(r"\s+-?[01]$")
+
 # Of an image its path, its XML file and what names it, "" without one.
 _Pair = tuple[str, str, str]
 
 
-def _listed(folder: str, split: str, annotations: str, images: str) -> list[_Pair]:
+def _listed(
+    folder: str, split: str, annotations: str, images: str, xml_files: list[str]
+) -> list[_Pair]:
+    xml_by_stem = {os.path.relpath(path, annotations)[:-4]: path for path in xml_files}
     by_stem: dict[str, list[str]] = {}
     for path in sorted(files_in(images, IMAGE_SUFFIXES)):
         stem = os.path.splitext(os.path.relpath(path, images))[0]
@@ -131,22 +138,25 @@ def _listed(folder: str, split: str, annotations: str, images: str) -> list[_Pai
                 f"data folder {folder} has no split {split!r} in ImageSets/Main; "
                 f"{split_hint(voc_splits(folder))}"
             )
-        # Lists of single classes have 1 or -1 behind the name.
-        words = [line.split() for line in read_text(list_file).splitlines()]
+        lines = map(str.strip, read_text(list_file).splitlines())
         stems = [
-            (line[0], f"{list_file} line {index + 1}") for index, line in enumerate(words) if line
+            (
+                line if line in by_stem else _CLASS_FLAG.sub("", line),
+                f"{list_file} line {index + 1}",
+            )
+            for index, line in enumerate(lines)
+            if line
         ]
         if not stems:
             raise DatasetError(f"{list_file} is empty")
     else:
-        files = sorted(files_in(annotations, {".xml"}))
-        stems = [(os.path.relpath(path, annotations)[:-4], path) for path in files]
-        known = {stem for stem, _ in stems}
-        unlabelled = [(by_stem[stem][0], "", "") for stem in by_stem if stem not in known]
+        stems = list(xml_by_stem.items())
+        unlabelled = [(by_stem[stem][0], "", "") for stem in by_stem if stem not in xml_by_stem]
     pairs = []
     for stem, listed_in in stems:
         path = by_stem.get(stem, [os.path.join(images, f"{stem}.jpg")])[0]
-        pairs.append((path, os.path.join(annotations, f"{stem}.xml"), listed_in))
+        xml_file = xml_by_stem.get(stem, os.path.join(annotations, f"{stem}.xml"))
+        pairs.append((path, xml_file, listed_in))
     return [*pairs, *unlabelled]
 
 

@@ -54,6 +54,10 @@ def test_splits(voc):
     # A list of one class has the images without it as well.
     assert [i["file_name"] for i in voc.read("tree_train").content["images"]] == ["a.jpg", "b.jpg"]
     assert len(voc.read("").content["images"]) == 3
+    voc.image("JPEGImages/Lake 1.jpg")
+    voc.xml("Annotations/Lake 1.xml", [("car", (1, 1, 5, 5), False)])
+    voc.text("ImageSets/Main/val.txt", "Lake 1\n")
+    assert [i["file_name"] for i in voc.read("val").content["images"]] == ["Lake 1.jpg"]
     with pytest.raises(DatasetError, match="no split 'test' in ImageSets/Main; it has train, val"):
         voc.read("test")
 
