@@ -1,6 +1,5 @@
 """Data that a command line or a config names, opened as COCO instances."""
 
-import atexit
 import json
 import os
 import shutil
@@ -8,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from itertools import count
+from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -114,9 +114,9 @@ _numbers = count()
 @cache
 def _folder() -> str:
     folder = tempfile.mkdtemp(prefix="sasa_det_")
-    owner = os.getpid()
-    # Not by a process that was forked.
-    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
+    # At the end of this process, a worker of a run as well, for which atexit does nothing; not of
+    # those that are forked from it.
+    Finalize(None, shutil.rmtree, (folder, True), exitpriority=0)
     return folder
 
 

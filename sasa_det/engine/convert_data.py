@@ -46,6 +46,7 @@ def convert_data_parser(description: str | None = None) -> argparse.ArgumentPars
         "--split", default="", help="split of a YOLO or Pascal VOC data set, train by default"
     )
     parser.add_argument("--output", required=True, metavar="FILE", help="json file to write")
+    parser.add_argument("--all", action="store_true", help="list every problem and every class")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     return parser
 
@@ -61,9 +62,9 @@ def run_convert_data(args: argparse.Namespace) -> None:
     name, image_root = _open(args)
     reading = reading_of(name)
     check_output_file(args.output, overwrite=True, inputs=reading.sources)
-    report = validate_coco(name, image_root, limit=5)
+    report = validate_coco(name, image_root, limit=None if args.all else 5)
     if report.counts:
-        print(describe_report(report))
+        print(describe_report(report, everything=args.all))
     if kinds := report.kinds("error"):
         first = next(problem for problem in report.problems if problem.kind in kinds)
         number = report.count("error")

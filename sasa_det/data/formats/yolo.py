@@ -119,11 +119,9 @@ def _class_names(yaml_file: str, content: dict[str, Any]) -> list[str]:
 
 def _num_keypoint_numbers(yaml_file: str, content: dict[str, Any]) -> int:
     """Return how many numbers of keypoints follow each box of a data set of poses."""
-    shape = content.get("kpt_shape", (0, 0))
-    if len(shape) != 2 if isinstance(shape, (list, tuple)) else True:
-        raise DatasetError(f"{yaml_file}: kpt_shape must be two numbers, got {shown(shape)}")
-    if not all(type(value) is int and value >= 0 for value in shape):
-        raise DatasetError(f"{yaml_file}: kpt_shape must be two numbers, got {shown(shape)}")
+    shape = content.get("kpt_shape", [0, 0])
+    if not isinstance(shape, list) or [type(value) for value in shape] != [int, int]:
+        raise DatasetError(f"{yaml_file}: kpt_shape must be two integers, got {shown(shape)}")
     return shape[0] * shape[1]
 
 

@@ -153,7 +153,7 @@ def test_the_label_file_of_an_image():
         ("names: [a]\ntrain: labels", "train folder {}/labels has no images"),
         ("names: [a]\ntrain: imgs", "train 'imgs' does not exist (looked for {}/imgs)"),
         ("names: [a]\ntrain: x\npath: 3", "path must be a folder, got 3"),
-        ("names: [a]\ntrain: x\nkpt_shape: 3", "kpt_shape must be two numbers, got 3"),
+        ("names: [a]\ntrain: x\nkpt_shape: 3", "kpt_shape must be two integers, got 3"),
     ],
 )
 def test_a_data_yaml_that_cannot_be_used(yolo, text, message):
