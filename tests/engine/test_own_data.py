@@ -67,6 +67,7 @@ def tool(monkeypatch, capfd):
     return call
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_are_those_of_the_same_data_in_coco(
     tool, data, digits, tmp_path, assert_equal_runs, plain_torchscript
 ):
