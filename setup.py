@@ -44,7 +44,9 @@ setup(
     description="Stand-alone self-attention for object detection, a detectron2 plugin",
     license="Apache-2.0",
     packages=find_packages(include=["sasa_det", "sasa_det.*"]),
+    py_modules=["sasa_det_cli"],
     package_data={"sasa_det": ["py.typed"]},
+    entry_points={"console_scripts": ["sasa-det = sasa_det_cli:main"]},
     python_requires=">=3.10,<3.13",
     # detectron2 is needed too, but is not on PyPI, where nobody may require anything that is not:
     # tools/install_detectron2.py installs it.

@@ -30,7 +30,9 @@ else:
         "--no-build-isolation git+https://github.com/facebookresearch/detectron2`."
     )
 
-    _PARTS_WITHOUT = ("ops", "layers", "benchmark", "command_line", "errors", "utils", "_C")
+    _PARTS_WITHOUT = (
+        *("_C", "benchmark", "command_line", "config_files", "errors", "layers", "ops", "utils"),
+    )
 
     class _WithoutDetectron2(MetaPathFinder):
         """Says what is to be done where a part of this package needs detectron2."""
@@ -38,11 +40,11 @@ else:
         def find_spec(self, name: str, path=None, target=None) -> None:
             package, _, part = name.partition(".")
             if package == __name__ and part.split(".")[0] not in _PARTS_WITHOUT:
-                raise ImportError(_NO_DETECTRON2)
+                raise ImportError(_NO_DETECTRON2, name="detectron2")
 
     sys.meta_path.insert(0, _WithoutDetectron2())
 
     def __getattr__(name: str):
         if name in __all__:
-            raise ImportError(_NO_DETECTRON2)
+            raise ImportError(_NO_DETECTRON2, name="detectron2")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

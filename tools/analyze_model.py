@@ -1,87 +1,9 @@
 #!/usr/bin/env python
-"""Count a model's parameters and FLOPs, or those of the paper's models, as tables or a picture."""
+"""Run ``sasa-det analyze-model`` from a checkout."""
 
-import argparse
-import os
-import signal
 import sys
-from pathlib import Path
 
-# Until run_command takes Ctrl-C over: the imports take seconds.
-signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
-from sasa_det.analysis.complexity import count_config, default_image_size, parts_report
-from sasa_det.analysis.paper import draw_figure_5, paper_report
-from sasa_det.command_line import positive_int, run_command
-from sasa_det.engine import load_config
-
-CONFIGS = Path(__file__).parents[1] / "configs"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--config-file", metavar="FILE", help="tabulate the model of this config, part by part"
-    )
-    what.add_argument(
-        "--paper",
-        action="store_true",
-        help="tabulate Tables 1 to 7 of the paper, and Figure 5's widths, beside what is counted",
-    )
-    what.add_argument(
-        "--figure",
-        type=int,
-        choices=(5,),
-        help="draw top-1 accuracies against FLOPs and against parameters, and tabulate them: those "
-        "the paper prints for its ResNets, and those of --results",
-    )
-    parser.add_argument(
-        "--size",
-        type=positive_int,
-        nargs=2,
-        metavar=("HEIGHT", "WIDTH"),
-        help="with --config-file: size of the image in pixels; by default a classifier's crop, and "
-        "640 640 for other models",
-    )
-    parser.add_argument(
-        "--results",
-        type=Path,
-        metavar="FILE.json",
-        help="with --figure: top-1 accuracies to draw, in percent, as in "
-        '{"table1_R50_full": 77.6, "my/config.yaml": 70.1}; a name is that of a config in '
-        "configs/Ablations",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default="output/figure5.png",
-        metavar="FILE.png",
-        help="with --figure: the picture to write, %(default)s by default",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="with --figure: replace the picture if it exists"
-    )
-    parser.add_argument(
-        "opts",
-        nargs=argparse.REMAINDER,
-        help="with --config-file: config overrides, KEY VALUE pairs",
-    )
-    args = parser.parse_args()
-    if not args.config_file and (args.size or args.opts):
-        parser.error("--size and config overrides need --config-file")
-    if not args.figure and (args.results or args.overwrite):
-        parser.error("--results and --overwrite need --figure")
-    if args.paper:
-        print(paper_report(CONFIGS))
-    elif args.figure:
-        print(draw_figure_5(CONFIGS, args.output, args.results, overwrite=args.overwrite))
-        print(f"\nPicture: {args.output}")
-    else:
-        cfg = load_config(args.config_file, args.opts)
-        size = args.size or default_image_size(cfg)
-        print(parts_report(count_config(cfg, *size), *size))
-
+from sasa_det_cli import run
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run("analyze-model"))

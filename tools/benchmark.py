@@ -1,16 +1,9 @@
 #!/usr/bin/env python
-"""Time attention side by side with convolution and with other formulations of attention."""
+"""Run ``sasa-det benchmark`` from a checkout."""
 
-import os
-import signal
 import sys
-from pathlib import Path
 
-# Until run_command takes Ctrl-C over: the imports take seconds.
-signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
-from sasa_det.benchmark import main
-from sasa_det.command_line import run_command
+from sasa_det_cli import run
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: main(Path(__file__).resolve().parents[1] / "configs")))
+    sys.exit(run("benchmark"))

@@ -1,5 +1,1 @@
 """Time and memory of attention beside convolution and other formulations, in one run."""
-
-from .command import main
-
-__all__ = ["main"]

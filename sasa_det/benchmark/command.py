@@ -11,8 +11,11 @@ from pathlib import Path
 
 import torch
 
+import sasa_det_cli
+
 from ..command_line import positive_int, refuse_existing
-from ..errors import UsageError, print_error
+from ..config_files import CONFIGS
+from ..errors import UsageError
 from ..utils.files import write_text
 from ..utils.machine import describe_machine
 from .cases import GROUPS, choose_groups, groups_without_detectron2, make_cases
@@ -29,39 +32,38 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _LEAST_SIZE = 32  # the stride of the smallest features
 
 
-def main(configs: Path, argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark's command line.
+def run_benchmark(args: argparse.Namespace) -> None:
+    """Measure as a command line of :func:`benchmark_parser` says.
 
-    Args:
-        configs: the project's folder of configs.
-        argv: arguments; None takes those of the process.
-
-    Returns:
-        int: the process's exit status.
+    Raises:
+        UsageError: in one sentence, before anything is measured.
     """
-    args = _parser().parse_args(argv)
-    settings, notes = _settings(args, configs)
+    settings, notes = _settings(args)
     output = Path(args.output)
-    try:
-        if args.image_size < _LEAST_SIZE:
-            raise UsageError(f"--image-size must be at least {_LEAST_SIZE}, got {args.image_size}.")
-        cases = make_cases(settings, choose_groups(args.cases))
-        if not args.memory_of:
-            refuse_existing(output)
-    except UsageError as error:
-        return print_error(error)
+    if args.image_size < _LEAST_SIZE:
+        raise UsageError(f"--image-size must be at least {_LEAST_SIZE}, got {args.image_size}.")
+    cases = make_cases(settings, choose_groups(args.cases))
+    if not args.memory_of:
+        refuse_existing(output)
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.memory_of:
         _print_memory(cases, *args.memory_of, settings.device)
-        return 0
+        return
     load = os.getloadavg()[0]
     _log_to_terminal()
     for note in notes:
         logger.info(note)
     peaks = _measure_peaks(settings)
     # What the processes that measure memory are called with.
-    command = [sys.argv[0], "--device", settings.device, "--dtype", args.dtype]
+    command = [
+        sasa_det_cli.__file__,
+        "benchmark",
+        "--device",
+        settings.device,
+        "--dtype",
+        args.dtype,
+    ]
     command += ["--batch", str(args.batch), "--image-size", str(args.image_size)]
     command += ["--threads", str(torch.get_num_threads())]
     machine = describe_machine(settings.device, args.dtype)
@@ -69,7 +71,6 @@ def main(configs: Path, argv: Sequence[str] | None = None) -> int:
     results = measure_cases(cases, args.rounds, settings, peaks, command, report.write)
     draw_results(cases, results, output / "results.png")
     print(f"\n{report.table}\nWritten to {output}: results.md, results.json, results.png")
-    return 0
 
 
 @dataclass
@@ -104,10 +105,9 @@ class _Report:
         write_text(self.output / "results.json", json.dumps(record, indent=2))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Time attention side by side with convolution and with other formulations."
-    )
+def benchmark_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of the command line that :func:`run_benchmark` takes."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--cases", help=f"which of {','.join(GROUPS)}; by default all that need no missing package"
     )
@@ -133,7 +133,7 @@ def _log_to_terminal() -> None:
     logger.propagate = False
 
 
-def _settings(args: argparse.Namespace, configs: Path) -> tuple[Settings, list[str]]:
+def _settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
     """Return the settings of a run, and sentences on what it leaves out and why."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     notes, in_bfloat16 = [], False
@@ -148,7 +148,7 @@ def _settings(args: argparse.Namespace, configs: Path) -> tuple[Settings, list[s
         elif not known:
             notes.append("No rows in bfloat16: the processor does not have it.")
     dtype = _DTYPES[args.dtype]
-    return Settings(device, dtype, args.batch, args.image_size, configs, in_bfloat16), notes
+    return Settings(device, dtype, args.batch, args.image_size, CONFIGS, in_bfloat16), notes
 
 
 def _measure_peaks(settings: Settings) -> dict[torch.dtype, float]:

@@ -53,8 +53,7 @@ def options_without_data(config_file: str, opts: Sequence[str] = ()) -> RunOptio
     Raises:
         UsageError: on a file that cannot be used, an unknown key or a wrong value.
     """
-    is_python = config_file.endswith(".py")
-    if is_python or _is_lazy(read_config_file(config_file)[-1][1]):
+    if is_lazy_config(config_file):
         return load_lazy_config(config_file, [*opts, *_LAZY_WITHOUT_DATA])
     opts = [word for word in opts if word != "--"]
     check_pairs(opts)
@@ -89,6 +88,11 @@ def stored_options(text: str, owner: str, opts: Sequence[str] = ()) -> RunOption
         for target in _targets(OmegaConf.to_container(built, resolve=True)):
             _check_target(target, owner)
     return RunOptions.read(config)
+
+
+def is_lazy_config(config_file: str) -> bool:
+    """Return whether a file is a LazyConfig: Python code, or the yaml that a run stores of it."""
+    return config_file.endswith(".py") or _is_lazy(read_config_file(config_file)[-1][1])
 
 
 def _is_lazy(values: Mapping[str, Any]) -> bool:

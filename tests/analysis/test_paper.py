@@ -143,9 +143,9 @@ def test_command_tells_what_cannot_be_built(command):
 @pytest.mark.parametrize(
     "words,told",
     [
-        (("--figure", 5, "--size", 224, 224), "--size and config overrides need --config-file"),
-        (("--paper", "MODEL.DEVICE", "cpu"), "--size and config overrides need --config-file"),
-        (("--paper", "--results", "a.json"), "--results and --overwrite need --figure"),
+        (("--figure", 5, "--size", 224, 224), "--size and config overrides need --config-file."),
+        (("--paper", "MODEL.DEVICE", "cpu"), "--size and config overrides need --config-file."),
+        (("--paper", "--results", "a.json"), "--results and --overwrite need --figure."),
         (("--figure", 4), "invalid choice: 4 (choose from 5)"),
         (("--paper", "--figure", 5), "argument --figure: not allowed with argument --paper"),
     ],

@@ -11,10 +11,10 @@ import torch
 
 from sasa_det.benchmark import command, peak
 from sasa_det.benchmark.cases import make_cases
-from sasa_det.benchmark.command import main
+from sasa_det.benchmark.command import benchmark_parser, run_benchmark
+from sasa_det.command_line import run_command
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "configs"
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +25,12 @@ def _quick_peak_and_threads_as_before(monkeypatch):
     torch.set_num_threads(threads)
 
 
+def status(*words):
+    return run_command(lambda: run_benchmark(benchmark_parser().parse_args(words)))
+
+
 def run(output, *words):
-    assert main(CONFIGS, ["--output", str(output), "--rounds", "1", *words]) == 0
+    assert status("--output", str(output), "--rounds", "1", *words) == 0
     record = json.loads((output / "results.json").read_text())
     by_case = {}
     for result in record["results"]:
@@ -96,10 +100,10 @@ importlib.util.find_spec = lambda name, *a: None if name == "detectron2" else fi
 from dataclasses import replace
 from pathlib import Path
 import torch
-from sasa_det.benchmark import main, peak
+from sasa_det.benchmark import peak
 from sasa_det.benchmark.cases import make_cases
 from sasa_det.benchmark.measure import Settings
-from sasa_det.command_line import run_command
+from sasa_det_cli import run
 peak._CALLS = 1
 settings = Settings("cpu", torch.float32, 1, 64, Path("configs"), bfloat16=True)
 for case in make_cases(settings, ["op", "layer", "stem"]):
@@ -110,7 +114,7 @@ for case in make_cases(settings, ["op", "layer", "stem"]):
 import sasa_det.benchmark.command as command
 command.make_cases = lambda *_: [replace(make_cases(settings, ["stem"])[0], memory=False)]
 sys.argv = ["tools/benchmark.py", "--output", sys.argv[1], *sys.argv[2:]]
-sys.exit(run_command(lambda: main(Path("configs"))))
+sys.exit(run("benchmark"))
 """
 
 
@@ -141,7 +145,6 @@ def test_every_layer_and_detector_runs_and_is_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(command, "make_cases", cases_of)
     monkeypatch.setattr(command, "has_bfloat16", lambda: True)
-    monkeypatch.setattr(sys, "argv", ["tools/benchmark.py"])  # what those processes run
     groups = "layer,stem,backbone,retinanet,digits"
     words = ["--image-size", "64", "--batch", "2", "--cases", groups]
     _, by_case = run(tmp_path / "benchmark", *words)
@@ -158,18 +161,18 @@ def test_every_layer_and_detector_runs_and_is_written(tmp_path, monkeypatch):
 
 
 def test_bad_arguments_are_told(tmp_path, capsys):
-    assert main(CONFIGS, ["--cases", "op,speed"]) == 2
+    assert status("--cases", "op,speed") == 2
     assert "--cases takes op, layer, stem" in capsys.readouterr().err
     (tmp_path / "kept").touch()
-    assert main(CONFIGS, ["--cases", "op", "--output", str(tmp_path)]) == 2
+    assert status("--cases", "op", "--output", str(tmp_path)) == 2
     assert "exists already; name another one" in capsys.readouterr().err
     for words, told in (
         (["op", "--image-size", "31"], "--image-size must be at least 32, got 31."),
         (["retinanet", "--image-size", "128"], "--cases retinanet needs --image-size above 128"),
         (["backbone", "--image-size", "32"], "--cases backbone needs --image-size above 32"),
     ):
-        assert main(CONFIGS, ["--output", str(tmp_path / "new"), "--cases", *words]) == 2
+        assert status("--output", str(tmp_path / "new"), "--cases", *words) == 2
         assert told in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
-        main(CONFIGS, ["--threads", "0"])
+        status("--threads", "0")
     assert "--threads: must be an integer of at least 1, got '0'" in capsys.readouterr().err

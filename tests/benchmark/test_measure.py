@@ -19,10 +19,9 @@ def run():
     del first
     kept[:] = [torch.ones(8 << 20, dtype=torch.uint8)]
 print(extra_peak_memory(run, "cpu"))
-from pathlib import Path
-from sasa_det.benchmark.command import main
+from sasa_det.benchmark.command import benchmark_parser, run_benchmark
 case = ["--cases", "layer", "--memory-of", "layer forward + backward", "attention"]
-main(Path("configs"), [*case, "--image-size", "64"])
+run_benchmark(benchmark_parser().parse_args([*case, "--image-size", "64"]))
 """
 
 
