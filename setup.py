@@ -11,6 +11,8 @@ except ImportError:
 
 ROOT = Path(__file__).parent
 
+CONFIGS = "sasa_det.model_zoo.configs"
+
 
 def version():
     # Read, not imported: importing sasa_det takes torch.
@@ -43,9 +45,17 @@ setup(
     version=version(),
     description="Stand-alone self-attention for object detection, a detectron2 plugin",
     license="Apache-2.0",
-    packages=find_packages(include=["sasa_det", "sasa_det.*"]),
+    packages=[*find_packages(include=["sasa_det", "sasa_det.*"]), CONFIGS],
+    # configs/ stays at the top, where users of detectron2 look for it, and is installed into the
+    # package from there: there are no copies and no symbolic links in the repository. In a checkout
+    # and an editable installation sasa_det/config_files.py finds the folder itself.
+    package_dir={CONFIGS: "configs"},
     py_modules=["sasa_det_cli"],
-    package_data={"sasa_det": ["py.typed"]},
+    package_data={
+        "sasa_det": ["py.typed"],
+        "sasa_det.model_zoo": ["weights/*"],
+        CONFIGS: ["**/*.py", "**/*.yaml"],
+    },
     entry_points={"console_scripts": ["sasa-det = sasa_det_cli:main"]},
     python_requires=">=3.10,<3.13",
     # detectron2 is needed too, but is not on PyPI, where nobody may require anything that is not:

@@ -12,6 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ..config_files import find_config
 from ..errors import UsageError, first_line, nearest
 from .defaults import default_config
 from .keys import flatten
@@ -34,7 +35,8 @@ def load_lazy_config(
     """Execute the Python code of a LazyConfig, and override values in it.
 
     Args:
-        config_file: path of a Python file, or of the config.yaml that a run stored.
+        config_file: path of a Python file, or of the config.yaml that a run stored, or name of one
+            of the project's configs.
         overrides: ``key=value`` words as :meth:`LazyConfig.apply_overrides` reads them; a ``+``
             before the key adds one that is not there.
         train, test: words that name data to use instead of the config's, as
@@ -48,6 +50,7 @@ def load_lazy_config(
         UsageError: on a file that cannot be used, an unknown key or a wrong value.
         DatasetError, FileNotFoundError: as :func:`sasa_det.config.load.register_datasets`.
     """
+    config_file = find_config(config_file)
     lazy = _load(config_file)
     overridden = override(lazy, [word for word in overrides if word != "--"])
     for section in _SECTIONS:

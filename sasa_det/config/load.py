@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling.proposal_generator import RPN_HEAD_REGISTRY
 from fvcore.common.registry import Registry
 
+from ..config_files import find_config
 from ..data.catalog import num_classes_of
 from ..data.coco import register_coco
 from ..data.image_folder import check_image_folders, hold_out, register_image_folder
@@ -86,7 +87,8 @@ def load_config(
     """Read a config file, overrides and the data sets of the command line.
 
     Args:
-        config_file: path of a yaml file; "" for detectron2's defaults.
+        config_file: path of a yaml file, or name of one of the project's configs; "" for
+            detectron2's defaults.
         opts: KEY VALUE pairs.
         train, test: words that name data to use instead of the config's, as
             :func:`sasa_det.data.sources.open_data` takes them.
@@ -99,7 +101,7 @@ def load_config(
         DatasetError, FileNotFoundError: as :func:`register_datasets`.
     """
     cfg = default_config()
-    for path, values in read_config_file(config_file) if config_file else ():
+    for path, values in read_config_file(find_config(config_file)) if config_file else ():
         try:
             cfg.merge_from_other_cfg(CfgNode(with_floats(values, cfg)))
         except CONFIG_ERRORS as error:

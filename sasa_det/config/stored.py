@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.registry import locate
 from omegaconf import OmegaConf
 
+from ..config_files import find_config
 from ..errors import UsageError
 from ..utils.text import abbreviated_list
 from .defaults import default_config
@@ -47,12 +48,13 @@ def options_without_data(config_file: str, opts: Sequence[str] = ()) -> RunOptio
 
     Args:
         config_file: a yaml config, a LazyConfig in Python, which is executed, or a stored
-            config.yaml of either kind.
+            config.yaml of either kind; or name of one of the project's configs.
         opts: KEY VALUE pairs, or key=value for a LazyConfig.
 
     Raises:
         UsageError: on a file that cannot be used, an unknown key or a wrong value.
     """
+    config_file = find_config(config_file)
     if is_lazy_config(config_file):
         return load_lazy_config(config_file, [*opts, *_LAZY_WITHOUT_DATA])
     opts = [word for word in opts if word != "--"]

@@ -9,6 +9,7 @@ from ..command_line import positive_int
 from ..config.load import load_config
 from ..config_files import CONFIGS
 from ..errors import UsageError
+from .defaults import log_to
 
 
 def analyze_model_parser(description: str | None = None) -> argparse.ArgumentParser:
@@ -70,6 +71,7 @@ def run_analyze_model(args: argparse.Namespace) -> None:
     Raises:
         UsageError: in one sentence.
     """
+    log_to(None)
     if not args.config_file and (args.size or args.opts):
         raise UsageError("--size and config overrides need --config-file.")
     if not args.figure and (args.results or args.overwrite):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from ..checkpoint.convert import WEIGHTS, build_target, convert_checkpoint
 from ..errors import TransferError, UsageError
+from .defaults import log_to
 
 _EPILOG = """
 The backbone is that of the model of --config-file or, by default, of the config that SOURCE holds;
@@ -75,6 +76,7 @@ def run_convert_checkpoint(args: argparse.Namespace) -> None:
     Raises:
         UsageError, CheckpointError: in one sentence; the target is whole or not there.
     """
+    log_to(None)
     names = ("weights", "prefix", "allow", "whole", "overwrite")
     options = {name: getattr(args, name) for name in names}
     try:

@@ -4,7 +4,7 @@ import argparse
 
 from ..config.stored import is_lazy_config
 from ..config_files import find_config
-from .defaults import CLASSIFIER, LAZY, YAML, argument_parser, run
+from .defaults import CLASSIFIER, LAZY, YAML, argument_parser, log_to, run
 
 _EVAL_EPILOG = """
 Weights and other values of the config come as KEY VALUE pairs, MODEL.WEIGHTS model_final.pth among
@@ -54,5 +54,7 @@ def eval_parser(description: str | None = None) -> argparse.ArgumentParser:
 
 def run_eval(args: argparse.Namespace) -> int:
     """Evaluate the model of a config of any kind, as the others do with ``--eval-only``."""
-    lazy = bool(args.config_file) and is_lazy_config(find_config(args.config_file))
+    log_to(None)
+    args.config_file = find_config(args.config_file)
+    lazy = bool(args.config_file) and is_lazy_config(args.config_file)
     return run(args, LAZY if lazy else YAML)
