@@ -43,6 +43,8 @@ def kernels():
 setup(
     name="sasa_det",
     version=version(),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     description="Stand-alone self-attention for object detection, a detectron2 plugin",
     license="Apache-2.0",
     packages=[*find_packages(include=["sasa_det", "sasa_det.*"]), CONFIGS],
@@ -62,9 +64,11 @@ setup(
     # tools/install_detectron2.py installs it.
     install_requires=[
         "fvcore>=0.1.5",
+        "hydra-core>=1.1",
         "iopath>=0.1.7",
         "matplotlib>=3.7",
         "numpy>=1.26",
+        "omegaconf>=2.1",
         "opencv-python>=4.8",
         "Pillow>=12.3",
         "pycocotools>=2.0.6,!=2.0.9,!=2.0.10",  # which fail on a json without "info"

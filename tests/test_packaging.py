@@ -5,6 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+import sasa_det
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,6 +78,12 @@ def test_configs_are_found_and_read_in_the_installed_package(built, tmp_path):
     assert done.returncode == 0, done.stderr
     names = {str(path) for path in files_in(ROOT / "configs")}
     assert set(done.stdout.splitlines()) >= names
+
+
+def test_the_version_is_the_same_everywhere():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == sasa_det.__version__
+    assert sasa_det.__version__ in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_a_source_distribution_builds_and_tests_without_the_repository(built):

@@ -166,7 +166,7 @@ def _check_places(known: set[str], found: Collection[str]) -> None:
         if bare in lacking and bare != key:
             raise CheckpointError(
                 f"its backbone's weights have other names ({key} is the model's {lacking[bare]}): "
-                "convert it with tools/convert_checkpoint.py first"
+                "convert it with sasa-det convert-checkpoint first"
             )
 
 

@@ -99,7 +99,7 @@ def _load(path: str) -> DictConfig:
     if absent:
         raise UsageError(
             f"config file {path} has no {' and no '.join(absent)}: a LazyConfig has "
-            f"{', '.join(_SECTIONS)}; a yaml config is for tools/train_net.py."
+            f"{', '.join(_SECTIONS)}; a yaml config is for sasa-det train."
         )
     return lazy
 

@@ -188,7 +188,7 @@ def _refuse_errors(report: CocoReport) -> None:
     if kinds:
         first = next(problem for problem in report.problems if problem.kind in kinds)
         more = report.count("error") - 1
-        rest = f" (and {more:,} more errors, which tools/validate_data.py lists)" if more else ""
+        rest = f" (and {more:,} more errors, which sasa-det validate-data lists)" if more else ""
         raise DatasetError(f"{report.json_file}: {first.message}{rest}")
 
 

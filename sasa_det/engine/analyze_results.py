@@ -50,7 +50,7 @@ def analyze_results_parser(description: str | None = None) -> argparse.ArgumentP
         required=True,
         metavar="FILE",
         help="COCO results with boxes: coco_instances_results.json of an evaluation, or what "
-        "tools/predict.py --test wrote with --confidence-threshold 0.05",
+        "sasa-det predict --test wrote with --confidence-threshold 0.05",
     )
     parser.add_data_argument("test", required=True)
     parser.add_argument(

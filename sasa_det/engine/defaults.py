@@ -70,7 +70,7 @@ def _load_classifier(args: argparse.Namespace) -> RunOptions:
     if options.meta_architecture != "Classifier":
         raise UsageError(
             f"MODEL.META_ARCHITECTURE must be Classifier here, got {options.meta_architecture} "
-            "(detectors are trained by tools/train_net.py)."
+            "(sasa-det train trains detectors)."
         )
     return options
 

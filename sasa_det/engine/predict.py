@@ -55,7 +55,7 @@ def predict_parser(description: str | None = None) -> argparse.ArgumentParser:
         "--weights",
         required=True,
         metavar="FILE",
-        help="checkpoint of a detector, model_final.pth, or a file of tools/export_model.py",
+        help="checkpoint of a detector, model_final.pth, or a file of sasa-det export",
     )
     parser.add_argument(
         "--input",

@@ -88,7 +88,7 @@ def load_trained_model(
 
     Args:
         weights: a checkpoint of this project or of detectron2, or a file of
-            ``tools/export_model.py``, which runs on the CPU.
+            ``sasa-det export``, which runs on the CPU.
         config_file: yaml config or LazyConfig of the model, in place of the one in the checkpoint.
         opts: KEY VALUE pairs that override it, or key=value for a LazyConfig.
         classifiers: whether the model may be a classifier.

@@ -43,7 +43,7 @@ def read_exported(path: str | os.PathLike) -> "ExportedModel":
             f"{path} cannot be read as {path.suffix[1:]} ({first_line(error)})."
         ) from error
     if not isinstance(facts, dict) or "kind" not in facts:
-        raise CheckpointError(f"{path} was not written by tools/export_model.py.")
+        raise CheckpointError(f"{path} was not written by sasa-det export.")
     if facts["kind"] == "raw":
         raise UsageError(f"{path} was exported with --raw: it gives features and finds no objects.")
     return ExportedModel(run, facts)

@@ -176,7 +176,7 @@ def test_a_classifier_that_was_not_converted_says_so(tmp_path, name):
     model = built(detector(name, stages=[], MODEL__SASA__STEM="convolution"))
     for path in ("source.pth", "source.pth?matching_heuristics=True"):
         with pytest.raises(
-            CheckpointError, match="with tools/convert_checkpoint.py first"
+            CheckpointError, match="with sasa-det convert-checkpoint first"
         ) as error:
             Checkpointer(model).load(f"{tmp_path}/{path}")
         assert "\n" not in str(error.value)

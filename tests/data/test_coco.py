@@ -222,7 +222,7 @@ def test_first_error_says_how_many_more_there_are(write, content):
         check_coco(*write(content))
     message = str(error.value)
     assert "set.json: annotations[0] (id 11 of image 7) has iscrowd '0'" in message
-    assert message.endswith("(and 2 more errors, which tools/validate_data.py lists)")
+    assert message.endswith("(and 2 more errors, which sasa-det validate-data lists)")
 
 
 def test_missing_image_is_no_excuse_for_other_errors(write, content):

@@ -19,6 +19,7 @@ from sasa_det.config.lazy import load_lazy_config
 from sasa_det.config.options import LAZY_KEYS, YAML_KEYS, RunOptions
 from sasa_det.engine import Predictor, Trainer, UsageError, load_config
 from sasa_det.engine.defaults import LAZY, argument_parser, run
+from sasa_det.engine.train import eval_parser, run_eval
 
 DATA = {"train": "train", "test": "val"}
 YAML = "configs/Quick/retinanet_SASA.yaml"
@@ -126,9 +127,8 @@ def test_trains_resumes_and_evaluates(lazy, tmp_path, capsys):
     # Evaluation elsewhere, with the config that the run stored, finds what training found.
     other = tmp_path / "evaluation"
     weights = f"train.init_checkpoint={folder / 'model_final.pth'}"
-    arguments = ["--config-file", folder / "config.yaml", "--eval-only", weights]
-    arguments = [str(word) for word in (*arguments, f"train.output_dir={other}")]
-    assert run(argument_parser(LAZY).parse_args(arguments), LAZY) == 0
+    arguments = ["--config-file", folder / "config.yaml", weights, f"train.output_dir={other}"]
+    assert run_eval(eval_parser().parse_args([str(word) for word in arguments])) == 0
     assert results(other) == results(folder)
     assert [len(found) for found in results(other).values()] == [300]
     shutil.rmtree(folder / "inference")
@@ -370,7 +370,7 @@ def test_a_yaml_config_is_for_the_other_command(tmp_path, capsys):
         path.write_text(text)
         assert run(argument_parser(LAZY).parse_args(["--config-file", str(path)]), LAZY) == 2
         error = capsys.readouterr().err
-        assert "is for tools/train_net.py" in error or "is not allowed" in error
+        assert "is for sasa-det train" in error or "is not allowed" in error
 
 
 def test_a_resumed_run_keeps_model_and_data(lazy, tmp_path, capsys):

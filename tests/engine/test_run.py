@@ -7,6 +7,7 @@ import torch
 
 from sasa_det.checkpoint.convert import convert_checkpoint
 from sasa_det.engine import argument_parser, run
+from sasa_det.engine.train import eval_parser, run_eval
 
 CONFIG = "configs/Quick/retinanet_SASA.yaml"
 
@@ -15,7 +16,7 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
 
 
-def test_trains_evaluates_and_resumes(command, tmp_path, capsys):
+def test_trains_evaluates_and_resumes(command, words, tmp_path, capsys):
     folder = tmp_path / "run"
     assert command() == 0
     assert (folder / "config.yaml").is_file()
@@ -35,8 +36,9 @@ def test_trains_evaluates_and_resumes(command, tmp_path, capsys):
     assert {int(state["step"]) for state in states} == {6}
 
     # Evaluation elsewhere finds what training found.
-    words = ["--eval-only", "MODEL.WEIGHTS", folder / "model_final.pth"]
-    assert command(*words, "OUTPUT_DIR", tmp_path / "eval") == 0
+    weights = ["MODEL.WEIGHTS", folder / "model_final.pth"]
+    evaluation = eval_parser().parse_args(words(*weights, "OUTPUT_DIR", tmp_path / "eval"))
+    assert run_eval(evaluation) == 0
     found = [
         json.loads(path.read_text())
         for base in (folder, tmp_path / "eval")
@@ -45,9 +47,9 @@ def test_trains_evaluates_and_resumes(command, tmp_path, capsys):
     assert len(found) == 2 and found[0] == found[1]
 
     # --overwrite never removes what it is asked to evaluate or start from.
-    assert command("--overwrite", *words) == 0
+    assert command("--overwrite", "--eval-only", *weights) == 0
     assert (folder / "model_final.pth").is_file()
-    assert command("--overwrite", *words[1:]) == 2
+    assert command("--overwrite", *weights) == 2
     assert "would be removed by --overwrite" in capsys.readouterr().err
     assert command("--overwrite") == 0
     assert torch.load(folder / "model_final.pth", weights_only=False)["iteration"] == 3

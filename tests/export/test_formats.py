@@ -200,7 +200,7 @@ def test_a_file_that_is_no_model_is_named(tmp_path):
 def test_a_torchscript_file_of_others_is_refused(tmp_path):
     path = tmp_path / "other.ts"
     torch.jit.save(torch.jit.trace(torch.nn.ReLU(), torch.rand(2)), path)
-    with pytest.raises(CheckpointError, match="was not written by tools/export_model.py"):
+    with pytest.raises(CheckpointError, match="was not written by sasa-det export"):
         read_exported(path)
 
 
