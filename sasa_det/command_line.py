@@ -4,7 +4,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .errors import USAGE_ERRORS, StopTraining, UsageError, print_error
@@ -39,6 +39,13 @@ def run_command(main: Callable[[], int | None]) -> int:
         return stop.status
     except USAGE_ERRORS as error:
         return print_error(error)
+
+
+class IntermixedParser(argparse.ArgumentParser):
+    """Takes flags among the other arguments as well, wherever a user puts them."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
+        return self.parse_intermixed_args(args, namespace)
 
 
 def positive_int(text: str) -> int:

@@ -1,9 +1,9 @@
 """Conversion of checkpoints from a command line."""
 
 import argparse
-from collections.abc import Sequence
 
 from ..checkpoint.convert import WEIGHTS, build_target, convert_checkpoint
+from ..command_line import IntermixedParser
 from ..errors import TransferError, UsageError
 from .defaults import log_to
 
@@ -18,7 +18,7 @@ or timm lacks, are listed in the report and are not an error.
 
 def convert_checkpoint_parser(description: str | None = None) -> argparse.ArgumentParser:
     """Return the parser of the command line that :func:`run_convert_checkpoint` takes."""
-    parser = _Parser(description=description, epilog=_EPILOG)
+    parser = IntermixedParser(description=description, epilog=_EPILOG)
     parser.add_argument(
         "source",
         metavar="SOURCE",
@@ -61,13 +61,6 @@ def convert_checkpoint_parser(description: str | None = None) -> argparse.Argume
     )
     parser.add_argument("--overwrite", action="store_true", help="replace TARGET if it exists")
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    """Takes flags between SOURCE and TARGET as well, and between these and KEY VALUE pairs."""
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
-        return self.parse_intermixed_args(args, namespace)
 
 
 def run_convert_checkpoint(args: argparse.Namespace) -> None:
