@@ -61,7 +61,11 @@ COMMANDS = {
     ),
     "validate-data": (
         "sasa_det.engine.validate_data",
-        "Describe COCO-format data, and list every problem in them.",
+        "Describe a data set and its images, and list every problem in them.",
+    ),
+    "convert-data": (
+        "sasa_det.engine.convert_data",
+        "Write the annotations of a YOLO, Pascal VOC, labelme or CVAT data set as COCO json.",
     ),
 }
 
