@@ -109,6 +109,10 @@ def add_sasa_config(cfg: CfgNode) -> None:
     jitter.MAX_SCALE = 1.2
     # Size of the square crop in pixels.
     jitter.CROP_SIZE = 640
+    # Minimum fraction of a box's area that lies in the crop, for its object to be one of the crop.
+    # With 0, as in detectron2, a strip of one pixel is enough, and detectors of many small objects
+    # learn to find objects along borders.
+    jitter.MIN_VISIBLE = 0.0
 
     # Maximum number of pixels (height times width) of an image. A larger image is refused before it
     # is decoded.

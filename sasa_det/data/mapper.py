@@ -8,7 +8,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
-from detectron2.structures import BitMasks, BoxMode, Keypoints, PolygonMasks
+from detectron2.structures import BitMasks, Boxes, BoxMode, Keypoints, PolygonMasks
 
 from .images import check_size, read_image
 
@@ -68,14 +68,31 @@ class DetectionMapper(DatasetMapper):
     """
 
     @configurable
-    def __init__(self, *args: Any, max_pixels: int, **kwargs: Any):
-        """Take the arguments of detectron2's mapper and ``INPUT.MAX_PIXELS``."""
+    def __init__(self, *args: Any, max_pixels: int, min_visible: float = 0.0, **kwargs: Any):
+        """Take the arguments of detectron2's mapper and those of this one.
+
+        Args:
+            *args, **kwargs: of detectron2's mapper.
+            max_pixels: ``INPUT.MAX_PIXELS``.
+            min_visible: ``INPUT.JITTER.MIN_VISIBLE``.
+
+        Raises:
+            ValueError: if ``min_visible`` is not in [0, 1].
+        """
         super().__init__(*args, **kwargs)
+        if not 0 <= min_visible <= 1:
+            raise ValueError(f"INPUT.JITTER.MIN_VISIBLE must be in [0, 1], got {min_visible}")
         self.max_pixels = max_pixels
+        self.min_visible = min_visible
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        return {**super().from_config(cfg, is_train), "max_pixels": cfg.INPUT.MAX_PIXELS}
+        jitter = cfg.INPUT.JITTER
+        return {
+            **super().from_config(cfg, is_train),
+            "max_pixels": cfg.INPUT.MAX_PIXELS,
+            "min_visible": jitter.MIN_VISIBLE if jitter.ENABLED and is_train else 0.0,
+        }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Map a record, which is left as it is.
@@ -122,6 +139,12 @@ class DetectionMapper(DatasetMapper):
             # detectron2's own loading drops those whose masks cannot be used.
             if "segmentation" in annotation or not self.use_instance_mask
         ]
+        if self.min_visible > 0:
+            annotations = dataset_dict["annotations"] = [
+                annotation
+                for annotation in annotations
+                if _visible(annotation["bbox"], transforms, image_shape) >= self.min_visible
+            ]
         if any(annotation.get("iscrowd", 0) == 0 for annotation in annotations):
             super()._transform_annotations(dataset_dict, transforms, image_shape)
             return
@@ -182,6 +205,14 @@ def _box_in_image(annotation: dict[str, Any], record: dict[str, Any]) -> dict[st
     limits = [float(record[side]) for side in ("width", "height")] * 2
     box = [min(max(value, 0.0), limit) for value, limit in zip(box, limits, strict=True)]
     return {**annotation, "bbox": box, "bbox_mode": BoxMode.XYXY_ABS}
+
+
+def _visible(box: list[float], transforms: T.TransformList, image_shape: tuple[int, int]) -> float:
+    """Return the fraction of a box's area that is in the transformed image."""
+    moved = Boxes(transforms.apply_box(np.array([box])))
+    area = moved.area().item()
+    moved.clip(image_shape)
+    return moved.area().item() / area if area > 0 else 0.0
 
 
 def build_train_mapper(cfg: CfgNode) -> DetectionMapper:

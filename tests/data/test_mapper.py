@@ -84,6 +84,26 @@ def test_crop_clips_boxes_and_drops_those_outside(tmp_path, monkeypatch):
     assert instances.gt_classes.tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("least, kept", [(0.5, [0, 1, 2]), (0.51, [0, 2]), (0.9, [0]), (1.0, [0])])
+def test_objects_of_which_little_is_in_the_crop_can_be_left_out(tmp_path, monkeypatch, least, kept):
+    # The crop of the test above, which has all, 8/16 and 28/32 of these boxes.
+    monkeypatch.setattr(np.random, "uniform", lambda low=0.0, high=1.0, size=None: (low + high) / 2)
+    boxes = [(6, 1, 3, 2), (3, 2, 4, 3), (8, 0, 8, 10)]
+    sample = dataset_dict(tmp_path / "a.png", noise(10, 20), boxes)
+    cfg = config(scale=(2.0, 2.0))
+    cfg.INPUT.JITTER.MIN_VISIBLE = least
+    instances = build_train_mapper(cfg)(sample)["instances"]
+    assert instances.gt_classes.tolist() == kept
+
+
+def test_a_crop_of_which_all_objects_are_left_out_has_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(np.random, "uniform", lambda low=0.0, high=1.0, size=None: (low + high) / 2)
+    cfg = config(scale=(2.0, 2.0))
+    cfg.INPUT.JITTER.MIN_VISIBLE = 0.6
+    sample = dataset_dict(tmp_path / "a.png", noise(10, 20), [(3, 2, 4, 3)])
+    assert len(build_train_mapper(cfg)(sample)["instances"]) == 0
+
+
 @pytest.mark.parametrize("jitter", [True, False])
 def test_boxes_end_at_the_border_of_the_image(tmp_path, jitter):
     # 20 x 10 becomes 40 x 20; below it the crop is padding, where no box may reach.
@@ -278,6 +298,7 @@ def test_inference_resizes_as_detectron2_does():
         ("INPUT.JITTER.MIN_SCALE", 0.0, r"INPUT\.JITTER\.MIN_SCALE .* got 0\.0 and 1\.2"),
         ("INPUT.JITTER.MIN_SCALE", 1.5, r"0 < MIN_SCALE <= MAX_SCALE, got 1\.5 and 1\.2"),
         ("INPUT.JITTER.CROP_SIZE", 0, r"INPUT\.JITTER\.CROP_SIZE must be >= 1, got 0"),
+        ("INPUT.JITTER.MIN_VISIBLE", 1.5, r"INPUT\.JITTER\.MIN_VISIBLE must be in .* got 1\.5"),
         ("INPUT.RANDOM_FLIP", "sideways", r"INPUT\.RANDOM_FLIP must be .* got 'sideways'"),
         ("INPUT.CROP.ENABLED", True, r"INPUT\.CROP\.ENABLED must be False with INPUT\.JITTER"),
     ],
