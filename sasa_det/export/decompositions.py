@@ -19,6 +19,13 @@ from ..ops.precision import accumulation_dtype
 from ..ops.stem_attention import STEM_BLOCK, relative_embedding
 
 
+# Side of a tile of queries. In onnxruntime, 8 costs more arithmetic, and 2 more copies.
+_TILE = 4
+
+# A logit that no softmax sees. Unlike -inf it can be multiplied by zero.
+_NEVER = -1e30
+
+
 class Decompose(TorchFunctionMode):
     """A context in which the attention operators run, and are traced, as standard ones."""
 
@@ -40,63 +47,117 @@ def _local_attention(
 ) -> tuple[Tensor, Tensor]:
     """Stand for ``sasa_det::local_attention``; its second result is for gradients, and empty."""
     dtype = accumulation_dtype(query.dtype)
-    n, channels, height, width = query.shape
-    head_width = channels // num_heads
-    queries = query.to(dtype).reshape(n, num_heads, head_width, height, width)
-
-    def columns(x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, heads, C / heads, k, H + k - 1, W): the neighbours in each column."""
-        padded = F.pad(x.to(dtype), [kernel_size // 2] * 4)
-        shifted = [padded[..., col : col + width] for col in range(kernel_size)]
-        return torch.stack(shifted, 2).reshape(
-            n, num_heads, head_width, kernel_size, height + kernel_size - 1, width
-        )
-
-    by_row = by_col = None
-    if rel_rows is not None:
-        by_row, by_col = (
-            torch.matmul(embedding.to(dtype).transpose(1, 2), part.flatten(3)).reshape(
-                n, num_heads, kernel_size, height, width
-            )
-            for embedding, part in (
-                (rel_rows, queries[:, :, : head_width // 2]),
-                (rel_cols, queries[:, :, head_width // 2 :]),
-            )
-        )
-    if mask:
-        rows = _border(height, kernel_size, query.device, dtype)[:, :, None]
-        cols = _border(width, kernel_size, query.device, dtype)[:, None, :]
-        by_row = rows if by_row is None else by_row + rows
-        by_col = cols if by_col is None else by_col + cols
-    keys = None if key is None else columns(key)
-    logits = []
-    for row in range(kernel_size):
-        terms = []
+    tiles = _Tiles(query, kernel_size, num_heads, mask)
+    queries = [tiles.own(head) for head in tiles.heads(query.to(dtype))]
+    if rel_rows is None:
+        by_offset = torch.cat(queries)[..., :1] * queries[0].new_zeros(2 * kernel_size)
+    else:
+        none = torch.zeros_like(rel_rows)
+        embedding = [torch.cat([rel_rows, none], 1), torch.cat([none, rel_cols], 1)]
+        embedding = torch.cat(embedding, 2).to(dtype)
+        by_offset = torch.cat([query @ embedding[head] for head, query in enumerate(queries)])
+    by_line = tiles.by_line(by_offset)
+    lines = tiles.lines(dtype)
+    keys = None if key is None else tiles.heads(key.to(dtype))
+    values = tiles.heads(value.to(dtype))
+    attended = []
+    for head, value_of_head in enumerate(values):
+        logits = by_line[head] @ lines
         if keys is not None:
-            terms.append((queries[:, :, :, None] * keys[..., row : row + height, :]).sum(2))
-        if by_col is not None:
-            terms += [by_col, by_row[..., row : row + 1, :, :]]
-        logits.append(sum(terms[1:], terms[0]))
-    weights = torch.cat(logits, 2).softmax(2)
-    values = columns(value)
-    output = None
-    for row in range(kernel_size):
-        of_row = weights[:, :, row * kernel_size : (row + 1) * kernel_size]
-        part = (of_row[:, :, None] * values[..., row : row + height, :]).sum(3)
-        output = part if output is None else output + part
-    output = output.reshape(n, channels, height, width).to(value.dtype)
+            logits = logits + queries[head] @ tiles.reached(keys[head]).transpose(1, 2)
+        attended.append(logits.softmax(2) @ tiles.reached(value_of_head))
+    output = tiles.join(torch.cat(attended, 2)).to(value.dtype)
     return output, output.new_empty(0, dtype=dtype)
 
 
-def _border(size: int, kernel_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return (k, size): 0 where a pixel has its neighbour inside the image, else -inf."""
-    place = torch.arange(size, device=device)
-    offset = torch.arange(kernel_size, device=device) - kernel_size // 2
-    neighbour = place[None] + offset[:, None]
-    outside = (neighbour < 0) | (neighbour >= size)
-    return torch.zeros(neighbour.shape, dtype=dtype, device=device).masked_fill(
-        outside, float("-inf")
-    )
+class _Tiles:
+    """Tiles of an image, each with the pixels that the windows of its own pixels reach.
+
+    One product of matrices compares all pixels of a tile with all that it reaches. This costs
+    twice the arithmetic of the windows alone, and runtimes are an order of magnitude faster at it
+    than at sums over windows. Few of the sizes here depend on the image, for each that does costs
+    several operators in a trace.
+    """
+
+    def __init__(self, like: Tensor, kernel_size: int, num_heads: int, mask: bool):
+        self.n, channels, self.height, self.width = like.shape
+        self.channels = int(channels)  # in a trace, it is a tensor
+        self.num_heads, self.head_width = num_heads, self.channels // num_heads
+        self.kernel_size, self.mask, self.device = kernel_size, mask, like.device
+        self.reach = _TILE + kernel_size - 1
+        rows, row_inside = self._lines(self.height)
+        cols, col_inside = self._lines(self.width)
+        inside = row_inside[:, None, :, None] & col_inside[:, None]
+        index = rows[:, None, :, None] * self.width + cols[:, None]
+        # A pixel outside the image is that at 0: any, if it is masked, and else one of zeros.
+        index = (index if mask else index + 1) * inside.to(index.dtype)
+        self._reached = index.reshape(-1)
+        margin = kernel_size // 2
+        own = slice(margin, margin + _TILE)
+        self._own = index[:, :, own, own].reshape(-1)
+        self._inside = row_inside, col_inside
+
+    def _lines(self, size: int) -> tuple[Tensor, Tensor]:
+        """Return (tiles, reach) for rows or columns: which are reached, and if they are inside."""
+        number = (size + _TILE - 1) // _TILE
+        first = torch.arange(number, device=self.device)[:, None] * _TILE - self.kernel_size // 2
+        lines = first + torch.arange(self.reach, device=self.device)
+        return lines, (lines >= 0) & (lines < size)
+
+    def heads(self, x: Tensor) -> Sequence[Tensor]:
+        """(N, C, H, W) to (N, C / heads, pixels) of every head."""
+        x = x.flatten(2)
+        return (x if self.mask else F.pad(x, (1, 0))).split(self.head_width, 1)
+
+    def own(self, head: Tensor) -> Tensor:
+        """Return (N * tiles, t^2, C / heads), the pixels of all tiles."""
+        pixels = head.transpose(1, 2).index_select(1, self._own)
+        return pixels.reshape(-1, _TILE * _TILE, self.head_width)
+
+    def reached(self, head: Tensor) -> Tensor:
+        """Return (N * tiles, reach^2, C / heads), the pixels that each tile reaches."""
+        pixels = head.transpose(1, 2).index_select(1, self._reached)
+        return pixels.reshape(-1, self.reach * self.reach, self.head_width)
+
+    def by_line(self, by_offset: Tensor) -> Tensor:
+        """Turn logits of row and column offsets into those of the rows and columns in reach.
+
+        (heads * N * tiles, t^2, 2 k) to (heads, N * tiles, t^2, 2 reach), with what no softmax
+        sees for rows and columns outside the window or, if they are masked, the image.
+        """
+        k, reach = self.kernel_size, self.reach
+        x = by_offset.reshape(-1, _TILE, _TILE, 2 * k)
+        rows, cols = (
+            # Longer rows, read as if they were shorter: each begins one place further right.
+            F.pad(part, (0, _TILE), value=_NEVER)
+            .reshape(-1, _TILE, _TILE * (reach + 1))[..., : _TILE * reach]
+            .reshape(-1, _TILE, _TILE, reach)
+            for part in (x[..., :k].transpose(1, 2), x[..., k:])
+        )
+        by_line = torch.cat([rows.transpose(1, 2), cols], 3)
+        if self.mask:
+            rows, cols = (_NEVER * (~inside).to(x.dtype) for inside in self._inside)
+            rows = rows[:, None].expand(-1, cols.shape[0], -1)
+            cols = cols[None].expand_as(rows)
+            border = torch.cat([rows, cols], 2).reshape(-1, 1, 2 * reach)
+            by_line = by_line.reshape(-1, border.shape[0], _TILE * _TILE, 2 * reach) + border
+        return by_line.reshape(self.num_heads, -1, _TILE * _TILE, 2 * reach)
+
+    def lines(self, dtype: torch.dtype) -> Tensor:
+        """Return (2 reach, reach^2): 1 where a pixel in reach is of a row, or of a column."""
+        line = torch.arange(self.reach, device=self.device)
+        row = line[:, None].expand(-1, self.reach).reshape(1, -1)
+        col = line[None].expand(self.reach, -1).reshape(1, -1)
+        return torch.cat([row == line[:, None], col == line[:, None]]).to(dtype)
+
+    def join(self, tiles: Tensor) -> Tensor:
+        """(N * tiles, t^2, C) to (N, C, H, W)."""
+        row = torch.arange(self.height, device=self.device)[:, None]
+        col = torch.arange(self.width, device=self.device)
+        tile = row // _TILE * self._inside[1].shape[0] + col // _TILE
+        index = tile * (_TILE * _TILE) + row % _TILE * _TILE + col % _TILE
+        x = tiles.reshape(self.n, -1, self.channels).index_select(1, index.reshape(-1))
+        return x.transpose(1, 2).reshape(-1, self.channels, self.height, self.width)
 
 
 class _Blocks:

@@ -136,7 +136,7 @@ def _onnx(flat: nn.Module, image: Tensor, path: str, facts: str, dynamic: bool) 
             path,
             input_names=["image"],
             output_names=list(flat.output_names),
-            opset_version=ONNX_OPSET,
+            opset_version=16 if isinstance(flat, detectron2.export.TracingAdapter) else ONNX_OPSET,
             dynamic_axes=axes,
             dynamo=False,
         )
