@@ -190,25 +190,36 @@ class _Blocks:
         x = pooled.reshape(self.n, self.rows, self.cols, pooled.shape[1])
         return x.permute(0, 3, 1, 2)
 
-    def inside(self, like: Tensor) -> Tensor:
-        """Return (N * blocks, block_size^2, 1): 1 for pixels of the image, 0 outside."""
-        return self.cut(torch.ones_like(like[:, :1]))
+    def outside(self, like: Tensor) -> Tensor:
+        """Return (N * blocks, block_size^2, 1): 0 for pixels of the image, _NEVER outside."""
+        return (1 - self.cut(torch.ones_like(like[:, :1]))) * _NEVER
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, embedding: Tensor | None, inside: Tensor
+    query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None, outside: Tensor
 ) -> Tensor:
-    """Attend within blocks with one head: tensors (blocks, B, d), embedding (B, B, d) or None."""
+    """Attend within blocks with one head: tensors (blocks, B, d), positions (blocks, B, B)."""
+    # One channel more is faster than a mask.
+    query = torch.cat([query, torch.ones_like(query[..., :1])], 2)
+    key = torch.cat([key, outside], 2)
     logits = query @ key.transpose(1, 2)
-    if embedding is not None:
-        logits = logits + _of_place(query, embedding)
-    logits = logits.masked_fill(inside.transpose(1, 2) == 0, float("-inf"))
+    if positions is not None:
+        logits = logits + positions
     return logits.softmax(2) @ value
 
 
 def _of_place(blocks: Tensor, matrices: Tensor) -> Tensor:
     """Multiply every pixel with the matrix of its place: (blocks, B, i), (B, o, i)."""
     return (blocks.transpose(0, 1) @ matrices.transpose(1, 2)).transpose(0, 1)
+
+
+def _by_place(blocks: Tensor, matrices: Tensor) -> Tensor:
+    """As :func:`_of_place`, by one product with a matrix of blocks: for few places and channels."""
+    places, outputs, inputs = matrices.shape
+    place = torch.arange(places, device=blocks.device)
+    same = (place[:, None] == place).to(blocks.dtype)[:, None, :, None]
+    matrix = (same * matrices.transpose(1, 2)[:, :, None]).reshape(places * inputs, -1)
+    return (blocks.reshape(-1, places * inputs) @ matrix).reshape(-1, places, outputs)
 
 
 def _place_matrices(weight: Tensor, mixing: Tensor) -> Tensor:
@@ -219,16 +230,13 @@ def _place_matrices(weight: Tensor, mixing: Tensor) -> Tensor:
 def _block_attention(query, key, value, embedding, block_size, num_heads) -> Tensor:
     dtype = accumulation_dtype(query.dtype)
     blocks = _Blocks(query, block_size)
-    inside = blocks.inside(query.to(dtype))
+    outside = blocks.outside(query.to(dtype))
     heads = [x.to(dtype).chunk(num_heads, 1) for x in (query, key, value)]
-    output = [
-        _attend(
-            *(blocks.cut(x) for x in (q, k, v)),
-            None if embedding is None else embedding[head].to(dtype),
-            inside,
-        )
-        for head, (q, k, v) in enumerate(zip(*heads, strict=True))
-    ]
+    output = []
+    for head, of_head in enumerate(zip(*heads, strict=True)):
+        q, k, v = (blocks.cut(x) for x in of_head)
+        positions = None if embedding is None else _of_place(q, embedding[head].to(dtype))
+        output.append(_attend(q, k, v, positions, outside))
     return blocks.join(torch.cat(output, 2)).to(value.dtype)
 
 
@@ -239,28 +247,30 @@ def _mixed_values(x, weight, mixing) -> Tensor:
     return blocks.join(_of_place(blocks.cut(x.to(dtype)), matrices)).to(x.dtype)
 
 
-def _stem_heads(x, query, key, value, mixing, rel_rows, rel_cols, num_heads):
-    """Return the blocks, their ``inside``, and a generator of the attended blocks of each head."""
+def _stem_heads(x, query, key, value, mixing, rel_rows, rel_cols, num_heads, scale=None):
+    """Return the blocks, their ``outside``, and a generator of the attended blocks of each head."""
     blocks = _Blocks(x, STEM_BLOCK)
     pixels = blocks.cut(x.float())
-    inside = blocks.inside(x.float())
+    outside = blocks.outside(x.float())
     if mixing is None:
         matrices = value.float().expand(blocks.places, -1, -1)
     else:
         matrices = _place_matrices(value.float(), mixing.float())
+    if scale is not None:
+        matrices = matrices * scale.float()[:, None]
     embedding = relative_embedding(rel_rows, rel_cols, STEM_BLOCK)
-    of_heads = zip(
-        query.float().flatten(1).chunk(num_heads),
-        key.float().flatten(1).chunk(num_heads),
-        matrices.chunk(num_heads, 1),
-        [None] * num_heads if embedding is None else embedding.float(),
-        strict=True,
-    )
-    attended = (
-        _attend(pixels @ q.transpose(0, 1), pixels @ k.transpose(0, 1), _of_place(pixels, v), r, i)
-        for (q, k, v, r), i in zip(of_heads, [inside] * num_heads, strict=True)
-    )
-    return blocks, inside, attended
+    queries = query.float().flatten(1).chunk(num_heads)
+    keys = key.float().flatten(1).chunk(num_heads)
+
+    def attend(head: int, values: Tensor) -> Tensor:
+        # Of the few channels of a pixel: q.k is a form of two pixels, and q.r one of a single.
+        query, positions = pixels @ (queries[head].transpose(0, 1) @ keys[head]), None
+        if embedding is not None:
+            positions = _by_place(pixels, embedding[head].float() @ queries[head])
+        return _attend(query, pixels, _by_place(pixels, values), positions, outside)
+
+    chunks = enumerate(matrices.chunk(num_heads, 1))
+    return blocks, outside, (attend(head, values) for head, values in chunks)
 
 
 def _stem_attention(x, query, key, value, mixing, rel_rows, rel_cols, num_heads) -> Tensor:
@@ -273,14 +283,10 @@ def _stem_attention_pooled(
     x, query, key, value, mixing, rel_rows, rel_cols, scale, shift, num_heads
 ) -> Tensor:
     tensors = (query, key, value, mixing, rel_rows, rel_cols)
-    blocks, inside, attended = _stem_heads(x, *tensors, num_heads)
-    scales, shifts = scale.float().chunk(num_heads), shift.float().chunk(num_heads)
-    # Behind the ReLU nothing is below the zeros that stand for pixels outside.
-    pooled = [
-        (F.relu(head * a + b) * inside).amax(1)
-        for head, a, b in zip(attended, scales, shifts, strict=True)
-    ]
-    return blocks.join_pooled(torch.cat(pooled, 1)).to(x.dtype)
+    blocks, outside, attended = _stem_heads(x, *tensors, num_heads, scale)
+    # The shift and the ReLU do not change which pixel is the largest.
+    pooled = torch.cat([(head + outside).amax(1) for head in attended], 1)
+    return blocks.join_pooled(F.relu(pooled + shift.float())).to(x.dtype)
 
 
 _OPERATORS = torch.ops.sasa_det
