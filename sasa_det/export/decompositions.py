@@ -1,10 +1,9 @@
 """The attention operators as standard operators, for files that run without this package.
 
 :data:`DECOMPOSITIONS` is the one table of them. ``ExportedProgram.run_decompositions`` takes it as
-it is; :class:`Decompose` applies it in traces. No window is unfolded: the rows of a window are
-walked one by one, so that the largest tensor holds ``kernel_size`` times the values, and the
-heads of the stem run one after another. All of it is written without ``einsum``, which ONNX has
-since opset 12 alone, and for heights and widths that are not known.
+it is; :class:`Decompose` applies it in traces. No window is unfolded: a tile of pixels shares the
+pixels that its windows reach, and heads run one after another. All of it is written without
+``einsum``, which ONNX has since opset 12 alone, and for heights and widths that are not known.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..ops.block_attention import place_matrices
 from ..ops.precision import accumulation_dtype
 from ..ops.stem_attention import STEM_BLOCK, relative_embedding
 
-
-# Side of a tile of queries. In onnxruntime, 8 costs more arithmetic, and 2 more copies.
+# Side of a tile of queries. With 8, onnxruntime took longer at 64 channels.
 _TILE = 4
 
 # A logit that no softmax sees. Unlike -inf it can be multiplied by zero.
@@ -38,7 +37,7 @@ class Decompose(TorchFunctionMode):
     ) -> Any:
         if isinstance(func, torch._ops.OpOverloadPacket):
             func = func.default
-        stand_in = DECOMPOSITIONS.get(func) or _POOLS.get(func, func)
+        stand_in = DECOMPOSITIONS.get(func) or _FUNCTIONS.get(func, func)
         return stand_in(*args, **(kwargs or {}))
 
 
@@ -222,11 +221,6 @@ def _by_place(blocks: Tensor, matrices: Tensor) -> Tensor:
     return (blocks.reshape(-1, places * inputs) @ matrix).reshape(-1, places, outputs)
 
 
-def _place_matrices(weight: Tensor, mixing: Tensor) -> Tensor:
-    """As :func:`sasa_det.ops.block_attention.place_matrices`: (B, C, C_in)."""
-    return (mixing.flatten(1).transpose(0, 1) @ weight.flatten(1)).reshape(-1, *weight.shape[1:])
-
-
 def _block_attention(query, key, value, embedding, block_size, num_heads) -> Tensor:
     dtype = accumulation_dtype(query.dtype)
     blocks = _Blocks(query, block_size)
@@ -243,7 +237,7 @@ def _block_attention(query, key, value, embedding, block_size, num_heads) -> Ten
 def _mixed_values(x, weight, mixing) -> Tensor:
     dtype = accumulation_dtype(x.dtype)
     blocks = _Blocks(x, mixing.shape[-1])
-    matrices = _place_matrices(weight.to(dtype), mixing.to(dtype))
+    matrices = place_matrices(weight.to(dtype), mixing.to(dtype))
     return blocks.join(_of_place(blocks.cut(x.to(dtype)), matrices)).to(x.dtype)
 
 
@@ -255,7 +249,7 @@ def _stem_heads(x, query, key, value, mixing, rel_rows, rel_cols, num_heads, sca
     if mixing is None:
         matrices = value.float().expand(blocks.places, -1, -1)
     else:
-        matrices = _place_matrices(value.float(), mixing.float())
+        matrices = place_matrices(value.float(), mixing.float())
     if scale is not None:
         matrices = matrices * scale.float()[:, None]
     embedding = relative_embedding(rel_rows, rel_cols, STEM_BLOCK)
@@ -320,6 +314,16 @@ def _max_pool2d(x, kernel_size, stride=None, padding=0, ceil_mode=False, **optio
     return F.max_pool2d(_full_blocks(x, kernel_size, float("-inf")), kernel_size)
 
 
-# Pools that round sizes up: how torch finds such a size is a decision, which fixes it in a program
-# of torch.export, and runtimes of ONNX do not agree on what is averaged at the edge.
-_POOLS: dict[Callable, Callable] = {F.avg_pool2d: _avg_pool2d, F.max_pool2d: _max_pool2d}
+def _unflatten(x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    dim = dim % x.ndim
+    return x.reshape(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
+
+
+# Functions of torch that not all formats have. Pools that round sizes up: how torch finds such a
+# size is a decision, which fixes it in a program of torch.export, and runtimes of ONNX do not agree
+# on what is averaged at the edge. ONNX has no unflatten before opset 13.
+_FUNCTIONS: dict[Callable, Callable] = {
+    F.avg_pool2d: _avg_pool2d,
+    F.max_pool2d: _max_pool2d,
+    Tensor.unflatten: _unflatten,
+}
