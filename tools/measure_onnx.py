@@ -29,6 +29,6 @@ if __name__ == "__main__":
         session.run(None, {"image": image})
         seconds.append(time.process_time() - start)
     print(
-        f"{args.file}: fastest of 5 {min(seconds):.2f} s of CPU time, peak memory {peak():.0f} MiB, "
+        f"{args.file}: fastest of 5 {min(seconds):.2f} s of CPU, peak memory {peak():.0f} MiB, "
         f"{loaded:.0f} MiB of it before the first image"
     )
