@@ -73,8 +73,8 @@ class _Tiles:
     """Tiles of an image, each with the pixels that the windows of its own pixels reach.
 
     One product of matrices compares all pixels of a tile with all that it reaches. This costs
-    twice the arithmetic of the windows alone, and runtimes are an order of magnitude faster at it
-    than at sums over windows. Few of the sizes here depend on the image, for each that does costs
+    twice the arithmetic of the windows alone, and still takes runtimes less time than sums over
+    shifted maps. Few of the sizes here depend on the image, for each that does costs
     several operators in a trace.
     """
 
