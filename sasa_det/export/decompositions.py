@@ -1,10 +1,9 @@
 """The attention operators as standard operators, for files that run without this package.
 
 :data:`DECOMPOSITIONS` is the one table of them. ``ExportedProgram.run_decompositions`` takes it as
-it is; :class:`Decompose` applies it in traces. No window is unfolded: the rows of a window are
-walked one by one, so that the largest tensor holds ``kernel_size`` times the values, and the
-heads of the stem run one after another. All of it is written without ``einsum``, which ONNX has
-since opset 12 alone, and for heights and widths that are not known.
+it is; :class:`Decompose` applies it in traces. No window is unfolded: a tile of pixels shares the
+pixels that its windows reach, and heads run one after another. All of it is written without
+``einsum``, which ONNX has since opset 12 alone, and for heights and widths that are not known.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..ops.block_attention import place_matrices
 from ..ops.precision import accumulation_dtype
 from ..ops.stem_attention import STEM_BLOCK, relative_embedding
+
+# Side of a tile of queries. With 8, onnxruntime took longer at 64 channels.
+_TILE = 4
+
+# A logit that no softmax sees. Unlike -inf it can be multiplied by zero.
+_NEVER = -1e30
 
 
 class Decompose(TorchFunctionMode):
@@ -31,7 +37,7 @@ class Decompose(TorchFunctionMode):
     ) -> Any:
         if isinstance(func, torch._ops.OpOverloadPacket):
             func = func.default
-        stand_in = DECOMPOSITIONS.get(func) or _POOLS.get(func, func)
+        stand_in = DECOMPOSITIONS.get(func) or _FUNCTIONS.get(func, func)
         return stand_in(*args, **(kwargs or {}))
 
 
@@ -40,63 +46,117 @@ def _local_attention(
 ) -> tuple[Tensor, Tensor]:
     """Stand for ``sasa_det::local_attention``; its second result is for gradients, and empty."""
     dtype = accumulation_dtype(query.dtype)
-    n, channels, height, width = query.shape
-    head_width = channels // num_heads
-    queries = query.to(dtype).reshape(n, num_heads, head_width, height, width)
-
-    def columns(x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, heads, C / heads, k, H + k - 1, W): the neighbours in each column."""
-        padded = F.pad(x.to(dtype), [kernel_size // 2] * 4)
-        shifted = [padded[..., col : col + width] for col in range(kernel_size)]
-        return torch.stack(shifted, 2).reshape(
-            n, num_heads, head_width, kernel_size, height + kernel_size - 1, width
-        )
-
-    by_row = by_col = None
-    if rel_rows is not None:
-        by_row, by_col = (
-            torch.matmul(embedding.to(dtype).transpose(1, 2), part.flatten(3)).reshape(
-                n, num_heads, kernel_size, height, width
-            )
-            for embedding, part in (
-                (rel_rows, queries[:, :, : head_width // 2]),
-                (rel_cols, queries[:, :, head_width // 2 :]),
-            )
-        )
-    if mask:
-        rows = _border(height, kernel_size, query.device, dtype)[:, :, None]
-        cols = _border(width, kernel_size, query.device, dtype)[:, None, :]
-        by_row = rows if by_row is None else by_row + rows
-        by_col = cols if by_col is None else by_col + cols
-    keys = None if key is None else columns(key)
-    logits = []
-    for row in range(kernel_size):
-        terms = []
+    tiles = _Tiles(query, kernel_size, num_heads, mask)
+    queries = [tiles.own(head) for head in tiles.heads(query.to(dtype))]
+    if rel_rows is None:
+        by_offset = torch.cat(queries)[..., :1] * queries[0].new_zeros(2 * kernel_size)
+    else:
+        none = torch.zeros_like(rel_rows)
+        embedding = [torch.cat([rel_rows, none], 1), torch.cat([none, rel_cols], 1)]
+        embedding = torch.cat(embedding, 2).to(dtype)
+        by_offset = torch.cat([query @ embedding[head] for head, query in enumerate(queries)])
+    by_line = tiles.by_line(by_offset)
+    lines = tiles.lines(dtype)
+    keys = None if key is None else tiles.heads(key.to(dtype))
+    values = tiles.heads(value.to(dtype))
+    attended = []
+    for head, value_of_head in enumerate(values):
+        logits = by_line[head] @ lines
         if keys is not None:
-            terms.append((queries[:, :, :, None] * keys[..., row : row + height, :]).sum(2))
-        if by_col is not None:
-            terms += [by_col, by_row[..., row : row + 1, :, :]]
-        logits.append(sum(terms[1:], terms[0]))
-    weights = torch.cat(logits, 2).softmax(2)
-    values = columns(value)
-    output = None
-    for row in range(kernel_size):
-        of_row = weights[:, :, row * kernel_size : (row + 1) * kernel_size]
-        part = (of_row[:, :, None] * values[..., row : row + height, :]).sum(3)
-        output = part if output is None else output + part
-    output = output.reshape(n, channels, height, width).to(value.dtype)
+            logits = logits + queries[head] @ tiles.reached(keys[head]).transpose(1, 2)
+        attended.append(logits.softmax(2) @ tiles.reached(value_of_head))
+    output = tiles.join(torch.cat(attended, 2)).to(value.dtype)
     return output, output.new_empty(0, dtype=dtype)
 
 
-def _border(size: int, kernel_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return (k, size): 0 where a pixel has its neighbour inside the image, else -inf."""
-    place = torch.arange(size, device=device)
-    offset = torch.arange(kernel_size, device=device) - kernel_size // 2
-    neighbour = place[None] + offset[:, None]
-    outside = (neighbour < 0) | (neighbour >= size)
-    return torch.zeros(neighbour.shape, dtype=dtype, device=device).masked_fill(
-        outside, float("-inf")
-    )
+class _Tiles:
+    """Tiles of an image, each with the pixels that the windows of its own pixels reach.
+
+    One product of matrices compares all pixels of a tile with all that it reaches. This costs
+    twice the arithmetic of the windows alone, and still takes runtimes less time than sums over
+    shifted maps. Few of the sizes here depend on the image, for each that does costs
+    several operators in a trace.
+    """
+
+    def __init__(self, like: Tensor, kernel_size: int, num_heads: int, mask: bool):
+        self.n, channels, self.height, self.width = like.shape
+        self.channels = int(channels)  # in a trace, it is a tensor
+        self.num_heads, self.head_width = num_heads, self.channels // num_heads
+        self.kernel_size, self.mask, self.device = kernel_size, mask, like.device
+        self.reach = _TILE + kernel_size - 1
+        rows, row_inside = self._lines(self.height)
+        cols, col_inside = self._lines(self.width)
+        inside = row_inside[:, None, :, None] & col_inside[:, None]
+        index = rows[:, None, :, None] * self.width + cols[:, None]
+        # A pixel outside the image is that at 0: any, if it is masked, and else one of zeros.
+        index = (index if mask else index + 1) * inside.to(index.dtype)
+        self._reached = index.reshape(-1)
+        margin = kernel_size // 2
+        own = slice(margin, margin + _TILE)
+        self._own = index[:, :, own, own].reshape(-1)
+        self._inside = row_inside, col_inside
+
+    def _lines(self, size: int) -> tuple[Tensor, Tensor]:
+        """Return (tiles, reach) for rows or columns: which are reached, and if they are inside."""
+        number = (size + _TILE - 1) // _TILE
+        first = torch.arange(number, device=self.device)[:, None] * _TILE - self.kernel_size // 2
+        lines = first + torch.arange(self.reach, device=self.device)
+        return lines, (lines >= 0) & (lines < size)
+
+    def heads(self, x: Tensor) -> Sequence[Tensor]:
+        """(N, C, H, W) to (N, C / heads, pixels) of every head."""
+        x = x.flatten(2)
+        return (x if self.mask else F.pad(x, (1, 0))).split(self.head_width, 1)
+
+    def own(self, head: Tensor) -> Tensor:
+        """Return (N * tiles, t^2, C / heads), the pixels of all tiles."""
+        pixels = head.transpose(1, 2).index_select(1, self._own)
+        return pixels.reshape(-1, _TILE * _TILE, self.head_width)
+
+    def reached(self, head: Tensor) -> Tensor:
+        """Return (N * tiles, reach^2, C / heads), the pixels that each tile reaches."""
+        pixels = head.transpose(1, 2).index_select(1, self._reached)
+        return pixels.reshape(-1, self.reach * self.reach, self.head_width)
+
+    def by_line(self, by_offset: Tensor) -> Tensor:
+        """Turn logits of row and column offsets into those of the rows and columns in reach.
+
+        (heads * N * tiles, t^2, 2 k) to (heads, N * tiles, t^2, 2 reach), with what no softmax
+        sees for rows and columns outside the window or, if they are masked, the image.
+        """
+        k, reach = self.kernel_size, self.reach
+        x = by_offset.reshape(-1, _TILE, _TILE, 2 * k)
+        rows, cols = (
+            # Longer rows, read as if they were shorter: each begins one place further right.
+            F.pad(part, (0, _TILE), value=_NEVER)
+            .reshape(-1, _TILE, _TILE * (reach + 1))[..., : _TILE * reach]
+            .reshape(-1, _TILE, _TILE, reach)
+            for part in (x[..., :k].transpose(1, 2), x[..., k:])
+        )
+        by_line = torch.cat([rows.transpose(1, 2), cols], 3)
+        if self.mask:
+            rows, cols = (_NEVER * (~inside).to(x.dtype) for inside in self._inside)
+            rows = rows[:, None].expand(-1, cols.shape[0], -1)
+            cols = cols[None].expand_as(rows)
+            border = torch.cat([rows, cols], 2).reshape(-1, 1, 2 * reach)
+            by_line = by_line.reshape(-1, border.shape[0], _TILE * _TILE, 2 * reach) + border
+        return by_line.reshape(self.num_heads, -1, _TILE * _TILE, 2 * reach)
+
+    def lines(self, dtype: torch.dtype) -> Tensor:
+        """Return (2 reach, reach^2): 1 where a pixel in reach is of a row, or of a column."""
+        line = torch.arange(self.reach, device=self.device)
+        row = line[:, None].expand(-1, self.reach).reshape(1, -1)
+        col = line[None].expand(self.reach, -1).reshape(1, -1)
+        return torch.cat([row == line[:, None], col == line[:, None]]).to(dtype)
+
+    def join(self, tiles: Tensor) -> Tensor:
+        """(N * tiles, t^2, C) to (N, C, H, W)."""
+        row = torch.arange(self.height, device=self.device)[:, None]
+        col = torch.arange(self.width, device=self.device)
+        tile = row // _TILE * self._inside[1].shape[0] + col // _TILE
+        index = tile * (_TILE * _TILE) + row % _TILE * _TILE + col % _TILE
+        x = tiles.reshape(self.n, -1, self.channels).index_select(1, index.reshape(-1))
+        return x.transpose(1, 2).reshape(-1, self.channels, self.height, self.width)
 
 
 class _Blocks:
@@ -129,19 +189,21 @@ class _Blocks:
         x = pooled.reshape(self.n, self.rows, self.cols, pooled.shape[1])
         return x.permute(0, 3, 1, 2)
 
-    def inside(self, like: Tensor) -> Tensor:
-        """Return (N * blocks, block_size^2, 1): 1 for pixels of the image, 0 outside."""
-        return self.cut(torch.ones_like(like[:, :1]))
+    def outside(self, like: Tensor) -> Tensor:
+        """Return (N * blocks, block_size^2, 1): 0 for pixels of the image, _NEVER outside."""
+        return (1 - self.cut(torch.ones_like(like[:, :1]))) * _NEVER
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, embedding: Tensor | None, inside: Tensor
+    query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None, outside: Tensor
 ) -> Tensor:
-    """Attend within blocks with one head: tensors (blocks, B, d), embedding (B, B, d) or None."""
+    """Attend within blocks with one head: tensors (blocks, B, d), positions (blocks, B, B)."""
+    # One channel more is faster than a mask.
+    query = torch.cat([query, torch.ones_like(query[..., :1])], 2)
+    key = torch.cat([key, outside], 2)
     logits = query @ key.transpose(1, 2)
-    if embedding is not None:
-        logits = logits + _of_place(query, embedding)
-    logits = logits.masked_fill(inside.transpose(1, 2) == 0, float("-inf"))
+    if positions is not None:
+        logits = logits + positions
     return logits.softmax(2) @ value
 
 
@@ -150,56 +212,59 @@ def _of_place(blocks: Tensor, matrices: Tensor) -> Tensor:
     return (blocks.transpose(0, 1) @ matrices.transpose(1, 2)).transpose(0, 1)
 
 
-def _place_matrices(weight: Tensor, mixing: Tensor) -> Tensor:
-    """As :func:`sasa_det.ops.block_attention.place_matrices`: (B, C, C_in)."""
-    return (mixing.flatten(1).transpose(0, 1) @ weight.flatten(1)).reshape(-1, *weight.shape[1:])
+def _by_place(blocks: Tensor, matrices: Tensor) -> Tensor:
+    """As :func:`_of_place`, by one product with a matrix of blocks: for few places and channels."""
+    places, outputs, inputs = matrices.shape
+    place = torch.arange(places, device=blocks.device)
+    same = (place[:, None] == place).to(blocks.dtype)[:, None, :, None]
+    matrix = (same * matrices.transpose(1, 2)[:, :, None]).reshape(places * inputs, -1)
+    return (blocks.reshape(-1, places * inputs) @ matrix).reshape(-1, places, outputs)
 
 
 def _block_attention(query, key, value, embedding, block_size, num_heads) -> Tensor:
     dtype = accumulation_dtype(query.dtype)
     blocks = _Blocks(query, block_size)
-    inside = blocks.inside(query.to(dtype))
+    outside = blocks.outside(query.to(dtype))
     heads = [x.to(dtype).chunk(num_heads, 1) for x in (query, key, value)]
-    output = [
-        _attend(
-            *(blocks.cut(x) for x in (q, k, v)),
-            None if embedding is None else embedding[head].to(dtype),
-            inside,
-        )
-        for head, (q, k, v) in enumerate(zip(*heads, strict=True))
-    ]
+    output = []
+    for head, of_head in enumerate(zip(*heads, strict=True)):
+        q, k, v = (blocks.cut(x) for x in of_head)
+        positions = None if embedding is None else _of_place(q, embedding[head].to(dtype))
+        output.append(_attend(q, k, v, positions, outside))
     return blocks.join(torch.cat(output, 2)).to(value.dtype)
 
 
 def _mixed_values(x, weight, mixing) -> Tensor:
     dtype = accumulation_dtype(x.dtype)
     blocks = _Blocks(x, mixing.shape[-1])
-    matrices = _place_matrices(weight.to(dtype), mixing.to(dtype))
+    matrices = place_matrices(weight.to(dtype), mixing.to(dtype))
     return blocks.join(_of_place(blocks.cut(x.to(dtype)), matrices)).to(x.dtype)
 
 
-def _stem_heads(x, query, key, value, mixing, rel_rows, rel_cols, num_heads):
-    """Return the blocks, their ``inside``, and a generator of the attended blocks of each head."""
+def _stem_heads(x, query, key, value, mixing, rel_rows, rel_cols, num_heads, scale=None):
+    """Return the blocks, their ``outside``, and a generator of the attended blocks of each head."""
     blocks = _Blocks(x, STEM_BLOCK)
     pixels = blocks.cut(x.float())
-    inside = blocks.inside(x.float())
+    outside = blocks.outside(x.float())
     if mixing is None:
         matrices = value.float().expand(blocks.places, -1, -1)
     else:
-        matrices = _place_matrices(value.float(), mixing.float())
+        matrices = place_matrices(value.float(), mixing.float())
+    if scale is not None:
+        matrices = matrices * scale.float()[:, None]
     embedding = relative_embedding(rel_rows, rel_cols, STEM_BLOCK)
-    of_heads = zip(
-        query.float().flatten(1).chunk(num_heads),
-        key.float().flatten(1).chunk(num_heads),
-        matrices.chunk(num_heads, 1),
-        [None] * num_heads if embedding is None else embedding.float(),
-        strict=True,
-    )
-    attended = (
-        _attend(pixels @ q.transpose(0, 1), pixels @ k.transpose(0, 1), _of_place(pixels, v), r, i)
-        for (q, k, v, r), i in zip(of_heads, [inside] * num_heads, strict=True)
-    )
-    return blocks, inside, attended
+    queries = query.float().flatten(1).chunk(num_heads)
+    keys = key.float().flatten(1).chunk(num_heads)
+
+    def attend(head: int, values: Tensor) -> Tensor:
+        # Of the few channels of a pixel: q.k is a form of two pixels, and q.r one of a single.
+        query, positions = pixels @ (queries[head].transpose(0, 1) @ keys[head]), None
+        if embedding is not None:
+            positions = _by_place(pixels, embedding[head].float() @ queries[head])
+        return _attend(query, pixels, _by_place(pixels, values), positions, outside)
+
+    chunks = enumerate(matrices.chunk(num_heads, 1))
+    return blocks, outside, (attend(head, values) for head, values in chunks)
 
 
 def _stem_attention(x, query, key, value, mixing, rel_rows, rel_cols, num_heads) -> Tensor:
@@ -212,14 +277,10 @@ def _stem_attention_pooled(
     x, query, key, value, mixing, rel_rows, rel_cols, scale, shift, num_heads
 ) -> Tensor:
     tensors = (query, key, value, mixing, rel_rows, rel_cols)
-    blocks, inside, attended = _stem_heads(x, *tensors, num_heads)
-    scales, shifts = scale.float().chunk(num_heads), shift.float().chunk(num_heads)
-    # Behind the ReLU nothing is below the zeros that stand for pixels outside.
-    pooled = [
-        (F.relu(head * a + b) * inside).amax(1)
-        for head, a, b in zip(attended, scales, shifts, strict=True)
-    ]
-    return blocks.join_pooled(torch.cat(pooled, 1)).to(x.dtype)
+    blocks, outside, attended = _stem_heads(x, *tensors, num_heads, scale)
+    # The shift and the ReLU do not change which pixel is the largest.
+    pooled = torch.cat([(head + outside).amax(1) for head in attended], 1)
+    return blocks.join_pooled(F.relu(pooled + shift.float())).to(x.dtype)
 
 
 _OPERATORS = torch.ops.sasa_det
@@ -253,6 +314,16 @@ def _max_pool2d(x, kernel_size, stride=None, padding=0, ceil_mode=False, **optio
     return F.max_pool2d(_full_blocks(x, kernel_size, float("-inf")), kernel_size)
 
 
-# Pools that round sizes up: how torch finds such a size is a decision, which fixes it in a program
-# of torch.export, and runtimes of ONNX do not agree on what is averaged at the edge.
-_POOLS: dict[Callable, Callable] = {F.avg_pool2d: _avg_pool2d, F.max_pool2d: _max_pool2d}
+def _unflatten(x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    dim = dim % x.ndim
+    return x.reshape(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
+
+
+# Functions of torch that not all formats have. Pools that round sizes up: how torch finds such a
+# size is a decision, which fixes it in a program of torch.export, and runtimes of ONNX do not agree
+# on what is averaged at the edge. ONNX has no unflatten before opset 13.
+_FUNCTIONS: dict[Callable, Callable] = {
+    F.avg_pool2d: _avg_pool2d,
+    F.max_pool2d: _max_pool2d,
+    Tensor.unflatten: _unflatten,
+}

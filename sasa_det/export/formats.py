@@ -26,6 +26,10 @@ FACTS = "sasa_det.json"
 # detectron2's, where it names one.
 ONNX_OPSET = getattr(detectron2.export, "STABLE_ONNX_OPSET_VERSION", 11)
 
+# The first one that has the RoIAlign of detectron2's R-CNNs, whose pixels are aligned; older files
+# find other boxes.
+RCNN_ONNX_OPSET = 16
+
 # Height and width of an image in a file for all sizes. The strides of the levels make sizes of 1 of
 # smaller ones; a larger one than that is a mistake.
 SMALLEST, LARGEST = 32, 8192
@@ -125,6 +129,8 @@ def _torch_export(flat: nn.Module, image: Tensor, path: str, facts: str, dynamic
 
 def _onnx(flat: nn.Module, image: Tensor, path: str, facts: str, dynamic: bool) -> None:
     onnx = need("onnx", "the format onnx")
+    is_rcnn = isinstance(flat, detectron2.export.TracingAdapter)
+    opset = RCNN_ONNX_OPSET if is_rcnn else ONNX_OPSET
     axes = {name: {0: "found"} for name in flat.output_names} if flat.kind == "detector" else {}
     if dynamic:
         axes["image"] = {1: "height", 2: "width"}
@@ -136,7 +142,7 @@ def _onnx(flat: nn.Module, image: Tensor, path: str, facts: str, dynamic: bool) 
             path,
             input_names=["image"],
             output_names=list(flat.output_names),
-            opset_version=ONNX_OPSET,
+            opset_version=opset,
             dynamic_axes=axes,
             dynamo=False,
         )

@@ -183,7 +183,8 @@ class PairwiseAttention2d(_VectorAttention2d):
         cols = self._coordinates(width, dtype, like.device).expand(height, width)
         rows = self._coordinates(height, dtype, like.device)[:, None].expand(height, width)
         grid = torch.stack([cols, rows])[None]
-        if torch.jit.is_scripting():
+        # Neither a script nor a trace can call a module with other weights.
+        if torch.jit.is_scripting() or torch.jit.is_tracing():
             positions = self.position(grid.to(like.dtype)).to(dtype)
         else:
             weights = {name: weight.to(dtype) for name, weight in self.position.named_parameters()}

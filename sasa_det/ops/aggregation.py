@@ -21,18 +21,31 @@ def reflect(x: Tensor, padding: int) -> Tensor:
     Returns:
         (N, C, H + 2 padding, W + 2 padding).
     """
-    if padding < min(x.shape[2:]):
+    height, width = x.shape[2], x.shape[3]
+    # A size that a trace or an exported program leaves open is not a number to decide on.
+    if isinstance(height, int) and isinstance(width, int) and padding < min(height, width):
         return F.pad(x, [padding] * 4, mode="reflect")
-    rows = _reflected(x.shape[2], padding, x.device)
-    cols = _reflected(x.shape[3], padding, x.device)
-    return x[:, :, rows[:, None], cols]
+    rows = _reflected(height, padding, x.device)
+    cols = _reflected(width, padding, x.device)
+    return x.index_select(2, rows).index_select(3, cols)
 
 
 def _reflected(size: int, padding: int, device: torch.device) -> Tensor:
     """Return the index of the pixel that stands at each place of a padded side."""
-    period = max(2 * (size - 1), 1)
+    last = size - 1
+    if torch.jit.is_scripting():
+        period = max(2 * last, 1)
+    else:
+        period = _at_least_one(2 * last)
     place = torch.arange(-padding, size + padding, device=device).abs() % period
-    return torch.minimum(place, period - place)
+    return last - (place - last).abs()
+
+
+def _at_least_one(size):
+    # In a trace sizes are tensors.
+    if isinstance(size, Tensor):
+        return size + (size == 0).to(size.dtype)
+    return torch.sym_max(size, 1)
 
 
 def aggregate(value: Tensor, weights: Tensor, *, kernel_size: int) -> Tensor:

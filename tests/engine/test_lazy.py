@@ -19,6 +19,7 @@ from sasa_det.config.lazy import load_lazy_config
 from sasa_det.config.options import LAZY_KEYS, YAML_KEYS, RunOptions
 from sasa_det.engine import Predictor, Trainer, UsageError, load_config
 from sasa_det.engine.defaults import LAZY, argument_parser, run
+from sasa_det.engine.export import export_parser, run_export
 from sasa_det.engine.train import eval_parser, run_eval
 
 DATA = {"train": "train", "test": "val"}
@@ -144,18 +145,25 @@ def test_trains_resumes_and_evaluates(lazy, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_its_checkpoint_predicts_what_evaluation_finds(lazy, digits, tmp_path):
+def test_its_checkpoint_and_its_export_predict_what_evaluation_finds(lazy, digits, tmp_path):
     folder = tmp_path / "run"
     assert lazy() == 0
     ((_, expected),) = results(folder).items()
     predictor = Predictor.from_checkpoint(folder / "model_final.pth")
     assert predictor.trained.class_names == [str(digit) for digit in range(10)]
     records = json.loads((digits / "val.json").read_text())["images"]
-    found = predictor([digits / "val" / record["file_name"] for record in records])
-    for record, instances in zip(records, found, strict=True):
-        scores = [entry["score"] for entry in expected if entry["image_id"] == record["id"]]
-        assert len(scores) > 10
-        assert instances.scores.tolist() == pytest.approx(sorted(scores, reverse=True), abs=1e-4)
+    images = [digits / "val" / record["file_name"] for record in records]
+    command = ["--weights", folder / "model_final.pth", "--format", "torchscript"]
+    command += ["--output", tmp_path / "exported"]
+    assert run_export(export_parser().parse_args([str(word) for word in command])) == 0
+    exported = Predictor.from_checkpoint(tmp_path / "exported" / "model.ts")
+    assert exported.trained.class_names == predictor.trained.class_names
+    for found in (predictor(images), exported(images)):
+        for record, instances in zip(records, found, strict=True):
+            scores = [entry["score"] for entry in expected if entry["image_id"] == record["id"]]
+            assert len(scores) > 10
+            scores = sorted(scores, reverse=True)
+            assert instances.scores.tolist() == pytest.approx(scores, abs=1e-4)
 
 
 def test_yaml_and_lazy_runs_are_bit_equal(config, digits, start, assert_equal_runs, tmp_path):

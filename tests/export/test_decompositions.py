@@ -53,8 +53,9 @@ def test_no_window_is_unfolded():
     x = torch.randn(1, 32, 40, 40)
     with torch.no_grad(), Decompose(), Operators() as operators:
         layer(x)
-    # The columns of a window, at the height of the padded image.
-    assert operators.largest == 7 * 32 * 46 * 40
+    # One head's logits of the 10 x 10 pixels that each tile of 4 x 4 reaches, where the windows of
+    # all its channels would be 16 * 7 * 7 * 40 * 40 values.
+    assert operators.largest == 10 * 10 * 40 * 40
 
 
 @pytest.mark.parametrize("norm", [torch.nn.BatchNorm2d, None, lambda n: torch.nn.GroupNorm(2, n)])
