@@ -113,6 +113,9 @@ def add_sasa_config(cfg: CfgNode) -> None:
     # With 0, as in detectron2, a strip of one pixel is enough, and detectors of many small objects
     # learn to find objects along borders.
     jitter.MIN_VISIBLE = 0.0
+    # Brightness, contrast and, of RGB images, saturation are multiplied by factors drawn from
+    # 1 - COLOR to 1 + COLOR.
+    jitter.COLOR = 0.0
 
     # Maximum number of pixels (height times width) of an image. A larger image is refused before it
     # is decoded.

@@ -14,13 +14,14 @@ from .images import check_size, read_image
 
 
 def jitter_and_crop_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
-    """Augmentations that scale an image at random, cut a square out of it, and flip it.
+    """Augmentations that scale an image at random, cut a square out of it, recolor and flip it.
 
     In training the image is resized, its aspect ratio kept, to the largest size that fits into a
     square of ``CROP_SIZE`` times a factor drawn from [``MIN_SCALE``, ``MAX_SCALE``] (of
     ``INPUT.JITTER``). Where it exceeds the crop a random window is taken, the same fraction of the
     room being left off on both axes; where it falls short it is padded on the right and at the
-    bottom with the value 128, detectron2's default.
+    bottom with the value 128, detectron2's default. Then brightness, contrast and saturation change
+    by up to ``COLOR``.
 
     Args:
         cfg: a config with sasa_det's keys.
@@ -47,11 +48,20 @@ def jitter_and_crop_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmen
         raise ValueError(
             "INPUT.CROP.ENABLED must be False with INPUT.JITTER, which crops already, got True"
         )
+    if not 0 <= jitter.COLOR < 1:
+        raise ValueError(f"INPUT.JITTER.COLOR must be in [0, 1), got {jitter.COLOR}")
     size = jitter.CROP_SIZE
     augmentations = [
         T.ResizeScale(jitter.MIN_SCALE, jitter.MAX_SCALE, target_height=size, target_width=size),
         T.FixedSizeCrop((size, size)),
     ]
+    if jitter.COLOR > 0:
+        factors = (1 - jitter.COLOR, 1 + jitter.COLOR)
+        augmentations += [
+            T.RandomBrightness(*factors),
+            T.RandomContrast(*factors),
+            T.RandomSaturation(*factors),
+        ]
     if flip != "none":
         augmentations.append(
             T.RandomFlip(prob=0.5, horizontal=flip == "horizontal", vertical=flip == "vertical")

@@ -182,6 +182,25 @@ def test_grey_and_transparent_images_have_three_channels(tmp_path):
     assert mapped["image"][:, 0, 0].tolist() == [30, 20, 10]
 
 
+def test_colors_change_within_their_limits(tmp_path):
+    grey = dataset_dict(tmp_path / "grey.png", np.full((8, 8), 100, np.uint8))
+    color = dataset_dict(tmp_path / "color.png", np.full((8, 8, 3), (200, 100, 50), np.uint8))
+    cfg = config(crop=8)
+    cfg.INPUT.JITTER.COLOR = 0.2
+    mapper = build_train_mapper(cfg)
+    # Of one grey, contrast and saturation change nothing.
+    np.random.seed(0)
+    levels = [mapper(grey)["image"] for _ in range(200)]
+    assert all((level == level[0, 0, 0]).all() for level in levels)
+    levels = [level[0, 0, 0].item() for level in levels]
+    assert 77 <= min(levels) < 85 and 115 < max(levels) <= 120  # each step rounds down
+    ratios = [
+        (image[0, 0, 0] / image[1, 0, 0]).item()
+        for image in (mapper(color)["image"] for _ in range(200))
+    ]
+    assert min(ratios) < 0.49 and max(ratios) > 0.51  # saturation
+
+
 @pytest.mark.parametrize("flip, both", [("none", 1), ("horizontal", 2), ("vertical", 2)])
 def test_flip_follows_the_config(tmp_path, flip, both):
     pixels = np.zeros((8, 8, 3), np.uint8)
@@ -299,6 +318,7 @@ def test_inference_resizes_as_detectron2_does():
         ("INPUT.JITTER.MIN_SCALE", 1.5, r"0 < MIN_SCALE <= MAX_SCALE, got 1\.5 and 1\.2"),
         ("INPUT.JITTER.CROP_SIZE", 0, r"INPUT\.JITTER\.CROP_SIZE must be >= 1, got 0"),
         ("INPUT.JITTER.MIN_VISIBLE", 1.5, r"INPUT\.JITTER\.MIN_VISIBLE must be in .* got 1\.5"),
+        ("INPUT.JITTER.COLOR", 1.0, r"INPUT\.JITTER\.COLOR must be in \[0, 1\), got 1\.0"),
         ("INPUT.RANDOM_FLIP", "sideways", r"INPUT\.RANDOM_FLIP must be .* got 'sideways'"),
         ("INPUT.CROP.ENABLED", True, r"INPUT\.CROP\.ENABLED must be False with INPUT\.JITTER"),
     ],
