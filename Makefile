@@ -2,6 +2,7 @@
 # make evidence     the long comparison on the built-in data, hours, into output/evidence; resumes
 # make test         all tests; `make test-fast` leaves out the slow ones
 # make lint         style and formatting
+# make docs         the documentation, into output/docs; warnings are errors
 # make install      the environment alone, in .venv; the others do it too
 #
 # OUTPUT=folder                       where the demo writes
@@ -21,7 +22,7 @@ VENV_PYTHON := .venv/bin/python
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 INSTALLED := .venv/.installed
 
-.PHONY: demo evidence test test-fast lint install
+.PHONY: demo docs evidence test test-fast lint install
 
 demo: install
 	$(VENV_PYTHON) tools/digits_demo.py --output "$(OUTPUT)"
@@ -38,6 +39,11 @@ test-fast: install
 lint: install
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
+
+docs: install
+	@$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	$(VENV_PYTHON) -m sphinx --quiet --fail-on-warning --keep-going docs output/docs
+	@echo "The documentation is in output/docs/index.html."
 
 install: $(INSTALLED)
 	@$(VENV_PYTHON) tools/install_detectron2.py

@@ -55,7 +55,7 @@ setup(
     py_modules=["sasa_det_cli"],
     package_data={
         "sasa_det": ["py.typed"],
-        "sasa_det.model_zoo": ["weights/*"],
+        "sasa_det.model_zoo": ["weights/**/*"],
         CONFIGS: ["**/*.py", "**/*.yaml"],
     },
     entry_points={"console_scripts": ["sasa-det = sasa_det_cli:main"]},
@@ -85,6 +85,7 @@ setup(
     extras_require={
         "analysis": ["hotcoco>=1.3"],
         "benchmark": ["timm"],
+        "docs": ["furo", "myst-parser", "sphinx"],
         "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
         "export": ["onnx>=1.15", "onnxruntime>=1.17"],
     },

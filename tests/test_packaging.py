@@ -92,7 +92,7 @@ def test_a_source_distribution_builds_and_tests_without_the_repository(built):
     listed = set((metadata / "SOURCES.txt").read_text().splitlines())
     wanted = {
         str(Path(folder) / path)
-        for folder in ("configs", "docs", "sasa_det", "tests", "tools")
+        for folder in ("configs", "docs", "examples", "sasa_det", "tests", "tools")
         for path in files_in(ROOT / folder)
     }
     wanted |= {"sasa_det_cli.py", "setup.py", "pyproject.toml", "requirements.txt", "Makefile"}

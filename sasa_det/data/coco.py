@@ -44,7 +44,7 @@ def check_coco(
     """Check that a COCO json file and its images can be trained or evaluated on.
 
     Args:
-        json_file, image_root, training, **options: as of :func:`validate_coco`.
+        json_file, image_root, training, options: as of :func:`validate_coco`.
 
     Raises:
         FileNotFoundError: if the json file, the folder or an image is missing.
@@ -68,7 +68,7 @@ def register_coco(
 
     Args:
         name: the name for ``cfg.DATASETS``.
-        json_file, image_root, **options: as of :func:`check_coco`.
+        json_file, image_root, options: as of :func:`check_coco`.
         check: False in the other processes of a job, after one has checked the files: they
             are not read then, and the classes are known as soon as detectron2 loads them.
 

@@ -82,7 +82,7 @@ class DetectionMapper(DatasetMapper):
         """Take the arguments of detectron2's mapper and those of this one.
 
         Args:
-            *args, **kwargs: of detectron2's mapper.
+            args, kwargs: of detectron2's mapper.
             max_pixels: ``INPUT.MAX_PIXELS``.
             min_visible: ``INPUT.JITTER.MIN_VISIBLE``.
 

@@ -41,7 +41,11 @@ def export_parser(description: str | None = None) -> argparse.ArgumentParser:
     """Return the parser of the command line that :func:`run_export` takes."""
     parser = DataParser(description=description, epilog=_EPILOG)
     parser.add_argument(
-        "--weights", required=True, metavar="FILE", help="checkpoint of a detector or classifier"
+        "--weights",
+        required=True,
+        metavar="FILE",
+        help="checkpoint of a detector or classifier, model_final.pth, or the config of published "
+        "weights, such as Digits/retinanet_SASA.yaml",
     )
     parser.add_argument(
         "--format",

@@ -25,6 +25,7 @@ from ..data_arguments import DATA_HELP, DataParser
 from ..errors import ImageError, UsageError
 from ..evaluation.drawing import draw_instances
 from ..evaluation.predictions import Predictions, images_path
+from ..model_zoo.published import find_sample_images
 from ..utils.files import whole_file
 from ..utils.text import abbreviated_list, printable
 from .defaults import flush_denormals, log_to
@@ -55,13 +56,15 @@ def predict_parser(description: str | None = None) -> argparse.ArgumentParser:
         "--weights",
         required=True,
         metavar="FILE",
-        help="checkpoint of a detector, model_final.pth, or a file of sasa-det export",
+        help="checkpoint of a detector, model_final.pth, a file of sasa-det export, or the config "
+        "of published weights, such as Digits/retinanet_SASA.yaml",
     )
     parser.add_argument(
         "--input",
         nargs="+",
         metavar="INPUT",
-        help="images, folders of images, glob patterns in quotes, and videos",
+        help="images, folders of images, glob patterns in quotes, and videos; by default, the "
+        "sample images of published weights",
     )
     parser.add_data_argument(
         "test",
@@ -183,7 +186,12 @@ def run_predict(args: argparse.Namespace) -> int:
 
 def _media(args: argparse.Namespace) -> tuple[list[Medium], dict[str, int]]:
     """Find what to predict on, and the ids of the categories of a COCO json."""
-    if bool(args.input) == bool(args.test):
+    words = args.input or []
+    if not words and not args.test:
+        words = find_sample_images(args.weights)
+        if words:
+            logger.info("There is no --input: these are the sample images of %s.", args.weights)
+    if bool(words) == bool(args.test):
         raise UsageError("give images with --input, or a data set with --test.")
     if args.overlap is not None and not args.tile:
         raise UsageError("--overlap is for tiles: give their size with --tile.")
@@ -192,13 +200,13 @@ def _media(args: argparse.Namespace) -> tuple[list[Medium], dict[str, int]]:
         check_read(json_file)
         return media_of_coco(json_file, image_root)
     known = all_keys(default_config())
-    for word in args.input:
+    for word in words:
         if word in known and not os.path.lexists(word):
             raise UsageError(
                 f"{word} stands among the words of --input; put the KEY VALUE pairs behind another "
                 "flag, or behind --."
             )
-    return find_media(args.input, leave_out=args.output), {}
+    return find_media(words, leave_out=args.output), {}
 
 
 def _category_ids(

@@ -23,6 +23,7 @@ from ..config.stored import options_without_data, stored_options
 from ..data.catalog import category_ids
 from ..errors import UsageError
 from ..export import is_exported, read_exported
+from ..model_zoo.published import find_weights
 from ..modeling.rcnn import check_res5_heads
 from ..modeling.test_time_augmentation import check_augmentation
 from .checks import check_device
@@ -87,8 +88,9 @@ def load_trained_model(
     the data set that its config names in ``DATASETS.TRAIN``, if that is registered.
 
     Args:
-        weights: a checkpoint of this project or of detectron2, or a file of
-            ``sasa-det export``, which runs on the CPU.
+        weights: a checkpoint of this project or of detectron2, a file of ``sasa-det export``,
+            which runs on the CPU, or the name of a config whose weights the model zoo has, such as
+            "Digits/retinanet_SASA.yaml".
         config_file: yaml config or LazyConfig of the model, in place of the one in the checkpoint.
         opts: KEY VALUE pairs that override it, or key=value for a LazyConfig.
         classifiers: whether the model may be a classifier.
@@ -99,6 +101,7 @@ def load_trained_model(
     """
     if not os.fspath(weights):
         raise UsageError("no weights are given: name a checkpoint, such as model_final.pth.")
+    weights = find_weights(weights)
     if is_exported(weights):
         return _load_exported(weights, config_file, opts)
     checkpoint, path = read_weights(weights)

@@ -36,7 +36,11 @@ def visualize_attention_parser(description: str | None = None) -> argparse.Argum
     """Return the parser of the command line that :func:`run_visualize_attention` takes."""
     parser = argparse.ArgumentParser(description=description, epilog=_EPILOG)
     parser.add_argument(
-        "--weights", required=True, metavar="FILE", help="checkpoint of a detector, model_final.pth"
+        "--weights",
+        required=True,
+        metavar="FILE",
+        help="checkpoint of a detector, model_final.pth, or the config of published "
+        "weights, such as Digits/retinanet_SASA.yaml",
     )
     parser.add_argument("--input", metavar="IMAGE", help="image file")
     parser.add_argument(

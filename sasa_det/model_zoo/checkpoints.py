@@ -2,7 +2,8 @@
 
 An entry is the place of a checkpoint and its SHA-256, which is checked whenever the weights are
 read. A place is an ``https://`` address, or a path in the folder of this file for weights that are
-part of the package; setup.py packages those in weights/.
+part of the package; setup.py packages those in weights/, with the config and the log of the
+training beside them.
 """
 
 from pathlib import Path
@@ -17,10 +18,13 @@ class Weights(NamedTuple):
     Attributes:
         place: ``https://`` address, or path relative to the folder of this file.
         sha256: of the file, in 64 hexadecimal digits.
+        samples: folder of images to try the weights on, relative to the folder of this file; ""
+            if there are none.
     """
 
     place: str
     sha256: str
+    samples: str = ""
 
     @property
     def address(self) -> str:
@@ -28,7 +32,17 @@ class Weights(NamedTuple):
         place = self.place if self.place.startswith("https://") else _FOLDER / self.place
         return f"{place}#sha256={self.sha256}"
 
+    @property
+    def sample_images(self) -> list[str]:
+        """The paths of the images in ``samples``."""
+        return sorted(map(str, (_FOLDER / self.samples).iterdir())) if self.samples else []
+
 
 # By the name of the config without its suffix: a yaml config and its LazyConfig are one model.
-# There are none yet.
-CHECKPOINTS: dict[str, Weights] = {}
+CHECKPOINTS: dict[str, Weights] = {
+    "Digits/retinanet_SASA": Weights(
+        "weights/Digits/retinanet_SASA/model.safetensors",
+        "3668df696629ddc8045149f60bd37b67a76bda4c22947713c63dc423d4a02174",
+        "weights/Digits/retinanet_SASA/samples",
+    ),
+}

@@ -12,7 +12,7 @@ from ..checkpoint import Checkpointer
 from ..config.load import load_config
 from ..config_files import CONFIGS, config_names
 from ..errors import nearest
-from .checkpoints import CHECKPOINTS
+from .checkpoints import CHECKPOINTS, Weights
 
 
 def get_config_file(config_path: str) -> str:
@@ -47,14 +47,33 @@ def get_checkpoint_url(config_path: str) -> str:
     Raises:
         RuntimeError: if there are none.
     """
+    return _weights_of(config_path).address
+
+
+def get_sample_images(config_path: str) -> list[str]:
+    """Return the images that this package has to try the weights of a config on.
+
+    Args:
+        config_path: as for :func:`get_config_file`.
+
+    Returns:
+        list[str]: paths, none if the weights come without images.
+
+    Raises:
+        RuntimeError: as of :func:`get_checkpoint_url`.
+    """
+    return _weights_of(config_path).sample_images
+
+
+def _weights_of(config_path: str) -> Weights:
     weights = CHECKPOINTS.get(str(PurePosixPath(config_path).with_suffix("")))
     if weights is None:
-        known = ", ".join(CHECKPOINTS) or "none"
+        known = ", ".join(f"{name}.yaml" for name in CHECKPOINTS)
         raise RuntimeError(
             f"there are no trained weights of {config_path} in sasa_det.model_zoo; it has those of "
             f"these configs: {known}."
         )
-    return weights.address
+    return weights
 
 
 def get_config(config_path: str, trained: bool = False) -> CfgNode | DictConfig:
