@@ -20,6 +20,7 @@ exclude_patterns = ["extensions"]
 # The results are a part of README.md, whose headings begin one level lower.
 suppress_warnings = ["myst.header"]
 myst_heading_anchors = 3
+smartquotes = False  # values of arguments and keys stand in quotes
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say what is accepted, with shapes
