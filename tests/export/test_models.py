@@ -8,8 +8,6 @@ from sasa_det.config.load import load_config
 from sasa_det.errors import UsageError
 from sasa_det.export import FORMATS, export_model, read_exported
 
-TRACED = ["torchscript", "onnx"]
-
 
 def images(*sizes):
     generator = torch.Generator().manual_seed(1)
@@ -33,8 +31,7 @@ def rcnn(*opts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", TRACED)
-@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("format, masks", [("torchscript", False), ("onnx", True)])
 def test_an_rcnn_finds_what_the_model_finds(masks, format, tmp_path):
     model = rcnn("MODEL.MASK_ON", str(masks))
     path = tmp_path / f"model{FORMATS[format]}"
@@ -65,8 +62,7 @@ def test_an_rcnn_is_refused_where_detectron2_cannot_export_it(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", TRACED)
-@pytest.mark.parametrize("attention", ["pairwise", "patchwise"])
+@pytest.mark.parametrize("format, attention", [("torchscript", "patchwise"), ("onnx", "pairwise")])
 def test_a_san_classifier_takes_images_of_any_size(attention, format, tmp_path):
     torch.manual_seed(0)
     config = f"configs/ImageNet/SAN10_{attention}.yaml"
