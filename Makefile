@@ -1,5 +1,6 @@
 # make demo         train, evaluate and draw on the built-in data, into OUTPUT
 # make evidence     the long comparison on the built-in data, hours, into output/evidence; resumes
+# make trees        the same models on aerial photographs, which are fetched, into output/trees; resumes
 # make test         all tests; `make test-fast` leaves out the slow ones
 # make lint         style and formatting
 # make docs         the documentation, into output/docs; warnings are errors
@@ -22,13 +23,16 @@ VENV_PYTHON := .venv/bin/python
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 INSTALLED := .venv/.installed
 
-.PHONY: demo docs evidence test test-fast lint install
+.PHONY: demo docs evidence trees test test-fast lint install
 
 demo: install
 	$(VENV_PYTHON) tools/digits_demo.py --output "$(OUTPUT)"
 
 evidence: install
 	$(VENV_PYTHON) tools/evidence.py
+
+trees: install
+	$(VENV_PYTHON) tools/trees.py
 
 test: install
 	$(VENV_PYTHON) -m pytest -q $(PARALLEL)

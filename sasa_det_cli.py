@@ -67,6 +67,10 @@ COMMANDS = {
         "sasa_det.engine.convert_data",
         "Write the annotations of a YOLO, Pascal VOC, labelme or CVAT data set as COCO json.",
     ),
+    "tile-data": (
+        "sasa_det.engine.tile_data",
+        "Cut a data set of large images into tiles to train on.",
+    ),
 }
 
 _EPILOG = "`%(prog)s COMMAND --help` lists the arguments of a command."

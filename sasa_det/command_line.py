@@ -66,6 +66,14 @@ def share(text: str) -> float:
     return value
 
 
+def share_below_1(text: str) -> float:
+    """Read an argument that must be a number from 0 to 1, and not 1; a type for argparse."""
+    value = share(text)
+    if value == 1:
+        raise argparse.ArgumentTypeError(f"must be below 1, got {text!r}")
+    return value
+
+
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the config of a trained model, and its overrides, to the arguments of a command."""
     parser.add_argument(

@@ -38,12 +38,13 @@ class DataParser(argparse.ArgumentParser):
     argparse alone would take all words up to the next flag.
     """
 
-    def add_data_argument(self, split: str, group=None, **options) -> None:
+    def add_data_argument(self, split: str, group=None, *, flag: str = "", **options) -> None:
         """Add the flag of the data to train or to test on.
 
         Args:
             split: "train" or "test".
             group: of arguments, to add it to.
+            flag: what it is called, instead of by its split.
             **options: of ``add_argument``.
         """
         defaults = {
@@ -52,7 +53,7 @@ class DataParser(argparse.ArgumentParser):
             "metavar": ("DATA", "IMAGES|SPLIT"),
             "help": DATA_HELP.format(split=DEFAULT_SPLITS[split]),
         }
-        (group or self).add_argument(f"--{split}", **(defaults | options))
+        (group or self).add_argument(flag or f"--{split}", **(defaults | options))
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
         words = list(sys.argv[1:] if args is None else args)

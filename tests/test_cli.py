@@ -13,7 +13,7 @@ from sasa_det.engine.train import train_parser
 from sasa_det_cli import COMMANDS, main
 
 # What the project itself is developed with; and train_net.py, which users copy and change.
-OF_DEVELOPERS = {"ablate", "digits_demo", "evidence", "install_detectron2", "measure_onnx"}
+OF_DEVELOPERS = {"ablate", "digits_demo", "evidence", "install_detectron2", "measure_onnx", "trees"}
 TOOLS = {path.stem for path in Path(__file__).parents[1].glob("tools/*.py")}
 TOOLS -= OF_DEVELOPERS | {"train_net"}
 

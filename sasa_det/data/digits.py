@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from pycocotools.mask import iou
 from tqdm import tqdm
 
 from ..errors import DatasetError
+from ..utils.files import whole_folder
 from .catalog import SPLITS, builtin_path, is_registered
 from .digit_drawing import (
     DIGIT_NAMES,
@@ -67,19 +67,14 @@ def _write_once(
     root = Path(root)
     if not _holds_anything(root):
         logger.info("Writing the %s to %s: %s", kind, root, parameters)
-        root.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as folder:
-            # A subfolder, because the temporary folder itself is readable by its owner only.
-            staging = Path(folder) / root.name
-            staging.mkdir()
-            write_images(staging, parameters)
-            try:
-                os.rename(staging, root)
-                return root
-            except OSError:
-                if not _holds_anything(root):
-                    raise
-                logger.info("Another process has written %s meanwhile: using that", root)
+        try:
+            with whole_folder(root) as staging:
+                write_images(staging, parameters)
+            return root
+        except OSError:
+            if not _holds_anything(root):
+                raise
+            logger.info("Another process has written %s meanwhile: using that", root)
     try:
         found = json.loads((root / info_file).read_text())["info"]["parameters"]
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -15,7 +15,7 @@ from detectron2.structures import Instances
 from PIL import Image
 from tqdm import tqdm
 
-from ..command_line import add_config_arguments, positive_int, share
+from ..command_line import add_config_arguments, positive_int, share, share_below_1
 from ..config.defaults import default_config
 from ..config.keys import all_keys
 from ..data.coco import check_read
@@ -98,7 +98,7 @@ def predict_parser(description: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--overlap",
-        type=_share_below_1,
+        type=share_below_1,
         metavar="SHARE",
         help="share of a tile that the next one shows as well, 0.2 by default; objects should be "
         "smaller",
@@ -108,13 +108,6 @@ def predict_parser(description: str | None = None) -> argparse.ArgumentParser:
     )
     add_config_arguments(parser)
     return parser
-
-
-def _share_below_1(text: str) -> float:
-    value = share(text)
-    if value == 1:
-        raise argparse.ArgumentTypeError(f"must be below 1, got {text!r}")
-    return value
 
 
 def run_predict(args: argparse.Namespace) -> int:

@@ -11,11 +11,12 @@ from PIL import Image
 
 from ..data.images import read_image
 from ..data.mapper import model_input
+from ..data.tiling import Tile, tile_image
 from ..errors import UsageError
 from ..modeling import fuse, with_augmentation
 from ..modeling.inference import infer_in_batches
 from .tasks import task_of
-from .tiles import Tile, merge_tiles, tile_image
+from .tiles import merge_tiles
 from .trained_model import TrainedModel, load_trained_model
 
 

@@ -1,50 +1,19 @@
-"""Large images in tiles: where they lie, and one result out of theirs."""
+"""The result of a large image, out of those of its tiles."""
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from detectron2.layers import batched_nms
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
+from ..data.tiling import Tile
+
 # A box of a detector that ends closer to the border of a tile than this part of its side, or than
 # so many pixels, is taken to be cut by it.
 _CUT_SHARE = 0.01
 _CUT_PIXELS = 2.0
-
-
-class Tile(NamedTuple):
-    """A part of an image, in pixels."""
-
-    x0: int
-    y0: int
-    x1: int
-    y1: int
-
-
-def tile_image(height: int, width: int, size: int, overlap: float) -> list[Tile]:
-    """Cover an image with tiles.
-
-    All tiles have the same size, for the last ones end at the border of the image and overlap more.
-
-    Args:
-        height, width: of the image.
-        size: height and width of a tile; a shorter side of the image stays whole.
-        overlap: share of a tile that the next one shows as well, at least, in [0, 1).
-
-    Returns:
-        list[Tile]: row by row.
-    """
-    rows, columns = (_starts(side, size, overlap) for side in (height, width))
-    return [Tile(x, y, min(x + size, width), min(y + size, height)) for y in rows for x in columns]
-
-
-def _starts(side: int, size: int, overlap: float) -> list[int]:
-    step = max(int(size * (1 - overlap)), 1)
-    starts = list(range(0, max(side - size, 0), step))
-    return [*starts, max(side - size, 0)]
 
 
 def merge_tiles(

@@ -37,6 +37,9 @@ def draw_detections(
     class_names: Sequence[str],
     score_threshold: float = 0.5,
     columns: int = 4,
+    *,
+    panel: float = PANEL,
+    labels: bool = True,
 ) -> Figure:
     """Draw images twice, with their ground truth and with what was detected, into one PNG.
 
@@ -48,6 +51,8 @@ def draw_detections(
         class_names: names by class index.
         score_threshold: detections with a lower score are not drawn.
         columns: cells in a row, at least 1.
+        panel: height and width of each of the two drawings of an image, in inches.
+        labels: write classes and scores at the boxes; False for very many boxes.
 
     Returns:
         Figure: what was drawn.
@@ -61,9 +66,9 @@ def draw_detections(
         raise ValueError(f"columns must be >= 1, got {columns}")
     columns = min(columns, len(samples))
     rows = -(-len(samples) // columns)
-    cell = 2 * PANEL + GAP
+    cell = 2 * panel + GAP
     width = columns * cell + (columns + 1) * CELL_GAP
-    height = rows * (PANEL + TITLE) + CELL_GAP
+    height = rows * (panel + TITLE) + CELL_GAP
     figure = Figure(figsize=(width, height), dpi=DPI)
     colours = _class_colours(len(class_names))
     for index, sample in enumerate(samples):
@@ -72,14 +77,14 @@ def draw_detections(
         ground_truth = (sample["gt_boxes"], sample["gt_classes"], None)
         detected = tuple(np.asarray(sample[key])[kept] for key in ("boxes", "classes", "scores"))
         titles = ("Ground truth", f"Detections, score ≥ {score_threshold:g}")
-        for panel, (title, drawn) in enumerate(zip(titles, (ground_truth, detected), strict=True)):
-            left = CELL_GAP + column * (cell + CELL_GAP) + panel * (PANEL + GAP)
-            bottom = height - (row + 1) * (PANEL + TITLE)
+        for side, (title, drawn) in enumerate(zip(titles, (ground_truth, detected), strict=True)):
+            left = CELL_GAP + column * (cell + CELL_GAP) + side * (panel + GAP)
+            bottom = height - (row + 1) * (panel + TITLE)
             axes = figure.add_axes(
-                (left / width, bottom / height, PANEL / width, PANEL / height), anchor="N"
+                (left / width, bottom / height, panel / width, panel / height), anchor="N"
             )
             axes.set_title(title, fontsize=8, pad=3)
-            _draw_panel(axes, sample["image"], *drawn, class_names, colours)
+            _draw_panel(axes, sample["image"], *drawn, class_names if labels else None, colours)
     with whole_file(path) as part:
         figure.savefig(part, format="png")
     return figure
@@ -132,7 +137,7 @@ def _draw_panel(
     boxes: np.ndarray,
     classes: np.ndarray,
     scores: np.ndarray | None,
-    class_names: Sequence[str],
+    class_names: Sequence[str] | None,
     colours: np.ndarray,
 ) -> None:
     height, width = image.shape[:2]
@@ -149,6 +154,8 @@ def _draw_panel(
         # A dark rim, for boxes on a background of their own colour.
         box.set_path_effects([withStroke(linewidth=2.0, foreground="black")])
         axes.add_patch(box)
+        if class_names is None:
+            continue
         text = class_names[label]
         if scores is not None:
             text += f" {scores[index]:.2f}"

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,29 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a text file whole or not at all."""
     with whole_file(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a folder to write to, which is renamed to ``path`` when the block ends without error.
+
+    Args:
+        path: the folder to write; it must not exist, or be empty.
+
+    Yields:
+        Path: an empty folder beside it, of the same name.
+
+    Raises:
+        OSError: if ``path`` holds anything when the block ends, as of another process.
+    """
+    path = Path(os.path.abspath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+        # A subfolder, because the temporary folder itself is readable by its owner only.
+        staging = Path(folder, path.name)
+        staging.mkdir()
+        yield staging
+        os.rename(staging, path)
 
 
 @contextmanager

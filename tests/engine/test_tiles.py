@@ -1,6 +1,4 @@
-"""Tiles of large images: where they lie, and that their boxes are those of the whole image."""
-
-from itertools import pairwise
+"""The boxes of a large image's tiles, merged, are those of the whole image."""
 
 import cv2
 import numpy as np
@@ -8,20 +6,8 @@ import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 
-from sasa_det.engine.tiles import Tile, merge_tiles, tile_image
-
-
-@pytest.mark.parametrize("side", (1, 99, 100, 101, 180, 181, 777))
-@pytest.mark.parametrize("overlap", (0.0, 0.2, 0.5, 0.999))
-def test_tiles_cover_an_image_with_the_overlap(side, overlap):
-    tiles = tile_image(side, 300, 100, overlap)
-    seen = np.zeros((side, 300), int)
-    for x0, y0, x1, y1 in tiles:
-        assert y1 - y0 == min(100, side) and x1 - x0 == 100 and y0 >= 0 and x0 >= 0
-        seen[y0:y1, x0:x1] += 1
-    assert seen.min() >= 1 and len(set(tiles)) == len(tiles)
-    starts = sorted({tile.y0 for tile in tiles})
-    assert all(b - a <= max(100 * (1 - overlap), 1) for a, b in pairwise(starts))
+from sasa_det.data.tiling import Tile, tile_image
+from sasa_det.engine.tiles import merge_tiles
 
 
 def detect(image):

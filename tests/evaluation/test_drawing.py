@@ -46,6 +46,14 @@ def drawn(path, samples, **options):
         return np.asarray(image.convert("RGB")).astype(int), figure
 
 
+def test_very_many_boxes_are_drawn_large_and_without_labels(tmp_path):
+    small, _ = drawn(tmp_path / "small.png", [sample()])
+    pixels, figure = drawn(tmp_path / "large.png", [sample()], panel=5.0, labels=False)
+    assert pixels.shape[1] - small.shape[1] == pytest.approx(2 * (5.0 - drawing.PANEL) * 120, abs=1)
+    assert [len(axes.texts) for axes in figure.axes] == [0, 0]
+    assert [len(axes.patches) for axes in figure.axes] == [1, 1]
+
+
 def test_boxes_are_drawn_where_they_are_in_the_colour_of_their_class(tmp_path):
     pixels, figure = drawn(tmp_path / "a.png", [sample()])
     colours = np.rint(drawing._class_colours(3) * 255)

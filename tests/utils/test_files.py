@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sasa_det.utils.files import whole_file, write_text
+from sasa_det.utils.files import whole_file, whole_folder, write_text
 
 # Begins to write the file of its argument, says so and waits.
 _FILES = Path("sasa_det/utils/files.py").resolve()
@@ -136,3 +136,21 @@ def test_content_reaches_the_disk_before_the_name(tmp_path, monkeypatch):
     with whole_file(tmp_path / "a.txt") as part:
         part.write_text("text")
     assert steps == [("fsync", part), ("replace", part), ("fsync", tmp_path)]
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "new" / "folder"
+    with pytest.raises(KeyboardInterrupt), whole_folder(target) as staging:
+        (staging / "half").touch()
+        raise KeyboardInterrupt
+    assert names(tmp_path / "new") == []
+    target.mkdir()
+    with whole_folder(target) as staging:
+        (staging / "whole").touch()
+        assert names(target) == []
+    assert names(target) == ["whole"] and names(tmp_path / "new") == ["folder"]
+    # Readable by others as other folders are.
+    assert target.stat().st_mode == (tmp_path / "new").stat().st_mode
+    with pytest.raises(OSError, match="not empty"), whole_folder(target) as staging:
+        (staging / "other").touch()
+    assert names(target) == ["whole"] and names(tmp_path / "new") == ["folder"]
