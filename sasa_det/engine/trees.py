@@ -91,7 +91,7 @@ def compare_on_trees(
         for label, each in planned.items()
     }
     draw_curves(metrics, output / "curves.png")
-    cfg = _config(root, planned["convolution"])
+    cfg = _config(root, next(iter(planned.values())))
     text = f"{_results_table(rows)}\n\n" + (
         f"{cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} crops of "
         f"{cfg.INPUT.JITTER.CROP_SIZE} x {cfg.INPUT.JITTER.CROP_SIZE} pixels, from scratch; AP on "

@@ -105,7 +105,8 @@ def test_boxes_are_those_of_the_painted_pixels(tool, data, tmp_path, words, turn
     images = {image["id"] for image in json.loads(data[0].read_text())["images"]}
     assert {int(image["file_name"].split("_")[0]) for image in content["images"]} == images
     # As the last line says.
-    report = validate_coco(*printed.split()[-2:], training=True, pixels=True)
+    words = printed.partition("give --train ")[2].split()[:2]
+    report = validate_coco(*words, training=True, pixels=True)
     assert report.is_accepted(True) and report.class_names == ("house", "tree")
 
 

@@ -90,7 +90,7 @@ def test_rates_are_chosen_without_the_test_photograph(photographs, tmp_path, mon
 def test_a_model_is_trained_evaluated_and_drawn(photographs, tmp_path, monkeypatch):
     monkeypatch.setattr(trees, "MODELS", {"convolution": "conv"})
     opts = ["SOLVER.MAX_ITER", "5", "INPUT.JITTER.CROP_SIZE", "64", "SOLVER.IMS_PER_BATCH", "2"]
-    opts += ["MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"]
+    opts += ["SOLVER.WARMUP_ITERS", "1", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"]
     text = trees.compare_on_trees(ROOT, tmp_path / "out", 1, opts, photographs)
     assert text.startswith("| model ")
     output = tmp_path / "out"
