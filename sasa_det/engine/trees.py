@@ -265,7 +265,9 @@ def _results_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _draw(test: _Data, folder: Path, path: Path) -> None:
     """Draw the test photographs, annotated and with what the evaluation of a run has found."""
-    results = json.loads((folder / "inference" / "coco_instances_results.json").read_text())
+    # In a folder that is named after the data set.
+    (found_file,) = folder.glob("inference/**/coco_instances_results.json")
+    results = json.loads(found_file.read_text())
     name = f"drawn {test[0]}"
     samples = []
     records = load_coco(*open_data(*test, use="test"), name)
