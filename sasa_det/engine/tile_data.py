@@ -102,7 +102,7 @@ def run_tile_data(args: argparse.Namespace) -> None:
         turns=(0, 1, 2, 3) if args.turns else (0,),
         max_pixels=args.max_pixels,
     )
-    if counts.without_boxes:
+    if counts.had_more:
         logger.warning("Only boxes are cut: masks and keypoints are left out.")
     if counts.never_whole:
         logger.warning(
@@ -124,7 +124,7 @@ class TileCounts(NamedTuple):
         images, objects: that were read.
         tiles, boxes: that were written.
         never_whole: objects that no tile shows whole.
-        without_boxes: whether objects had masks or keypoints, which tiles do not have.
+        had_more: whether objects had masks or keypoints, which tiles do not have.
     """
 
     images: int
@@ -132,7 +132,7 @@ class TileCounts(NamedTuple):
     tiles: int
     boxes: int
     never_whole: int
-    without_boxes: bool
+    had_more: bool
 
 
 def write_tiles(
@@ -166,36 +166,39 @@ def write_tiles(
     by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for annotation in content["annotations"]:
         by_image[annotation["image_id"]].append(annotation)
+    places = [place(image["height"], image["width"]) for image in content["images"]]
+    progress = tqdm(total=sum(map(len, places)) * len(turns), desc="Cutting", unit="tile")
     written = _Written(min_visible)
-    with explained(output), whole_folder(output) as folder:
+    with explained(output), whole_folder(output) as folder, progress:
         (folder / IMAGES).mkdir()
-        for image in tqdm(content["images"], desc="Cutting", unit="image"):
+        for image, tiles in zip(content["images"], places, strict=True):
             path = os.path.join(image_root, image["file_name"])
             pixels = read_image(path, max_pixels, "RGB")
             check_size(path, pixels, (image["height"], image["width"]))
-            for tile in place(*pixels.shape[:2]):
+            for tile in tiles:
                 for turned in turns:
                     name, part = written.add(image, by_image[image["id"]], tile, turned, pixels)
                     Image.fromarray(part).save(folder / IMAGES / name, compress_level=1)
+                    progress.update()
         categories = [
             {key: value for key, value in category.items() if key != "source"}
             for category in content["categories"]
         ]
-        tiles = {
+        result = {
             "info": {**(info or {})},
             "licenses": content.get("licenses", []),
             "images": written.images,
             "annotations": written.annotations,
             "categories": categories,
         }
-        (folder / ANNOTATIONS).write_text(json.dumps(tiles), encoding="utf-8")
+        (folder / ANNOTATIONS).write_text(json.dumps(result), encoding="utf-8")
     return TileCounts(
         images=len(content["images"]),
         objects=len(content["annotations"]),
         tiles=len(written.images),
         boxes=len(written.annotations),
         never_whole=len(content["annotations"]) - len(written.whole),
-        without_boxes=any(
+        had_more=any(
             annotation.get("segmentation") or annotation.get("keypoints")
             for annotation in content["annotations"]
         ),
