@@ -148,7 +148,8 @@ def tune_on_trees(
     }
     rows = []
     for label, results in tried.items():
-        values = {rate: final["bbox/AP50"] for rate, final in results.items()}
+        # NaN where nothing was detected.
+        values = {rate: np.nan_to_num(final["bbox/AP50"]) for rate, final in results.items()}
         cells = [f"{final['bbox/AP']:.1f}, {final['bbox/AP50']:.1f}" for final in results.values()]
         rows.append([label, *cells, max(values, key=values.get)])
     headers = ["model", *(f"AP, AP50 with {rate:g}" for rate in rates), "best AP50"]
