@@ -112,7 +112,7 @@ TOOLS = sorted(set(Path("tools").glob("*.py")) - OTHERS)
 
 @pytest.mark.slow
 def test_ctrl_c_while_a_command_is_imported(start, read_until):
-    assert len(TOOLS) == 17
+    assert len(TOOLS) == 19
     processes = [start(launcher=("-X", "importtime"), tool=tool, data=["--help"]) for tool in TOOLS]
     for process in processes:
         output = read_until(process, "numpy")
