@@ -87,6 +87,14 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_study_arguments(parser: argparse.ArgumentParser, output: str) -> None:
+    """Add where many trainings write, and how many run at a time, to the arguments of a tool."""
+    parser.add_argument("--output", default=output, help="folder of the runs; what is there stays")
+    parser.add_argument(
+        "--jobs", type=positive_int, default=os.cpu_count(), help="trainings at the same time"
+    )
+
+
 def refuse_existing(folder: Path, hint: str = "") -> None:
     """Refuse a folder for output that exists already, unless it is empty.
 

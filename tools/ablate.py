@@ -10,7 +10,7 @@ from pathlib import Path
 # Until run_command takes Ctrl-C over: the imports take seconds.
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-from sasa_det.command_line import positive_int, run_command
+from sasa_det.command_line import add_study_arguments, positive_int, run_command
 from sasa_det.engine.ablations import run_ablations
 
 
@@ -23,12 +23,7 @@ def main() -> None:
         default="Digits/classifier_SASA_conv_stem.yaml",
         help="of the small classifier, in the folder of configs",
     )
-    parser.add_argument(
-        "--output", default="output/ablations", help="folder of the runs; what is there stays"
-    )
-    parser.add_argument(
-        "--jobs", type=positive_int, default=os.cpu_count(), help="trainings at the same time"
-    )
+    add_study_arguments(parser, "output/ablations")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides, KEY VALUE pairs")
     args = parser.parse_args()
     root, output = Path(__file__).parents[1], Path(args.output)

@@ -10,18 +10,13 @@ from pathlib import Path
 # Until run_command takes Ctrl-C over: the imports take seconds.
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-from sasa_det.command_line import positive_int, run_command
+from sasa_det.command_line import add_study_arguments, run_command
 from sasa_det.engine.evidence import Budget, gather_evidence
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--output", default="output/evidence", help="folder of the runs; what is there stays"
-    )
-    parser.add_argument(
-        "--jobs", type=positive_int, default=os.cpu_count(), help="trainings at the same time"
-    )
+    add_study_arguments(parser, "output/evidence")
     args = parser.parse_args()
     root = Path(__file__).parents[1]
     print(gather_evidence(root, Path(args.output), args.jobs, Budget()))

@@ -10,7 +10,7 @@ from pathlib import Path
 # Until run_command takes Ctrl-C over: the imports take seconds.
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-from sasa_det.command_line import positive_int, run_command
+from sasa_det.command_line import add_study_arguments, run_command
 from sasa_det.engine.trees import compare_on_trees, tune_on_trees
 
 
@@ -21,12 +21,7 @@ def main() -> None:
         action="store_true",
         help="instead, try learning rates on a part of the training photograph that is held out",
     )
-    parser.add_argument(
-        "--output", default="output/trees", help="folder of the runs; what is there stays"
-    )
-    parser.add_argument(
-        "--jobs", type=positive_int, default=os.cpu_count(), help="trainings at the same time"
-    )
+    add_study_arguments(parser, "output/trees")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides, KEY VALUE pairs")
     args = parser.parse_args()
     work = tune_on_trees if args.tune else compare_on_trees

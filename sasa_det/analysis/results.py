@@ -9,8 +9,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
-from detectron2.utils.file_io import PathManager
 
+from ..data.coco import read_coco
 from ..errors import UsageError
 
 # COCO's: the thresholds of IoU are 0.5, 0.55 and so on, the sizes by area of an object in pixels.
@@ -60,8 +60,7 @@ def read_detections(predictions: str | os.PathLike, json_file: str | os.PathLike
     Raises:
         UsageError: if the results cannot be read, or are not of this data set.
     """
-    path = PathManager.get_local_path(os.fspath(json_file))
-    truth = json.loads(Path(path).read_text(encoding="utf-8"))
+    truth = read_coco(json_file)
     try:
         results = json.loads(Path(predictions).read_text(encoding="utf-8"))
     except OSError as error:

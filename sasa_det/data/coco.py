@@ -4,10 +4,11 @@ import json
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
@@ -192,6 +193,18 @@ def _refuse_errors(report: CocoReport) -> None:
         raise DatasetError(f"{report.json_file}: {first.message}{rest}")
 
 
+def read_coco(json_file: str | os.PathLike) -> dict[str, Any]:
+    """Return the content of a COCO json that has been checked."""
+    with open(PathManager.get_local_path(os.fspath(json_file)), encoding="utf-8") as file:
+        return json.load(file)
+
+
+def box_corners(entries: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Return the boxes of annotations or results of COCO as corners, (N, 4) X0, Y0, X1, Y1."""
+    boxes = np.array([entry["bbox"] for entry in entries], dtype=float).reshape(-1, 4)
+    return BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
+
+
 def load_coco(json_file: str, image_root: str, dataset_name: str) -> list[dict[str, Any]]:
     """Load a COCO json file that has been checked, and set the classes in the metadata.
 
@@ -199,8 +212,7 @@ def load_coco(json_file: str, image_root: str, dataset_name: str) -> list[dict[s
     mask or keypoints cannot be used is kept without them. detectron2 drops it, or fails, even where
     boxes alone are trained.
     """
-    with open(PathManager.get_local_path(json_file), encoding="utf-8") as file:
-        content = json.load(file)
+    content = read_coco(json_file)
     categories = sorted(content["categories"], key=lambda category: category["id"])
     classes = {category["id"]: index for index, category in enumerate(categories)}
     MetadataCatalog.get(dataset_name).set(

@@ -8,9 +8,10 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
-from detectron2.structures import BitMasks, Boxes, BoxMode, Keypoints, PolygonMasks
+from detectron2.structures import BitMasks, BoxMode, Keypoints, PolygonMasks
 
 from .images import check_size, read_image
+from .tiling import Tile, boxes_in_tile
 
 
 def jitter_and_crop_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
@@ -150,10 +151,13 @@ class DetectionMapper(DatasetMapper):
             if "segmentation" in annotation or not self.use_instance_mask
         ]
         if self.min_visible > 0:
+            boxes = np.array([annotation["bbox"] for annotation in annotations]).reshape(-1, 4)
+            height, width = image_shape
+            _, shares = boxes_in_tile(transforms.apply_box(boxes), Tile(0, 0, width, height))
             annotations = dataset_dict["annotations"] = [
                 annotation
-                for annotation in annotations
-                if _visible(annotation["bbox"], transforms, image_shape) >= self.min_visible
+                for annotation, share in zip(annotations, shares, strict=True)
+                if share >= self.min_visible
             ]
         if any(annotation.get("iscrowd", 0) == 0 for annotation in annotations):
             super()._transform_annotations(dataset_dict, transforms, image_shape)
@@ -215,14 +219,6 @@ def _box_in_image(annotation: dict[str, Any], record: dict[str, Any]) -> dict[st
     limits = [float(record[side]) for side in ("width", "height")] * 2
     box = [min(max(value, 0.0), limit) for value, limit in zip(box, limits, strict=True)]
     return {**annotation, "bbox": box, "bbox_mode": BoxMode.XYXY_ABS}
-
-
-def _visible(box: list[float], transforms: T.TransformList, image_shape: tuple[int, int]) -> float:
-    """Return the fraction of a box's area that is in the transformed image."""
-    moved = Boxes(transforms.apply_box(np.array([box])))
-    area = moved.area().item()
-    moved.clip(image_shape)
-    return moved.area().item() / area if area > 0 else 0.0
 
 
 def build_train_mapper(cfg: CfgNode) -> DetectionMapper:

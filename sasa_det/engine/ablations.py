@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from tabulate import tabulate
 
 from ..analysis.paper_tables import PAPER_TABLES, Row, Table
@@ -17,7 +16,7 @@ from ..config.load import load_config
 from ..config.yaml_file import read_config_file
 from ..errors import UsageError
 from ..utils.files import write_text
-from ..utils.machine import describe_machine
+from ..utils.machine import default_device, describe_machine
 from .defaults import log_to
 from .experiments import Experiment, Experiments, overrides
 
@@ -95,7 +94,7 @@ def run_ablations(
     """
     log_to(None)
     chosen = [_table(number) for number in tables]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     experiments = {
         (name, row.name, seed): _experiment(root, name, table, row, seed, config, opts)
         for seed in seeds  # the first seed of all rows first

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detectron2.structures import BoxMode
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -21,7 +20,7 @@ from ..analysis.results_figures import (
     draw_precision_recall,
 )
 from ..command_line import positive_int, share
-from ..data.coco import check_coco
+from ..data.coco import box_corners, check_coco
 from ..data.images import MAX_PIXELS, read_image
 from ..data.sources import open_data
 from ..data_arguments import DataParser
@@ -121,10 +120,6 @@ def _worst_samples(
     for result in detections.results:
         found[result["image_id"]].append(result)
 
-    def boxes(entries: list[dict[str, Any]]) -> np.ndarray:
-        given = np.array([entry["bbox"] for entry in entries], dtype=float).reshape(-1, 4)
-        return BoxMode.convert(given, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
-
     def classes(entries: list[dict[str, Any]]) -> list[int]:
         return [index[entry["category_id"]] for entry in entries]
 
@@ -135,9 +130,9 @@ def _worst_samples(
         samples.append(
             {
                 "image": read_image(str(Path(image_root, image["file_name"])), MAX_PIXELS, "RGB"),
-                "gt_boxes": boxes(truth),
+                "gt_boxes": box_corners(truth),
                 "gt_classes": classes(truth),
-                "boxes": boxes(detected),
+                "boxes": box_corners(detected),
                 "scores": [result["score"] for result in detected],
                 "classes": np.array(classes(detected), dtype=int),
             }

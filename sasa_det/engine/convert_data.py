@@ -6,9 +6,9 @@ import logging
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from ..data.formats import read_cvat, read_labelme
+from ..data.coco import read_coco
+from ..data.formats import read_cvat, read_labelme, without_sources
 from ..data.sources import open_converted, open_data, reading_of
 from ..data.validation import validate_coco
 from ..data.validation_report import describe_report
@@ -70,10 +70,11 @@ def run_convert_data(args: argparse.Namespace) -> None:
         number = report.count("error")
         rest = f" (and {number - 1:,} more errors, listed above)" if number > 1 else ""
         raise DatasetError(f"{name} is not converted: {first.message}{rest}")
-    with open(reading.path, encoding="utf-8") as file:
-        content = json.load(file)
+    content = read_coco(name)
+    for section in ("images", "annotations", "categories"):
+        content[section] = without_sources(content[section])
     with explained(args.output):
-        write_text(args.output, json.dumps({key: _plain(value) for key, value in content.items()}))
+        write_text(args.output, json.dumps(content))
     logger.info(
         "Written to %s: images: %d, objects: %d, classes: %d. To train on it, give --train %s %s",
         args.output,
@@ -98,10 +99,3 @@ def _open(args: argparse.Namespace) -> tuple[str, str]:
             f"{args.source_format}."
         )
     return open_data(path, args.split)
-
-
-def _plain(value: Any) -> Any:
-    """Leave out where entries are from, which is of use only beside the files."""
-    if not isinstance(value, list):
-        return value
-    return [{key: entry[key] for key in entry if key != "source"} for entry in value]

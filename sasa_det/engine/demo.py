@@ -12,7 +12,6 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.env import seed_all_rng
-from tabulate import tabulate
 
 from ..analysis.complexity import count_config, total
 from ..command_line import refuse_existing
@@ -21,8 +20,9 @@ from ..config.options import RunOptions
 from ..data.mapper import build_test_mapper
 from ..evaluation.drawing import draw_curves, draw_detections
 from ..utils.files import write_text
-from ..utils.machine import describe_machine
+from ..utils.machine import default_device, describe_machine
 from .checks import check_run
+from .comparison import comparison_table
 from .defaults import begin_run, flush_denormals, log_to
 from .output_folder import claim_output
 from .trainer import Trainer
@@ -57,7 +57,7 @@ def run_demo(configs: Path, output: Path, opts: Sequence[str] = ()) -> list[dict
     refuse_existing(output, hint=", as in make demo OUTPUT=folder")
     flush_denormals()
     log_to(None)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
 
     def config(label: str, file: str) -> CfgNode:
         folder = str(output / label.replace(", ", "_").replace(" ", "_"))
@@ -72,7 +72,7 @@ def run_demo(configs: Path, output: Path, opts: Sequence[str] = ()) -> list[dict
     draw_curves(
         {label: Path(cfg.OUTPUT_DIR, "metrics.json") for label, cfg in runs.items()}, curves
     )
-    summary = f"{_table(results)}\n\n{_conditions(runs['attention'])}\n"
+    summary = f"{comparison_table(results)}\n\n{_conditions(runs['attention'])}\n"
     write_text(output / "results.md", summary)
     write_text(output / "results.json", json.dumps(results, indent=2))
     print(f"\n{summary}")
@@ -145,23 +145,6 @@ def _draw(cfg: CfgNode, model: torch.nn.Module, path: Path, num_images: int = 8)
             }
         )
     draw_detections(samples, path, MetadataCatalog.get(dataset).thing_classes, columns=2)
-
-
-def _table(results: list[dict[str, Any]]) -> str:
-    rows = [
-        [
-            result["model"],
-            f"{result['AP']:.1f}",
-            f"{result['AP50']:.1f}",
-            f"{result['parameters'] / 1e6:.2f}",
-            f"{result['flops'] / 1e9:.2f}",
-            f"{result['seconds']:.0f}",
-            f"{result['seconds_per_iteration']:.2f}",
-        ]
-        for result in results
-    ]
-    headers = ("model", "AP", "AP50", "params (M)", "FLOPs (B)", "training, s", "s / iteration")
-    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
 def _conditions(cfg: CfgNode) -> str:

@@ -8,14 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from tabulate import tabulate
 
 from ..analysis.complexity import count_config, total
 from ..config.load import load_config
 from ..evaluation.drawing import draw_mean_curves
 from ..utils.files import write_text
-from ..utils.machine import describe_machine
+from ..utils.machine import default_device, describe_machine
 from .defaults import log_to
 from .experiments import Experiment, Experiments, Outcome, overrides
 
@@ -66,7 +65,7 @@ def gather_evidence(root: Path, output: Path, jobs: int, budget: Budget) -> str:
         RuntimeError: if a training fails.
     """
     log_to(None)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     study = _Study(Experiments(root, output, device, jobs), budget)
     tried = study.choose_rates()
     finals = study.compare()

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from detectron2.utils.file_io import PathManager
 from PIL import Image
 from tqdm import tqdm
 
 from ..command_line import positive_int, refuse_existing, share, share_below_1
-from ..data.coco import check_coco
+from ..data.coco import box_corners, check_coco, read_coco
+from ..data.formats import without_sources
 from ..data.images import MAX_PIXELS, check_size, read_image
 from ..data.sources import open_data
 from ..data.tiling import Tile, boxes_in_tile, tile_image, turn_boxes
@@ -162,7 +162,7 @@ def write_tiles(
         ImageError: if an image cannot be read or has another size than the json says.
         UsageError: if the folder cannot be written.
     """
-    content = json.loads(Path(PathManager.get_local_path(os.fspath(json_file))).read_text("utf-8"))
+    content = read_coco(json_file)
     by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for annotation in content["annotations"]:
         by_image[annotation["image_id"]].append(annotation)
@@ -180,16 +180,12 @@ def write_tiles(
                     name, part = written.add(image, by_image[image["id"]], tile, turned, pixels)
                     Image.fromarray(part).save(folder / IMAGES / name, compress_level=1)
                     progress.update()
-        categories = [
-            {key: value for key, value in category.items() if key != "source"}
-            for category in content["categories"]
-        ]
         result = {
             "info": {**(info or {})},
             "licenses": content.get("licenses", []),
             "images": written.images,
             "annotations": written.annotations,
-            "categories": categories,
+            "categories": without_sources(content["categories"]),
         }
         (folder / ANNOTATIONS).write_text(json.dumps(result), encoding="utf-8")
     return TileCounts(
@@ -227,7 +223,9 @@ class _Written:
         # The id, for images of several folders may have the same name.
         stem = printable(f"{image['id']}_{Path(image['file_name']).stem}")
         name = f"{stem}_{tile.x0}_{tile.y0}{f'_{90 * turns}' if turns else ''}.png"
-        boxes, shares = boxes_in_tile(_boxes(annotations, pixels.shape[:2]), tile)
+        height, width = pixels.shape[:2]
+        corners = box_corners(annotations).clip(0, (width, height) * 2)
+        boxes, shares = boxes_in_tile(corners, tile)
         boxes = turn_boxes(boxes, part.shape[:2], turns)
         part = np.ascontiguousarray(np.rot90(part, turns))
         identity = len(self.images) + 1
@@ -251,12 +249,3 @@ class _Written:
                 }
             )
         return name, part
-
-
-def _boxes(annotations: Sequence[Mapping[str, Any]], image_size: tuple[int, int]) -> np.ndarray:
-    """Return the boxes of annotations as corners, none of it outside of the image."""
-    boxes = np.array([annotation["bbox"] for annotation in annotations], dtype=float)
-    boxes = boxes.reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    height, width = image_size
-    return boxes.clip(0, (width, height, width, height))

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
@@ -26,6 +25,7 @@ from ..export import is_exported, read_exported
 from ..model_zoo.published import find_weights
 from ..modeling.rcnn import check_res5_heads
 from ..modeling.test_time_augmentation import check_augmentation
+from ..utils.machine import default_device
 from .checks import check_device
 
 logger = logging.getLogger(__name__)
@@ -162,7 +162,7 @@ def _on_device(options: RunOptions, opts: Sequence[str]) -> RunOptions:
     key = options.key("device")
     if not any(word.split("=")[0] == key for word in opts):
         # Where it was trained is not where it is used.
-        options = options.replace(device="cuda" if torch.cuda.is_available() else "cpu")
+        options = options.replace(device=default_device())
     check_device(options)
     return options
 

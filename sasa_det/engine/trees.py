@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 
 from ..analysis.complexity import count_config, total
 from ..config.load import load_config
 from ..data.catalog import builtin_path
-from ..data.coco import check_coco, load_coco
+from ..data.coco import box_corners, check_coco, load_coco
 from ..data.images import MAX_PIXELS, read_image
 from ..data.sources import open_data
 from ..data.tiling import Tile, tile_image
@@ -26,7 +25,8 @@ from ..data.validation_report import describe_report
 from ..errors import UsageError
 from ..evaluation.drawing import draw_curves, draw_detections
 from ..utils.files import write_text
-from ..utils.machine import describe_machine
+from ..utils.machine import default_device, describe_machine
+from .comparison import comparison_table
 from .defaults import log_to
 from .evidence import DETECTOR_RATES, MODELS
 from .experiments import Experiment, Experiments, Outcome, overrides
@@ -77,7 +77,7 @@ def compare_on_trees(
     """
     train, test = _begin(photographs)
     tiles = _tiled(train, output / "tiles", _tiles, TURNS)
-    device = _device()
+    device = default_device()
     experiments = Experiments(root, output, device, jobs)
     planned = {label: _experiment(kind, kind, tiles, test, opts) for label, kind in MODELS.items()}
     outcomes = experiments.run(list(planned.values()))
@@ -92,7 +92,7 @@ def compare_on_trees(
     }
     draw_curves(metrics, output / "curves.png")
     cfg = _config(root, next(iter(planned.values())))
-    text = f"{_results_table(rows)}\n\n" + (
+    text = f"{comparison_table(rows)}\n\n" + (
         f"{cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} crops of "
         f"{cfg.INPUT.JITTER.CROP_SIZE} x {cfg.INPUT.JITTER.CROP_SIZE} pixels, from scratch; AP on "
         "the whole test photograph; FLOPs of a crop, a multiply-add being 2; on "
@@ -141,7 +141,7 @@ def tune_on_trees(
         for label, kind in MODELS.items()
         for rate in rates
     }
-    outcomes = Experiments(root, output, _device(), jobs).run(list(planned.values()))
+    outcomes = Experiments(root, output, default_device(), jobs).run(list(planned.values()))
     tried = {
         label: {f"{rate:g}": outcomes[planned[label, rate].name].final for rate in rates}
         for label in MODELS
@@ -169,10 +169,6 @@ def _begin(photographs: str | Path | None) -> tuple[_Data, _Data]:
         report = check_coco(*open_data(*data, use=use), training=use == "train")
         print(f"\n{describe_report(report)}\n")
     return train, test
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _tiles(height: int, width: int) -> list[Tile]:
@@ -247,23 +243,6 @@ def _row(
     }
 
 
-def _results_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    cells = [
-        [
-            row["model"],
-            f"{row['AP']:.1f}",
-            f"{row['AP50']:.1f}",
-            f"{row['parameters'] / 1e6:.2f}",
-            f"{row['flops'] / 1e9:.2f}",
-            f"{row['rate']:g}",
-            f"{row['seconds_per_iteration']:.2f}",
-        ]
-        for row in rows
-    ]
-    headers = ("model", "AP", "AP50", "params (M)", "FLOPs (B)", "rate", "s / iteration")
-    return tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True)
-
-
 def _draw(test: _Data, folder: Path, path: Path) -> None:
     """Draw the test photographs, annotated and with what the evaluation of a run has found."""
     # In a folder that is named after the data set.
@@ -279,18 +258,12 @@ def _draw(test: _Data, folder: Path, path: Path) -> None:
         samples.append(
             {
                 "image": read_image(record["file_name"], MAX_PIXELS),
-                "gt_boxes": _corners([each["bbox"] for each in record["annotations"]]),
+                "gt_boxes": box_corners(record["annotations"]),
                 "gt_classes": [each["category_id"] for each in record["annotations"]],
-                "boxes": _corners([result["bbox"] for result in found]),
+                "boxes": box_corners(found),
                 "scores": np.array([result["score"] for result in found]),
                 "classes": [index[result["category_id"]] for result in found],
             }
         )
     classes = metadata.thing_classes
     draw_detections(samples, path, classes, DRAWN_SCORE, columns=1, panel=9.0, labels=False)
-
-
-def _corners(boxes: Sequence[Sequence[float]]) -> np.ndarray:
-    corners = np.array(boxes, dtype=float).reshape(-1, 4)
-    corners[:, 2:] += corners[:, :2]
-    return corners

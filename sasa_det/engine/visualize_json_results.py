@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
-from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 from pycocotools import mask as coco_masks
 from tqdm import tqdm
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..analysis.results import read_detections
 from ..command_line import share
 from ..data.catalog import metadata_of
-from ..data.coco import check_coco, load_coco
+from ..data.coco import box_corners, check_coco, load_coco
 from ..data.images import MAX_PIXELS, read_image
 from ..data.sources import open_data
 from ..data_arguments import DataParser
@@ -107,9 +107,8 @@ def _instances(
     results: list[dict[str, Any]], index: dict[int, int], size: tuple[int, int]
 ) -> Instances:
     results = sorted(results, key=lambda result: -result["score"])
-    boxes = np.array([result["bbox"] for result in results], dtype=float).reshape(-1, 4)
     instances = Instances(size)
-    instances.pred_boxes = Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS))
+    instances.pred_boxes = Boxes(box_corners(results))
     instances.scores = torch.tensor([result["score"] for result in results])
     instances.pred_classes = torch.tensor(
         [index[result["category_id"]] for result in results], dtype=torch.long

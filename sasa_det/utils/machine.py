@@ -1,4 +1,4 @@
-"""What a number was measured on."""
+"""What there is to run on, and what a number was measured on."""
 
 import platform
 import re
@@ -6,6 +6,11 @@ import time
 from pathlib import Path
 
 import torch
+
+
+def default_device() -> str:
+    """Return "cuda" if there is a GPU that torch can use, or else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def describe_machine(device: str, dtype: str | None = None) -> str:

@@ -8,7 +8,7 @@ VOC in each folder. What is left for a library, once a training needs to know al
 starts, is a few lines for each format.
 """
 
-from .builder import Converted
+from .builder import Converted, without_sources
 from .cvat import read_cvat
 from .labelme import read_labelme
 from .voc import read_voc, voc_splits
@@ -21,5 +21,6 @@ __all__ = [
     "read_voc",
     "read_yolo",
     "voc_splits",
+    "without_sources",
     "yolo_splits",
 ]

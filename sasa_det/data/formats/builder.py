@@ -212,6 +212,20 @@ def number(text: object) -> float:
     return value
 
 
+def stated_size(width: str, height: str) -> tuple[int, int] | None:
+    """Return the (width, height) of an image from the text of a file; None if it has none.
+
+    Tools that do not know a size write 0.
+    """
+    size = tuple(int(text) if text.isdecimal() else 0 for text in (width, height))
+    return size if all(size) else None
+
+
+def without_sources(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Leave out where entries are from, which is of use only beside the files."""
+    return [{key: entry[key] for key in entry if key != "source"} for entry in entries]
+
+
 def listed_classes(folder: str) -> tuple[list[str], str] | None:
     """Return the class names that a file in a folder or the one above lists, and the file.
 

@@ -6,7 +6,7 @@ from xml.etree.ElementTree import Element
 
 from ...errors import DatasetError
 from .. import coco_entries as problems
-from .builder import CocoBuilder, Converted, ImageEntry, number
+from .builder import CocoBuilder, Converted, ImageEntry, number, stated_size
 from .files import progress
 from .xml import parse_xml
 
@@ -44,10 +44,8 @@ def read_cvat(xml_file: str) -> Converted:
     folder = os.path.dirname(os.path.abspath(xml_file))
     for index, entry in enumerate(progress(root.findall("image"), "Reading sizes", "image")):
         where = f"{xml_file} image {entry.get('name') or index + 1!r}"
-        sides = [entry.get(side, "") for side in ("width", "height")]
-        size = tuple(int(side) if side.isdecimal() else 0 for side in sides)
-        path = _image_path(folder, entry)
-        image = builder.add_image(path, where, size if all(size) else None)
+        size = stated_size(entry.get("width", ""), entry.get("height", ""))
+        image = builder.add_image(_image_path(folder, entry), where, size)
         if image is not None:
             _add_objects(builder, image, entry, where)
     return builder.finish([])

@@ -7,7 +7,7 @@ from xml.etree.ElementTree import Element
 from ...errors import DatasetError
 from .. import coco_entries as problems
 from ..media import IMAGE_SUFFIXES
-from .builder import CocoBuilder, Converted, classes_of, number, read_text, split_hint
+from .builder import CocoBuilder, Converted, classes_of, number, read_text, split_hint, stated_size
 from .files import files_in, progress
 from .xml import parse_xml
 
@@ -185,10 +185,8 @@ def _side_by_side(folder: str, roots: dict[str, Element], faults: dict[str, str]
 def _add(
     builder: CocoBuilder, image_path: str, xml_file: str, root: Element, listed_in: str
 ) -> None:
-    sizes = [root.findtext(f"size/{side}", "").strip() for side in ("width", "height")]
-    size = tuple(int(text) if text.isdecimal() else 0 for text in sizes)
-    # Tools that do not know it write 0.
-    image = builder.add_image(image_path, listed_in, size if all(size) else None)
+    size = stated_size(*(root.findtext(f"size/{side}", "").strip() for side in ("width", "height")))
+    image = builder.add_image(image_path, listed_in, size)
     if image is None:
         return
     for index, entry in enumerate(_objects(root)):
