@@ -148,6 +148,11 @@ def test_faults_of_cvat(folder, faults_of):
         "tree, car, bus; did you mean car?",
         f"{start}box 4 has null where a number is needed",
     ]
+    folder.image("wide.jpg", (61, 40))
+    assert faults_of(read_cvat(cvat(folder, SHAPES, name="wide.jpg"))) == [
+        "{}/annotations.xml image 'wide.jpg': image {}/wide.jpg has 61 x 40 pixels, but its "
+        "annotations are for 60 x 40"
+    ]
     path = cvat(folder, SHAPES, name="gone.jpg")
     assert faults_of(read_cvat(path)) == [
         "{}/annotations.xml image 'gone.jpg': image {}/images/gone.jpg does not exist"
