@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoint.convert import convert_checkpoint
 from ..config.load import load_config
 from ..errors import UsageError
 from ..utils.files import write_text
@@ -34,7 +35,7 @@ class Experiment:
         config: the config file, relative to the folder of configs.
         overrides: KEY VALUE pairs in one list.
         metric: what its evaluations are followed by in metrics.json, such as "bbox/AP".
-        after: name of the experiment whose final checkpoint this one starts from, or "".
+        after: name of the experiment whose final backbone this one starts from, or "".
     """
 
     name: str
@@ -94,6 +95,8 @@ class Experiments:
         outcomes = {experiment.name: self._read(experiment) for experiment in experiments}
         missing = [experiment for experiment in experiments if outcomes[experiment.name] is None]
         logger.info("%d of %d experiments are to be run.", len(missing), len(experiments))
+        for name in sorted({experiment.after for experiment in missing} - {""}):
+            self._write_backbone(name)
         start = time.perf_counter()
         with ThreadPoolExecutor(self.jobs) as pool:
             running = {pool.submit(self._train, each): each for each in missing}
@@ -114,6 +117,14 @@ class Experiments:
     def checkpoint(self, name: str) -> Path:
         """Return the final checkpoint of an experiment that has ended."""
         return self._folder(name) / "model_final.pth"
+
+    def _backbone(self, name: str) -> Path:
+        return self._folder(name) / "backbone.pth"
+
+    def _write_backbone(self, name: str) -> None:
+        """Write the backbone of an experiment to a file that a detector can start from."""
+        if not self._backbone(name).exists():
+            convert_checkpoint(self.checkpoint(name), self._backbone(name))
 
     def _folder(self, name: str) -> Path:
         return self.output / "runs" / name
@@ -151,7 +162,7 @@ class Experiments:
             shutil.rmtree(folder)  # it was interrupted before its first checkpoint
         overrides = [*experiment.overrides, "MODEL.DEVICE", self.device]
         if experiment.after:
-            overrides += ["MODEL.WEIGHTS", str(self.checkpoint(experiment.after))]
+            overrides += ["MODEL.WEIGHTS", str(self._backbone(experiment.after))]
         command = [
             *(sys.executable, str(self.root / "tools" / f"{experiment.tool}.py")),
             *("--config-file", self._config_file(experiment)),

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from sasa_det.analysis.paper_tables import PAPER_TABLES
 from sasa_det.config.load import load_config
@@ -50,12 +51,23 @@ def test_experiments_run_once_and_start_from_each_other(tmp_path):
     written = log.stat().st_mtime_ns
     # An interrupted one without a checkpoint begins again; one that has ended stays as it is.
     (tmp_path / "runs" / "second").mkdir()
-    second = tiny("second", after="first")
+    still = overrides({"SOLVER.BASE_LR": 1e-12, "TEST.EVAL_PERIOD": 4, "SEED": 1})
+    second = Experiment("second", "train_net", "Quick/retinanet_SASA.yaml", still, after="first")
     results = experiments(tmp_path).run([first, second])
     assert list(results) == ["first", "second"]
     assert results["first"] == outcome
     assert log.stat().st_mtime_ns == written
-    assert "first/model_final.pth" in (tmp_path / "logs" / "second.txt").read_text()
+    assert "first/backbone.pth" in (tmp_path / "logs" / "second.txt").read_text()
+    # The detector's backbone is that of the classifier: at this rate it stays as it started.
+    source, started = (
+        torch.load(tmp_path / "runs" / name / "model_final.pth", weights_only=False)["model"]
+        for name in ("first", "second")
+    )
+    state = ("running_mean", "running_var", "num_batches_tracked", "linear.weight", "linear.bias")
+    learned = [name for name in source if not name.endswith(state)]
+    assert len(learned) > 50
+    for name in learned:
+        torch.testing.assert_close(started[name.replace(".", ".bottom_up.", 1)], source[name])
     with pytest.raises(UsageError, match="first holds an experiment with other settings"):
         experiments(tmp_path).run([tiny("first", "SOLVER.BASE_LR", "0.1")])
 
