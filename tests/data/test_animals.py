@@ -10,6 +10,8 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
+from sasa_det.config.load import load_config
+from sasa_det.config_files import CONFIGS
 from sasa_det.data import animals, check_image_folders
 from sasa_det.data.animals import (
     ANIMAL_MNIST,
@@ -19,6 +21,7 @@ from sasa_det.data.animals import (
     register_animals,
     split_animals,
 )
+from sasa_det.engine.fetch_data import fetch_data_parser, run_fetch_data
 from sasa_det.errors import DatasetError
 
 PER_CLASS = 25
@@ -154,3 +157,25 @@ def test_data_of_the_user_keep_their_name(tmp_path, unregistered):
 def test_the_classes_of_the_package_are_in_the_order_of_folders():
     assert list(ANIMALS) == sorted(ANIMALS) and len(ANIMALS) == 10
     assert set(ANIMAL_MNIST.members) == {"images.gz", "labels.gz", "LICENSE"}
+
+
+def test_the_command_names_the_package_that_it_cannot_have(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    with pytest.raises(
+        DatasetError, match=r"^the silhouettes of animals in the package animal-mni"
+    ):
+        run_fetch_data(fetch_data_parser().parse_args(["animals", "trees"]))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["SASA", "SASA_conv_stem", "conv"])
+def test_classifiers_are_those_of_digits(name):
+    ours, digits = (
+        load_config(str(CONFIGS / folder / f"classifier_{name}.yaml"))
+        for folder in ("Animals", "Digits")
+    )
+    assert ours.MODEL == digits.MODEL
+    assert ours.DATASETS.TRAIN == ("animals_train",) and ours.DATASETS.TEST == ("animals_val",)
+    assert "animals" in ours.OUTPUT_DIR
