@@ -4,6 +4,7 @@ import gzip
 import os
 import pickle
 import pickletools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -165,6 +166,12 @@ def test_what_gzip_cannot_read(data, tmp_path):
 
 
 def test_no_more_is_unpacked_than_an_array_has(tmp_path):
-    path = written(tmp_path, pickled(IMAGES) + bytes(50_000_000))
-    with pytest.raises(DatasetError, match="goes on after the end"):
-        read_pickled_array(path, np.uint8, (5, 4, 3))
+    path = written(tmp_path, pickled(IMAGES) + bytes(20_000_000))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DatasetError, match="goes on after the end"):
+            read_pickled_array(path, np.uint8, (5, 4, 3))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2_000_000
