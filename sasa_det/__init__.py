@@ -15,6 +15,7 @@ __all__ = ["add_sasa_config"]
 if find_spec("detectron2") is not None:
     from . import modeling  # noqa: F401
     from .config import add_sasa_config
+    from .data.animals import register_animals
     from .data.digits import register_digit_crops, register_digits
     from .data.image_folder import register_imagenet
 
@@ -22,6 +23,7 @@ if find_spec("detectron2") is not None:
     register_digits(name="digits_tuning", tuning=1)
     register_digit_crops()
     register_digit_crops(name="digit_crops_tuning", tuning=1)
+    register_animals()
     register_imagenet()
 else:
     _NO_DETECTRON2 = (

@@ -14,6 +14,7 @@ from ..analysis.paper_tables import PAPER_TABLES, Row, Table
 from ..config.keys import flatten
 from ..config.load import load_config
 from ..config.yaml_file import read_config_file
+from ..data.image_folder import check_image_folders
 from ..errors import UsageError
 from ..utils.files import write_text
 from ..utils.machine import default_device, describe_machine
@@ -90,10 +91,13 @@ def run_ablations(
 
     Raises:
         UsageError: if a table is not known or ``output`` holds runs with other settings.
+        DatasetError, FileNotFoundError: if the config's data are not there or cannot be used.
         RuntimeError: if a training fails.
     """
     log_to(None)
     chosen = [_table(number) for number in tables]
+    data = load_config(str(root / "configs" / config), list(opts)).DATASETS
+    check_image_folders((*data.TRAIN, *data.TEST))  # here, and not in the first training
     device = default_device()
     experiments = {
         (name, row.name, seed): _experiment(root, name, table, row, seed, config, opts)
