@@ -21,8 +21,9 @@ usable = $(if $(1),$(shell $(1) -c 'import ensurepip, sys, venv; \
     print("yes" if (3, 10) <= sys.version_info < (3, 13) else "")' 2>/dev/null))
 
 VENV_PYTHON := .venv/bin/python
-# One process for each core. The tests of a file run in one process and share its fixtures.
-PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+# One process for each core. The tests of a file run in one process and share its fixtures. Files
+# stay in their order: those of most tests would come first, and long ones of few tests at the end.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 INSTALLED := .venv/.installed
 
 .PHONY: animals demo docs evidence trees test test-fast lint install
