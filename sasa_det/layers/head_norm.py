@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# As in Swin Transformer V2.
-_LARGEST_SCALE = 100.0
+# The logarithm of the largest length that is learned, as in Swin Transformer V2.
+_LARGEST = math.log(100.0)
 
 
 class HeadRMSNorm(nn.Module):
@@ -63,6 +63,7 @@ class HeadUnitNorm(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.eps = eps
+        self.largest = _LARGEST
         scale = nn.Parameter(torch.zeros(num_heads)) if scaled else None
         self.register_parameter("logit_scale", scale)
 
@@ -76,7 +77,7 @@ class HeadUnitNorm(nn.Module):
         """
         heads = F.normalize(_heads(x, self.num_heads), dim=2, eps=self.eps)
         if self.logit_scale is not None:
-            length = self.logit_scale.clamp(max=math.log(_LARGEST_SCALE)).exp()
+            length = self.logit_scale.clamp(max=self.largest).exp()
             heads = heads * length[:, None, None, None]
         return heads.flatten(1, 2).to(x.dtype)
 

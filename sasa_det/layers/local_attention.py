@@ -282,12 +282,13 @@ class LocalSelfAttention2d(nn.Module):
             else:
                 query, key = project(placed, (self.query, self.key))
                 (value,) = project(x, (self.value,))
+        # Under autocast some norms return float32.
         if self.query_norm is not None:
-            query = self.query_norm(query)
+            query = self.query_norm(query).to(value.dtype)
         if self.key_norm is not None and key is not None:
-            key = self.key_norm(key)
+            key = self.key_norm(key).to(value.dtype)
         if self.scale_logits:
-            query = query * (self.out_channels // self.num_heads) ** -0.5
+            query = query * self.logit_factor
         return query, key, value
 
     def extra_repr(self) -> str:
