@@ -175,6 +175,8 @@ def add_sasa_config(cfg: CfgNode) -> None:
     # The same factor for the attention stem, whose input is the image: its scale, unlike that of
     # features, does not grow. 0 uses LOGIT_LR_FACTOR.
     cfg.SOLVER.STEM_LOGIT_LR_FACTOR = 0.0
+    # The same factor for the linear layer of a classifier. 0 uses LOGIT_LR_FACTOR.
+    cfg.SOLVER.LINEAR_LR_FACTOR = 0.0
     # Number of iterations during which the learning rate of the query and key projections, those of
     # the stem included, rises linearly from 0 to that of the schedule.
     cfg.SOLVER.LOGIT_WARMUP_ITERS = 0

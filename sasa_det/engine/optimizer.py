@@ -45,6 +45,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay_embedding=solver.WEIGHT_DECAY_EMBEDDING,
         logit_lr_factor=solver.LOGIT_LR_FACTOR,
         stem_logit_lr_factor=solver.STEM_LOGIT_LR_FACTOR or None,
+        linear_lr_factor=solver.LINEAR_LR_FACTOR or None,
         weight_decay_logit=solver.WEIGHT_DECAY_LOGIT,
         logit_warmup_iters=solver.LOGIT_WARMUP_ITERS,
     )
@@ -72,6 +73,7 @@ def parameter_groups(
     weight_decay_embedding: float = 0.0,
     logit_lr_factor: float = 1.0,
     stem_logit_lr_factor: float | None = None,
+    linear_lr_factor: float | None = None,
     weight_decay_logit: float | None = None,
     logit_warmup_iters: int = 0,
 ) -> list[dict[str, Any]]:
@@ -88,6 +90,7 @@ def parameter_groups(
         logit_lr_factor: on the learning rate of attention's query and key projections and of a
             classifier's linear layer.
         stem_logit_lr_factor: the same for the attention stem; None for ``logit_lr_factor``.
+        linear_lr_factor: the same for a classifier's linear layer; None for ``logit_lr_factor``.
         weight_decay_logit: of query and key projections; None for ``weight_decay``.
         logit_warmup_iters: iterations during which the learning rate of query and key projections
             rises linearly from 0.
@@ -108,12 +111,15 @@ def parameter_groups(
             **{name: {"weight_decay": weight_decay_norm} for name in _HEAD_SCALES},
         },
     )
-    if stem_logit_lr_factor is None:
-        stem_logit_lr_factor = logit_lr_factor
-    weights, stem_weights = _logit_weights(model), _query_and_key(model, AttentionStem)
     # Together where they can be: checkpoints hold the optimizer's state group by group.
-    factors = {logit_lr_factor: weights}
-    factors[stem_logit_lr_factor] = factors.get(stem_logit_lr_factor, set()) | stem_weights
+    factors: dict[float, set[nn.Parameter]] = {}
+    for factor, weights in (
+        (logit_lr_factor, _query_and_key(model, LocalSelfAttention2d)),
+        (linear_lr_factor, _linear_layers(model)),
+        (stem_logit_lr_factor, _query_and_key(model, AttentionStem)),
+    ):
+        factor = logit_lr_factor if factor is None else factor
+        factors[factor] = factors.get(factor, set()) | weights
     for factor, chosen in factors.items():
         if factor != 1.0:
             groups = _split(groups, chosen, lambda group, by=factor: {"lr": group["lr"] * by})
@@ -155,13 +161,10 @@ def with_clipping(
     return maybe_add_gradient_clipping(solver, optimizer)
 
 
-def _logit_weights(model: nn.Module) -> set[nn.Parameter]:
-    """Collect the weights that compute logits, of attention layers and of classes."""
-    weights = _query_and_key(model, LocalSelfAttention2d)
-    for module in model.modules():
-        if isinstance(module, Classifier):
-            weights |= set(module.head.parameters())
-    return weights
+def _linear_layers(model: nn.Module) -> set[nn.Parameter]:
+    """Collect the weights and biases that compute the logits of classes."""
+    classifiers = (module for module in model.modules() if isinstance(module, Classifier))
+    return {parameter for module in classifiers for parameter in module.head.parameters()}
 
 
 def _query_and_key(

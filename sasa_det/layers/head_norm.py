@@ -3,7 +3,6 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 # The logarithm of the largest length that is learned, as in Swin Transformer V2.
@@ -58,7 +57,7 @@ class HeadUnitNorm(nn.Module):
             num_heads: number of attention heads.
             scaled: whether the length is learned, by its logarithm ``logit_scale``; it is at most
                 100.
-            eps: the least length to divide by.
+            eps: is added to the square of the length to divide by.
         """
         super().__init__()
         self.num_heads = num_heads
@@ -75,11 +74,12 @@ class HeadUnitNorm(nn.Module):
         Returns:
             (N, channels, H, W), computed in float32 at least.
         """
-        heads = F.normalize(_heads(x, self.num_heads), dim=2, eps=self.eps)
+        heads = _heads(x, self.num_heads)
+        factor = (heads.square().sum(2, keepdim=True) + self.eps).rsqrt()
         if self.logit_scale is not None:
             length = self.logit_scale.clamp(max=self.largest).exp()
-            heads = heads * length[:, None, None, None]
-        return heads.flatten(1, 2).to(x.dtype)
+            factor = factor * length[:, None, None, None]
+        return (heads * factor).flatten(1, 2).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, scaled={self.logit_scale is not None}, eps={self.eps}"

@@ -116,6 +116,18 @@ def test_norms_of_queries_and_keys_decay_as_norms_and_learn_at_the_full_rate(qk_
     assert actual["query.weight"] == actual["key.weight"] == (0.05, 2.0)
 
 
+def test_the_linear_layer_of_a_classifier_has_a_factor_of_its_own():
+    cfg = get_cfg()
+    add_sasa_config(cfg)
+    cfg.SOLVER.BASE_LR, cfg.SOLVER.LOGIT_LR_FACTOR = 0.5, 0.1
+    net = nn.ModuleDict({**model(), "linear": Classified()})
+    for factor, expected in ((0.0, 0.05), (0.2, 0.1), (1.0, 0.5)):
+        cfg.SOLVER.LINEAR_LR_FACTOR = factor
+        actual = settings(build_optimizer(cfg, net), net.named_parameters())
+        assert actual["linear.linear.weight"][0] == actual["linear.linear.bias"][0] == expected
+        assert actual["attention.query.weight"][0] == actual["stem.key.weight"][0] == 0.05
+
+
 def test_groups_of_an_optimizer_stay_what_checkpoints_have():
     cfg = get_cfg()
     add_sasa_config(cfg)

@@ -50,7 +50,7 @@ def looped_unit(norm, x):
     y = torch.zeros_like(x)
     for place, head, values in vectors(x):
         length = 1.0 if norm.logit_scale is None else min(norm.logit_scale[head].exp(), 100.0)
-        y[place] = values / sum(v**2 for v in values) ** 0.5 * length
+        y[place] = values / (sum(v**2 for v in values) + norm.eps) ** 0.5 * length
     return y
 
 
@@ -90,7 +90,8 @@ def test_lengths_are_at_most_100_and_zeros_stay_zeros():
     for each in (norm, rms()):
         assert each(x)[..., 0].abs().max() == 0
     lengths = norm(x)[..., 1].unflatten(1, (HEADS, -1)).norm(dim=2)
-    torch.testing.assert_close(lengths[0, :, 0], torch.tensor([100.0, 50.0], dtype=torch.float64))
+    expected = torch.tensor([100.0, 50.0], dtype=torch.float64)
+    torch.testing.assert_close(lengths[0, :, 0], expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("norm", [rms().float(), unit(1.0, 2.0).float()], ids=["RMS", "cosine"])
