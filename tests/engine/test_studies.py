@@ -57,15 +57,15 @@ def test_rates_are_chosen_on_training_digits_and_seeds_share_them(tmp_path):
     assert {e.name.split("-digit_crops")[0]: e.overrides[e.overrides.index("SOLVER.BASE_LR") + 1]
             for e in compared} == {
         "AdamW-a-twentieth-of-the-rate": "0.004", "AdamW-full-rate": "0.004",
-        "NAG-full-rate": "0.3", "NAG-a-twentieth-of-the-rate": "0.3",
+        "NAG-full-rate": "0.1", "NAG-a-twentieth-of-the-rate": "0.1",
     }  # fmt: skip
-    assert results.tried["NAG, full rate"] == {0.03: 81.3, 0.1: 82.0, 0.3: 84.0}
-    assert results.top1["NAG, full rate"] == [84.0, 85.0, 86.0]
+    assert results.tried["NAG, full rate"] == {0.01: 81.1, 0.03: 81.3, 0.1: 82.0}
+    assert results.top1["NAG, full rate"] == [82.0, 83.0, 84.0]
     report = studies.study_report(study, results)
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines()]
-    assert ["NAG, full rate", "85.0", "84.0, 85.0, 86.0", "1.0", "-6.6 ± 0.8"] in cells
+    assert ["NAG, full rate", "83.0", "82.0, 83.0, 84.0", "1.0", "-8.6 ± 0.8"] in cells
     assert ["AdamW, full rate", "91.6", "90.6, 91.6, 92.6", "1.0", "+0.0 ± 0.8"] in cells
-    assert ["NAG, full rate", "0.03: 81.3, 0.1: 82.0, 0.3: 84.0", "0.3"] in cells
+    assert ["NAG, full rate", "0.01: 81.1, 0.03: 81.3, 0.1: 82.0", "0.1"] in cells
     # Rows that both studies have are trained once.
     runs.asked.clear()
     studies.run_study(studies.STUDIES["logits"], runs, CONFIG, ("SOLVER.MAX_ITER", "7"), [1, 2, 3])
