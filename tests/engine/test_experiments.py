@@ -130,6 +130,9 @@ def test_rates_are_chosen_on_training_digits_and_seeds_share_them(tmp_path):
     asked = []
 
     class Recorded(Experiments):
+        def _write_backbone(self, name):
+            assert (self._folder(name) / "experiment.json").exists()
+
         def _train(self, experiment):
             asked.append(experiment)
             kind = next(
