@@ -1,7 +1,7 @@
 """What the paper does not compare: how to keep q.k from saturating, and optimizers.
 
 Every row is the small classifier with other keys. Each has its own learning rate, the best of three
-on held-out training digits.
+on held-out training images.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from ..config.load import load_config
 from .comparison import rates_table
 from .experiments import Experiment, Experiments, overrides
 
@@ -103,7 +104,7 @@ class StudyResults:
     """What a study came to.
 
     Attributes:
-        tried: top-1 on held-out training digits by variant and learning rate, of the first seed.
+        tried: top-1 on held-out training images by variant and learning rate, of the first seed.
         top1: by variant, of the seeds, with the best of these rates.
     """
 
@@ -123,7 +124,8 @@ def run_study(
     Args:
         study: the variants.
         experiments: the folder of the runs; what is there is not run again.
-        config: of the classifier, relative to the folder of configs.
+        config: of the classifier, relative to the folder of configs; its data set NAME_train has a
+            NAME_tuning_train beside it.
         opts: KEY VALUE pairs for all runs.
         seeds: of the runs that are compared; rates are chosen with the first.
 
@@ -136,12 +138,15 @@ def run_study(
         outcomes = experiments.run(list(planned.values()))
         return {key: outcomes[each.name].curve[-1][1] for key, each in planned.items()}
 
+    cfg = load_config(str(experiments.root / "configs" / config), list(opts))
+    data = cfg.DATASETS.TRAIN[0].removesuffix("_train")
+
     def experiment(variant: Variant, data: str, rate: float, seed: int) -> Experiment:
         return _experiment(variant, data, rate, seed, config, opts)
 
     found = train(
         {
-            (variant.name, rate): experiment(variant, "digit_crops_tuning", rate, seeds[0])
+            (variant.name, rate): experiment(variant, f"{data}_tuning", rate, seeds[0])
             for variant in study.variants
             for rate in variant.rates
         }
@@ -150,7 +155,7 @@ def run_study(
     best = {name: max(values, key=values.get) for name, values in tried.items()}
     found = train(
         {
-            (variant.name, seed): experiment(variant, "digit_crops", best[variant.name], seed)
+            (variant.name, seed): experiment(variant, data, best[variant.name], seed)
             for seed in seeds  # the first seed of all variants first
             for variant in study.variants
         }
