@@ -87,10 +87,10 @@ def gather_evidence(root: Path, output: Path, jobs: int, budget: Budget) -> str:
         "rows": rows,
     }
     write_text(output / "evidence.json", json.dumps(record, indent=2))
-    curves: dict[str, list[list[tuple[int, float]]]] = {}
+    panels: dict[str, dict[str, list[list[tuple[int, float]]]]] = {}
     for (model, start, _), outcome in finals.items():
-        curves.setdefault(f"{model}, {start}", []).append(outcome.curve)
-    draw_mean_curves(curves, output / "curves.png", "Box AP on digits_val")
+        panels.setdefault(start, {}).setdefault(model, []).append(outcome.curve)
+    draw_mean_curves(panels, output / "curves.png", "Box AP on digits_val")
     return text
 
 
