@@ -16,7 +16,7 @@ from ..errors import UsageError
 # COCO's: the thresholds of IoU are 0.5, 0.55 and so on, the sizes by area of an object in pixels.
 SIZES = ("all", "small", "medium", "large")
 _AP50, _AP75 = 0, 5
-_FEW, _MORE, _MOST = range(3)  # 1, 10 and 100 detections an image
+_FEW, _MORE, _MOST = range(3)  # 1, 10 and max_detections of an image and class
 
 BACKGROUND = "background"
 
@@ -102,7 +102,11 @@ def _is_number(value: Any) -> bool:
 
 
 def analyze_results(
-    detections: Detections, *, score_threshold: float = 0.5, iou_threshold: float = 0.5
+    detections: Detections,
+    *,
+    score_threshold: float = 0.5,
+    iou_threshold: float = 0.5,
+    max_detections: int = 100,
 ) -> dict[str, Any]:
     """Compute what COCO's evaluation, a confusion matrix and TIDE say about detections.
 
@@ -115,14 +119,17 @@ def analyze_results(
             the errors by image, for which a detector would not report them.
         iou_threshold: IoU from which on a detection can be that of an object, in the confusion
             matrix, the errors by image and TIDE.
+        max_detections: how many detections of a class are counted in an image, those with the
+            highest scores; COCO counts 100.
 
     Returns:
         dict: that json can hold, with
 
-        - "metrics": AP, AP50, AP75, AR1, AR10 and AR100, for all classes and sizes;
-        - "by_size": AP, AP50 and AR100 for "small", "medium" and "large";
+        - "metrics": AP, AP50, AP75, AR1, AR10 and AR (of ``max_detections``), for all classes and
+          sizes;
+        - "by_size": AP, AP50 and AR for "small", "medium" and "large";
         - "by_class": for the name of each class AP, AP50, AP75, AP by size ("APs", "APm", "APl"),
-          AR100, ARs, ARm, ARl, and its number of objects and of detections;
+          AR, ARs, ARm, ARl, and its number of objects and of detections;
         - "precision_recall": precision at each of the 101 values of "recall", by IoU threshold, as
           the mean over classes, and "by_class" at IoU 0.50;
         - "confusion": "matrix" with a row for each true and a column for each detected class, and
@@ -136,7 +143,7 @@ def analyze_results(
         UsageError: if hotcoco is not installed.
     """
     hotcoco = _hotcoco()
-    evaluation = _evaluate(hotcoco, detections)
+    evaluation = _evaluate(hotcoco, detections, max_detections)
     evaluation.accumulate()
     precision = _known(evaluation.eval["precision"])
     recall = _known(evaluation.eval["recall"])
@@ -153,13 +160,14 @@ def analyze_results(
             if result["score"] >= score_threshold and number in counted
         ],
     )
-    shown = _evaluate(hotcoco, reported)
+    shown = _evaluate(hotcoco, reported, max_detections)
     matrix = shown.confusion_matrix(iou_thr=iou_threshold)["matrix"]
     return {
         "num_images": len(detections.truth["images"]),
         "num_detections": len(detections.results),
         "score_threshold": score_threshold,
         "iou_threshold": iou_threshold,
+        "max_detections": max_detections,
         "metrics": numbers.summary(),
         "by_size": {size: numbers.of_size(i) for i, size in enumerate(SIZES) if i},
         "by_class": _by_class(detections, numbers),
@@ -181,11 +189,12 @@ def _hotcoco() -> ModuleType:
     return hotcoco
 
 
-def _evaluate(hotcoco: ModuleType, detections: Detections) -> Any:
+def _evaluate(hotcoco: ModuleType, detections: Detections, max_detections: int) -> Any:
     truth = hotcoco.COCO(detections.truth)
     # Boxes alone: the area of a result with a mask would be the mask's.
     boxes = [{key: result[key] for key in _FIELDS} for result in detections.results]
     evaluation = hotcoco.COCOeval(truth, truth.load_res(boxes), "bbox")
+    evaluation.params.max_dets = [1, 10, max_detections]
     evaluation.evaluate()
     return evaluation
 
@@ -214,12 +223,12 @@ class _Numbers:
 
     def summary(self) -> dict[str, float | None]:
         every = self._precision[..., 0, _MOST]
-        recalls = {f"AR{10**i}": _percent(self._recall[..., 0, i]) for i in (_FEW, _MORE, _MOST)}
+        recalls = {"AR1": _FEW, "AR10": _MORE, "AR": _MOST}
         return {
             "AP": _percent(every),
             "AP50": _percent(every[_AP50]),
             "AP75": _percent(every[_AP75]),
-            **recalls,
+            **{name: _percent(self._recall[..., 0, i]) for name, i in recalls.items()},
         }
 
     def of_size(self, size: int) -> dict[str, float | None]:
@@ -227,7 +236,7 @@ class _Numbers:
         return {
             "AP": _percent(precision),
             "AP50": _percent(precision[_AP50]),
-            "AR100": _percent(self._recall[..., size, _MOST]),
+            "AR": _percent(self._recall[..., size, _MOST]),
         }
 
     def of_class(self, index: int) -> dict[str, float | None]:
@@ -238,7 +247,7 @@ class _Numbers:
             "AP50": _percent(precision[_AP50, :, 0, _MOST]),
             "AP75": _percent(precision[_AP75, :, 0, _MOST]),
             **{f"AP{name}": _percent(precision[..., i, _MOST]) for name, i in sizes.items()},
-            "AR100": _percent(recall[..., 0, _MOST]),
+            "AR": _percent(recall[..., 0, _MOST]),
             **{f"AR{name}": _percent(recall[..., i, _MOST]) for name, i in sizes.items()},
         }
 

@@ -93,7 +93,7 @@ def draw_classes(results: Mapping[str, Any], path: str | os.PathLike) -> None:
     left.set_title(f"{title}, with the number of objects")
     left.set_xlim(0, 100)
     sizes = {"all": {**results["metrics"]}, **results["by_size"]}
-    for offset, name, colour in ((-0.2, "AP", _COLOURS[0]), (0.2, "AR100", _COLOURS[1])):
+    for offset, name, colour in ((-0.2, "AP", _COLOURS[0]), (0.2, "AR", _COLOURS[1])):
         values = [np.nan if size[name] is None else size[name] for size in sizes.values()]
         bars = right.bar(np.arange(len(sizes)) + offset, values, 0.38, color=colour, label=name)
         labels = ["none" if np.isnan(value) else f"{value:.1f}" for value in values]

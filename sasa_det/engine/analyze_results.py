@@ -3,7 +3,7 @@
 import argparse
 import json
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,14 @@ def analyze_results_parser(description: str | None = None) -> argparse.ArgumentP
         help="lowest score in the confusion matrix and the worst images, %(default)s by default",
     )
     parser.add_argument(
+        "--max-detections",
+        type=positive_int,
+        default=100,
+        metavar="N",
+        help="how many detections of a class are counted in an image, those with the highest "
+        "scores; COCO's %(default)s by default. Evaluation counts TEST.DETECTIONS_PER_IMAGE",
+    )
+    parser.add_argument(
         "--num-images",
         type=positive_int,
         default=8,
@@ -91,7 +99,12 @@ def run_analyze_results(args: argparse.Namespace) -> None:
     )
     check_coco(json_file, image_root, training=False)
     detections = read_detections(args.predictions, json_file)
-    results = analyze_results(detections, score_threshold=args.confidence_threshold)
+    _warn_of_more(detections, args.max_detections)
+    results = analyze_results(
+        detections,
+        score_threshold=args.confidence_threshold,
+        max_detections=args.max_detections,
+    )
     # Read before anything is written, for a file may be broken.
     worst = _worst_samples(detections, results, image_root, args.num_images)
     output = Path(args.output)
@@ -106,6 +119,25 @@ def run_analyze_results(args: argparse.Namespace) -> None:
             )
     print(_summary(results))
     logger.info("Written to %s.", output)
+
+
+def _warn_of_more(detections: Detections, counted: int) -> None:
+    """Say if an image has more objects or detections of a class than are counted."""
+    names = {category["id"]: category["name"] for category in detections.categories}
+    for what, entries in (
+        ("objects", detections.truth["annotations"]),
+        ("detections", detections.results),
+    ):
+        numbers = Counter((entry["image_id"], entry["category_id"]) for entry in entries)
+        if not numbers:
+            continue
+        (image, category), most = max(numbers.items(), key=lambda item: item[1])
+        if most > counted:
+            logger.warning(
+                "The image %s has %d %s of %s, and the best %d detections of a class in an image "
+                "are counted; --max-detections counts more.",
+                *(image, most, what, names[category], counted),
+            )
 
 
 def _worst_samples(
@@ -148,7 +180,7 @@ def _summary(results: Mapping[str, Any]) -> str:
 
     sizes = {"all": results["metrics"], **results["by_size"]}
     by_size = [
-        [size, *(cell(row[key]) for key in ("AP", "AP50", "AR100"))] for size, row in sizes.items()
+        [size, *(cell(row[key]) for key in ("AP", "AP50", "AR"))] for size, row in sizes.items()
     ]
     errors = [
         [name, f"{row['count']:,}", f"+{row['AP50']:.1f}"]
@@ -156,7 +188,7 @@ def _summary(results: Mapping[str, Any]) -> str:
     ]
     style = {"tablefmt": "github", "disable_numparse": True}
     tables = (
-        tabulate(by_size, ["size", "AP", "AP50", "AR100"], **style),
+        tabulate(by_size, ["size", "AP", "AP50", "AR"], **style),
         tabulate(errors, ["error", "count", "AP50 it would give back"], **style),
     )
     return "\n" + "\n\n".join(tables) + "\n"

@@ -79,6 +79,18 @@ def percent(values):
     return pytest.approx(100 * values.mean(), abs=1e-9) if values.size else None
 
 
+def test_what_is_beyond_the_counted_detections_is_missed():
+    objects = [(1, 1, [30.0 * i, 0.0, 20.0, 20.0], 0) for i in range(150)]
+    found = [(image, kind, box, 1 - i / 1000) for i, (image, kind, box, _) in enumerate(objects)]
+    for most, seen in ((100, 100), (120, 120), (200, 150)):
+        results = analyze(objects, found, max_detections=most)
+        assert results["metrics"]["AR"] == pytest.approx(100 * seen / 150)
+        assert results["metrics"]["AR10"] == pytest.approx(100 * 10 / 150)
+        assert results["errors"]["types"]["missed"]["count"] == 150 - seen
+        (image,) = results["images"]
+        assert (image["correct"], image["wrong"], image["missed"]) == (seen, 0, 150 - seen)
+
+
 def test_the_numbers_are_those_of_pycocotools(random_detections):
     results = analyze_results(random_detections)
     truth = COCO()
@@ -89,20 +101,23 @@ def test_the_numbers_are_those_of_pycocotools(random_detections):
         evaluation = COCOeval(truth, found, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
-    stats = [pytest.approx(100 * value, abs=1e-9) for value in evaluation.stats]
-    summary, sizes = results["metrics"], results["by_size"]
-    assert [summary[key] for key in ("AP", "AP50", "AP75")] == stats[:3]
-    assert [sizes[size]["AP"] for size in ("small", "medium", "large")] == stats[3:6]
-    assert [summary[key] for key in ("AR1", "AR10", "AR100")] == stats[6:9]
-    assert [sizes[size]["AR100"] for size in ("small", "medium", "large")] == stats[9:]
     precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
+    summary, sizes = results["metrics"], results["by_size"]
+    assert summary["AP"] == percent(precision[..., 0, 2])
+    assert summary["AP50"] == percent(precision[0, ..., 0, 2])
+    assert summary["AP75"] == percent(precision[5, ..., 0, 2])
+    assert summary["AR1"] == percent(recall[..., 0, 0])
+    assert summary["AR10"] == percent(recall[..., 0, 1])
+    assert summary["AR"] == percent(recall[..., 0, 2])
+    for size, name in enumerate(("small", "medium", "large"), start=1):
+        assert sizes[name]["AP"] == percent(precision[..., size, 2])
+        assert sizes[name]["AR"] == percent(recall[..., size, 2])
     for index in range(5):
         row = results["by_class"][f"c{index + 1}"]
         assert row["AP"] == percent(precision[:, :, index, 0, 2])
         assert row["AP50"] == percent(precision[0, :, index, 0, 2])
         assert row["AP75"] == percent(precision[5, :, index, 0, 2])
-        assert row["AR100"] == percent(recall[:, index, 0, 2])
+        assert row["AR"] == percent(recall[:, index, 0, 2])
         for size, letter in enumerate("sml", start=1):
             assert row[f"AP{letter}"] == percent(precision[:, :, index, size, 2])
             assert row[f"AR{letter}"] == percent(recall[:, index, size, 2])
