@@ -1,0 +1,131 @@
+"""What the CUDA kernels take of a GPU; it compiles them and needs none.
+
+``python -m sasa_det.ops.gpu_report`` prints a table of registers, bytes that spill, shared memory
+and, where NVIDIA's disassembler is installed (Triton brings it), the instructions that a warp
+executes for 16 queries of a head.
+"""
+
+import argparse
+import importlib.util
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .cuda_compiler import CompiledKernel, compile_kernel
+from .cuda_kernels import HEAD_WIDTHS, KERNELS, THREADS, WIDEST_KERNEL, Variant
+
+# Of every generation of GPUs with these instructions, the one in data centres.
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?(\S+)(.*?)\s*;")
+_LABEL = re.compile(r"^(\.L_x_\d+):")
+_TARGET = re.compile(r"`\((\.L_x_\d+)\)")
+
+
+def disassembler() -> str | None:
+    """Return the path of nvdisasm, or None where it is not installed."""
+    found = shutil.which("nvdisasm")
+    if found is None and (triton := importlib.util.find_spec("triton")):
+        inside = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+        found = str(inside) if inside.exists() else None
+    return found
+
+
+def instructions_per_head(kernel: CompiledKernel, heads: int) -> float:
+    """Count the instructions that a warp executes in a block, over the heads of the block.
+
+    It is the longest way through the code, but for what follows a vote: that is for values that are
+    not finite.
+
+    Args:
+        kernel: what was compiled.
+        heads: number of the block's heads, over which the kernel loops.
+
+    Raises:
+        RuntimeError: if the disassembler is not installed, or cannot read the code.
+    """
+    program = disassembler()
+    if program is None:
+        raise RuntimeError("nvdisasm, which Triton brings, is not installed.")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(kernel.code)
+        done = subprocess.run([program, "-c", path], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"nvdisasm cannot read {kernel.name}: {done.stderr.strip()}.")
+    return _executed(done.stdout, heads) / heads
+
+
+def _executed(listing: str, heads: int) -> int:
+    code, labels = [], {}
+    for line in listing.splitlines():
+        if match := _INSTRUCTION.match(line):
+            code.append(match.groups()[1:])
+        elif match := _LABEL.match(line):
+            labels[match[1]] = len(code)
+    count = at = loops = 0
+    voted = False
+    while True:
+        predicate, name, operands = code[at]
+        count += 1
+        at += 1
+        if name.startswith("VOTE"):
+            voted = True
+        elif name.startswith(("BRA", "EXIT")):
+            target = labels[_TARGET.search(operands)[1]] if name.startswith("BRA") else None
+            if target is not None and target < at:
+                loops += 1
+                taken = loops < heads
+            else:
+                taken = predicate is None or voted
+            voted = False
+            if taken and target is None:
+                return count
+            if taken:
+                at = target
+
+
+def report(architectures: Sequence[str], head_widths: Sequence[int]) -> list[dict[str, object]]:
+    """Compile the kernels and return a row of the table for each."""
+    rows = []
+    for architecture in architectures:
+        for kernel, header, shared_bytes in KERNELS:
+            for head_width in head_widths:
+                variant = Variant(torch.bfloat16, head_width, WIDEST_KERNEL)
+                compiled = compile_kernel(header, variant.name(kernel), architecture)
+                row = {
+                    "architecture": architecture,
+                    "kernel": kernel,
+                    "head width": head_width,
+                    "registers": compiled.resources.registers,
+                    "spilled bytes": compiled.resources.spill_bytes,
+                    "shared KiB": round(shared_bytes(variant) / 1024, 1),
+                }
+                if disassembler():
+                    count = instructions_per_head(compiled, variant.heads_of_block)
+                    row["instructions"] = round(count)
+                rows.append(row)
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m sasa_det.ops.gpu_report",
+        description="Compile the CUDA kernels of local attention (bfloat16, 7 x 7 windows, blocks "
+        f"of {THREADS} threads) and print what they take of a GPU.",
+    )
+    parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES, metavar="sm_XY")
+    parser.add_argument("--head-widths", nargs="+", type=int, default=HEAD_WIDTHS, metavar="N")
+    options = parser.parse_args(arguments)
+    rows = report(options.architectures, options.head_widths)
+    for cells in [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]:
+        print(f"| {' | '.join(map(str, cells))} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The CUDA kernels go through the compiler for GPUs of data centres, which takes no GPU."""
+
+import sys
+
+import pytest
+import torch
+
+from sasa_det.ops import cuda_compiler
+from sasa_det.ops.cuda_compiler import CompilerError, compile_kernel
+from sasa_det.ops.cuda_kernels import HEAD_WIDTHS, KERNELS, Variant
+from sasa_det.ops.gpu_report import ARCHITECTURES, disassembler, instructions_per_head
+
+needs_compiler = pytest.mark.skipif(
+    cuda_compiler.missing() is not None, reason=str(cuda_compiler.missing())
+)
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+# Instructions that a warp executes for 16 queries of a head, by kernel and head width.
+INSTRUCTIONS = {"local_attention_forward": {8: 600, 16: 750, 32: 950, 64: 1400}}
+SPILLED_BYTES = 64
+# Registers with which as many blocks as planned fit an SM, and the shared memory of a block that
+# all GPUs from sm_80 on have.
+REGISTERS = {8: 80, 16: 80, 32: 80, 64: 128}
+SHARED_BYTES = 99 * 1024
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def check_limits(architecture, dtype, head_width):
+    variant = Variant(dtype, head_width, 7)
+    for kernel, header, shared_bytes in KERNELS:
+        compiled = compile_kernel(header, variant.name(kernel), architecture)
+        assert compiled.resources.registers <= REGISTERS[head_width]
+        assert compiled.resources.spill_bytes <= SPILLED_BYTES
+        assert shared_bytes(variant) <= SHARED_BYTES
+        if disassembler():
+            count = instructions_per_head(compiled, variant.heads_of_block)
+            # Less than half of it would be code that does nothing.
+            limit = INSTRUCTIONS[kernel][head_width]
+            assert limit / 2 <= count <= limit
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "architecture,dtype,head_width",
+    [
+        ("sm_90", BF16, 8),
+        ("sm_90", FP16, 16),
+        ("sm_90", BF16, 32),
+        ("sm_90", FP16, 64),
+        ("sm_80", FP16, 32),
+        ("sm_100", BF16, 16),
+    ],
+)
+def test_kernels_stay_within_their_limits(architecture, dtype, head_width):
+    check_limits(architecture, dtype, head_width)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("head_width", HEAD_WIDTHS)
+def test_all_kernels_stay_within_their_limits(architecture, dtype, head_width):
+    check_limits(architecture, dtype, head_width)
+
+
+@needs_compiler
+def test_a_compiled_kernel_is_kept(tmp_path, caplog):
+    name = Variant(BF16, 8, 1, content=False).name("local_attention_forward")
+    with caplog.at_level("INFO", logger=cuda_compiler.__name__):
+        first = compile_kernel("local_attention_forward.cuh", name, "sm_80")
+        second = compile_kernel("local_attention_forward.cuh", name, "sm_80")
+    assert first == second and first.code.startswith(b"\x7fELF")
+    assert len(caplog.records) == 1 and f"Compiled {name} for sm_80" in caplog.text
+    assert len(list(tmp_path.glob("sasa_det/cuda/*.kernel"))) == 1
+
+
+@needs_compiler
+def test_what_does_not_compile_is_told():
+    with pytest.raises(CompilerError, match=r"missing<1> cannot be compiled for sm_90: .*missing"):
+        compile_kernel("local_attention_forward.cuh", "missing<1>", "sm_90")
+
+
+def test_without_the_package_it_says_so(monkeypatch):
+    # What an import of a package that is not installed does.
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    monkeypatch.setattr(cuda_compiler, "missing", cuda_compiler.missing.__wrapped__)
+    with pytest.raises(CompilerError) as error:
+        compile_kernel("local_attention_forward.cuh", "kernel", "sm_90")
+    assert str(error.value) == (
+        "kernel cannot be compiled: the package cuda-bindings, which PyTorch's CUDA builds bring, "
+        "is not installed."
+    )
