@@ -4,6 +4,7 @@ Their source is in ``csrc/cuda``; nothing here needs a GPU.
 """
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ WIDEST_KERNEL = 7
 THREADS = 256
 
 # As in csrc/cuda/tile.cuh.
-_TILE_ROWS, _TILE_COLS = 8, 16
+_TILE_ROWS, _TILE_COLS, _WARPS = 8, 16, 8
 _TYPES = {torch.bfloat16: "Bfloat16", torch.float16: "Float16"}
 
 
@@ -60,8 +61,78 @@ class Variant:
         return slots * 32 * 16 if self.position else 0
 
     def forward_bytes(self) -> int:
-        """Return the shared memory of a block of the forward kernel, in bytes."""
+        """Return the shared memory of a block of the forward kernel."""
         return (1 + self.content) * self.tile_bytes() + self.embedding_bytes()
+
+    def query_bytes(self) -> int:
+        """Return the shared memory of a block of the kernel for gradients of queries."""
+        # For heads of 64 channels the sums take the place of the tiles.
+        sums = _WARPS * 32 * 8 * 4 if self.position and self.head_width < 64 else 0
+        return self.forward_bytes() + sums
+
+    def key_bytes(self) -> int:
+        """Return the shared memory of a block of the kernel for gradients of keys and values."""
+        pixels = (_TILE_ROWS + self.kernel_size - 1) * (_TILE_COLS + 8)
+        terms = pixels * 64 if self.position else 0
+        return 2 * self.tile_bytes() + pixels * 8 + self.embedding_bytes() + terms
+
+    def query_terms_of_warp(self) -> int:
+        """Return how often a warp of that kernel finds the terms of 16 queries, at most."""
+        pixels = (_TILE_ROWS + self.kernel_size - 1) * (_TILE_COLS + 8)
+        return -(-pixels // (16 * _WARPS)) if self.position else 1
+
+
+class _Sizes(ctypes.Structure):
+    # As in csrc/cuda/tile.cuh.
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("height", "width", "heads")),
+        ("groups_inverse", ctypes.c_uint),
+    )
+
+
+def _structure(images: str, pointers: str) -> type[ctypes.Structure]:
+    """Return what a kernel takes: sizes, strides of images, and pointers, in this order."""
+    strides = [(f"{name}_stride", ctypes.c_uint) for name in images.split()]
+    addresses = [(name, ctypes.c_void_p) for name in pointers.split()]
+    fields = [("sizes", _Sizes), *strides, *addresses]
+    return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of ``csrc/cuda``: its file, shared memory, and structure of arguments there."""
+
+    header: str
+    shared_bytes: Callable[[Variant], int]
+    arguments: type[ctypes.Structure]
+    # How often a warp runs through the loop inside of the loop over heads, at most.
+    inner_loop: Callable[[Variant], int] = lambda variant: 1
+
+
+KERNELS = {
+    "local_attention_forward": Kernel(
+        "local_attention_forward.cuh",
+        Variant.forward_bytes,
+        _structure("query key value output", "query key value rel_rows rel_cols output log_sum"),
+    ),
+    "local_attention_query": Kernel(
+        "local_attention_query.cuh",
+        Variant.query_bytes,
+        _structure(
+            "grad query key value grad_query",
+            "grad query key value rel_rows rel_cols log_sum grad_query mean grad_embeddings",
+        ),
+    ),
+    "local_attention_key": Kernel(
+        "local_attention_key.cuh",
+        Variant.key_bytes,
+        _structure(
+            "grad query key value grad_key grad_value",
+            "grad query key value rel_rows rel_cols log_sum mean grad_key grad_value",
+        ),
+        Variant.query_terms_of_warp,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -75,16 +146,53 @@ class Launch:
     arguments: ctypes.Structure
 
 
-class _ForwardArguments(ctypes.Structure):
-    # As in csrc/cuda/local_attention_forward.cuh.
-    _POINTERS = ("query", "key", "value", "rel_rows", "rel_cols", "output", "log_sum")
-    _SIZES = ("height", "width", "heads")
-    _STRIDES = ("query_stride", "key_stride", "value_stride", "output_stride", "groups_inverse")
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in _POINTERS]
-        + [(name, ctypes.c_int) for name in _SIZES]
-        + [(name, ctypes.c_uint) for name in _STRIDES]
+def launch_of(kernel: str, variant: Variant, **tensors: Tensor | None) -> Launch:
+    """Return how a kernel is started.
+
+    Args:
+        kernel: one of :data:`KERNELS`.
+        variant: what it is compiled for.
+        **tensors: what its file names, None for what the variant does not have. Images are
+            (N, H, W, C), and :func:`pixel_stride` has a stride of each; embeddings are
+            (num_heads, C // num_heads // 2, kernel_size), log_sum and mean (N, num_heads, H, W),
+            all contiguous and float32, and grad_embeddings has :func:`embedding_sums_shape`.
+    """
+    batch, height, width, channels = tensors["query"].shape
+    groups = -(-channels // (variant.head_width * variant.heads_of_block))
+    tile_rows, tile_cols = _tiles(height, width)
+    arguments = KERNELS[kernel].arguments()
+    groups_inverse = -(-(2**32) // groups) % 2**32
+    arguments.sizes = _Sizes(height, width, channels // variant.head_width, groups_inverse)
+    for name, x in tensors.items():
+        if x is not None:
+            setattr(arguments, name, x.data_ptr())
+            if hasattr(arguments, f"{name}_stride"):
+                setattr(arguments, f"{name}_stride", pixel_stride(x))
+    return Launch(
+        KERNELS[kernel].header,
+        variant.name(kernel),
+        (groups * tile_cols, tile_rows, batch),
+        KERNELS[kernel].shared_bytes(variant),
+        arguments,
     )
+
+
+def _tiles(height: int, width: int) -> tuple[int, int]:
+    return -(-height // _TILE_ROWS), -(-width // _TILE_COLS)
+
+
+def embedding_sums_shape(images: Tensor) -> tuple[int, int, int]:
+    """Return the shape of the tiles' sums for (N, H, W, C): (tiles, C, 8)."""
+    batch, height, width, channels = images.shape
+    tile_rows, tile_cols = _tiles(height, width)
+    return (batch * tile_rows * tile_cols, channels, 8)
+
+
+def embedding_gradients(sums: Tensor, variant: Variant) -> tuple[Tensor, Tensor]:
+    """Return the gradients of rel_rows and rel_cols from the tiles' sums."""
+    by_head = sums.sum(0).unflatten(0, (-1, variant.head_width))[..., : variant.kernel_size]
+    rows, cols = by_head.split(variant.head_width // 2, 1)
+    return rows, cols
 
 
 def pixel_stride(x: Tensor) -> int | None:
@@ -94,59 +202,9 @@ def pixel_stride(x: Tensor) -> int | None:
     aligned to 16 bytes, such as slices of channels of one tensor.
     """
     _, height, width, channels = x.shape
-    stride = next((x.stride(d) // n for d, n in _before(x) if x.shape[d] > 1), channels)
-    fits = all(x.shape[d] == 1 or x.stride(d) == n * stride for d, n in _before(x))
+    # Each dimension but the channels, and the pixels that its next index is further on.
+    steps = [(d, n) for d, n in ((2, 1), (1, width), (0, height * width)) if x.shape[d] > 1]
+    stride = next((x.stride(d) // n for d, n in steps), channels)
+    fits = all(x.stride(d) == n * stride for d, n in steps)
     fits = fits and (channels == 1 or x.stride(3) == 1) and stride >= channels
     return stride if fits and stride % 8 == 0 and x.data_ptr() % 16 == 0 else None
-
-
-def _before(x: Tensor) -> list[tuple[int, int]]:
-    """Each dimension of images, and the pixels that its next index is further on."""
-    _, height, width, _ = x.shape
-    return [(2, 1), (1, width), (0, height * width)]
-
-
-def forward_launch(
-    variant: Variant,
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor,
-    rel_rows: Tensor | None,
-    rel_cols: Tensor | None,
-    output: Tensor,
-    log_sum: Tensor,
-) -> Launch:
-    """Return what computes equation 3.
-
-    Args:
-        variant: what the kernel is compiled for.
-        query: (N, H, W, C), of which :func:`pixel_stride` has a stride, as of the next three.
-        key: the same, or None without content.
-        value: the same.
-        rel_rows: (num_heads, C // num_heads // 2, kernel_size), float32 and contiguous, or None.
-        rel_cols: the same.
-        output: (N, H, W, C), to be written.
-        log_sum: (N, num_heads, H, W), float32 and contiguous, to be written.
-    """
-    batch, height, width, channels = query.shape
-    heads = channels // variant.head_width
-    groups = -(-heads // variant.heads_of_block)
-    tensors = (query, key, value, rel_rows, rel_cols, output, log_sum)
-    strides = [0 if x is None else pixel_stride(x) for x in (query, key, value, output)]
-    arguments = _ForwardArguments(
-        *(None if x is None else x.data_ptr() for x in tensors),
-        *(height, width, heads),
-        *strides,
-        -(-(2**32) // groups) % 2**32,
-    )
-    return Launch(
-        "local_attention_forward.cuh",
-        variant.name("local_attention_forward"),
-        (groups * -(-width // _TILE_COLS), -(-height // _TILE_ROWS), batch),
-        variant.forward_bytes(),
-        arguments,
-    )
-
-
-# Name, file and shared memory of each.
-KERNELS = (("local_attention_forward", "local_attention_forward.cuh", Variant.forward_bytes),)

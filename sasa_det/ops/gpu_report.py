@@ -36,7 +36,7 @@ def disassembler() -> str | None:
     return found
 
 
-def instructions_per_head(kernel: CompiledKernel, heads: int) -> float:
+def instructions_per_head(kernel: CompiledKernel, heads: int, inner: int = 1) -> float:
     """Count the instructions that a warp executes in a block, over the heads of the block.
 
     It is the longest way through the code, but for what follows a vote: that is for values that are
@@ -45,6 +45,7 @@ def instructions_per_head(kernel: CompiledKernel, heads: int) -> float:
     Args:
         kernel: what was compiled.
         heads: number of the block's heads, over which the kernel loops.
+        inner: how often a loop inside of that one is run through for a head, if there is one.
 
     Raises:
         RuntimeError: if the disassembler is not installed, or cannot read the code.
@@ -58,17 +59,21 @@ def instructions_per_head(kernel: CompiledKernel, heads: int) -> float:
         done = subprocess.run([program, "-c", path], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"nvdisasm cannot read {kernel.name}: {done.stderr.strip()}.")
-    return _executed(done.stdout, heads) / heads
+    return _executed(done.stdout, heads, inner) / heads
 
 
-def _executed(listing: str, heads: int) -> int:
+def _executed(listing: str, heads: int, inner: int) -> int:
     code, labels = [], {}
     for line in listing.splitlines():
         if match := _INSTRUCTION.match(line):
             code.append(match.groups()[1:])
         elif match := _LABEL.match(line):
             labels[match[1]] = len(code)
-    count = at = loops = 0
+    # Branches back; the loop over heads is the one with the vote.
+    limits: dict[int, int] = {}
+    rounds: dict[int, int] = {}
+    vote = next(i for i, (_, name, _) in enumerate(code) if name.startswith("VOTE"))
+    count = at = 0
     voted = False
     while True:
         predicate, name, operands = code[at]
@@ -79,8 +84,11 @@ def _executed(listing: str, heads: int) -> int:
         elif name.startswith(("BRA", "EXIT")):
             target = labels[_TARGET.search(operands)[1]] if name.startswith("BRA") else None
             if target is not None and target < at:
-                loops += 1
-                taken = loops < heads
+                limits[at] = heads if target <= vote < at else inner
+                rounds[at] = rounds.get(at, 0) + 1
+                taken = rounds[at] < limits[at]
+                if not taken:
+                    rounds[at] = 0
             else:
                 taken = predicate is None or voted
             voted = False
@@ -94,20 +102,22 @@ def report(architectures: Sequence[str], head_widths: Sequence[int]) -> list[dic
     """Compile the kernels and return a row of the table for each."""
     rows = []
     for architecture in architectures:
-        for kernel, header, shared_bytes in KERNELS:
+        for name, kernel in KERNELS.items():
             for head_width in head_widths:
                 variant = Variant(torch.bfloat16, head_width, WIDEST_KERNEL)
-                compiled = compile_kernel(header, variant.name(kernel), architecture)
+                compiled = compile_kernel(kernel.header, variant.name(name), architecture)
                 row = {
                     "architecture": architecture,
-                    "kernel": kernel,
+                    "kernel": name,
                     "head width": head_width,
                     "registers": compiled.resources.registers,
                     "spilled bytes": compiled.resources.spill_bytes,
-                    "shared KiB": round(shared_bytes(variant) / 1024, 1),
+                    "shared KiB": round(kernel.shared_bytes(variant) / 1024, 1),
                 }
                 if disassembler():
-                    count = instructions_per_head(compiled, variant.heads_of_block)
+                    count = instructions_per_head(
+                        compiled, variant.heads_of_block, kernel.inner_loop(variant)
+                    )
                     row["instructions"] = round(count)
                 rows.append(row)
     return rows

@@ -15,7 +15,15 @@ import torch
 
 from sasa_det.ops import local_attention, loop
 from sasa_det.ops.cuda_compiler import SOURCES
-from sasa_det.ops.cuda_kernels import THREADS, Variant, forward_launch, pixel_stride
+from sasa_det.ops.cuda_kernels import (
+    KERNELS,
+    THREADS,
+    Variant,
+    embedding_gradients,
+    embedding_sums_shape,
+    launch_of,
+    pixel_stride,
+)
 
 COMPILER = shutil.which("g++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
@@ -50,28 +58,10 @@ class Range(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    """The kernels of all variants, compiled for this CPU."""
+    """All kernels of all variants, compiled for this CPU."""
     folder = tmp_path_factory.mktemp("emulation")
-    kernels = [variant.name("local_attention_forward") for variant in VARIANTS.values()]
-    cases = [
-        f"    case {i}:\n"
-        f"      kernel = [=] {{ {name}(*static_cast<const ForwardArguments*>(x)); }};\n"
-        "      break;"
-        for i, name in enumerate(kernels)
-    ]
     source = folder / "kernels.cpp"
-    source.write_text(
-        "#include <local_attention_forward.cuh>\n"
-        "#include <launch.h>\n"
-        'extern "C" const char* run(int which, const void* x, const int* grid, int threads,\n'
-        "    int shared_bytes, const emulation::Range* ranges, int count, int skipped, u32 seed,\n"
-        "    int* facts) {\n"
-        "  std::function<void()> kernel;\n"
-        "  switch (which) {\n" + "\n".join(cases) + "\n  }\n"
-        "  return emulation::run(kernel, grid, threads, shared_bytes, ranges, count, skipped, seed,"
-        " facts);\n"
-        "}\n"
-    )
+    source.write_text(source_of_library())
     built = folder / "kernels.so"
     command = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{EMULATION}", f"-I{SOURCES}"]
     done = subprocess.run(
@@ -83,26 +73,64 @@ def library(tmp_path_factory):
     return library
 
 
-def run(library, case, launch, tensors, results, skipped=-1, seed=0):
-    """Run a kernel; return what is wrong, bank conflicts, and barriers of a thread."""
-    tensors = [x for x in tensors if x is not None]
-    ranges = (Range * (len(tensors) + len(results)))(
-        *(Range(*memory(x), 0) for x in tensors), *(Range(*memory(x), 1) for x in results)
-    )
-    facts = (ctypes.c_int * 2)()
-    message = library.run(
-        list(VARIANTS).index(case),
-        ctypes.byref(launch.arguments),
-        (ctypes.c_int * 3)(*launch.grid),
+def source_of_library():
+    lines = [f"#include <{kernel.header}>" for kernel in KERNELS.values()]
+    lines += ["#include <launch.h>", "static const emulation::Kernel kernels[] = {"]
+    for name in KERNELS:
+        structure = {
+            "local_attention_forward": "ForwardArguments",
+            "local_attention_query": "QueryArguments",
+            "local_attention_key": "KeyArguments",
+        }[name]
+        for variant in VARIANTS.values():
+            call = f"{variant.name(name)}(*static_cast<const {structure}*>(x))"
+            lines.append(f"  [](const void* x) {{ {call}; }},")
+    lines += [
+        "};",
+        'extern "C" const char* run(int which, const emulation::Start* start) {',
+        "  return emulation::run(kernels[which], *start);",
+        "}",
+    ]
+    return "\n".join(lines)
+
+
+class Start(ctypes.Structure):
+    # As in cuda_emulation/launch.h.
+    _fields_ = [
+        ("arguments", ctypes.c_void_p),
+        ("grid", ctypes.c_int * 3),
+        ("threads", ctypes.c_int),
+        ("shared_bytes", ctypes.c_int),
+        ("skipped", ctypes.c_int),
+        ("seed", ctypes.c_int),
+        ("num_ranges", ctypes.c_int),
+        ("ranges", ctypes.POINTER(Range)),
+        ("bank_conflicts", ctypes.c_int),
+        ("barriers", ctypes.c_int),
+    ]
+
+
+def run(library, kernel, case, tensors, results, skipped=-1, seed=0, height=None):
+    """Run a kernel; return what is wrong, "" if nothing, and the number of a thread's barriers."""
+    launch = launch_of(kernel, VARIANTS[case], **tensors, **results)
+    if height is not None:
+        launch.arguments.sizes.height = height
+    ranges = [Range(*memory(x), 0) for x in tensors.values() if x is not None]
+    ranges += [Range(*memory(x), 1) for x in results.values() if x is not None]
+    start = Start(
+        ctypes.addressof(launch.arguments),
+        launch.grid,
         THREADS,
         launch.shared_bytes,
-        ranges,
-        len(ranges),
         skipped,
         seed,
-        facts,
+        len(ranges),
+        (Range * len(ranges))(*ranges),
     )
-    return message.decode(), *facts
+    number = list(KERNELS).index(kernel) * len(VARIANTS) + list(VARIANTS).index(case)
+    message = library.run(number, ctypes.byref(start)).decode()
+    assert start.bank_conflicts == 0
+    return message, start.barriers
 
 
 def memory(x):
@@ -123,18 +151,45 @@ def make(variant, batch, heads, height, width, seed=0):
     return [query, key if variant.content else None, value, rows, cols]
 
 
+NAMES = ("query", "key", "value", "rel_rows", "rel_cols")
+
+
+def nan(*shape, dtype=torch.float32):
+    return torch.full(shape, math.nan, dtype=dtype)
+
+
 def forward(library, case, inputs, **options):
-    """Run the forward kernel of a variant; return output and log-sum-exp."""
+    """Run the forward kernel of a variant; return output, log-sum-exp and number of barriers."""
     variant, query = VARIANTS[case], inputs[0]
     batch, height, width, channels = query.shape
     heads = channels // variant.head_width
-    output = torch.full(query.shape, math.nan, dtype=variant.dtype)
-    log_sum = torch.full((batch, heads, height, width), math.nan)
-    launch = forward_launch(variant, *inputs, output, log_sum)
-    message, conflicts, barriers = run(library, case, launch, inputs, [output, log_sum], **options)
+    results = {
+        "output": nan(*query.shape, dtype=variant.dtype),
+        "log_sum": nan(batch, heads, height, width),
+    }
+    tensors = dict(zip(NAMES, inputs, strict=True))
+    message, barriers = run(library, "local_attention_forward", case, tensors, results, **options)
     assert message == ""
-    assert conflicts == 0
-    return output, log_sum, barriers
+    return *results.values(), barriers
+
+
+def backward(library, case, inputs, grad, log_sum, **options):
+    """Run both kernels of the backward pass; return the gradients and the numbers of barriers."""
+    variant, query = VARIANTS[case], inputs[0]
+    tensors = {"grad": grad, **dict(zip(NAMES, inputs, strict=True)), "log_sum": log_sum}
+    grad_query, grad_key, grad_value = (nan(*query.shape, dtype=variant.dtype) for _ in range(3))
+    results = {"grad_query": grad_query, "mean": nan(*log_sum.shape)}
+    results["grad_embeddings"] = sums = nan(*embedding_sums_shape(query))
+    message, first = run(library, "local_attention_query", case, tensors, results, **options)
+    assert message == ""
+    tensors["mean"] = results["mean"]
+    results = {"grad_key": grad_key if variant.content else None, "grad_value": grad_value}
+    message, second = run(library, "local_attention_key", case, tensors, results, **options)
+    assert message == ""
+    gradients = [grad_query, grad_key, grad_value, *embedding_gradients(sums, variant)]
+    present = [x is not None for x in inputs]
+    gradients = [x for x, wanted in zip(gradients, present, strict=True) if wanted]
+    return gradients, (first, second)
 
 
 def channels_first(x):
@@ -150,7 +205,7 @@ def arguments(variant, inputs):
 
 
 def expected_of(variant, inputs):
-    """Return the reference's output, and the log-sum-exp."""
+    """Return the reference's output, and the log-sum-exp to base 2."""
     exact, heads = arguments(variant, inputs)
     options = {"kernel_size": variant.kernel_size, "num_heads": heads}
     border = "mask" if variant.mask else "zero"
@@ -158,15 +213,39 @@ def expected_of(variant, inputs):
         *exact, **options, border=border, content=variant.content, backend="reference"
     )
     _, log_sum = loop.forward(*exact, *options.values(), variant.mask)
-    return output.permute(0, 2, 3, 1), log_sum
+    return output.permute(0, 2, 3, 1), log_sum / math.log(2)
+
+
+def expected_gradients(variant, inputs, grad):
+    """Return the reference's gradients, of what is not None."""
+    exact, heads = arguments(variant, inputs)
+    leaves = [None if x is None else x.requires_grad_() for x in exact]
+    border = "mask" if variant.mask else "zero"
+    output = local_attention(
+        *leaves,
+        kernel_size=variant.kernel_size,
+        num_heads=heads,
+        border=border,
+        content=variant.content,
+        backend="reference",
+    )
+    present = [x for x in leaves if x is not None]
+    gradients = torch.autograd.grad(output, present, channels_first(grad))
+    return [x.permute(0, 2, 3, 1) if x.dim() == 4 else x for x in gradients]
+
+
+def make_grad(inputs, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(inputs[0].shape, generator=generator).to(inputs[0].dtype)
 
 
 def error_of(actual, expected):
-    return float((actual.double() - expected).abs().max() / expected.abs().max())
+    error = (actual.double() - expected).abs().max() / expected.abs().max().clamp(min=1)
+    return float(error)  # NaN, if one of them is
 
 
 # Several tiles in both directions, parts of tiles and of groups of heads, batches; and one pixel.
-@pytest.mark.parametrize(
+SIZES = pytest.mark.parametrize(
     "case,batch,heads,height,width",
     [
         ("8", 1, 5, 10, 17),
@@ -183,6 +262,9 @@ def error_of(actual, expected):
         ("one", 1, 2, 9, 17),
     ],
 )
+
+
+@SIZES
 def test_forward_equals_the_reference(library, case, batch, heads, height, width):
     variant = VARIANTS[case]
     inputs = make(variant, batch, heads, height, width)
@@ -192,50 +274,97 @@ def test_forward_equals_the_reference(library, case, batch, heads, height, width
     assert error_of(log_sum, expected_log_sum) <= 1e-4
 
 
+@SIZES
+def test_gradients_equal_the_reference(library, case, batch, heads, height, width):
+    variant = VARIANTS[case]
+    inputs = make(variant, batch, heads, height, width)
+    grad = make_grad(inputs)
+    _, log_sum = expected_of(variant, inputs)
+    actual, _ = backward(library, case, inputs, grad, log_sum.float())
+    expected = expected_gradients(variant, inputs, grad)
+    for ours, exact in zip(actual, expected, strict=True):
+        assert ours.shape == exact.shape
+        assert error_of(ours, exact) <= TOLERANCE[variant.dtype]
+
+
 @pytest.mark.parametrize("case", ["8", "32"])
-@pytest.mark.parametrize("index", [0, 1, 2])
-def test_what_is_not_finite_stays_in_its_window(library, case, index):
+@pytest.mark.parametrize("name", ["query", "key", "value", "grad"])
+def test_what_is_not_finite_stays_in_its_window(library, case, name):
     variant = VARIANTS[case]
     inputs = make(variant, 1, 1, 10, 13)
-    inputs[index][0, 4, 7, 1] = math.inf if index == 1 else math.nan
-    if index == 2:
-        inputs[index][0, 6, 3, 2] = -math.inf
-    output, _, _ = forward(library, case, inputs)
+    grad = make_grad(inputs)
+    spoiled = {**dict(zip(NAMES, inputs, strict=True)), "grad": grad}[name]
+    spoiled[0, 4, 7, 1] = math.inf if name == "key" else math.nan
+    if name == "value":
+        spoiled[0, 9, 1, 2] = -math.inf
+    output, log_sum, _ = forward(library, case, inputs)
+    actual, _ = backward(library, case, inputs, grad, log_sum)
     expected, _ = expected_of(variant, inputs)
-    assert expected.isnan().any() and expected.isfinite().any()
-    torch.testing.assert_close(output.double(), expected, rtol=0, atol=0.03, equal_nan=True)
+    gradients = expected_gradients(variant, inputs, grad)
+    assert expected.isnan().any() == (name != "grad")
+    # Embeddings are seen by all windows: all of their gradients are NaN.
+    for ours, exact in zip((output, *actual[:3]), (expected, *gradients[:3]), strict=True):
+        assert torch.equal(ours.isfinite(), exact.isfinite()) and exact.isfinite().any()
+        finite = exact.isfinite()
+        assert error_of(ours[finite], exact[finite]) <= TOLERANCE[BF16]
+
+
+def test_values_far_from_zero_do_not_spoil_gradients(library):
+    # g.v is large then, and all but the same over a window.
+    variant = VARIANTS["32"]
+    inputs = make(variant, 1, 1, 5, 9)
+    inputs[2] = (inputs[2] + 100).to(BF16)
+    grad = make_grad(inputs)
+    _, log_sum, _ = forward(library, "32", inputs)
+    actual, _ = backward(library, "32", inputs, grad, log_sum)
+    for ours, exact in zip(actual, expected_gradients(variant, inputs, grad), strict=True):
+        assert error_of(ours, exact) <= TOLERANCE[BF16]
 
 
 def test_large_logits_do_not_overflow(library):
     variant = VARIANTS["32"]
     inputs = [1e4 * x for x in make(variant, 1, 1, 4, 5)]
-    output, _, _ = forward(library, "32", inputs)
+    output, log_sum, _ = forward(library, "32", inputs)
     assert error_of(output, expected_of(variant, inputs)[0]) <= TOLERANCE[BF16]
+    actual, _ = backward(library, "32", inputs, make_grad(inputs), log_sum)
+    assert all(x.isfinite().all() for x in actual)
 
 
-def test_without_a_barrier_it_is_wrong(library):
-    inputs = make(VARIANTS["32"], 1, 1, 8, 16)
-    expected, _ = expected_of(VARIANTS["32"], inputs)
-    *_, barriers = forward(library, "32", inputs)
-    assert barriers > 0
+@pytest.mark.parametrize("case,heads", [("32", 1), ("16-half", 2)])
+def test_without_a_barrier_it_is_wrong(library, case, heads):
+    inputs = make(VARIANTS[case], 1, heads, 8, 16)
+    grad = make_grad(inputs)
+    output, log_sum, barriers = forward(library, case, inputs)
+    right, (first, second) = backward(library, case, inputs, grad, log_sum)
+    assert barriers == 1 and first == 2 and second == 2 * heads
     for barrier in range(barriers):
-        output, *_ = forward(library, "32", inputs, skipped=barrier)
-        assert not error_of(output, expected) <= TOLERANCE[BF16]
+        wrong, *_ = forward(library, case, inputs, skipped=barrier)
+        assert not torch.equal(wrong, output)
+    for barrier in range(max(first, second)):
+        wrong, _ = backward(library, case, inputs, grad, log_sum, skipped=barrier)
+        equal = [torch.equal(a, b) for a, b in zip(wrong, right, strict=True)]
+        # The first kernel makes the gradients of queries and embeddings, the second the others.
+        assert barrier >= first or not all(equal[:1] + equal[3:])
+        assert barrier >= second or not all(equal[1:3])
 
 
 def test_every_order_of_threads_gives_the_same_bits(library):
-    inputs = make(VARIANTS["8"], 1, 4, 8, 16)
-    first, second = (forward(library, "8", inputs, seed=seed)[0] for seed in (1, 2))
-    assert torch.equal(first, second)
+    inputs = make(VARIANTS["8"], 1, 4, 9, 5)
+    grad = make_grad(inputs)
+    runs = []
+    for seed in (1, 2):
+        output, log_sum, _ = forward(library, "8", inputs, seed=seed)
+        gradients, _ = backward(library, "8", inputs, grad, log_sum, seed=seed)
+        runs.append([output, log_sum, *gradients])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_the_emulation_finds_reads_outside_of_tensors(library):
     inputs = make(VARIANTS["32"], 1, 1, 8, 16)
-    output, log_sum = torch.empty(inputs[0].shape, dtype=BF16), torch.empty(1, 1, 8, 16)
-    launch = forward_launch(VARIANTS["32"], *inputs, output, log_sum)
-    launch.arguments.height = 9
-    message, *_ = run(library, "32", launch, inputs, [output, log_sum])
-    assert message.startswith(("a read outside of the tensors", "a write outside of the results"))
+    tensors = dict(zip(NAMES, inputs, strict=True))
+    results = {"output": nan(1, 8, 16, 32, dtype=BF16), "log_sum": nan(1, 1, 8, 16)}
+    message, _ = run(library, "local_attention_forward", "32", tensors, results, height=9)
+    assert message.startswith("a read outside of the tensors")
 
 
 def test_strides_of_pixels():

@@ -50,15 +50,28 @@ DEVICE void load_shared(u32 (&words)[4], Shared from) {
                : "r"(from)
                : "memory");
 }
-DEVICE u16 load_shared_half(Shared from) {
-  u16 value;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(from) : "memory");
-  return value;
+DEVICE void load_shared(float (&pair)[2], Shared from) {
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+               : "=f"(pair[0]), "=f"(pair[1])
+               : "r"(from)
+               : "memory");
+}
+DEVICE void load_shared(float& value, Shared from) {
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(from) : "memory");
+}
+DEVICE void load_shared(u16& half, Shared from) {
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(half) : "r"(from) : "memory");
 }
 DEVICE void store_shared(Shared to, const u32 (&words)[4]) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]), "r"(words[1]),
                "r"(words[2]), "r"(words[3])
                : "memory");
+}
+DEVICE void store_shared(Shared to, float first, float second) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(first), "f"(second) : "memory");
+}
+DEVICE void store_shared(Shared to, u32 word) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(word) : "memory");
 }
 
 // All: four 8x8 matrices of 16 bits. Thread 8 m + r gives the address of row r of matrix m and
@@ -77,6 +90,13 @@ DEVICE void load_matrices_transposed(u32 (&words)[4], Shared row) {
                : "memory");
 }
 
+// All: the same of one matrix in registers.
+DEVICE u32 transposed(u32 word) {
+  u32 result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(word));
+  return result;
+}
+
 // All: the value of thread `t` of these four threads; of the thread whose number differs by `bits`.
 DEVICE float of_quad(float x, int t) { return __shfl_sync(0xffffffffu, x, t, 4); }
 DEVICE float of_neighbour(float x, int bits) { return __shfl_xor_sync(0xffffffffu, x, bits); }
@@ -91,6 +111,12 @@ DEVICE float log2_of(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+// The smaller one; NaN if one of them is.
+DEVICE float smaller_of(float x, float y) {
+  float z;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
 }
 DEVICE float reciprocal_of(float x) {
   float y;

@@ -1,22 +1,33 @@
-// Starts an emulated kernel from Python.
+// Starts emulated kernels from Python.
 #pragma once
 
 #include <warp.cuh>
 
 namespace emulation {
 
-// Returns what is wrong, "" if nothing. `facts` receives the number of matrices whose rows share a
-// bank, and of a thread's barriers; thread by thread, barrier `skipped` is passed without waiting.
-inline const char* run(std::function<void()> kernel, const int* grid, int threads, int shared_bytes,
-                       const Range* all, int count, int skipped, u32 seed, int* facts) {
+typedef void (*Kernel)(const void* arguments);
+
+struct Start {
+  const void* arguments;
+  int grid[3], threads, shared_bytes;
+  int skipped;  // a barrier that no thread waits at, counted from 0; -1 for none
+  int seed, num_ranges;
+  const Range* ranges;  // the memory that the kernel may use
+  // Results: matrices of which rows share a bank, and barriers of a thread.
+  mutable int bank_conflicts, barriers;
+};
+
+// Returns what is wrong, "" if nothing.
+inline const char* run(Kernel kernel, const Start& start) {
   static std::string message;
-  ranges.assign(all, all + count);
-  skipped_barrier = skipped;
+  ranges.assign(start.ranges, start.ranges + start.num_ranges);
+  skipped_barrier = start.skipped;
+  const Index grid{static_cast<u32>(start.grid[0]), static_cast<u32>(start.grid[1]),
+                   static_cast<u32>(start.grid[2])};
   message =
-      launch({static_cast<u32>(grid[0]), static_cast<u32>(grid[1]), static_cast<u32>(grid[2])},
-             threads, shared_bytes, seed, kernel);
-  facts[0] = bank_conflicts;
-  facts[1] = fibers[0].barriers;
+      launch(grid, start.threads, start.shared_bytes, start.seed, [&] { kernel(start.arguments); });
+  start.bank_conflicts = bank_conflicts;
+  start.barriers = fibers[0].barriers;
   return message.c_str();
 }
 

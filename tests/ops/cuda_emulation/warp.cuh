@@ -63,7 +63,7 @@ inline jmp_buf scheduler;
 inline std::string error;
 inline std::function<void()> kernel;
 inline std::mt19937 random_numbers;
-inline Index block;
+inline Index block, grid;
 
 inline void pause() {
   if (!_setjmp(fibers[current].state)) _longjmp(scheduler, 1);
@@ -148,9 +148,10 @@ inline void check_global(const void* address, u64 bytes, bool written) {
 }
 
 // Runs all blocks; an empty string, or what is wrong.
-inline std::string launch(Index grid, int threads, int shared_bytes, u32 seed,
+inline std::string launch(Index blocks, int threads, int shared_bytes, u32 seed,
                           std::function<void()> f) {
   kernel = f;
+  grid = blocks;
   error.clear();
   random_numbers.seed(seed);
   bank_conflicts = 0;
@@ -291,6 +292,7 @@ struct Exchange {
 
 #define threadIdx (Index{static_cast<u32>(emulation::current), 0, 0})
 #define blockIdx emulation::block
+#define gridDim emulation::grid
 
 inline int min(int a, int b) { return a < b ? a : b; }
 
@@ -339,16 +341,41 @@ DEVICE void store(T* to, T value) {
 DEVICE void load_shared(u32 (&words)[4], Shared from) {
   memcpy(words, emulation::shared(from, 16), 16);
 }
-DEVICE u16 load_shared_half(Shared from) { return *static_cast<u16*>(emulation::shared(from, 2)); }
+DEVICE void load_shared(float (&pair)[2], Shared from) {
+  memcpy(pair, emulation::shared(from, 8), 8);
+}
+DEVICE void load_shared(float& value, Shared from) {
+  memcpy(&value, emulation::shared(from, 4), 4);
+}
+DEVICE void load_shared(u16& half, Shared from) { memcpy(&half, emulation::shared(from, 2), 2); }
 DEVICE void store_shared(Shared to, const u32 (&words)[4]) {
   memcpy(emulation::shared(to, 16), words, 16);
 }
+DEVICE void store_shared(Shared to, float first, float second) {
+  const float pair[2] = {first, second};
+  memcpy(emulation::shared(to, 8), pair, 8);
+}
+DEVICE void store_shared(Shared to, u32 word) { memcpy(emulation::shared(to, 4), &word, 4); }
 
 DEVICE void load_matrices(u32 (&words)[4], Shared row) {
   emulation::load_matrices(words, row, false);
 }
 DEVICE void load_matrices_transposed(u32 (&words)[4], Shared row) {
   emulation::load_matrices(words, row, true);
+}
+
+DEVICE u32 transposed(u32 word) {
+  emulation::Matrices mine{{word}, 0};
+  emulation::together("movmatrix", mine, [](emulation::Matrices** all) {
+    u16 matrix[8][8];
+    for (int lane = 0; lane < 32; ++lane)
+      memcpy(&matrix[lane / 4][lane % 4 * 2], all[lane]->words, 4);
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      all[lane]->words[0] = matrix[2 * t][g] | static_cast<u32>(matrix[2 * t + 1][g]) << 16;
+    }
+  });
+  return mine.words[0];
 }
 
 DEVICE float of_thread(float x, int from) {
@@ -376,6 +403,7 @@ DEVICE bool in_any_thread(bool x) {
 
 DEVICE float exp2_of(float x) { return std::exp2(x); }
 DEVICE float log2_of(float x) { return std::log2(x); }
+DEVICE float smaller_of(float x, float y) { return std::isnan(x) || x < y ? x : y; }
 DEVICE float reciprocal_of(float x) { return 1.f / x; }
 DEVICE u32 product_high(u32 a, u32 b) { return static_cast<u64>(a) * b >> 32; }
 
