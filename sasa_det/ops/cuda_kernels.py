@@ -72,14 +72,15 @@ class Variant:
 
     def key_bytes(self) -> int:
         """Return the shared memory of a block of the kernel for gradients of keys and values."""
+        # Of each query: 8 terms by column, 8 by row, and the mean.
         pixels = (_TILE_ROWS + self.kernel_size - 1) * (_TILE_COLS + 8)
-        terms = pixels * 64 if self.position else 0
-        return 2 * self.tile_bytes() + pixels * 8 + self.embedding_bytes() + terms
+        tables = pixels * 4 * (8 + 8 + 1)
+        return 2 * self.tile_bytes() + tables + self.embedding_bytes()
 
     def query_terms_of_warp(self) -> int:
         """Return how often a warp of that kernel finds the terms of 16 queries, at most."""
         pixels = (_TILE_ROWS + self.kernel_size - 1) * (_TILE_COLS + 8)
-        return -(-pixels // (16 * _WARPS)) if self.position else 1
+        return -(-pixels // (16 * _WARPS))
 
 
 class _Sizes(ctypes.Structure):

@@ -20,7 +20,7 @@ DEVICE void attend_one_by_one(const ForwardArguments& x, Shared keys, Shared val
                               const Block& block, const Thread& me, int head) {
   const OnePixel<T, DEPTH, KERNEL> pixel(block, me, head);
   if (!pixel.inside) return;
-  const u16* query = pixel_of(x.query, x.query_stride, block, pixel.place(), pixel.channel());
+  const u16* query = pixel.of(x.query, x.query_stride, 0);
   const auto logit = [&](int row, int col) {
     float sum = 0.f;
 #pragma unroll 1
@@ -51,8 +51,7 @@ DEVICE void attend_one_by_one(const ForwardArguments& x, Shared keys, Shared val
           sums[d] += weight * pixel.of_window(values, i / KERNEL, i % KERNEL, 8 * chunk + d);
       }
     const float inverse = reciprocal_of(total);
-    u16* output =
-        pixel_of(x.output, x.output_stride, block, pixel.place(), pixel.channel() + 8 * chunk);
+    u16* output = pixel.of(x.output, x.output_stride, chunk);
 #pragma unroll
     for (int d = 0; d < 8; d += 2)
       store(reinterpret_cast<u32*>(output + d), T::pack(sums[d] * inverse, sums[d + 1] * inverse));
@@ -78,33 +77,30 @@ __global__ void __launch_bounds__(THREADS, DEPTH < 64 ? 3 : 2)
   const Pixels pixels(block, me);
   const Windows windows(me);
   Terms<DEPTH, KERNEL, MASK, POSITION> terms(block, me);
-  const u16* query[2];
-  u16* output[2];
-  const int channel = block.first_head * DEPTH + 2 * me.t;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    query[h] = pixel_of(x.query, x.query_stride, block, pixels.place[h], channel);
-    output[h] = pixel_of(x.output, x.output_stride, block, pixels.place[h], channel);
-  }
-  float* log_sum = x.log_sum + block.plane(x.sizes, 0);
   wait_for_copies();
   wait_for_block();
 #pragma unroll 1
   for (int head = 0; head < block.heads; ++head) {
+    const int channel = (block.first_head + head) * DEPTH + 2 * me.t;
+    const u16* query[2];
+    pixels.of(query, x.query, x.query_stride, block, channel);
     u32 a[H::STEPS][4];
     load_operands<DEPTH>(a, query, pixels);
     terms.template find<T>(a, embeddings, head, me);
-    float logits[ROWS][4];
-    window_products<T, KERNEL, CONTENT>(
-        logits, a, PixelsAsColumns<DEPTH>(keys, me, head), windows,
-        [&](int h, int offset, int i) { return terms.by_col[i] + terms.by_row[h][offset]; });
+    float logits[ROWS / 2][2][4];
+    const PixelsAsColumns<DEPTH> keys_as_columns(keys, me, head);
+#pragma unroll
+    for (int j = 0; j < ROWS; j += 2)
+      window_products<T, CONTENT>(logits[j / 2], a, keys_as_columns, windows, j,
+                                  [&](int r, int i) { return terms.start(j + r, i); });
     float shift[2], total[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float highest = fmaxf(logits[h][2 * h], logits[h][2 * h + 1]);
+      float highest = fmaxf(logits[h / 2][h % 2][2 * h], logits[h / 2][h % 2][2 * h + 1]);
 #pragma unroll
       for (int o = 1; o < KERNEL; ++o)
-        highest = fmaxf(highest, fmaxf(logits[o + h][2 * h], logits[o + h][2 * h + 1]));
+        highest = fmaxf(highest, fmaxf(logits[(o + h) / 2][(o + h) % 2][2 * h],
+                                       logits[(o + h) / 2][(o + h) % 2][2 * h + 1]));
       highest = fmaxf(highest, of_neighbour(highest, 1));
       highest = fmaxf(highest, of_neighbour(highest, 2));
       shift[h] = highest * LOG2_E;
@@ -118,11 +114,11 @@ __global__ void __launch_bounds__(THREADS, DEPTH < 64 ? 3 : 2)
         u32& word = weights[j / 2][j % 2 * 2 + h];
         const int offset = j - h;
         if (offset < 0 || offset >= KERNEL) {
-          word = 0;
+          word = held_zero();
           continue;
         }
-        const float first = exp2_of(logits[j][2 * h] * LOG2_E - shift[h]);
-        const float second = exp2_of(logits[j][2 * h + 1] * LOG2_E - shift[h]);
+        const float first = exp2_of(logits[j / 2][j % 2][2 * h] * LOG2_E - shift[h]);
+        const float second = exp2_of(logits[j / 2][j % 2][2 * h + 1] * LOG2_E - shift[h]);
         total[h] += first + second;
         word = T::pack(first, second);
       }
@@ -133,6 +129,8 @@ __global__ void __launch_bounds__(THREADS, DEPTH < 64 ? 3 : 2)
       inverse[h] = reciprocal_of(total[h]);
     }
     const PixelsAsRows<DEPTH> values_as_rows(values, me, head);
+    u16* output[2];
+    pixels.of(output, x.output, x.output_stride, block, channel);
     u32 collected[2] = {0, 0};
 #pragma unroll
     for (int c = 0; c < H::HEAD_CHUNKS; ++c) {
@@ -147,18 +145,16 @@ __global__ void __launch_bounds__(THREADS, DEPTH < 64 ? 3 : 2)
         if (pixels.inside[h]) store(reinterpret_cast<u32*>(output[h] + 8 * c), word);
       }
     }
+    float* log_sum[2];
+    pixels.of_planes(log_sum, x.log_sum, x.sizes, block, head);
 #pragma unroll
     for (int h = 0; h < 2; ++h)
-      if (me.t == 0 && pixels.inside[h])
-        store(log_sum + pixels.place[h], shift[h] + log2_of(total[h]));
+      if (me.t == 0 && pixels.inside[h]) store(log_sum[h], shift[h] + log2_of(total[h]));
     if (in_any_thread((pixels.inside[0] && not_finite(collected[0])) ||
                       (pixels.inside[1] && not_finite(collected[1])))) {
       wait_for_warp();  // whose threads have written what others write again
       attend_one_by_one<T, DEPTH, KERNEL, MASK, CONTENT, POSITION>(x, keys, values, block, me,
                                                                    head);
     }
-    query[0] += DEPTH, query[1] += DEPTH;
-    output[0] += DEPTH, output[1] += DEPTH;
-    log_sum += block.area();
   }
 }

@@ -31,8 +31,8 @@ DEVICE void query_gradients_one_by_one(const QueryArguments& x, Shared keys, Sha
                                        const Block& block, const Thread& me, int head) {
   const OnePixel<T, DEPTH, KERNEL> pixel(block, me, head);
   if (!pixel.inside) return;
-  const u16* query = pixel_of(x.query, x.query_stride, block, pixel.place(), pixel.channel());
-  const u16* grad = pixel_of(x.grad, x.grad_stride, block, pixel.place(), pixel.channel());
+  const u16* query = pixel.of(x.query, x.query_stride, 0);
+  const u16* grad = pixel.of(x.grad, x.grad_stride, 0);
   const u64 in_plane = block.plane(x.sizes, head) + pixel.place();
   const float log_sum = load(x.log_sum + in_plane);
   // The weight of a pixel of the window, and its grad.value.
@@ -72,8 +72,7 @@ DEVICE void query_gradients_one_by_one(const QueryArguments& x, Shared keys, Sha
             sums[e] += slope * pixel.embedding(x.rel_rows, x.rel_cols, i / KERNEL, i % KERNEL, d);
         }
       }
-    u16* to = pixel_of(x.grad_query, x.grad_query_stride, block, pixel.place(),
-                       pixel.channel() + 8 * chunk);
+    u16* to = pixel.of(x.grad_query, x.grad_query_stride, chunk);
 #pragma unroll
     for (int e = 0; e < 8; e += 2)
       store(reinterpret_cast<u32*>(to + e), T::pack(sums[e], sums[e + 1]));
@@ -86,14 +85,20 @@ template <typename T, int ROWS>
 DEVICE void sums_by_offset(u32 (&by_offset)[4], const u32 (&slopes)[ROWS / 2][4],
                            const Windows& windows, const Thread& me) {
   const u32 ones = T::pack(1.f, 1.f);
-  float row[4] = {0.f, 0.f, 0.f, 0.f}, col[4] = {0.f, 0.f, 0.f, 0.f};
+  const float zeros[4] = {0.f, 0.f, 0.f, 0.f};
+  // Sums of two rows of windows are in all even and all odd columns, of which thread t wants those
+  // of rows 2t and 2t + 1.
+  const u32 even = me.g % 2 ? 0u : ones, odd = me.g % 2 ? ones : 0u;
   // Near and far of columns 0 to 3, and of 4 to 7, become columns 0 to 3 and 4 to 7.
   const u32 low = me.g == me.t ? ones : 0u, high = me.g == me.t + 4 ? ones : 0u;
+  float row[4] = {0.f, 0.f, 0.f, 0.f}, col[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
   for (int p = 0; p < ROWS / 2; ++p) {
-    const u32 first = me.g == 2 * p ? ones : 0u, second = me.g == 2 * p + 1 ? ones : 0u;
-    T::sparse_product(row, slopes[p], windows.places, {first, first, second, second}, row);
+    float sums[4];
+    T::sparse_product(sums, slopes[p], windows.places, {even, even, odd, odd}, zeros);
     T::sparse_product(col, slopes[p], windows.places, {low, high, low, high}, col);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) row[i] = me.t == p ? sums[i] : row[i];
   }
   // Rows of the second pixel are one further on than its offsets.
   const float next = of_quad(row[2], me.t + 1 & 3);
@@ -130,43 +135,43 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
   const Pixels pixels(block, me);
   const Windows windows(me);
   Terms<DEPTH, KERNEL, MASK, POSITION> terms(block, me);
-  const u16 *query[2], *grad[2];
-  u16* grad_query[2];
-  const int channel = block.first_head * DEPTH + 2 * me.t;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    query[h] = pixel_of(x.query, x.query_stride, block, pixels.place[h], channel);
-    grad[h] = pixel_of(x.grad, x.grad_stride, block, pixels.place[h], channel);
-    grad_query[h] = pixel_of(x.grad_query, x.grad_query_stride, block, pixels.place[h], channel);
-  }
-  u64 plane = block.plane(x.sizes, 0);
   wait_for_copies();
   wait_for_block();
 #pragma unroll 1
   for (int head = 0; head < block.heads; ++head) {
+    const int channel = (block.first_head + head) * DEPTH + 2 * me.t;
+    const u16 *query[2], *grad[2];
+    const float* log_sum[2];
+    pixels.of(query, x.query, x.query_stride, block, channel);
+    pixels.of(grad, x.grad, x.grad_stride, block, channel);
+    pixels.of_planes(log_sum, x.log_sum, x.sizes, block, head);
     u32 a[H::STEPS][4], g[H::STEPS][4];
     load_operands<DEPTH>(a, query, pixels);
     load_operands<DEPTH>(g, grad, pixels);
     float shift[2], mean[2] = {0.f, 0.f};
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
-      shift[h] = pixels.inside[h] ? load(x.log_sum + plane + pixels.place[h]) : 0.f;
+    for (int h = 0; h < 2; ++h) shift[h] = pixels.inside[h] ? load(log_sum[h]) : 0.f;
     terms.template find<T>(a, embeddings, head, me);
-    float weights[ROWS][4], products[ROWS][4];
-    window_products<T, KERNEL, CONTENT>(
-        weights, a, PixelsAsColumns<DEPTH>(keys, me, head), windows,
-        [&](int h, int offset, int i) { return terms.by_col[i] + terms.by_row[h][offset]; });
-    window_products<T, KERNEL, true>(products, g, PixelsAsColumns<DEPTH>(values, me, head), windows,
-                                     [](int, int, int) { return 0.f; });
+    float weights[ROWS / 2][2][4], products[ROWS / 2][2][4];
+    const PixelsAsColumns<DEPTH> keys_as_columns(keys, me, head);
+    const PixelsAsColumns<DEPTH> values_as_columns(values, me, head);
 #pragma unroll
-    for (int j = 0; j < ROWS; ++j)
+    for (int j = 0; j < ROWS; j += 2) {
+      window_products<T, CONTENT>(weights[j / 2], a, keys_as_columns, windows, j,
+                                  [&](int r, int i) { return terms.start(j + r, i); });
+      window_products<T, true>(products[j / 2], g, values_as_columns, windows, j,
+                               [](int, int) { return 0.f; });
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int h = i / 2;
-        if (j - h < 0 || j - h >= KERNEL) continue;
-        weights[j][i] = exp2_of(weights[j][i] * LOG2_E - shift[h]);
-        mean[h] += weights[j][i] * products[j][i];
-      }
+      for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int h = i / 2;
+          if (j + r - h < 0 || j + r - h >= KERNEL) continue;
+          float& weight = weights[j / 2][r][i];
+          weight = exp2_of(weight * LOG2_E - shift[h]);
+          mean[h] += weight * products[j / 2][r][i];
+        }
+    }
     mean[0] = sum_of_quad(mean[0]), mean[1] = sum_of_quad(mean[1]);
     u32 slopes[ROWS / 2][4];
 #pragma unroll
@@ -174,14 +179,18 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const bool in_window = j - h >= 0 && j - h < KERNEL;
-        slopes[j / 2][j % 2 * 2 + h] =
-            in_window ? T::pack(weights[j][2 * h] * (products[j][2 * h] - mean[h]),
-                                weights[j][2 * h + 1] * (products[j][2 * h + 1] - mean[h]))
-                      : 0u;
+        float slope[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          slope[i] =
+              weights[j / 2][j % 2][2 * h + i] * (products[j / 2][j % 2][2 * h + i] - mean[h]);
+        slopes[j / 2][j % 2 * 2 + h] = in_window ? T::pack(slope[0], slope[1]) : held_zero();
       }
     u32 by_offset[4];
     if (POSITION) sums_by_offset<T, ROWS>(by_offset, slopes, windows, me);
     const PixelsAsRows<DEPTH> keys_as_rows(keys, me, head);
+    u16* grad_query[2];
+    pixels.of(grad_query, x.grad_query, x.grad_query_stride, block, channel);
     u32 collected[2] = {0, 0};
 #pragma unroll
     for (int c = 0; c < H::HEAD_CHUNKS; ++c) {
@@ -200,9 +209,11 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
         if (pixels.inside[h]) store(reinterpret_cast<u32*>(grad_query[h] + 8 * c), word);
       }
     }
+    float* means[2];
+    pixels.of_planes(means, x.mean, x.sizes, block, head);
 #pragma unroll
     for (int h = 0; h < 2; ++h)
-      if (me.t == 0 && pixels.inside[h]) store(x.mean + plane + pixels.place[h], mean[h]);
+      if (me.t == 0 && pixels.inside[h]) store(means[h], mean[h]);
     if (in_any_thread((pixels.inside[0] && not_finite(collected[0])) ||
                       (pixels.inside[1] && not_finite(collected[1])))) {
       wait_for_warp();  // whose threads have written what others write again
@@ -237,10 +248,6 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
         }
       }
     }
-    query[0] += DEPTH, query[1] += DEPTH;
-    grad[0] += DEPTH, grad[1] += DEPTH;
-    grad_query[0] += DEPTH, grad_query[1] += DEPTH;
-    plane += block.area();
   }
   if (POSITION) {
     wait_for_block();

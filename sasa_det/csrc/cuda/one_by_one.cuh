@@ -28,6 +28,10 @@ struct OnePixel {
   }
 
   DEVICE int place() const { return block.place(y, x); }
+  template <typename Element>
+  DEVICE Element* of(Element* images, u32 stride, int chunk) const {
+    return pixel_of(images, stride, block, y, x, channel() + 8 * chunk);
+  }
   DEVICE int channel() const { return (block.first_head + head) * DEPTH; }
   DEVICE bool has(int row, int col) const {
     return block.has_row(block.top + y + row - REACH) &&

@@ -88,10 +88,12 @@ struct Block {
   }
 };
 
-// A channel of a pixel, given by its place in the tile.
+// A channel of a pixel of the tile, given by its row and column there.
 template <typename Element>
-DEVICE Element* pixel_of(Element* images, u32 stride, const Block& block, int place, int channel) {
-  return images + block.corner * stride + (place * static_cast<int>(stride) + channel);
+DEVICE Element* pixel_of(Element* images, u32 stride, const Block& block, int row, int col,
+                         int channel) {
+  const u32 offset = block.place(row, col) * stride + channel;
+  return held(images + block.corner * stride) + offset;
 }
 
 // Starts to copy the tile and its halo, zeros outside of the image, of images whose pixels lie
@@ -104,8 +106,9 @@ DEVICE void copy_tile(Shared to, const u16* from, u32 stride, const Block& block
   const int chunk = me.lane % H::CHUNKS, col = me.lane / H::CHUNKS;
   const int y = block.top - REACH + me.warp, x = block.left - REACH + col;
   const bool wanted = 8 * chunk < block.heads * DEPTH;
-  const int pixel = block.place(me.warp - REACH, col - REACH);
-  const u16* row = pixel_of(from, stride, block, pixel, block.first_head * DEPTH + 8 * chunk);
+  const u64 corner = block.corner - static_cast<u32>(block.place(REACH, REACH));
+  const u32 offset = block.place(me.warp, col) * stride + block.first_head * DEPTH + 8 * chunk;
+  const u16* row = held(from + corner * stride) + offset;
   const int row_step = WARPS * block.width * stride, col_step = STEP * stride;
   to += me.warp * H::ROW_BYTES;
 #pragma unroll
@@ -125,15 +128,26 @@ DEVICE void copy_tile(Shared to, const u16* from, u32 stride, const Block& block
 
 // A warp's 16 pixels: those in row g and g + 8 of products.
 struct Pixels {
+  int row, col;  // of the first of a thread's two in the tile
   bool inside[2];
-  int place[2];  // in the tile
-  DEVICE Pixels(const Block& block, const Thread& me) {
-    const int y = block.top + me.row(), x = block.left + me.col() + me.g;
+  DEVICE Pixels(const Block& block, const Thread& me) : row(me.row()), col(me.col() + me.g) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      inside[h] = block.has_row(y + h) && block.has_col(x);
-      place[h] = block.place(me.row() + h, me.col() + me.g);
-    }
+    for (int h = 0; h < 2; ++h)
+      inside[h] = block.has_row(block.top + row + h) && block.has_col(block.left + col);
+  }
+  // A channel of both.
+  template <typename Element>
+  DEVICE void of(Element* (&both)[2], Element* images, u32 stride, const Block& block,
+                 int channel) const {
+    both[0] = pixel_of(images, stride, block, row, col, channel);
+    both[1] = both[0] + block.width * stride;
+  }
+  // Their values in planes (batch, heads, height, width), of a head of the block.
+  template <typename Element>
+  DEVICE void of_planes(Element* (&both)[2], Element* planes, const Sizes& sizes,
+                        const Block& block, int head) const {
+    both[0] = held(planes + block.plane(sizes, head)) + static_cast<u32>(block.place(row, col));
+    both[1] = both[0] + static_cast<u32>(block.width);
   }
 };
 

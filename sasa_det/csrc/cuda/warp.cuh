@@ -35,13 +35,31 @@ DEVICE void copy_async(Shared to, const void* from, bool present) {
 }
 DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// The same pointer, which the compiler shall not take apart: it is the same for all threads, and an
+// offset of 32 bits is added to it in one or two instructions.
+template <typename T>
+DEVICE T* held(T* pointer) {
+  asm("" : "+l"(pointer));
+  return pointer;
+}
+
 template <typename T>
 DEVICE T load(const T* from) {
   return __ldg(from);
 }
-template <typename T>
-DEVICE void store(T* to, T value) {
-  *to = value;
+DEVICE void store(u32* to, u32 value) {
+  asm volatile("st.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+DEVICE void store(float* to, float value) {
+  asm volatile("st.global.f32 [%0], %1;" ::"l"(to), "f"(value) : "memory");
+}
+
+// 0 in a register of its own: the compiler copies the four words of an operand for each product if
+// it knows that one of them is constant. It is the depth of a block, which is 1, less 1.
+DEVICE u32 held_zero() {
+  u32 depth;
+  asm volatile("mov.u32 %0, %%ntid.z;" : "=r"(depth));
+  return depth - 1;
 }
 
 DEVICE void load_shared(u32 (&words)[4], Shared from) {
@@ -70,8 +88,8 @@ DEVICE void store_shared(Shared to, const u32 (&words)[4]) {
 DEVICE void store_shared(Shared to, float first, float second) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(first), "f"(second) : "memory");
 }
-DEVICE void store_shared(Shared to, u32 word) {
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(word) : "memory");
+DEVICE void store_shared(Shared to, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
 }
 
 // All: four 8x8 matrices of 16 bits. Thread 8 m + r gives the address of row r of matrix m and

@@ -218,6 +218,12 @@ class Terms {
     }
   }
 
+  // What a logit begins with, in row j of the windows and result i of a thread.
+  DEVICE float start(int j, int i) const {
+    const int h = i / 2, offset = j - h;
+    return offset >= 0 && offset < KERNEL ? by_col[i] + by_row[h][offset] : 0.f;
+  }
+
   template <typename T>
   DEVICE void find(const u32 (&a)[Heads<DEPTH>::STEPS][4], Shared embeddings, int head,
                    const Thread& me) {
@@ -239,30 +245,24 @@ class Terms {
   }
 };
 
-// Products of the 16 pixels a with those of their windows, for each of KERNEL + 1 rows. They begin
-// with start(h, offset, i): h is the row of the pixel, offset the one of its window's row, i the
-// number of the result.
-template <typename T, int KERNEL, bool PRODUCTS, int DEPTH, typename Start>
-DEVICE void window_products(float (&results)[KERNEL + 1][4], const u32 (&a)[Heads<DEPTH>::STEPS][4],
-                            const PixelsAsColumns<DEPTH>& columns, const Windows& windows,
+// Products of the 16 pixels a with those of their windows in rows j and j + 1. They begin with
+// start(r, i) for result i of row j + r.
+template <typename T, bool PRODUCTS, int DEPTH, typename Start>
+DEVICE void window_products(float (&results)[2][4], const u32 (&a)[Heads<DEPTH>::STEPS][4],
+                            const PixelsAsColumns<DEPTH>& columns, const Windows& windows, int j,
                             Start start) {
+  float near[2][4], far[2][4];
 #pragma unroll
-  for (int j = 0; j < KERNEL + 1; j += 2) {
-    float near[2][4], far[2][4];
+  for (int r = 0; r < 2; ++r)
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
+    for (int i = 0; i < 4; ++i) {
+      near[r][i] = far[r][i] = start(r, i);
+    }
+  if (PRODUCTS) columns.template product<T>(near, far, a, j);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int h = i / 2, offset = j + r - h;
-        near[r][i] = offset >= 0 && offset < KERNEL ? start(h, offset, i) : 0.f;
-        far[r][i] = near[r][i];
-      }
-    if (PRODUCTS) columns.template product<T>(near, far, a, j);
+  for (int r = 0; r < 2; ++r)
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) results[j + r][i] = windows.near[i % 2] ? near[r][i] : far[r][i];
-  }
+    for (int i = 0; i < 4; ++i) results[r][i] = windows.near[i % 2] ? near[r][i] : far[r][i];
 }
 
 // Sums over the four threads that have the results of a pixel.

@@ -329,6 +329,11 @@ DEVICE void wait_for_copies() {
 }
 
 template <typename T>
+DEVICE T* held(T* pointer) {
+  return pointer;
+}
+
+template <typename T>
 DEVICE T load(const T* from) {
   emulation::check_global(from, sizeof(T), false);
   return *from;
@@ -338,6 +343,7 @@ DEVICE void store(T* to, T value) {
   emulation::check_global(to, sizeof(T), true);
   *to = value;
 }
+DEVICE u32 held_zero() { return 0; }
 DEVICE void load_shared(u32 (&words)[4], Shared from) {
   memcpy(words, emulation::shared(from, 16), 16);
 }
@@ -355,7 +361,7 @@ DEVICE void store_shared(Shared to, float first, float second) {
   const float pair[2] = {first, second};
   memcpy(emulation::shared(to, 8), pair, 8);
 }
-DEVICE void store_shared(Shared to, u32 word) { memcpy(emulation::shared(to, 4), &word, 4); }
+DEVICE void store_shared(Shared to, float value) { memcpy(emulation::shared(to, 4), &value, 4); }
 
 DEVICE void load_matrices(u32 (&words)[4], Shared row) {
   emulation::load_matrices(words, row, false);
