@@ -13,6 +13,8 @@ from torch import Tensor
 HEAD_WIDTHS = (8, 16, 32, 64)
 WIDEST_KERNEL = 7
 THREADS = 256
+# Elements of a row of pixels, of which those of a tile and its halo are counted with 32 bits.
+LARGEST_ROW = 2**31 // 32
 
 # As in csrc/cuda/tile.cuh.
 _TILE_ROWS, _TILE_COLS, _WARPS = 8, 16, 8
@@ -164,8 +166,8 @@ def launch_of(kernel: str, variant: Variant, **tensors: Tensor | None) -> Launch
     arguments = KERNELS[kernel].arguments()
     groups_inverse = -(-(2**32) // groups) % 2**32
     arguments.sizes = _Sizes(height, width, channels // variant.head_width, groups_inverse)
-    for name, x in tensors.items():
-        if x is not None:
+    for name, kind in arguments._fields_:
+        if kind is ctypes.c_void_p and (x := tensors[name]) is not None:
             setattr(arguments, name, x.data_ptr())
             if hasattr(arguments, f"{name}_stride"):
                 setattr(arguments, f"{name}_stride", pixel_stride(x))

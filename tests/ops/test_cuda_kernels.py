@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sasa_det.ops import local_attention, loop
+from sasa_det.ops import cuda, local_attention, loop
 from sasa_det.ops.cuda_compiler import SOURCES
 from sasa_det.ops.cuda_kernels import (
     KERNELS,
@@ -117,7 +117,13 @@ def run(library, kernel, case, tensors, results, skipped=-1, seed=0, height=None
         launch.arguments.sizes.height = height
     ranges = [Range(*memory(x), 0) for x in tensors.values() if x is not None]
     ranges += [Range(*memory(x), 1) for x in results.values() if x is not None]
-    start = Start(
+    return start(library, launch, ranges, skipped, seed)
+
+
+def start(library, launch, ranges=(), skipped=-1, seed=0):
+    """Start a kernel that may use these ranges of memory, all memory if there are none."""
+    names = [variant.name(kernel) for kernel in KERNELS for variant in VARIANTS.values()]
+    arguments = Start(
         ctypes.addressof(launch.arguments),
         launch.grid,
         THREADS,
@@ -127,10 +133,10 @@ def run(library, kernel, case, tensors, results, skipped=-1, seed=0, height=None
         len(ranges),
         (Range * len(ranges))(*ranges),
     )
-    number = list(KERNELS).index(kernel) * len(VARIANTS) + list(VARIANTS).index(case)
-    message = library.run(number, ctypes.byref(start)).decode()
-    assert start.bank_conflicts == 0
-    return message, start.barriers
+    number = names.index(launch.name)
+    message = library.run(number, ctypes.byref(arguments)).decode()
+    assert arguments.bank_conflicts == 0
+    return message, arguments.barriers
 
 
 def memory(x):
@@ -377,3 +383,86 @@ def test_strides_of_pixels():
     assert pixel_stride(joined[:, ::2]) is None
     assert pixel_stride(joined[..., 1:33]) is None  # 4 bytes off
     assert pixel_stride(torch.zeros(2, 5, 6, 12)) is None  # the second pixel is not aligned
+
+
+@pytest.fixture
+def emulated(library, monkeypatch):
+    """The backend "cuda", whose kernels are emulated."""
+
+    def emulate(launch, query):
+        message, _ = start(library, launch)
+        assert message == ""
+
+    monkeypatch.setattr(cuda, "_start", emulate)
+    monkeypatch.setattr(cuda, "why_not", lambda *arguments, **options: None)
+
+
+@pytest.mark.parametrize("layout", ["slices", "channels last", "channels first"])
+@pytest.mark.parametrize("case", ["32", "position", "content"])
+def test_the_backend_takes_every_layout(emulated, case, layout):
+    variant = VARIANTS[case]
+    query, key, value, rows, cols = make(variant, 2, 2, 5, 6)
+    inputs = [None if x is None else x.permute(0, 3, 1, 2) for x in (query, key, value)]
+    formats = {"channels last": torch.channels_last, "channels first": torch.contiguous_format}
+    if layout in formats:
+        inputs = [
+            None if x is None else x.contiguous(memory_format=formats[layout]) for x in inputs
+        ]
+    else:
+        assert all(
+            cuda._channels_last(x).data_ptr() == x.data_ptr() for x in inputs if x is not None
+        )
+    inputs = [None if x is None else x.detach().requires_grad_() for x in (*inputs, rows, cols)]
+    options = {"kernel_size": variant.kernel_size, "num_heads": 2, "content": variant.content}
+    present = [x for x in inputs if x is not None]
+    grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
+    results = []
+    for backend, dtype in (("cuda", variant.dtype), ("reference", torch.float64)):
+        leaves = iter([x if x.dtype == torch.float32 else x.to(dtype) for x in present])
+        arguments = [None if x is None else next(leaves) for x in inputs]
+        output = local_attention(*arguments, **options, backend=backend)
+        gradients = torch.autograd.grad(output, present, grad.to(output.dtype))
+        results.append([output, *gradients])
+    for ours, exact in zip(*results, strict=True):
+        assert ours.shape == exact.shape
+        assert error_of(ours, exact) <= TOLERANCE[variant.dtype]
+
+
+def test_an_empty_batch_goes_through(emulated):
+    variant = VARIANTS["32"]
+    inputs = [x.permute(0, 3, 1, 2)[:0] if x.dim() == 4 else x for x in make(variant, 1, 1, 5, 6)]
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    output = local_attention(*inputs, kernel_size=7, num_heads=1, backend="cuda")
+    gradients = torch.autograd.grad(output.sum(), inputs)
+    assert output.shape == (0, 32, 5, 6)
+    assert [x.shape for x in gradients] == [x.shape for x in inputs]
+    assert not gradients[3].any() and not gradients[4].any()
+
+
+def test_operator_passes_opcheck(emulated):
+    inputs = make(VARIANTS["32"], 1, 1, 3, 4)
+    inputs = [x.permute(0, 3, 1, 2) if x.dim() == 4 else x for x in inputs]
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    operator = torch.ops.sasa_det.local_attention.default
+    torch.library.opcheck(operator, (*inputs, 7, 1, True, "cuda"))
+
+
+def test_the_check_at_first_use_finds_what_is_wrong(emulated, monkeypatch):
+    variant = VARIANTS["32"]
+    assert cuda.self_check(variant, torch.device("cpu")) is None
+    right = cuda.backward
+
+    def wrong(*arguments):
+        query, key, *others = right(*arguments)
+        return (query, 1.1 * key, *others)
+
+    monkeypatch.setattr(cuda, "backward", wrong)
+    problem = cuda.self_check(variant, torch.device("cpu"))
+    assert problem.startswith("grad_key differs from the loop backend's by ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so():
+    inputs = [x.permute(0, 3, 1, 2) for x in make(VARIANTS["32"], 1, 1, 3, 4)[:3]]
+    with pytest.raises(RuntimeError, match="'cuda' cannot run here: "):
+        local_attention(*inputs, None, None, kernel_size=7, num_heads=1, backend="cuda")

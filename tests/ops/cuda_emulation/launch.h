@@ -12,7 +12,7 @@ struct Start {
   int grid[3], threads, shared_bytes;
   int skipped;  // a barrier that no thread waits at, counted from 0; -1 for none
   int seed, num_ranges;
-  const Range* ranges;  // the memory that the kernel may use
+  const Range* ranges;  // the memory that the kernel may use; none for all
   // Results: matrices of which rows share a bank, and barriers of a thread.
   mutable int bank_conflicts, barriers;
 };
