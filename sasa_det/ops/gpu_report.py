@@ -24,6 +24,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?(\S+)(.*?)\s*;")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
+_CONDITION = re.compile(r"\s*!?U?P\d")  # of a branch, where it is an operand
 _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 
 
@@ -72,14 +73,14 @@ def _executed(listing: str, heads: int, inner: int) -> int:
     # Branches back; the loop over heads is the one with the vote.
     limits: dict[int, int] = {}
     rounds: dict[int, int] = {}
-    vote = next(i for i, (_, name, _) in enumerate(code) if name.startswith("VOTE"))
+    vote = next(i for i, (_, name, _) in enumerate(code) if name.startswith("VOTE.ANY"))
     count = at = 0
     voted = False
     while True:
         predicate, name, operands = code[at]
         count += 1
         at += 1
-        if name.startswith("VOTE"):
+        if name.startswith("VOTE.ANY"):
             voted = True
         elif name.startswith(("BRA", "EXIT")):
             target = labels[_TARGET.search(operands)[1]] if name.startswith("BRA") else None
@@ -90,7 +91,8 @@ def _executed(listing: str, heads: int, inner: int) -> int:
                 if not taken:
                     rounds[at] = 0
             else:
-                taken = predicate is None or voted
+                always = predicate is None and not _CONDITION.match(operands)
+                taken = always or voted
             voted = False
             if taken and target is None:
                 return count

@@ -16,17 +16,20 @@ needs_compiler = pytest.mark.skipif(
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
+FORWARD, QUERY, KEY = KERNELS
 # Instructions that a warp executes for 16 queries of a head, by kernel and head width.
 INSTRUCTIONS = {
-    "local_attention_forward": {8: 600, 16: 750, 32: 950, 64: 1400},
-    "local_attention_query": {8: 800, 16: 950, 32: 1300, 64: 1800},
-    "local_attention_key": {8: 1200, 16: 1300, 32: 1600, 64: 2100},
+    FORWARD: {8: 600, 16: 750, 32: 950, 64: 1400},
+    QUERY: {8: 800, 16: 1000, 32: 1300, 64: 1700},
+    KEY: {8: 900, 16: 1150, 32: 1450, 64: 1950},
 }
-SPILLED_BYTES = 64
-# Registers with which as many blocks as planned fit an SM, and the shared memory of a block that
-# all GPUs from sm_80 on have.
-REGISTERS = {8: 80, 16: 80, 32: 80, 64: 128}
-SHARED_BYTES = 99 * 1024
+# Registers with which as many blocks as planned fit an SM.
+REGISTERS = {FORWARD: {8: 80, 16: 80, 32: 80, 64: 128}}
+MOST_REGISTERS = 128
+SPILLED_BYTES = {8: 64, 16: 64, 32: 64, 64: 128}
+# All GPUs from compute capability 8.0 on have 99 KiB for a block. The widest heads need more in the
+# backward pass, and twice this is what an SM of 9.0 has.
+SHARED_BYTES = {8: 99 * 1024, 16: 99 * 1024, 32: 99 * 1024, 64: 113 * 1024}
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +41,10 @@ def check_limits(architecture, dtype, head_width):
     variant = Variant(dtype, head_width, 7)
     for name, kernel in KERNELS.items():
         compiled = compile_kernel(kernel.header, variant.name(name), architecture)
-        assert compiled.resources.registers <= REGISTERS[head_width]
-        assert compiled.resources.spill_bytes <= SPILLED_BYTES
-        assert kernel.shared_bytes(variant) <= SHARED_BYTES
+        registers = REGISTERS.get(name, {}).get(head_width, MOST_REGISTERS)
+        assert compiled.resources.registers <= registers
+        assert compiled.resources.spill_bytes <= SPILLED_BYTES[head_width]
+        assert kernel.shared_bytes(variant) <= SHARED_BYTES[head_width]
         if disassembler():
             inner = kernel.inner_loop(variant)
             count = instructions_per_head(compiled, variant.heads_of_block, inner)
@@ -54,11 +58,9 @@ def check_limits(architecture, dtype, head_width):
     "architecture,dtype,head_width",
     [
         ("sm_90", BF16, 8),
-        ("sm_90", FP16, 16),
-        ("sm_90", BF16, 32),
-        ("sm_90", FP16, 64),
-        ("sm_80", FP16, 32),
-        ("sm_100", BF16, 16),
+        ("sm_90", FP16, 32),
+        ("sm_80", BF16, 16),
+        ("sm_100", FP16, 64),
     ],
 )
 def test_kernels_stay_within_their_limits(architecture, dtype, head_width):
