@@ -280,6 +280,34 @@ def test_forward_equals_the_reference(library, case, batch, heads, height, width
     assert error_of(log_sum, expected_log_sum) <= 1e-4
 
 
+def test_forward_equals_a_formulation_without_embeddings(library):
+    # Heads of q and [q.r of the row offset that keys in rows m, modulo 7, are at, for each m; the
+    # same for columns], and of k and [1 in place of the key's row, 1 in place of its column].
+    variant = VARIANTS["32"]
+    inputs = make(variant, 1, 1, 9, 17)
+    query, key, value, rows, cols = arguments(variant, inputs)[0]
+    size, half = variant.kernel_size, variant.head_width // 2
+    y, x = torch.meshgrid(torch.arange(9), torch.arange(17), indexing="ij")
+    class_of = torch.arange(size).view(-1, 1, 1)
+    queries, keys = [query], [key]
+    for line, embedding, channels in ((y, rows, query[:, :half]), (x, cols, query[:, half:])):
+        terms = torch.einsum("ndyx,dk->nkyx", channels, embedding[0])
+        queries.append(terms.gather(1, ((class_of - line + size // 2) % size)[None]))
+        keys.append((line % size == class_of)[None].double())
+    values = torch.cat([value, value.new_zeros(1, 2 * size, 9, 17)], 1)
+    expected = local_attention(
+        *(torch.cat(x, 1) for x in (queries, keys)),
+        *(values, None, None),
+        kernel_size=size,
+        num_heads=1,
+        backend="loop",
+    )
+    output, *_ = forward(library, "32", inputs)
+    expected = expected[:, : variant.head_width].permute(0, 2, 3, 1)
+    assert error_of(output, expected) <= TOLERANCE[BF16]
+    assert error_of(expected_of(variant, inputs)[0], expected) <= 1e-12
+
+
 @SIZES
 def test_gradients_equal_the_reference(library, case, batch, heads, height, width):
     variant = VARIANTS[case]
