@@ -161,7 +161,7 @@ def launch_of(kernel: str, variant: Variant, **tensors: Tensor | None) -> Launch
             all contiguous and float32, and grad_embeddings has :func:`embedding_sums_shape`.
     """
     batch, height, width, channels = tensors["query"].shape
-    groups = -(-channels // (variant.head_width * variant.heads_of_block))
+    groups = _groups(variant, channels)
     tile_rows, tile_cols = _tiles(height, width)
     arguments = KERNELS[kernel].arguments()
     groups_inverse = -(-(2**32) // groups) % 2**32
@@ -178,6 +178,16 @@ def launch_of(kernel: str, variant: Variant, **tensors: Tensor | None) -> Launch
         KERNELS[kernel].shared_bytes(variant),
         arguments,
     )
+
+
+def blocks_of(variant: Variant, batch: int, height: int, width: int, channels: int) -> int:
+    """Return the number of blocks of a launch."""
+    tile_rows, tile_cols = _tiles(height, width)
+    return batch * tile_rows * tile_cols * _groups(variant, channels)
+
+
+def _groups(variant: Variant, channels: int) -> int:
+    return -(-channels // (variant.head_width * variant.heads_of_block))
 
 
 def _tiles(height: int, width: int) -> tuple[int, int]:

@@ -8,7 +8,13 @@ import torch
 from sasa_det.ops import cuda_compiler
 from sasa_det.ops.cuda_compiler import CompilerError, compile_kernel
 from sasa_det.ops.cuda_kernels import HEAD_WIDTHS, KERNELS, Variant
-from sasa_det.ops.gpu_report import ARCHITECTURES, disassembler, instructions_per_head
+from sasa_det.ops.gpu_prediction import GPUS
+from sasa_det.ops.gpu_report import (
+    ARCHITECTURES,
+    disassembler,
+    instructions_per_head,
+    predictions,
+)
 
 needs_compiler = pytest.mark.skipif(
     cuda_compiler.missing() is not None, reason=str(cuda_compiler.missing())
@@ -74,6 +80,16 @@ def test_kernels_stay_within_their_limits(architecture, dtype, head_width):
 @pytest.mark.parametrize("head_width", HEAD_WIDTHS)
 def test_all_kernels_stay_within_their_limits(architecture, dtype, head_width):
     check_limits(architecture, dtype, head_width)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.skipif(disassembler() is None, reason="nvdisasm is not installed")
+@pytest.mark.parametrize("gpu,forward,step", [(GPUS[0], 1.1, 1.3), (GPUS[1], 0.8, 1.0)])
+def test_predicted_times_of_retinanet(gpu, forward, step):
+    total = predictions(gpu)[-1]
+    assert total["layer"] == "RetinaNet-50"
+    assert float(total["ratio forward"]) <= forward and float(total["ratio step"]) <= step
 
 
 @needs_compiler
