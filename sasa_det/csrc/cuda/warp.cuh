@@ -85,6 +85,9 @@ DEVICE void store_shared(Shared to, const u32 (&words)[4]) {
                "r"(words[2]), "r"(words[3])
                : "memory");
 }
+DEVICE void store_shared(Shared to, u32 first, u32 second) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(first), "r"(second) : "memory");
+}
 DEVICE void store_shared(Shared to, float first, float second) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(first), "f"(second) : "memory");
 }

@@ -108,36 +108,33 @@ class PixelsAsRows {
 
 // Relative embeddings of a block's heads in shared memory, as right operands of the products with
 // 16 pixels: a word of two 16-bit numbers for the value of each, and one for what rounding left
-// out.
+// out. Heads below 32 channels have a slot, with these words of the row and of the column
+// embeddings; wider ones have one for each 16 channels, with those of their two halves.
 template <int DEPTH, int KERNEL>
 struct Embeddings {
   using H = Heads<DEPTH>;
-  // Below 32 channels, a head's row and column embeddings; else 16 channels of one of them.
   static constexpr int SLOTS = DEPTH < 32 ? H::COUNT : H::STEPS;
   static constexpr int BYTES = SLOTS * 32 * 16;
 
-  // Both are (heads, DEPTH / 2, KERNEL).
+  // Both are (heads, DEPTH / 2, KERNEL). Each warp prepares half of a slot.
   template <typename T>
   static DEVICE void prepare(Shared to, const float* rel_rows, const float* rel_cols,
                              const Block& block, const Thread& me) {
-    const int slot = me.warp;
-    if (slot >= SLOTS || (DEPTH < 32 && slot >= block.heads)) return;
-    const float* rows = rel_rows + block.first_head * (DEPTH / 2) * KERNEL;
-    const float* cols = rel_cols + block.first_head * (DEPTH / 2) * KERNEL;
-    u32 words[4];
-    if (DEPTH < 32) {
-      const int start = slot * (DEPTH / 2);
-      // Heads of 8 channels have those of the rows in threads 0 and 1, of the columns in 2 and 3.
-      const int row = 2 * me.t, col = DEPTH == 16 ? row : row - 4;
-      split<T>(words[0], words[1], rows + start * KERNEL, row, me.g);
-      split<T>(words[2], words[3], cols + start * KERNEL, col, me.g);
-    } else {
-      const int channel = 16 * slot % (DEPTH / 2) + 2 * me.t;
-      const float* from = slot < SLOTS / 2 ? rows : cols;
-      split<T>(words[0], words[2], from, channel, me.g);
-      split<T>(words[1], words[3], from, channel + 8, me.g);
-    }
-    store_shared(to + (slot * 32 + me.lane) * 16, words);
+    const int slot = me.warp / 2, half = me.warp % 2;
+    const int head = DEPTH < 32 ? slot : 0;
+    if (slot >= SLOTS || head >= block.heads) return;
+    const bool of_rows = DEPTH < 32 ? half == 0 : slot < SLOTS / 2;
+    int channel = 2 * me.t;
+    // Heads of 8 channels have those of the rows in threads 0 and 1, of the columns in 2 and 3.
+    if (DEPTH == 8) channel -= 4 * half;
+    if (DEPTH >= 32) channel += 16 * slot % (DEPTH / 2) + 8 * half;
+    const float* from = (of_rows ? rel_rows : rel_cols) +
+                        ((block.first_head + head) * (DEPTH / 2) + channel) * KERNEL + me.g;
+    const bool known = me.g < KERNEL && channel >= 0 && channel < DEPTH / 2;
+    const float first = known ? load(from) : 0.f, second = known ? load(from + KERNEL) : 0.f;
+    const u32 value = T::pack(first, second);
+    const u32 rest = T::pack(first - T::low(value), second - T::high(value));
+    store_shared(to + (slot * 32 + me.lane) * 16 + 8 * half, value, rest);
   }
 
   // by_row and by_col += the products of 16 pixels with the embeddings of row and column offsets.
@@ -156,8 +153,8 @@ struct Embeddings {
       for (int s = 0; s < SLOTS; ++s) {
         load_shared(b, from + s * 512);
         float (&sum)[4] = s < SLOTS / 2 ? by_row : by_col;
-        T::product(sum, a[s][0], a[s][1], a[s][2], a[s][3], b[0], b[1], sum);
-        T::product(sum, a[s][0], a[s][1], a[s][2], a[s][3], b[2], b[3], sum);
+        T::product(sum, a[s][0], a[s][1], a[s][2], a[s][3], b[0], b[2], sum);
+        T::product(sum, a[s][0], a[s][1], a[s][2], a[s][3], b[1], b[3], sum);
       }
     }
   }
@@ -175,22 +172,8 @@ struct Embeddings {
                  transposed(b[2]), sum);
     else {
       const int first = chunk < H::HEAD_CHUNKS / 2 ? 0 : 2;
-      const u32 word = DEPTH == 16 ? b[chunk * 2] : b[chunk % 2];
-      T::product(sum, by_offset[first], by_offset[first + 1], transposed(word), sum);
+      T::product(sum, by_offset[first], by_offset[first + 1], transposed(b[chunk % 2 * 2]), sum);
     }
-  }
-
- private:
-  template <typename T>
-  static DEVICE void split(u32& value, u32& rest, const float* from, int channel, int offset) {
-    float x[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const bool known = offset < KERNEL && channel >= 0 && channel + i < DEPTH / 2;
-      x[i] = known ? load(from + (channel + i) * KERNEL + offset) : 0.f;
-    }
-    value = T::pack(x[0], x[1]);
-    rest = T::pack(x[0] - T::low(value), x[1] - T::high(value));
   }
 };
 

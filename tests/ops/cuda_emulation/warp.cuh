@@ -358,6 +358,10 @@ DEVICE void load_shared(u16& half, Shared from) { memcpy(&half, emulation::share
 DEVICE void store_shared(Shared to, const u32 (&words)[4]) {
   memcpy(emulation::shared(to, 16), words, 16);
 }
+DEVICE void store_shared(Shared to, u32 first, u32 second) {
+  const u32 pair[2] = {first, second};
+  memcpy(emulation::shared(to, 8), pair, 8);
+}
 DEVICE void store_shared(Shared to, float first, float second) {
   const float pair[2] = {first, second};
   memcpy(emulation::shared(to, 8), pair, 8);
