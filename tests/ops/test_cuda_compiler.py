@@ -38,9 +38,13 @@ SPILLED_BYTES = {8: 64, 16: 64, 32: 64, 64: 128}
 SHARED_BYTES = {8: 99 * 1024, 16: 99 * 1024, 32: 99 * 1024, 64: 113 * 1024}
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """A folder of these tests for compiled kernels."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder / "sasa_det" / "cuda"
 
 
 def check_limits(architecture, dtype, head_width):
@@ -75,8 +79,7 @@ def test_kernels_stay_within_their_limits(architecture, dtype, head_width):
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("architecture,dtype", zip(ARCHITECTURES, (BF16, BF16, FP16), strict=True))
 @pytest.mark.parametrize("head_width", HEAD_WIDTHS)
 def test_all_kernels_stay_within_their_limits(architecture, dtype, head_width):
     check_limits(architecture, dtype, head_width)
@@ -93,14 +96,14 @@ def test_predicted_times_of_retinanet(gpu, forward, step):
 
 
 @needs_compiler
-def test_a_compiled_kernel_is_kept(tmp_path, caplog):
+def test_a_compiled_kernel_is_kept(cache, caplog):
     name = Variant(BF16, 8, 1, content=False).name("local_attention_forward")
     with caplog.at_level("INFO", logger=cuda_compiler.__name__):
         first = compile_kernel("local_attention_forward.cuh", name, "sm_80")
         second = compile_kernel("local_attention_forward.cuh", name, "sm_80")
     assert first == second and first.code.startswith(b"\x7fELF")
     assert len(caplog.records) == 1 and f"Compiled {name} for sm_80" in caplog.text
-    assert len(list(tmp_path.glob("sasa_det/cuda/*.kernel"))) == 1
+    assert len(list(cache.glob("local_attention_forward-Bfloat16-8-1-*.kernel"))) == 1
 
 
 @needs_compiler
