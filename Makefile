@@ -1,6 +1,8 @@
 # make demo         train, evaluate and draw on the built-in data, into OUTPUT
 # make evidence     the long comparison on the built-in data, hours, into output/evidence; resumes
 # make trees        the same models on aerial photographs, which are fetched, into output/trees; resumes
+# make animals      the paper's ablations on silhouettes of animals, which are fetched, into
+#                   output/ablations_animals; resumes
 # make test         all tests; `make test-fast` leaves out the slow ones
 # make lint         style and formatting
 # make docs         the documentation, into output/docs; warnings are errors
@@ -19,11 +21,12 @@ usable = $(if $(1),$(shell $(1) -c 'import ensurepip, sys, venv; \
     print("yes" if (3, 10) <= sys.version_info < (3, 13) else "")' 2>/dev/null))
 
 VENV_PYTHON := .venv/bin/python
-# One process for each core. The tests of a file run in one process and share its fixtures.
-PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+# One process for each core. The tests of a file run in one process and share its fixtures. Files
+# stay in their order: those of most tests would come first, and long ones of few tests at the end.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 INSTALLED := .venv/.installed
 
-.PHONY: demo docs evidence trees test test-fast lint install
+.PHONY: animals demo docs evidence trees test test-fast lint install
 
 demo: install
 	$(VENV_PYTHON) tools/digits_demo.py --output "$(OUTPUT)"
@@ -33,6 +36,11 @@ evidence: install
 
 trees: install
 	$(VENV_PYTHON) tools/trees.py
+
+animals: install
+	$(VENV_PYTHON) tools/fetch_data.py animals
+	$(VENV_PYTHON) tools/ablate.py --config-file Animals/classifier_SASA_conv_stem.yaml \
+	    --output output/ablations_animals
 
 test: install
 	$(VENV_PYTHON) -m pytest -q $(PARALLEL)

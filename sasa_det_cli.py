@@ -71,6 +71,10 @@ COMMANDS = {
         "sasa_det.engine.tile_data",
         "Cut a data set of large images into tiles to train on.",
     ),
+    "fetch-data": (
+        "sasa_det.engine.fetch_data",
+        "Fetch the data set animals or trees from the package index.",
+    ),
 }
 
 _EPILOG = "`%(prog)s COMMAND --help` lists the arguments of a command."

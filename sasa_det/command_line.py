@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .errors import USAGE_ERRORS, StopTraining, UsageError, print_error
+from .utils.files import holds_anything
 
 
 def run_command(main: Callable[[], int | None]) -> int:
@@ -105,5 +106,5 @@ def refuse_existing(folder: Path, hint: str = "") -> None:
     Raises:
         UsageError: naming the folder.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if holds_anything(folder):
         raise UsageError(f"output {folder} exists already; name another one{hint}.")

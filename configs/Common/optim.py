@@ -11,6 +11,8 @@ SGD = L(torch.optim.SGD)(
         weight_decay=1e-4,
         weight_decay_norm=0.0,
         logit_lr_factor=1.0,
+        weight_decay_logit=None,
+        logit_warmup_iters=0,
     ),
     lr=0.02,
     momentum=0.9,

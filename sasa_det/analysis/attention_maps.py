@@ -1,5 +1,6 @@
 """Where pixels look: the weights of a model's attention layers on an image."""
 
+import copy
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from detectron2.layers import CycleBatchNormList
 from torch import Tensor, nn
 
 from ..errors import UsageError, nearest
@@ -195,7 +197,7 @@ def attention_maps(
     ]
     total: Tensor | float = 0.0
     window = None
-    for top, weights in _weights(found.module, features):
+    for top, weights in _weights(_as_called(found), features):
         # (num_heads, k, k, rows, columns)
         rows = weights.shape[-2]
         total = total + weights[..., : max(inside[0] - top, 0), : inside[1]].sum((-2, -1))
@@ -213,6 +215,15 @@ def attention_maps(
         mixing=found.module.mixing().double().cpu() if has_mixing else None,
         is_block=is_stem,
     )
+
+
+def _as_called(layer: AttentionLayer) -> LocalSelfAttention2d | AttentionStem:
+    """Return a layer in eval mode, whose norms of levels, if any, are about to see its level."""
+    module = copy.deepcopy(layer.module).eval()
+    for norm in module.modules():
+        if isinstance(norm, CycleBatchNormList):
+            norm._pos = layer.call % len(norm)
+    return module
 
 
 def _weights(

@@ -34,6 +34,7 @@ _DIGITS = {
     _ATTENTIONAL: "Digits/retinanet_SASA.yaml",
     _CONV_STEM: "Digits/retinanet_SASA_conv_stem.yaml",
 }
+_DIGITS_BATCH, _DIGITS_SIZE = 8, 128  # those of the demo
 
 
 def stock(model: nn.Module) -> nn.Module:
@@ -153,7 +154,7 @@ def _retinanet_cases(settings: Settings) -> list[Case]:
 
 def _digits_cases(settings: Settings) -> list[Case]:
     """The models and the batch of the demo, whatever the size of other cases."""
-    settings = replace(settings, batch=8, image_size=128, bfloat16=False)
+    settings = replace(settings, batch=_DIGITS_BATCH, image_size=_DIGITS_SIZE, bfloat16=False)
     return _detector_cases(settings, "digits", "digits RetinaNet", _DIGITS)
 
 

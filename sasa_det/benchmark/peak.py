@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .measure import time_rounds
 
 _CALLS = 21
+_LARGE_MATRIX = {"cuda": 8192, "cpu": 2048}
 _CONVOLVE = partial(F.conv2d, padding=1)
 
 
@@ -54,7 +55,7 @@ def peak_rate(device: str, dtype: torch.dtype) -> float:
         and 3x3 convolutions of a large and a small map. Small ones end before a processor that is
         shared turns to something else.
     """
-    large = 8192 if device == "cuda" else 2048
+    large = _LARGE_MATRIX[device]
     products = {
         "large matrices": (torch.mm, (large, large), (large, large)),
         "small matrices": (torch.mm, (512, 512), (512, 512)),

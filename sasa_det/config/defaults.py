@@ -35,6 +35,14 @@ def add_sasa_config(cfg: CfgNode) -> None:
     sasa.POSITION = "relative"
     # Whether the logits contain q.k in addition to q.r; False removes the key projection (Table 6).
     sasa.CONTENT = True
+    # Norm of queries and keys outside the stem, which keeps q.k small: "BN", "RMS" (each head
+    # is divided by its root mean square and has learned scales), "cosine" (q.k is a cosine times a
+    # learned temperature of each head) or "" for none, as in equation 3. q.r has the normalized
+    # query as well.
+    sasa.QK_NORM = ""
+    # Whether the logits outside the stem are multiplied by 1 / sqrt(d), d being the channels per
+    # head. Equation 3 does not.
+    sasa.SCALE_LOGITS = False
     # Neighbours outside the image: "mask" leaves them out of the softmax, "zero" gives them keys
     # and values of zero.
     sasa.BORDER = "mask"
@@ -167,6 +175,14 @@ def add_sasa_config(cfg: CfgNode) -> None:
     # The same factor for the attention stem, whose input is the image: its scale, unlike that of
     # features, does not grow. 0 uses LOGIT_LR_FACTOR.
     cfg.SOLVER.STEM_LOGIT_LR_FACTOR = 0.0
+    # The same factor for the linear layer of a classifier. 0 uses LOGIT_LR_FACTOR.
+    cfg.SOLVER.LINEAR_LR_FACTOR = 0.0
+    # Number of iterations during which the learning rate of the query and key projections, those of
+    # the stem included, rises linearly from 0 to that of the schedule.
+    cfg.SOLVER.LOGIT_WARMUP_ITERS = 0
+    # Weight decay of the query and key projections, those of the stem included. None uses
+    # WEIGHT_DECAY.
+    cfg.SOLVER.WEIGHT_DECAY_LOGIT = None
     # Gradient accumulation: number of parts of a batch that are computed one after the other before
     # a step of the optimizer. The memory needed is that of one part. IMS_PER_BATCH must be a
     # multiple of this number times the number of processes.

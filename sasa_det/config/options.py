@@ -119,6 +119,9 @@ class RunOptions:
     warmup_epochs: float = _key("SOLVER.WARMUP_EPOCHS", "lr_multiplier.warmup_epochs")
     warmup_factor: float = _key("SOLVER.WARMUP_FACTOR", "lr_multiplier.warmup_factor")
     warmup_method: str = _key("SOLVER.WARMUP_METHOD", "lr_multiplier.warmup_method")
+    logit_warmup_iters: int = _key(
+        "SOLVER.LOGIT_WARMUP_ITERS", "optimizer.params.logit_warmup_iters"
+    )
     lr_scheduler_name: str = _key("SOLVER.LR_SCHEDULER_NAME", absent="")
     steps: tuple[int, ...] = _key("SOLVER.STEPS", absent=())
     step_epochs: tuple[float, ...] = _key("SOLVER.STEP_EPOCHS")

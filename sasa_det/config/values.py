@@ -11,6 +11,7 @@ import detectron2.solver.build
 from detectron2.layers import get_norm
 
 from ..errors import UsageError, nearest
+from ..layers.local_attention import QK_NORMS
 from ..ops.operator import BACKENDS
 from .defaults import default_config
 from .keys import flatten
@@ -95,6 +96,9 @@ RULES: dict[Rule, str] = {
         lambda value: value in ("", "reference", *BACKENDS),
         ("", "reference", *BACKENDS),
     ): "MODEL.SASA.BACKEND",
+    Rule(
+        f"empty or one of {', '.join(QK_NORMS)}", lambda value: value in ("", *QK_NORMS), QK_NORMS
+    ): "MODEL.SASA.QK_NORM",
     # The processes add their ranks to the seed, and NumPy takes 32 bits.
     _number("within [-1, 2147483647]", lambda value: -1 <= value < 2**31): "SEED",
     _number("2", lambda value: value == 2): "VERSION",
@@ -144,7 +148,7 @@ EXAMPLES = {
     ((1.0,),): "MODEL.ANCHOR_GENERATOR.SIZES",
     (1.0,): "TEST.KEYPOINT_OKS_SIGMAS",
     (0.0,): "SOLVER.STEP_EPOCHS",
-    0.0: "SOLVER.WEIGHT_DECAY_BIAS",
+    0.0: "SOLVER.WEIGHT_DECAY_BIAS SOLVER.WEIGHT_DECAY_LOGIT",
     None: "TEST.EXPECTED_RESULTS",
 }
 
@@ -159,7 +163,7 @@ NOT_EMPTY = """
 INCREASING = "MODEL.*.IOU_THRESHOLDS SOLVER.STEPS SOLVER.STEP_EPOCHS"
 
 # All other keys must have finite values.
-MAY_BE_NONE = "SOLVER.WEIGHT_DECAY_BIAS"
+MAY_BE_NONE = "SOLVER.WEIGHT_DECAY_BIAS SOLVER.WEIGHT_DECAY_LOGIT"
 
 MAY_BE_INFINITE = "SOLVER.CLIP_GRADIENTS.NORM_TYPE"
 
@@ -208,6 +212,9 @@ def check_values(values: Mapping[str, Any], names: Mapping[str, str] | None = No
             f"{names.get(patience, patience)} must be 0 without {names.get(metric, metric)}, got "
             f"{values[patience]}."
         )
+    nesterov, momentum = "SOLVER.NESTEROV", "SOLVER.MOMENTUM"
+    if values["SOLVER.OPTIMIZER"] == "SGD" and values[nesterov] and not values[momentum]:
+        raise UsageError(f"{momentum} must be above 0 with {nesterov} True, got 0.")
 
 
 def check_schedule(options: RunOptions) -> None:
@@ -228,13 +235,9 @@ def check_schedule(options: RunOptions) -> None:
     for epochs, iterations in lengths.items():
         if in_epochs != bool(getattr(options, epochs)):
             continue
-        field = epochs if in_epochs else iterations
-        end, value = getattr(options, total), getattr(options, field)
-        if any(part >= end for part in _parts(value)):
-            raise UsageError(
-                f"{options.key(field)} must be below {options.key(total)}, which is {end}, got "
-                f"{value}."
-            )
+        _check_below(options, epochs if in_epochs else iterations, total)
+    if not in_epochs:
+        _check_below(options, "logit_warmup_iters", total)
     if options.lr_scheduler_name == "WarmupCosineLR":
         # Later detectron2 lets the cosine end above 0.
         end = options.config.SOLVER.get("BASE_LR_END", 0)
@@ -243,6 +246,14 @@ def check_schedule(options: RunOptions) -> None:
                 f"SOLVER.BASE_LR_END must be at most SOLVER.BASE_LR, which is {options.base_lr}, "
                 f"got {end}."
             )
+
+
+def _check_below(options: RunOptions, field: str, total: str) -> None:
+    end, value = getattr(options, total), getattr(options, field)
+    if any(part >= end for part in _parts(value)):
+        raise UsageError(
+            f"{options.key(field)} must be below {options.key(total)}, which is {end}, got {value}."
+        )
 
 
 def warn_of_slow_averages(options: RunOptions) -> None:

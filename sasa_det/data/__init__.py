@@ -1,6 +1,7 @@
 """Data sets and the mapping of their images to the model's input."""
 
 from ..errors import DatasetError, ImageError
+from .animals import fetch_animals, register_animals
 from .catalog import num_classes_of
 from .classification import (
     ClassificationMapper,
@@ -38,10 +39,12 @@ __all__ = [
     "check_coco",
     "check_image_folders",
     "check_registered",
+    "fetch_animals",
     "hold_out",
     "jitter_and_crop_augmentations",
     "num_classes_of",
     "open_data",
+    "register_animals",
     "register_coco",
     "register_digit_crops",
     "register_digits",

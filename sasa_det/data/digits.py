@@ -18,7 +18,7 @@ from pycocotools.mask import iou
 from tqdm import tqdm
 
 from ..errors import DatasetError
-from ..utils.files import whole_folder
+from ..utils.files import holds_anything, whole_folder
 from .catalog import SPLITS, builtin_path, is_registered
 from .digit_drawing import (
     DIGIT_NAMES,
@@ -65,14 +65,14 @@ def _write_once(
         parameters[name] = value
     parameters["version"] = GENERATOR_VERSION
     root = Path(root)
-    if not _holds_anything(root):
+    if not holds_anything(root):
         logger.info("Writing the %s to %s: %s", kind, root, parameters)
         try:
             with whole_folder(root) as staging:
                 write_images(staging, parameters)
             return root
         except OSError:
-            if not _holds_anything(root):
+            if not holds_anything(root):
                 raise
             logger.info("Another process has written %s meanwhile: using that", root)
     try:
@@ -93,11 +93,6 @@ def _write_once(
 def _if_tuning(tuning: int) -> dict[str, tuple[int, int]]:
     # Folders of other sets do not tell of it.
     return {} if type(tuning) is int and tuning == 0 else {"tuning": (tuning, 1)}
-
-
-def _holds_anything(root: Path) -> bool:
-    # An empty folder may be taken: renaming onto it replaces it.
-    return root.exists() and (not root.is_dir() or any(root.iterdir()))
 
 
 def _planned_images(

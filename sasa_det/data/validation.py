@@ -1,6 +1,5 @@
 """What is wrong with a COCO json file and its images, all of it."""
 
-import gc
 import json
 import os
 from collections import Counter, defaultdict
@@ -11,6 +10,7 @@ from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
 from ..errors import ImageError
+from ..utils.garbage import no_garbage_collection
 from . import coco_entries as problems
 from .coco_entries import (
     FIELDS,
@@ -134,13 +134,8 @@ def validate_coco(
     walk = _Walk(image_root, max_pixels, mask_format, num_keypoints, limit)
     # COCO's millions of objects, none of them garbage, would make the garbage collection run again
     # and again, for more than half of the time.
-    collects = gc.isenabled()
-    gc.disable()
-    try:
+    with no_garbage_collection():
         walk.through(json_file)
-    finally:
-        if collects:
-            gc.enable()
     if pixels:
         walk.decode_images()
     return CocoReport(

@@ -1,4 +1,4 @@
-"""The paper's ablations, repeated on a classification task that is small enough to run here."""
+"""Ablations, the paper's and our own, on a classification task that is small enough to run here."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from ..analysis.paper_tables import PAPER_TABLES, Row, Table
 from ..config.keys import flatten
 from ..config.load import load_config
 from ..config.yaml_file import read_config_file
+from ..data.image_folder import check_image_folders
 from ..errors import UsageError
 from ..utils.files import write_text
 from ..utils.machine import default_device, describe_machine
 from .defaults import log_to
 from .experiments import Experiment, Experiments, overrides
+from .studies import STUDIES, difference, run_study, standard_error, study_report
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,14 @@ def run_ablations(
     seeds: Sequence[int],
     jobs: int,
 ) -> str:
-    """Train a small classifier for every row of some tables of the paper, and compare.
+    """Train a small classifier for every row of some tables, and compare.
 
     Args:
         root: the project's folder.
         output: folder of the runs; what is there is not run again. It receives ablations.md and
             ablations.json.
-        tables: numbers of tables, of :data:`FINDINGS`.
+        tables: numbers of tables of the paper, of :data:`FINDINGS`, and names of
+            :data:`~sasa_det.engine.studies.STUDIES`.
         config: of the small classifier, relative to the folder of configs; a row changes in it
             what the row's config changes in the paper's model.
         opts: KEY VALUE pairs for all runs.
@@ -90,34 +93,58 @@ def run_ablations(
 
     Raises:
         UsageError: if a table is not known or ``output`` holds runs with other settings.
+        DatasetError, FileNotFoundError: if the config's data are not there or cannot be used.
         RuntimeError: if a training fails.
     """
     log_to(None)
-    chosen = [_table(number) for number in tables]
+    chosen = [_table(number) for number in tables if number not in STUDIES]
+    data = load_config(str(root / "configs" / config), list(opts)).DATASETS
+    check_image_folders((*data.TRAIN, *data.TEST))  # here, and not in the first training
     device = default_device()
-    experiments = {
-        (name, row.name, seed): _experiment(root, name, table, row, seed, config, opts)
-        for seed in seeds  # the first seed of all rows first
-        for name, table in chosen
-        for row in table.rows
-    }
-    outcomes = Experiments(root, output, device, jobs).run(list(experiments.values()))
-    results: dict[str, dict[str, list[float]]] = {}
-    for (name, row, _), experiment in experiments.items():
-        top1 = outcomes[experiment.name].curve[-1][1]
-        results.setdefault(name, {}).setdefault(row, []).append(top1)
+    experiments = Experiments(root, output, device, jobs)
+    results = _run_tables(root, chosen, experiments, config, opts, seeds)
+    texts = [_report(name, table, results[name]) for name, table in chosen]
+    tried = {}
+    for name in tables:
+        if name in STUDIES:
+            found = run_study(STUDIES[name], experiments, config, opts, seeds)
+            texts.append(study_report(STUDIES[name], found))
+            results[name], tried[name] = found.top1, found.tried
     notes = f"{config}, seeds {', '.join(map(str, seeds))}, on {describe_machine(device)}."
-    text = "\n\n".join([*(_report(n, t, results[n]) for n, t in chosen), notes])
+    text = "\n\n".join([*texts, notes])
     write_text(output / "ablations.md", text + "\n")
     record = {"config": config, "opts": list(opts), "seeds": list(seeds), "top1": results}
-    write_text(output / "ablations.json", json.dumps(record, indent=2))
+    write_text(output / "ablations.json", json.dumps({**record, "rates": tried}, indent=2))
     return text
+
+
+def _run_tables(
+    root: Path,
+    tables: Sequence[tuple[str, Table]],
+    experiments: Experiments,
+    config: str,
+    opts: Sequence[str],
+    seeds: Sequence[int],
+) -> dict[str, dict[str, list[float]]]:
+    """Return the top-1 of the seeds, by table and row."""
+    planned = {
+        (name, row.name, seed): _experiment(root, name, table, row, seed, config, opts)
+        for seed in seeds  # the first seed of all rows first
+        for name, table in tables
+        for row in table.rows
+    }
+    outcomes = experiments.run(list(planned.values())) if planned else {}
+    results: dict[str, dict[str, list[float]]] = {}
+    for (name, row, _), experiment in planned.items():
+        top1 = outcomes[experiment.name].curve[-1][1]
+        results.setdefault(name, {}).setdefault(row, []).append(top1)
+    return results
 
 
 def _table(number: str) -> tuple[str, Table]:
     name = f"Table {number}"
     if name not in FINDINGS:
-        known = [each.removeprefix("Table ") for each in FINDINGS]
+        known = [*(each.removeprefix("Table ") for each in FINDINGS), *STUDIES]
         raise UsageError(f"--tables {number!r} must be of {', '.join(known)}.")
     return name, PAPER_TABLES[name]
 
@@ -175,12 +202,10 @@ def verdict(better: Sequence[float], worse: Sequence[float]) -> str:
     Returns:
         str: "holds", "does not hold: the opposite" or "not decided", with the difference.
     """
-    difference = statistics.mean(better) - statistics.mean(worse)
-    text = f"{difference:+.1f}"
+    gained = statistics.mean(better) - statistics.mean(worse)
+    text = difference(better, worse)
     if len(better) < 2 or len(worse) < 2:
         return f"not decided by one seed ({text})"
-    error = sum(statistics.variance(values) / len(values) for values in (better, worse)) ** 0.5
-    text += f" ± {error:.1f}"
-    if abs(difference) <= 2 * error:
+    if abs(gained) <= 2 * standard_error(better, worse):
         return f"not decided ({text})"
-    return f"holds ({text})" if difference > 0 else f"the opposite holds ({text})"
+    return f"holds ({text})" if gained > 0 else f"the opposite holds ({text})"

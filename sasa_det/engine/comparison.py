@@ -29,3 +29,19 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
     cells = [[show(row[key]) for key, (_, show) in columns.items()] for row in rows]
     headers = [header for header, _ in columns.values()]
     return tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def rates_table(tried: Mapping[str, Mapping[float, float]], metric: str) -> str:
+    """Return a Markdown table of the learning rates that were tried for each model.
+
+    Args:
+        tried: the value that each rate came to on held-out training data, by model.
+        metric: what the values are.
+    """
+    rows = []
+    for name, values in tried.items():
+        best = max(values, key=values.get)
+        cells = [f"{rate:g}: {value:.1f}" for rate, value in values.items()]
+        rows.append([name, ", ".join(cells), f"{best:g}"])
+    headers = ["model", f"rate: {metric} on held-out training digits", "chosen"]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)

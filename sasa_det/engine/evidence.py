@@ -15,6 +15,7 @@ from ..config.load import load_config
 from ..evaluation.drawing import draw_mean_curves
 from ..utils.files import write_text
 from ..utils.machine import default_device, describe_machine
+from .comparison import rates_table
 from .defaults import log_to
 from .experiments import Experiment, Experiments, Outcome, overrides
 
@@ -73,7 +74,7 @@ def gather_evidence(root: Path, output: Path, jobs: int, budget: Budget) -> str:
     text = "\n\n".join(
         [
             tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True),
-            _rates_table(tried),
+            rates_table(tried, "AP or top-1"),
             f"{budget.iterations} iterations with the seeds {', '.join(map(str, budget.seeds))}; "
             f"rates chosen with {budget.tuning_iterations} iterations and the first seed; on "
             f"{describe_machine(device)}, {jobs} trainings at a time.",
@@ -86,10 +87,10 @@ def gather_evidence(root: Path, output: Path, jobs: int, budget: Budget) -> str:
         "rows": rows,
     }
     write_text(output / "evidence.json", json.dumps(record, indent=2))
-    curves: dict[str, list[list[tuple[int, float]]]] = {}
+    panels: dict[str, dict[str, list[list[tuple[int, float]]]]] = {}
     for (model, start, _), outcome in finals.items():
-        curves.setdefault(f"{model}, {start}", []).append(outcome.curve)
-    draw_mean_curves(curves, output / "curves.png", "Box AP on digits_val")
+        panels.setdefault(start, {}).setdefault(model, []).append(outcome.curve)
+    draw_mean_curves(panels, output / "curves.png", "Box AP on digits_val")
     return text
 
 
@@ -237,13 +238,3 @@ def mean_and_spread(values: Sequence[float], sign: str = "") -> str:
     """Return "mean ± standard deviation" of a few values, with one decimal."""
     text = f"{statistics.mean(values):{sign}.1f}"
     return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.1f}"
-
-
-def _rates_table(tried: Mapping[str, Mapping[float, float]]) -> str:
-    rows = []
-    for name, values in tried.items():
-        best = max(values, key=values.get)
-        cells = [f"{rate:g}: {value:.1f}" for rate, value in values.items()]
-        rows.append([name, ", ".join(cells), f"{best:g}"])
-    headers = ["model", "rate: AP or top-1 on held-out training digits", "chosen"]
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)

@@ -1,5 +1,6 @@
 """The optimizer, and the learning rate and weight decay of each parameter."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +12,13 @@ from ..config.options import RunOptions
 from ..layers import AttentionStem, LocalSelfAttention2d
 from ..modeling import Classifier
 
-# Learned embeddings are not weights of a linear layer: like norms, they do not decay.
+# Learned embeddings and the scales of heads are not weights of a linear layer: like norms, they do
+# not decay.
 _EMBEDDINGS = ("rel_rows", "rel_cols", "row_embedding", "col_embedding", "mixture_embedding")
+_HEAD_SCALES = ("channel_scale", "logit_scale")
+
+# The setting of a parameter group that the schedule reads, see LearningRate.
+WARMUP_ITERS = "warmup_iters"
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -39,6 +45,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay_embedding=solver.WEIGHT_DECAY_EMBEDDING,
         logit_lr_factor=solver.LOGIT_LR_FACTOR,
         stem_logit_lr_factor=solver.STEM_LOGIT_LR_FACTOR or None,
+        linear_lr_factor=solver.LINEAR_LR_FACTOR or None,
+        weight_decay_logit=solver.WEIGHT_DECAY_LOGIT,
+        logit_warmup_iters=solver.LOGIT_WARMUP_ITERS,
     )
     if solver.OPTIMIZER == "SGD":
         optimizer = torch.optim.SGD
@@ -64,6 +73,9 @@ def parameter_groups(
     weight_decay_embedding: float = 0.0,
     logit_lr_factor: float = 1.0,
     stem_logit_lr_factor: float | None = None,
+    linear_lr_factor: float | None = None,
+    weight_decay_logit: float | None = None,
+    logit_warmup_iters: int = 0,
 ) -> list[dict[str, Any]]:
     """Group a model's parameters by learning rate and weight decay, for an optimizer.
 
@@ -71,16 +83,21 @@ def parameter_groups(
         model: its parameters that require gradients are grouped.
         base_lr: learning rate.
         weight_decay: of all but norms, biases and embeddings.
-        weight_decay_norm: of norms.
+        weight_decay_norm: of norms, and of the scales that norms of attention heads learn.
         bias_lr_factor: on the learning rate of biases.
         weight_decay_bias: of biases; None for ``weight_decay``.
         weight_decay_embedding: of learned embeddings.
         logit_lr_factor: on the learning rate of attention's query and key projections and of a
             classifier's linear layer.
         stem_logit_lr_factor: the same for the attention stem; None for ``logit_lr_factor``.
+        linear_lr_factor: the same for a classifier's linear layer; None for ``logit_lr_factor``.
+        weight_decay_logit: of query and key projections; None for ``weight_decay``.
+        logit_warmup_iters: iterations during which the learning rate of query and key projections
+            rises linearly from 0.
 
     Returns:
-        list[dict]: groups with "params", "lr" and "weight_decay".
+        list[dict]: groups with "params", "lr", "weight_decay" and, of those with a warmup of their
+        own, its iterations as "warmup_iters", which the trainer's schedule reads.
     """
     groups = get_default_optimizer_params(
         model,
@@ -89,17 +106,31 @@ def parameter_groups(
         weight_decay_norm=weight_decay_norm,
         bias_lr_factor=bias_lr_factor,
         weight_decay_bias=weight_decay_bias,
-        overrides={name: {"weight_decay": weight_decay_embedding} for name in _EMBEDDINGS},
+        overrides={
+            **{name: {"weight_decay": weight_decay_embedding} for name in _EMBEDDINGS},
+            **{name: {"weight_decay": weight_decay_norm} for name in _HEAD_SCALES},
+        },
     )
-    if stem_logit_lr_factor is None:
-        stem_logit_lr_factor = logit_lr_factor
-    weights, stem_weights = _logit_weights(model), _query_and_key(model, AttentionStem)
     # Together where they can be: checkpoints hold the optimizer's state group by group.
-    factors = {logit_lr_factor: weights}
-    factors[stem_logit_lr_factor] = factors.get(stem_logit_lr_factor, set()) | stem_weights
+    factors: dict[float, set[nn.Parameter]] = {}
+    for factor, weights in (
+        (logit_lr_factor, _query_and_key(model, LocalSelfAttention2d)),
+        (linear_lr_factor, _linear_layers(model)),
+        (stem_logit_lr_factor, _query_and_key(model, AttentionStem)),
+    ):
+        factor = logit_lr_factor if factor is None else factor
+        factors[factor] = factors.get(factor, set()) | weights
     for factor, chosen in factors.items():
         if factor != 1.0:
-            groups = _with_lr_factor(groups, chosen, factor)
+            groups = _split(groups, chosen, lambda group, by=factor: {"lr": group["lr"] * by})
+    settings: dict[str, Any] = {}
+    if weight_decay_logit is not None:
+        settings["weight_decay"] = weight_decay_logit
+    if logit_warmup_iters:
+        settings[WARMUP_ITERS] = logit_warmup_iters
+    if settings:
+        projections = _query_and_key(model, (LocalSelfAttention2d, AttentionStem))
+        groups = _split(groups, projections, lambda _: settings)
     return groups
 
 
@@ -130,25 +161,26 @@ def with_clipping(
     return maybe_add_gradient_clipping(solver, optimizer)
 
 
-def _logit_weights(model: nn.Module) -> set[nn.Parameter]:
-    """Collect the weights that compute logits, of attention layers and of classes."""
-    weights = _query_and_key(model, LocalSelfAttention2d)
-    for module in model.modules():
-        if isinstance(module, Classifier):
-            weights |= set(module.head.parameters())
-    return weights
+def _linear_layers(model: nn.Module) -> set[nn.Parameter]:
+    """Collect the weights and biases that compute the logits of classes."""
+    classifiers = (module for module in model.modules() if isinstance(module, Classifier))
+    return {parameter for module in classifiers for parameter in module.head.parameters()}
 
 
-def _query_and_key(model: nn.Module, kind: type[nn.Module]) -> set[nn.Parameter]:
+def _query_and_key(
+    model: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...]
+) -> set[nn.Parameter]:
     layers = [module for module in model.modules() if isinstance(module, kind)]
     projections = [p for layer in layers for p in (layer.query, layer.key) if p is not None]
     return {projection.weight for projection in projections}
 
 
-def _with_lr_factor(
-    groups: list[dict[str, Any]], chosen: set[nn.Parameter], factor: float
+def _split(
+    groups: list[dict[str, Any]],
+    chosen: set[nn.Parameter],
+    settings: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """Split parameter groups so that the chosen parameters learn at ``factor`` times the rate."""
+    """Split parameter groups so that the chosen parameters have other settings than the rest."""
     split = []
     for group in groups:
         inside = [p for p in group["params"] if p in chosen]
@@ -156,5 +188,5 @@ def _with_lr_factor(
         if outside:
             split.append({**group, "params": outside})
         if inside:
-            split.append({**group, "params": inside, "lr": group["lr"] * factor})
+            split.append({**group, **settings(group), "params": inside})
     return split

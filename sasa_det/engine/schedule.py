@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..config.options import EPOCHS, RunOptions
 from ..config.values import WARMUP_THEN_COSINE
+from .optimizer import WARMUP_ITERS
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,8 @@ class LearningRate(HookBase):
     """Sets the learning rate of the next step.
 
     The rate depends on the iteration and the config only. It is not saved, so that a run can be
-    resumed with another rate.
+    resumed with another rate. A parameter group with "warmup_iters" has a warmup of its own: its
+    rate in the schedule is multiplied by iteration / warmup_iters until that is 1.
     """
 
     def __init__(self, scheduler: LRScheduler):
@@ -135,15 +137,23 @@ class LearningRate(HookBase):
         self._scheduler = scheduler
         groups = scheduler.optimizer.param_groups
         self._largest = max(range(len(groups)), key=lambda i: len(groups[i]["params"]))
+        # Before a checkpoint is loaded, which may have another.
+        self._warmups = [group.get(WARMUP_ITERS, 0) for group in groups]
+        self._set_rates()
 
     def start_at(self, iteration: int) -> None:
         """Set the rates of an iteration."""
         self._scheduler.last_epoch = iteration
-        groups = self._scheduler.optimizer.param_groups
-        for group, rate in zip(groups, self._scheduler.get_lr(), strict=True):
-            group["lr"] = rate
+        self._set_rates()
 
     def after_step(self) -> None:
         rate = self._scheduler.optimizer.param_groups[self._largest]["lr"]
         self.trainer.storage.put_scalar("lr", rate, smoothing_hint=False)
         self._scheduler.step()
+        self._set_rates()
+
+    def _set_rates(self) -> None:
+        iteration, groups = self._scheduler.last_epoch, self._scheduler.optimizer.param_groups
+        rates = self._scheduler.get_lr()
+        for group, rate, warmup in zip(groups, rates, self._warmups, strict=True):
+            group["lr"] = rate * iteration / warmup if iteration < warmup else rate

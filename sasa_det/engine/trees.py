@@ -37,8 +37,9 @@ logger = logging.getLogger("sasa_det")
 TILE_SIZE, OVERLAP, MIN_VISIBLE = 448, 0.5, 0.4
 TURNS = (0, 1, 2, 3)
 
-# Of the height of the training photograph: rates are chosen on what is below.
-TUNING_SHARE = 0.75
+# Of the height of the training photograph: rates are chosen on what is above. Further below, boxes
+# lie beside the crowns that they mean.
+HELD_OUT = 0.25
 
 # The lowest score of the detections that are drawn; what is measured does not depend on it.
 DRAWN_SCORE = 0.5
@@ -114,8 +115,9 @@ def tune_on_trees(
 ) -> str:
     """Try learning rates for all models on a part of the training photograph that is held out.
 
-    The photograph is cut in two before it is cut into tiles: the upper three quarters are trained
-    on, and the lower quarter is evaluated on. The test photograph is not used.
+    The photograph is cut in two before it is cut into tiles: the lower three quarters are trained
+    on, and the upper quarter is evaluated on, turned in four ways as the tiles are. Trees of one
+    photograph all lean one way, and of others another way. The test photograph is not used.
 
     Args:
         root, output, jobs, opts, photographs: as of :func:`compare_on_trees`; ``output`` receives
@@ -130,9 +132,9 @@ def tune_on_trees(
     """
     train, _ = _begin(photographs)
     folder = output / "tuning"
-    upper = _tiled(train, folder / "upper", _upper)
-    held_out = _tiled(train, folder / "held_out", _lower)
-    tiles = _tiled(upper, folder / "tiles", _tiles, TURNS)
+    lower = _tiled(train, folder / "lower", _lower)
+    held_out = _tiled(train, folder / "held_out", _upper, TURNS)
+    tiles = _tiled(lower, folder / "tiles", _tiles, TURNS)
     planned = {
         (label, rate): _experiment(
             *(f"tuning-{kind}-{rate:g}", kind, tiles, held_out),
@@ -154,7 +156,10 @@ def tune_on_trees(
         rows.append([label, *cells, max(values, key=values.get)])
     headers = ["model", *(f"AP, AP50 with {rate:g}" for rate in rates), "best AP50"]
     table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
-    text = f"{table}\n\nOn the lower quarter of the training photograph, which is not trained on."
+    text = (
+        f"{table}\n\nOn the upper quarter of the training photograph, which is not trained on, "
+        "turned in four ways."
+    )
     write_text(output / "tuning.md", text + "\n")
     write_text(output / "tuning.json", json.dumps(tried, indent=2))
     return text
@@ -176,11 +181,11 @@ def _tiles(height: int, width: int) -> list[Tile]:
 
 
 def _upper(height: int, width: int) -> list[Tile]:
-    return [Tile(0, 0, width, round(TUNING_SHARE * height))]
+    return [Tile(0, 0, width, round(HELD_OUT * height))]
 
 
 def _lower(height: int, width: int) -> list[Tile]:
-    return [Tile(0, round(TUNING_SHARE * height), width, height)]
+    return [Tile(0, round(HELD_OUT * height), width, height)]
 
 
 def _tiled(
@@ -194,7 +199,7 @@ def _tiled(
         "size": TILE_SIZE,
         "overlap": OVERLAP,
         "min_visible": MIN_VISIBLE,
-        "tuning_share": TUNING_SHARE,
+        "held_out": HELD_OUT,
         "turns": list(turns),
     }
     annotations = folder / ANNOTATIONS

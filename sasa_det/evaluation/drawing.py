@@ -246,17 +246,18 @@ def draw_curves(runs: Mapping[str, str | os.PathLike], path: str | os.PathLike) 
 
 
 def draw_mean_curves(
-    curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]],
+    panels: Mapping[str, Mapping[str, Sequence[Sequence[tuple[int, float]]]]],
     path: str | os.PathLike,
     title: str,
 ) -> Figure:
     """Draw the mean of several runs, and the range of their values behind it, into one PNG.
 
     Args:
-        curves: the legend's label to the (iteration, AP) points of each run; the runs of a label
-            were evaluated at the same iterations.
+        panels: what stands above each panel to its curves, which are the legend's label to the
+            (iteration, AP) points of each run; the runs of a label were evaluated at the same
+            iterations.
         path: the PNG to write.
-        title: what stands above the curves.
+        title: what stands above all panels.
 
     Returns:
         Figure: what was drawn.
@@ -264,27 +265,35 @@ def draw_mean_curves(
     Raises:
         ValueError: if there are no curves, or those of a label differ in their iterations.
     """
-    if not curves or not all(curves.values()):
-        raise ValueError("curves must have at least one run of each label")
-    figure = Figure(figsize=(7.5, 4.5), dpi=DPI, layout="constrained")
-    axes = figure.subplots()
-    for number, (label, runs) in enumerate(curves.items()):
-        iterations = [point[0] for point in runs[0]]
-        if any([point[0] for point in run] != iterations for run in runs):
-            raise ValueError(f"the runs of {label!r} were evaluated at different iterations")
-        values = np.array([[point[1] for point in run] for run in runs])
-        colour = f"C{number % 10}"
-        axes.plot(iterations, values.mean(0), color=colour, marker="o", ms=4, label=label)
-        axes.fill_between(iterations, values.min(0), values.max(0), color=colour, alpha=0.15)
-    axes.set_title(title)
-    axes.set_xlabel("iteration")
-    axes.set_ylabel("AP (0 to 100)")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    if not panels or not all(c and all(c.values()) for c in panels.values()):
+        raise ValueError("every panel must have curves, and at least one run of each label")
+    size = (1.5 + 4.5 * len(panels), 4.5)
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (panel, curves) in zip(all_axes, panels.items(), strict=True):
+        for number, (label, runs) in enumerate(curves.items()):
+            _draw_mean(axes, label, runs, f"C{number % 10}")
+        axes.set_title(panel)
+        axes.set_xlabel("iteration")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    all_axes[0].set_ylabel("AP (0 to 100)")
+    all_axes[0].set_ylim(bottom=0)
+    figure.suptitle(title)
     with whole_file(path) as part:
         figure.savefig(part, format="png")
     return figure
+
+
+def _draw_mean(
+    axes: Axes, label: str, runs: Sequence[Sequence[tuple[int, float]]], colour: str
+) -> None:
+    iterations = [point[0] for point in runs[0]]
+    if any([point[0] for point in run] != iterations for run in runs):
+        raise ValueError(f"the runs of {label!r} were evaluated at different iterations")
+    values = np.array([[point[1] for point in run] for run in runs])
+    axes.plot(iterations, values.mean(0), color=colour, marker="o", ms=4, label=label)
+    axes.fill_between(iterations, values.min(0), values.max(0), color=colour, alpha=0.15)
 
 
 def _read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ pixels that its windows reach, and heads run one after another. All of it is wri
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,15 @@ _NEVER = -1e30
 
 
 class Decompose(TorchFunctionMode):
-    """A context in which the attention operators run, and are traced, as standard ones."""
+    """A context in which the attention operators run, and are traced, as standard ones.
+
+    Args:
+        operators: what stands for them; none, if only functions of torch are to be replaced.
+    """
+
+    def __init__(self, operators: Mapping[Callable, Callable] | None = None):
+        super().__init__()
+        self._stand_ins = {**(DECOMPOSITIONS if operators is None else operators), **_FUNCTIONS}
 
     def __torch_function__(
         self,
@@ -37,35 +46,45 @@ class Decompose(TorchFunctionMode):
     ) -> Any:
         if isinstance(func, torch._ops.OpOverloadPacket):
             func = func.default
-        stand_in = DECOMPOSITIONS.get(func) or _FUNCTIONS.get(func, func)
-        return stand_in(*args, **(kwargs or {}))
+        return self._stand_ins.get(func, func)(*args, **(kwargs or {}))
 
 
 def _local_attention(
-    query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask, backend
+    query,
+    key,
+    value,
+    rel_rows,
+    rel_cols,
+    kernel_size,
+    num_heads,
+    mask,
+    backend,
+    *,
+    heads_at_once=False,
 ) -> tuple[Tensor, Tensor]:
     """Stand for ``sasa_det::local_attention``; its second result is for gradients, and empty."""
     dtype = accumulation_dtype(query.dtype)
-    tiles = _Tiles(query, kernel_size, num_heads, mask)
-    queries = [tiles.own(head) for head in tiles.heads(query.to(dtype))]
+    tiles = _Tiles(query, kernel_size, num_heads, mask, heads_at_once)
+    queries = [tiles.own(group) for group in tiles.groups(query.to(dtype))]
     if rel_rows is None:
         by_offset = torch.cat(queries)[..., :1] * queries[0].new_zeros(2 * kernel_size)
     else:
         none = torch.zeros_like(rel_rows)
         embedding = [torch.cat([rel_rows, none], 1), torch.cat([none, rel_cols], 1)]
-        embedding = torch.cat(embedding, 2).to(dtype)
-        by_offset = torch.cat([query @ embedding[head] for head, query in enumerate(queries)])
-    by_line = tiles.by_line(by_offset)
+        embedding = torch.cat(embedding, 2).to(dtype).split(tiles.group_size)
+        products = [q @ e[:, None] for q, e in zip(queries, embedding, strict=True)]
+        by_offset = torch.cat(products)
+    by_line = tiles.by_line(by_offset).split(tiles.group_size)
     lines = tiles.lines(dtype)
-    keys = None if key is None else tiles.heads(key.to(dtype))
-    values = tiles.heads(value.to(dtype))
+    values = tiles.groups(value.to(dtype))
+    keys = [None] * len(values) if key is None else tiles.groups(key.to(dtype))
     attended = []
-    for head, value_of_head in enumerate(values):
-        logits = by_line[head] @ lines
-        if keys is not None:
-            logits = logits + queries[head] @ tiles.reached(keys[head]).transpose(1, 2)
-        attended.append(logits.softmax(2) @ tiles.reached(value_of_head))
-    output = tiles.join(torch.cat(attended, 2)).to(value.dtype)
+    for query, key, value_of_group, of_line in zip(queries, keys, values, by_line, strict=True):
+        logits = of_line @ lines
+        if key is not None:
+            logits = logits + query @ tiles.reached(key).transpose(2, 3)
+        attended.append(logits.softmax(3) @ tiles.reached(value_of_group))
+    output = tiles.join(torch.cat(attended)).to(value.dtype)
     return output, output.new_empty(0, dtype=dtype)
 
 
@@ -78,10 +97,13 @@ class _Tiles:
     several operators in a trace.
     """
 
-    def __init__(self, like: Tensor, kernel_size: int, num_heads: int, mask: bool):
+    def __init__(
+        self, like: Tensor, kernel_size: int, num_heads: int, mask: bool, heads_at_once: bool
+    ):
         self.n, channels, self.height, self.width = like.shape
         self.channels = int(channels)  # in a trace, it is a tensor
         self.num_heads, self.head_width = num_heads, self.channels // num_heads
+        self.group_size = num_heads if heads_at_once else 1
         self.kernel_size, self.mask, self.device = kernel_size, mask, like.device
         self.reach = _TILE + kernel_size - 1
         rows, row_inside = self._lines(self.height)
@@ -103,25 +125,30 @@ class _Tiles:
         lines = first + torch.arange(self.reach, device=self.device)
         return lines, (lines >= 0) & (lines < size)
 
-    def heads(self, x: Tensor) -> Sequence[Tensor]:
-        """(N, C, H, W) to (N, C / heads, pixels) of every head."""
+    def groups(self, x: Tensor) -> Sequence[Tensor]:
+        """(N, C, H, W) to (heads, N, pixels, C / heads) of every group of heads."""
         x = x.flatten(2)
-        return (x if self.mask else F.pad(x, (1, 0))).split(self.head_width, 1)
+        x = x if self.mask else F.pad(x, (1, 0))
+        groups = x.split(self.group_size * self.head_width, 1)
+        shape = (self.n, self.group_size, self.head_width, -1)
+        return [group.reshape(shape).permute(1, 0, 3, 2) for group in groups]
 
-    def own(self, head: Tensor) -> Tensor:
-        """Return (N * tiles, t^2, C / heads), the pixels of all tiles."""
-        pixels = head.transpose(1, 2).index_select(1, self._own)
-        return pixels.reshape(-1, _TILE * _TILE, self.head_width)
+    def own(self, group: Tensor) -> Tensor:
+        """Return (heads, N * tiles, t^2, C / heads), the pixels of all tiles."""
+        return self._pixels(group, self._own, _TILE)
 
-    def reached(self, head: Tensor) -> Tensor:
-        """Return (N * tiles, reach^2, C / heads), the pixels that each tile reaches."""
-        pixels = head.transpose(1, 2).index_select(1, self._reached)
-        return pixels.reshape(-1, self.reach * self.reach, self.head_width)
+    def reached(self, group: Tensor) -> Tensor:
+        """Return (heads, N * tiles, reach^2, C / heads), the pixels that each tile reaches."""
+        return self._pixels(group, self._reached, self.reach)
+
+    def _pixels(self, group: Tensor, index: Tensor, side: int) -> Tensor:
+        pixels = group.index_select(2, index)
+        return pixels.reshape(self.group_size, -1, side * side, self.head_width)
 
     def by_line(self, by_offset: Tensor) -> Tensor:
         """Turn logits of row and column offsets into those of the rows and columns in reach.
 
-        (heads * N * tiles, t^2, 2 k) to (heads, N * tiles, t^2, 2 reach), with what no softmax
+        (heads, N * tiles, t^2, 2 k) to (heads, N * tiles, t^2, 2 reach), with what no softmax
         sees for rows and columns outside the window or, if they are masked, the image.
         """
         k, reach = self.kernel_size, self.reach
@@ -150,13 +177,14 @@ class _Tiles:
         return torch.cat([row == line[:, None], col == line[:, None]]).to(dtype)
 
     def join(self, tiles: Tensor) -> Tensor:
-        """(N * tiles, t^2, C) to (N, C, H, W)."""
+        """(heads, N * tiles, t^2, C / heads) to (N, C, H, W)."""
         row = torch.arange(self.height, device=self.device)[:, None]
         col = torch.arange(self.width, device=self.device)
         tile = row // _TILE * self._inside[1].shape[0] + col // _TILE
         index = tile * (_TILE * _TILE) + row % _TILE * _TILE + col % _TILE
-        x = tiles.reshape(self.n, -1, self.channels).index_select(1, index.reshape(-1))
-        return x.transpose(1, 2).reshape(-1, self.channels, self.height, self.width)
+        x = tiles.reshape(self.num_heads, self.n, -1, self.head_width)
+        x = x.index_select(2, index.reshape(-1)).permute(1, 0, 3, 2)
+        return x.reshape(-1, self.channels, self.height, self.width)
 
 
 class _Blocks:
@@ -291,6 +319,12 @@ DECOMPOSITIONS: dict[Callable, Callable] = {
     _OPERATORS.mixed_values.default: _mixed_values,
     _OPERATORS.stem_attention.default: _stem_attention,
     _OPERATORS.stem_attention_pooled.default: _stem_attention_pooled,
+}
+
+# Of fewer operators, which take more memory at a time.
+SHORT_DECOMPOSITIONS = {
+    **DECOMPOSITIONS,
+    _OPERATORS.local_attention.default: partial(_local_attention, heads_at_once=True),
 }
 
 

@@ -1,6 +1,8 @@
 """The attention layer that stands where a spatial convolution stood."""
 
+import logging
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -10,19 +12,24 @@ from ..ops import local_attention
 from ..ops.arguments import check_choice, check_heads, check_kernel_size
 from ..ops.local_attention import BORDERS, check_backend
 from ..ops.product import Operand
+from .head_norm import HeadRMSNorm, HeadUnitNorm
 from .one_piece import OnePiece, infer, is_one_piece, parameters_of
 from .position import sinusoidal_encoding
 from .projection import project, runs_products
 
+logger = logging.getLogger(__name__)
+
 POSITIONS = ("relative", "absolute", "none")
+QK_NORMS = ("BN", "RMS", "cosine")
 
 # Where the heads of a new layer look first: (row, column) offsets, and the strength of it.
 _FIRST_LOOKS = ((0, 0), (-1, -1), (-1, 1), (1, -1), (1, 1), (0, 1), (1, 0), (0, -1), (-1, 0))
 _FOCUS = 2.0
 # Initial size of q.k beside what unit logits would have.
 _CONTENT_STD = 0.2
-# The mean of max(z, 0) for a standard normal z.
+# The mean of max(z, 0) for a standard normal z, and the root of its mean square.
 RECTIFIED_MEAN = (2 * math.pi) ** -0.5
+_RECTIFIED_SIZE = 0.5**0.5
 
 
 class LocalSelfAttention2d(nn.Module):
@@ -44,6 +51,8 @@ class LocalSelfAttention2d(nn.Module):
         border: str = "mask",
         stride: int = 1,
         backend: str | None = None,
+        qk_norm: str | None = None,
+        scale_logits: bool = False,
     ):
         """
         Args:
@@ -59,6 +68,15 @@ class LocalSelfAttention2d(nn.Module):
             border: "mask" or "zero", see :func:`sasa_det.ops.local_attention`.
             stride: 1 or 2.
             backend: see :func:`sasa_det.ops.local_attention`.
+            qk_norm: a norm behind the projections of queries and keys, which equation 3 does not
+                have and which keeps q.k from growing with them; None for none. The query of q.r is
+                the normalized one as well. "BN" is batch norm. "RMS" divides each head by its root
+                mean square and multiplies every channel by a learned scale. "cosine" gives each
+                head of the queries the length 1 and of the keys a learned length, so that q.k is a
+                cosine times a learned temperature of the head, and q.r is the product of the
+                embedding with a query of length 1, without the temperature.
+            scale_logits: whether q.k + q.r is multiplied by 1 / sqrt(head width), as in
+                "Attention Is All You Need".
 
         Raises:
             ValueError: naming the argument, its value and what is allowed.
@@ -69,6 +87,8 @@ class LocalSelfAttention2d(nn.Module):
         check_backend(backend)
         check_choice("position", position, POSITIONS)
         check_choice("border", border, BORDERS)
+        if qk_norm is not None:
+            check_choice("qk_norm", qk_norm, QK_NORMS)
         if stride not in (1, 2):
             raise ValueError(f"stride must be 1 or 2, got {stride!r}.")
         if not content and position != "relative":
@@ -88,14 +108,32 @@ class LocalSelfAttention2d(nn.Module):
         self.border = border
         self.stride = stride
         self.backend = backend
+        self.qk_norm = qk_norm
+        self.scale_logits = scale_logits
         self.query = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         self.key = nn.Conv2d(in_channels, out_channels, 1, bias=False) if content else None
         self.value = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.query_norm = self._make_norm(is_key=False)
+        self.key_norm = self._make_norm(is_key=True) if content else None
         shape = (num_heads, out_channels // num_heads // 2, kernel_size)
         for name in ("rel_rows", "rel_cols"):
             embedding = nn.Parameter(torch.empty(shape)) if position == "relative" else None
             self.register_parameter(name, embedding)
         self.reset_parameters()
+
+    def _make_norm(self, is_key: bool) -> nn.Module | None:
+        if self.qk_norm == "BN":
+            return nn.BatchNorm2d(self.out_channels)
+        if self.qk_norm == "RMS":
+            return HeadRMSNorm(self.out_channels, self.num_heads)
+        if self.qk_norm == "cosine":
+            return HeadUnitNorm(self.num_heads, scaled=is_key)
+        return None
+
+    @property
+    def logit_factor(self) -> float:
+        """What the logits are multiplied by, with ``scale_logits``, or 1."""
+        return (self.out_channels // self.num_heads) ** -0.5 if self.scale_logits else 1.0
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -109,16 +147,25 @@ class LocalSelfAttention2d(nn.Module):
         The constant is the mean over channels of a rectified input, such as layers here have.
         The rest of the queries carries the 1/sqrt(d) that the paper's logits do without, and q.k
         starts small beside the embeddings: at random it would only blur where heads look.
+
+        With norms of queries and keys, or scaled logits, the logits start equally large.
         """
         head_width = self.out_channels // self.num_heads
         std = self.in_channels**-0.5
+        content_std = _CONTENT_STD if self.position == "relative" else 1.0
         nn.init.normal_(self.query.weight, std=std * head_width**-0.5)
         if self.key is not None:
-            content_std = _CONTENT_STD if self.position == "relative" else 1.0
             nn.init.normal_(self.key.weight, std=content_std * std)
         nn.init.normal_(self.value.weight, std=std)
-        if self.rel_rows is None:
-            return
+        constant = torch.zeros(self.out_channels)
+        if self.rel_rows is not None:
+            constant = self._look_at_neighbours()
+            self.query.weight += constant.view(-1, 1, 1, 1) / (self.in_channels * RECTIFIED_MEAN)
+        self._reset_sizes(constant, content_std)
+
+    def _look_at_neighbours(self) -> Tensor:
+        """Set the embeddings; return the constant (out_channels,) of the queries for them."""
+        head_width = self.out_channels // self.num_heads
         offset = torch.arange(self.kernel_size) - self.kernel_size // 2
         centers = torch.tensor(_FIRST_LOOKS).repeat(-(-self.num_heads // len(_FIRST_LOOKS)), 1)
         directions = []
@@ -130,8 +177,40 @@ class LocalSelfAttention2d(nn.Module):
             fall = _FOCUS * distance.square().clamp(max=4)
             embedding -= direction[:, :, None] * fall[:, None]
             directions.append(direction)
-        constant = torch.cat(directions, 1).reshape(-1, 1, 1, 1)
-        self.query.weight += constant / (self.in_channels * RECTIFIED_MEAN)
+        return torch.cat(directions, 1).flatten()
+
+    def _reset_sizes(self, constant: Tensor, content_std: float) -> None:
+        """Let the logits of a rectified input start with the size they have in equation 3.
+
+        Args:
+            constant: (out_channels,), of the queries; its length in each head is sqrt(2), or 0.
+            content_std: the standard deviation of the keys of an input of size 1.
+        """
+        head_width = self.out_channels // self.num_heads
+        unscaled = 1 / self.logit_factor
+        query_std = _RECTIFIED_SIZE * head_width**-0.5
+        key_std = _RECTIFIED_SIZE * content_std
+        query_length = (constant.square().sum() / self.num_heads + _RECTIFIED_SIZE**2).sqrt()
+        if self.qk_norm is None:
+            self.query.weight *= unscaled
+        elif self.qk_norm == "BN":
+            # It takes the mean out of the queries: its bias is their constant.
+            nn.init.constant_(self.query_norm.weight, unscaled * query_std)
+            self.query_norm.bias.copy_(unscaled * constant)
+            if self.key_norm is not None:
+                nn.init.constant_(self.key_norm.weight, key_std)
+                nn.init.zeros_(self.key_norm.bias)
+        elif self.qk_norm == "RMS":
+            self.query_norm.channel_scale.fill_(unscaled * query_length * head_width**-0.5)
+            if self.key_norm is not None:
+                self.key_norm.channel_scale.fill_(key_std)
+        else:
+            for embedding in (self.rel_rows, self.rel_cols):
+                if embedding is not None:
+                    embedding *= unscaled * query_length
+            if self.key_norm is not None:
+                temperature = unscaled * query_length * key_std * head_width**0.5
+                self.key_norm.logit_scale.fill_(temperature.log())
 
     def forward(self, x: Tensor) -> Tensor:
         """
@@ -142,8 +221,11 @@ class LocalSelfAttention2d(nn.Module):
             (N, out_channels, ceil(H / stride), ceil(W / stride)).
         """
         if not torch.jit.is_scripting():
-            if runs_products(x) and is_one_piece(self):
-                return self.pool(self._run_one_piece(x))
+            if runs_products(x):
+                if is_one_piece(self):
+                    return self.pool(self._run_one_piece(x))
+                if self.query_norm is not None:
+                    _say_once(self.query_norm.__class__.__name__)
         tensors = (*self.project(x), self.rel_rows, self.rel_cols)
         if torch.jit.is_scripting():  # which takes operators and no keyword-only defaults
             x = torch.ops.sasa_det.local_attention(
@@ -177,29 +259,52 @@ class LocalSelfAttention2d(nn.Module):
         return OnePiece.apply(x, self, *parameters_of(self))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return the queries, keys (None without ``content``) and values of an input."""
+        """Return the queries, keys (None without ``content``) and values of an input.
+
+        The first two are those of the operator: with their norms and the scale of the logits.
+        """
         placed = x
         if self.position == "absolute":
             height, width = x.shape[2:]
             placed = x + sinusoidal_encoding(
                 self.in_channels, height, width, dtype=x.dtype, device=x.device
             )
+        key: Tensor | None = None
         if torch.jit.is_scripting():  # which passes no modules to functions
-            key: Tensor | None = None
             if self.key is not None:
                 key = self.key(placed)
-            return self.query(placed), key, self.value(x)
+            query, value = self.query(placed), self.value(x)
         else:
             if self.key is None:
                 query, value = project(x, (self.query, self.value))
-                return query, None, value
-            if placed is x:
-                return project(x, (self.query, self.key, self.value))
-            return (*project(placed, (self.query, self.key)), *project(x, (self.value,)))
+            elif placed is x:
+                query, key, value = project(x, (self.query, self.key, self.value))
+            else:
+                query, key = project(placed, (self.query, self.key))
+                (value,) = project(x, (self.value,))
+        # Under autocast some norms return float32.
+        if self.query_norm is not None:
+            query = self.query_norm(query).to(value.dtype)
+        if self.key_norm is not None and key is not None:
+            key = self.key_norm(key).to(value.dtype)
+        if self.scale_logits:
+            query = query * self.logit_factor
+        return query, key, value
 
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
             f"num_heads={self.num_heads}, position={self.position!r}, content={self.content}, "
             f"border={self.border!r}, stride={self.stride}"
+            + (f", qk_norm={self.qk_norm!r}" if self.qk_norm is not None else "")
+            + (", scale_logits=True" if self.scale_logits else "")
         )
+
+
+@lru_cache(None)
+def _say_once(norm: str) -> None:
+    logger.info(
+        "Attention with %s on queries and keys runs layer by layer: the kernels that run "
+        "projections and attention as one piece have no such norm.",
+        norm,
+    )

@@ -30,6 +30,8 @@ def is_one_piece(layer: nn.Module) -> bool:
     """
     return (
         layer.position != "absolute"
+        and layer.query_norm is None
+        and layer.key_norm is None
         and layer.backend in (None, "cpu")
         and all(map(is_plain_pointwise, projections(layer)))
         and (layer.rel_rows is None or is_plain_tensor(layer.rel_rows))
@@ -37,9 +39,22 @@ def is_one_piece(layer: nn.Module) -> bool:
     )
 
 
+def _weights(layer: nn.Module) -> list[Tensor]:
+    """Return the weights of the projections; the factor of the logits is part of the first."""
+    query, *others = (p.weight for p in projections(layer))
+    return [query * layer.logit_factor if layer.scale_logits else query, *others]
+
+
+def _biases(layer: nn.Module) -> list[Tensor | None]:
+    query, *others = (p.bias for p in projections(layer))
+    if query is not None and layer.scale_logits:
+        query = query * layer.logit_factor
+    return [query, *others]
+
+
 def parameters_of(layer: nn.Module) -> list[Tensor | None]:
     """Return the weights of the projections, in their order, and both embeddings."""
-    return [*(p.weight for p in projections(layer)), layer.rel_rows, layer.rel_cols]
+    return [*_weights(layer), layer.rel_rows, layer.rel_cols]
 
 
 class Parameters:
@@ -63,12 +78,12 @@ def infer(layer: nn.Module, x: Operand) -> Tensor:
     Returns:
         (N, C_out, H, W).
     """
-    layers = projections(layer)
+    weights, biases = _weights(layer), _biases(layer)
     embeddings = [layer.rel_rows, layer.rel_cols]
-    numbers_of_image = len(layers) * layer.out_channels * x.data.shape[2:].numel()
+    numbers_of_image = len(weights) * layer.out_channels * x.data.shape[2:].numel()
     groups = min(layer.num_heads, -(-numbers_of_image // MOST_PROJECTED))
     if groups == 1:
-        projected = products(x, [p.weight for p in layers], [p.bias for p in layers])
+        projected = products(x, weights, biases)
         return _attention(layer, projected, embeddings)
     output = x.data.new_empty(x.data.shape[0], layer.out_channels, *x.data.shape[2:])
     width = layer.out_channels // layer.num_heads
@@ -79,8 +94,8 @@ def infer(layer: nn.Module, x: Operand) -> Tensor:
             channels = slice(heads.start * width, heads.stop * width)
             projected = products(
                 Operand(image, x.terms, x.relu),
-                [p.weight[channels] for p in layers],
-                [None if p.bias is None else p.bias[channels] for p in layers],
+                [weight[channels] for weight in weights],
+                [None if bias is None else bias[channels] for bias in biases],
             )
             of_heads = [None if e is None else e[heads] for e in embeddings]
             arguments = _arguments(layer, projected, of_heads, heads.stop - heads.start)

@@ -230,4 +230,6 @@ class PatchwiseAttention2d(_VectorAttention2d):
             return torch.cat([query.flatten(2), keys.flatten(1, 2)], 1)
         if self.relation == "star_product":
             return (query.flatten(2).unsqueeze(2) * keys).sum(1)
-        return torch.einsum("ncjp,nckp->njkp", self._windows(query), keys).flatten(1, 2)
+        # Not by einsum, which ONNX has since opset 12 alone.
+        queries = self._windows(query).permute(0, 3, 2, 1)
+        return (queries @ keys.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)

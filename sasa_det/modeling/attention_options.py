@@ -18,6 +18,8 @@ def attention_options(cfg: CfgNode) -> dict[str, Any]:
         "content": sasa.CONTENT,
         "border": sasa.BORDER,
         "backend": sasa.BACKEND or None,
+        "qk_norm": sasa.QK_NORM or None,
+        "scale_logits": sasa.SCALE_LOGITS,
     }
 
 

@@ -26,8 +26,9 @@ def fuse(model: nn.Module) -> nn.Module:
     projection, in which the output of attention is linear; its shift is the bias of the projection,
     because the attention weights of a pixel sum to 1 (except with border "zero", with which the
     norm is kept). A norm of several levels, in RetinaNet's head, makes weights of its own for each
-    level. Layers with hooks and subclasses of the known layers are left as they are. An
-    ``nn.Sequential`` is taken to be called as a whole.
+    level. Batch norms of queries and keys (``MODEL.SASA.QK_NORM``) scale their projections, but in
+    RetinaNet's head they are kept. Layers with hooks and subclasses of the known layers are left as
+    they are. An ``nn.Sequential`` is taken to be called as a whole.
 
     Args:
         model: a detector, a classifier or a backbone, of this project or of detectron2, which is
@@ -39,9 +40,22 @@ def fuse(model: nn.Module) -> nn.Module:
     """
     fused = copy.deepcopy(model).eval().requires_grad_(False)
     with torch.no_grad():
+        # First, since the folded copies of attention layers have no other parents.
+        for module in list(fused.modules()):
+            if type(module) is LocalSelfAttention2d:
+                _fold_logit_norms(module)
         for module in list(fused.modules()):
             _fuse_norms(module)
     return fused
+
+
+def _fold_logit_norms(attention: LocalSelfAttention2d) -> None:
+    """Remove the norms of queries and keys, where that is possible."""
+    for name in ("query", "key"):
+        projection, norm = getattr(attention, name), getattr(attention, f"{name}_norm")
+        if norm is not None and is_plain_pointwise(projection) and _are_plain(projection, norm):
+            setattr(attention, name, fuse_conv_bn_eval(projection, norm))
+            setattr(attention, f"{name}_norm", None)
 
 
 def _fuse_norms(module: nn.Module) -> None:

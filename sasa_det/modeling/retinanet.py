@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import ShapeSpec, get_norm
+from detectron2.layers import CycleBatchNormList, ShapeSpec, get_norm
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.utils import comm
@@ -62,6 +62,10 @@ class AttentionRetinaNetHead(nn.Module):
         for module in self.modules():
             if isinstance(module, LocalSelfAttention2d):
                 nn.init.normal_(module.value.weight, std=0.01)
+                for name in ("query_norm", "key_norm"):
+                    norm = getattr(module, name)
+                    if isinstance(norm, nn.BatchNorm2d):
+                        setattr(module, name, _norm_of_levels(norm, self._num_levels))
         # The outputs start with `prior_prob` for every class.
         nn.init.constant_(self.cls_score[-1].bias, -math.log((1 - prior_prob) / prior_prob))
 
@@ -131,6 +135,13 @@ class AttentionTower(nn.ModuleList):
                         x = norm(x)
             x = torch.relu(x)
         return x
+
+
+def _norm_of_levels(norm: nn.BatchNorm2d, num_levels: int) -> CycleBatchNormList:
+    """Return norms that share a norm's scale and shift, with statistics for each level."""
+    levels = CycleBatchNormList(num_levels, num_features=norm.num_features)
+    levels.weight, levels.bias = norm.weight, norm.bias
+    return levels
 
 
 def _prediction(

@@ -46,6 +46,11 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def holds_anything(path: str | os.PathLike) -> bool:
+    """Return whether :func:`whole_folder` would refuse a path: it exists and is no empty folder."""
+    return os.path.exists(path) and (not os.path.isdir(path) or bool(os.listdir(path)))
+
+
 @contextmanager
 def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Give a folder to write to, which is renamed to ``path`` when the block ends without error.

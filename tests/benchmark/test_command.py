@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sasa_det.benchmark import command, peak
+from sasa_det.benchmark import command, models, peak
 from sasa_det.benchmark.cases import make_cases
 from sasa_det.benchmark.command import benchmark_parser, run_benchmark
 from sasa_det.command_line import run_command
@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def _quick_peak_and_threads_as_before(monkeypatch):
     monkeypatch.setattr(peak, "_CALLS", 1)
+    monkeypatch.setattr(peak, "_LARGE_MATRIX", {"cpu": 256})
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -104,7 +105,7 @@ from sasa_det.benchmark import peak
 from sasa_det.benchmark.cases import make_cases
 from sasa_det.benchmark.measure import Settings
 from sasa_det_cli import run
-peak._CALLS = 1
+peak._CALLS, peak._LARGE_MATRIX = 1, {"cpu": 256}
 settings = Settings("cpu", torch.float32, 1, 64, Path("configs"), bfloat16=True)
 for case in make_cases(settings, ["op", "layer", "stem"]):
     for contender in case.contenders:
@@ -113,23 +114,20 @@ for case in make_cases(settings, ["op", "layer", "stem"]):
             assert contender.flops() > 0
 import sasa_det.benchmark.command as command
 command.make_cases = lambda *_: [replace(make_cases(settings, ["stem"])[0], memory=False)]
-sys.argv = ["tools/benchmark.py", "--output", sys.argv[1], *sys.argv[2:]]
+sys.argv = ["tools/benchmark.py", "--output", sys.argv[1]]
+assert run("benchmark") == 0
+sys.argv[1:] = ["--cases", "op,digits,backbone"]
 sys.exit(run("benchmark"))
 """
 
 
 def test_operators_layers_and_stems_run_without_detectron2(tmp_path):
-    def call(*words):
-        command = [sys.executable, "-c", WITHOUT_DETECTRON2, tmp_path / "out", *words]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-
-    done = call()
-    assert done.returncode == 0, done.stderr
+    words = [sys.executable, "-c", WITHOUT_DETECTRON2, tmp_path / "out"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 2, done.stderr
     left_out = "Left out without detectron2: backbone, retinanet, digits, trainer."
     assert left_out in (tmp_path / "out" / "results.md").read_text()
-    refused = call("--cases", "op,digits,backbone")
-    assert refused.returncode == 2
-    assert refused.stderr.strip().splitlines()[-1] == (
+    assert done.stderr.strip().splitlines()[-1] == (
         "error: --cases backbone,digits needs detectron2, which is not installed."
     )
 
@@ -145,6 +143,8 @@ def test_every_layer_and_detector_runs_and_is_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(command, "make_cases", cases_of)
     monkeypatch.setattr(command, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(models, "_DIGITS_BATCH", 2)
+    monkeypatch.setattr(models, "_DIGITS_SIZE", 64)
     groups = "layer,stem,backbone,retinanet,digits"
     words = ["--image-size", "64", "--batch", "2", "--cases", groups]
     _, by_case = run(tmp_path / "benchmark", *words)

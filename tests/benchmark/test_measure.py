@@ -8,8 +8,12 @@ from sasa_det.benchmark.measure import time_rounds
 
 ROOT = Path(__file__).parents[2]
 
+# Without detectron2, which these cases do not need and which takes seconds to import.
 MEMORY = """
+import importlib.util
 import torch
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "detectron2" else find(name, *a)
 from sasa_det.benchmark.memory import extra_peak_memory, use_exact_memory
 use_exact_memory()
 kept = []

@@ -49,6 +49,8 @@ WRONG = [
     ("MODEL.RETINANET.IOU_LABELS", [0, 2, 1], "-1, 0 or 1"),
     ("MODEL.SASA.KERNEL_SIZE", 4, "odd and at least 1"),
     ("MODEL.SASA.BACKEND", "metal", "empty or a backend of sasa_det.ops"),
+    ("MODEL.SASA.QK_NORM", "LN", "empty or one of BN, RMS, cosine"),
+    ("MODEL.SASA.SCALE_LOGITS", 1, "True or False"),
     ("SEED", -2, "within [-1, 2147483647]"),
     ("SEED", 2**31, "within [-1, 2147483647]"),
     ("VERSION", 1, "2"),
@@ -74,6 +76,9 @@ WRONG = [
     ("TEST.EVAL_PERIOD", -1, "at least 0"),
     ("INPUT.MIN_SIZE_TRAIN", (640, -1), "at least 0"),
     ("SOLVER.WEIGHT_DECAY_BIAS", -1.0, "at least 0"),
+    ("SOLVER.WEIGHT_DECAY_LOGIT", -1.0, "at least 0"),
+    ("SOLVER.LOGIT_WARMUP_ITERS", -1, "at least 0"),
+    ("SOLVER.LOGIT_WARMUP_ITERS", 2.5, "an integer"),
     # Lists of some length or order, and what does not go together.
     ("INPUT.CROP.SIZE", [0.5], "hold 2 values"),
     ("INPUT.MIN_SIZE_TRAIN", (), "at least one value"),
@@ -177,6 +182,8 @@ def test_names_are_suggested():
         ("SOLVER.CLIP_GRADIENTS.NORM_TYPE", float("inf")),
         ("SOLVER.WEIGHT_DECAY_BIAS", None),
         ("SOLVER.WEIGHT_DECAY_BIAS", 0.0),
+        ("SOLVER.WEIGHT_DECAY_LOGIT", 2),
+        ("MODEL.SASA.QK_NORM", "cosine"),
         ("MODEL.RETINANET.FOCAL_LOSS_ALPHA", -1.0),
         ("MODEL.RESNETS.NORM", "GN"),
         ("INPUT.MIN_SIZE_TEST", 0),
@@ -189,6 +196,18 @@ def test_names_are_suggested():
 )
 def test_values_at_the_edge_are_fine(key, value):
     check_values(changed(key, value))
+
+
+def test_nesterov_needs_a_momentum():
+    cfg = changed("SOLVER.NESTEROV", True)
+    check_values(cfg)
+    cfg.SOLVER.MOMENTUM = 0.0
+    with pytest.raises(
+        UsageError, match="SOLVER.MOMENTUM must be above 0 with SOLVER.NESTEROV True, got 0"
+    ):
+        check_values(cfg)
+    cfg.SOLVER.OPTIMIZER = "AdamW"  # which has neither
+    check_values(cfg)
 
 
 def test_images_of_one_channel():

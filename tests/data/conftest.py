@@ -1,12 +1,16 @@
 """A small COCO set on disk, for tests to break."""
 
 import copy
+import hashlib
 import json
+import zipfile
 
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
+
+from sasa_det.data.wheels import Member, Package
 
 # Ids are neither dense nor sorted, so that an order by position would show.
 VALID = {
@@ -58,3 +62,43 @@ def unregister():
             DatasetCatalog.remove(name)
         if name in MetadataCatalog:
             MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def make_package(tmp_path, monkeypatch):
+    """Makes a wheel as pip accepts it, where pip looks for packages, and returns what to fetch."""
+    index = tmp_path / "index"
+    index.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+
+    def make(name, content, files, members):
+        wheel = index / f"{name}-1.5-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            for path, data in files.items():
+                archive.writestr(path, data)
+            # Nothing of it is ever run.
+            archive.writestr(f"{name}/__init__.py", "raise SystemExit('imported')")
+            archive.writestr(
+                f"{name}-1.5.dist-info/METADATA",
+                f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\nRequires-Dist: absent\n",
+            )
+            archive.writestr(
+                f"{name}-1.5.dist-info/WHEEL",
+                "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+            )
+            archive.writestr(f"{name}-1.5.dist-info/RECORD", "")
+        return Package(
+            name=name,
+            version="1.5",
+            content=content,
+            wheel=wheel.name,
+            sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+            megabytes=1,
+            members={
+                path: Member(member, hashlib.sha256(files[member]).hexdigest())
+                for path, member in members.items()
+            },
+        )
+
+    return make

@@ -1,6 +1,7 @@
 """What a person reads about a data set, in the log and from the command."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 
 from sasa_det.data import validate_coco
 from sasa_det.data.validation_report import describe_report, summarize_warnings
+from sasa_det.engine.validate_data import run_validate_data, validate_data_parser
 
 
 def test_report_names_files_classes_and_problems(write, content):
@@ -65,38 +67,37 @@ def test_warnings_are_a_sentence_each(write, content):
 
 
 @pytest.mark.slow
-def test_command(write, content, tmp_path):
+def test_command(write, content, tmp_path, capsys):
     content["categories"][0]["name"] = "café"
     good, root = write(content, "good.json")
     content["annotations"][0]["iscrowd"] = 5
     (root / "sub" / "b.png").write_bytes(b"")
     bad, _ = write(content, "bad.json")
-    calls = [
-        (good, root, "--test"),
-        (bad, root, "--train", "--pixels", "--all"),
-        (tmp_path / "none.json", root),
-    ]
     # Names may hold what the terminal has no characters for.
+    command = [sys.executable, "tools/validate_data.py", good, root, "--test"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "tools/validate_data.py", *map(str, words)], env=environment, **pipes
-        )
-        for words in calls
-    ]
-    results = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0, 1, 2]
-    assert not any("Traceback" in errors for _, errors in results)
-    (good, _), (bad, _), (missing, errors) = results
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    good = done.stdout
     assert "| caf\\xe9 " in good and "for evaluation\n" in good
     assert "0 errors, 1 warning: these data " in good
     assert good.endswith(
         "can be used for evaluation; whether the images can be read is checked with --pixels.\n"
     )
+
+    def in_this_process(*words):
+        before = signal.getsignal(signal.SIGPIPE)
+        try:
+            status = run_validate_data(validate_data_parser().parse_args(map(str, words)))
+        finally:
+            signal.signal(signal.SIGPIPE, before)
+        return status, *capsys.readouterr()
+
+    status, bad, _ = in_this_process(bad, root, "--train", "--pixels", "--all")
+    assert status == 1
     assert "bad.json with images in" in bad and "for training\n" in bad
     assert "iscrowd other than 0 and 1 (1)" in bad and "b.png is empty" in bad
     assert bad.endswith("2 errors, 1 warning: these data are refused.\n")
-    last = errors.strip().splitlines()[-1]
-    assert last == f"error: json file {tmp_path / 'none.json'} does not exist"
-    assert missing == ""
+    status, missing, errors = in_this_process(tmp_path / "none.json", root)
+    assert status == 2 and missing == ""
+    assert errors == f"error: json file {tmp_path / 'none.json'} does not exist\n"

@@ -1,54 +1,21 @@
 """Photographs from a package: a small wheel in a folder that pip is told to look in."""
 
-import hashlib
+import dataclasses
 import zipfile
 
 import pytest
 
-from sasa_det.data.trees import DEEPFOREST, Member, PhotographPackage, fetch_trees
+from sasa_det.data.trees import DEEPFOREST, fetch_trees
+from sasa_det.data.wheels import Member
 from sasa_det.errors import DatasetError
 
 FILES = {"crowns/a.png": b"pixels", "crowns/a.xml": b"<annotation/>", "crowns/model.pt": b"\x80"}
-WHEEL = "tinytrees-1.5-py3-none-any.whl"
-
-
-def sha256(data):
-    return hashlib.sha256(data).hexdigest()
 
 
 @pytest.fixture
-def package(tmp_path, monkeypatch):
-    """A wheel as pip accepts it, where pip looks for packages."""
-    folder = tmp_path / "index"
-    folder.mkdir()
-    dist_info = "tinytrees-1.5.dist-info"
-    with zipfile.ZipFile(folder / WHEEL, "w") as archive:
-        for name, data in FILES.items():
-            archive.writestr(name, data)
-        # Nothing of it is ever run.
-        archive.writestr("crowns/__init__.py", "raise SystemExit('imported')")
-        archive.writestr(
-            f"{dist_info}/METADATA",
-            "Metadata-Version: 2.1\nName: tinytrees\nVersion: 1.5\nRequires-Dist: absent\n",
-        )
-        archive.writestr(
-            f"{dist_info}/WHEEL",
-            "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        )
-        archive.writestr(f"{dist_info}/RECORD", "")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    return PhotographPackage(
-        name="tinytrees",
-        version="1.5",
-        wheel=WHEEL,
-        sha256=sha256((folder / WHEEL).read_bytes()),
-        megabytes=1,
-        members={
-            f"train/a.{suffix}": Member(f"crowns/a.{suffix}", sha256(FILES[f"crowns/a.{suffix}"]))
-            for suffix in ("png", "xml")
-        },
-    )
+def package(make_package):
+    members = {f"train/a.{suffix}": f"crowns/a.{suffix}" for suffix in ("png", "xml")}
+    return make_package("tinytrees", "photographs", FILES, members)
 
 
 def test_photographs_are_fetched_once(package, tmp_path, monkeypatch):
@@ -81,10 +48,17 @@ def test_without_an_index_there_is_one_sentence(package, tmp_path, monkeypatch):
 
 
 def test_another_wheel_of_the_same_name_is_refused(package, tmp_path):
-    with zipfile.ZipFile(tmp_path / "index" / WHEEL, "a") as archive:
+    with zipfile.ZipFile(tmp_path / "index" / package.wheel, "a") as archive:
         archive.writestr("crowns/more.txt", "more")
     with pytest.raises(DatasetError, match="HASHES"):
         fetch_trees(tmp_path / "trees", package)
+    assert not (tmp_path / "trees").exists()
+
+
+def test_another_file_in_the_wheel_is_refused(package, tmp_path):
+    members = {**package.members, "train/a.png": Member("crowns/a.png", "0" * 64)}
+    with pytest.raises(DatasetError, match=r"crowns/a\.png in .* does not have the SHA-256 000"):
+        fetch_trees(tmp_path / "trees", dataclasses.replace(package, members=members))
     assert not (tmp_path / "trees").exists()
 
 

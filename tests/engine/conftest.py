@@ -1,5 +1,6 @@
 """Runs of a tiny detector on a few digits, in this process and in processes of their own."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -126,21 +127,25 @@ def leaves(value, path=""):
 @pytest.fixture(scope="session")
 def trained(digits, tmp_path_factory):
     """The checkpoint of a detector that has learnt the 8 images of ``digits`` by heart."""
-    folder = tmp_path_factory.mktemp("trained")
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # of all workers: one trains, and the others wait
+    checkpoint = shared / "trained" / "model_final.pth"
+    with open(shared / "trained.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not checkpoint.exists():
+            learn_by_heart(digits, checkpoint.parent)
+    return checkpoint
+
+
+def learn_by_heart(digits, folder):
     data = digits / "train.json", digits / "train"
     options = [
-        "SEED",
-        1,
-        "SOLVER.MAX_ITER",
-        100,
-        "SOLVER.IMS_PER_BATCH",
-        4,
-        "SOLVER.CHECKPOINT_PERIOD",
-        1000,
-    ]
-    options += ["INPUT.JITTER.MIN_SCALE", 1.0, "INPUT.JITTER.MAX_SCALE", 1.0]
+        "SEED", 1, "SOLVER.MAX_ITER", 100, "SOLVER.IMS_PER_BATCH", 4,
+        "SOLVER.CHECKPOINT_PERIOD", 1000,
+        "INPUT.JITTER.MIN_SCALE", 1.0, "INPUT.JITTER.MAX_SCALE", 1.0,
+    ]  # fmt: skip
     config = Path(__file__).parents[2] / CONFIG
     words = ["--config-file", config, "--train", *data, "--test", *data, *options]
     words += ["OUTPUT_DIR", folder]
     assert run(argument_parser().parse_args([str(word) for word in words])) == 0
-    return folder / "model_final.pth"

@@ -1,7 +1,6 @@
-"""Checks of a sharded model, which test_fsdp.py runs in two processes on CPUs."""
+"""Checks of a sharded model, which process_checks.py runs in two processes on CPUs."""
 
 import copy
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,17 +18,14 @@ from sasa_det.checkpoint.sharding import full_state, full_tensor
 from sasa_det.engine import load_config
 from sasa_det.engine.distributed import distribute, unsharded, without_sync
 from sasa_det.engine.hooks import ModelEma
-from sasa_det.engine.launch import launch
 from sasa_det.engine.train_loop import NonFiniteError, StepTrainer
 from sasa_det.utils.seeding import seed_everything
 
 
-def check(folder: str) -> int:
-    torch.set_num_threads(1)
-    check_retinanet(Path(folder))
+def check_shards(folder: Path) -> None:
+    check_retinanet(folder)
     check_rcnn()
     check_steps()
-    return 0
 
 
 # ------------------------------------------------------------------------------- whole detectors
@@ -232,7 +228,3 @@ def check_steps():
     trainer, _ = stepped(sharded, precision=torch.float16)
     assert torch.equal(weight(sharded), before)
     assert trainer.grad_scaler.get_scale() == 2.0**15
-
-
-if __name__ == "__main__":
-    sys.exit(launch(check, 2, device="cpu", args=(sys.argv[1],)))

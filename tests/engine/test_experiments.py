@@ -1,10 +1,13 @@
 """Trainings that are compared: run once, gone on with, and read again."""
 
 import json
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sasa_det.analysis.paper_tables import PAPER_TABLES
 from sasa_det.config.load import load_config
@@ -21,27 +24,36 @@ TINY = overrides(
         "SOLVER.MAX_EPOCHS": 0.0,
         "SOLVER.WARMUP_EPOCHS": 0.0,
         "SEED": 1,
-        "DATASETS.TRAIN": ("digit_crops_train",),
-        "DATASETS.TEST": ("digit_crops_val",),
+        "MODEL.PIXEL_STD": (58.0, 57.0, 57.0),
     }
 )
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Return a function that describes a training on a few images of noise."""
+    generator = np.random.default_rng(0)
+    for split, name, number in product(("train", "val"), ("a", "b"), range(4)):
+        file = tmp_path / "images" / split / name / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(file)
+    data = ("DATASETS.IMAGE_FOLDER", str(tmp_path / "images"))
+
+    def describe(name, *more, **options):
+        config = "Quick/classifier_SASA.yaml"
+        overrides = (*TINY, *data, *more)
+        options["metric"] = "classification/top1"
+        return Experiment(name, "train_imagenet", config, overrides, **options)
+
+    return describe
 
 
 def experiments(output):
     return Experiments(ROOT, output, "cpu")
 
 
-def tiny(name, *more, **options):
-    return Experiment(
-        name,
-        *("train_imagenet", "Quick/classifier_SASA.yaml", (*TINY, *more)),
-        metric="classification/top1",
-        **options,
-    )
-
-
 @pytest.mark.slow
-def test_experiments_run_once_and_start_from_each_other(tmp_path):
+def test_experiments_run_once_and_start_from_each_other(tmp_path, tiny):
     first = tiny("first")
     (outcome,) = experiments(tmp_path).run([first]).values()
     assert [iteration for iteration, _ in outcome.curve] == [4]
@@ -72,7 +84,7 @@ def test_experiments_run_once_and_start_from_each_other(tmp_path):
         experiments(tmp_path).run([tiny("first", "SOLVER.BASE_LR", "0.1")])
 
 
-def test_a_refused_experiment_is_named_with_the_reason(tmp_path):
+def test_a_refused_experiment_is_named_with_the_reason(tmp_path, tiny):
     wrong = tiny("wrong", "SOLVER.OPTIMIZER", "AdamX")
     with pytest.raises(UsageError, match=r"experiment wrong: SOLVER.OPTIMIZER must be .*AdamX"):
         experiments(tmp_path).run([wrong])
@@ -118,6 +130,9 @@ def test_rates_are_chosen_on_training_digits_and_seeds_share_them(tmp_path):
     asked = []
 
     class Recorded(Experiments):
+        def _write_backbone(self, name):
+            assert (self._folder(name) / "experiment.json").exists()
+
         def _train(self, experiment):
             asked.append(experiment)
             kind = next(

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import sys
 
 import pytest
 
@@ -70,17 +71,18 @@ if __name__ == "__main__":
 """
 
 
-def test_a_trainer_with_its_own_mapper_evaluator_and_hook(start, words, tmp_path):
+def test_a_trainer_with_its_own_mapper_evaluator_and_hook(words, tmp_path, monkeypatch, capsys):
     script = tmp_path / "my_train_net.py"
     script.write_text(SCRIPT)
     trainer = runpy.run_path(script)["MyTrainer"]
     begun = argument_parser().parse_args(words("SOLVER.MAX_ITER", 2, "SEED", 1))
     assert run(begun, trainer=trainer) == 0
     # And as a command.
-    process = start("--resume", "SOLVER.MAX_ITER", 4, "SEED", 1, tool=script)
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
-    assert "2 steps were done before." in output
+    command = [str(script), *words("--resume", "SOLVER.MAX_ITER", 4, "SEED", 1)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(script, run_name="__main__")
+    assert "2 steps were done before." in capsys.readouterr().out
     lines = (tmp_path / "run" / "metrics.json").read_text().splitlines()
     metrics = [json.loads(line) for line in lines]
     assert [line["counted/images"] for line in metrics] == [3, 3]

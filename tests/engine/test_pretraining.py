@@ -95,31 +95,31 @@ def test_learns_eight_classes(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_is_bit_equal(start, read_until, assert_equal_runs, folder, tmp_path):
+def test_an_interrupted_run_is_bit_equal(
+    start, read_until, command, plain_torchscript, assert_equal_runs, folder, tmp_path
+):
     """With any number of processes that read the data."""
-
-    def begin(name, num_workers, *words):
-        return start(
-            *words, "SEED", 3, "SOLVER.MAX_ITER", 12, "SOLVER.CHECKPOINT_PERIOD", 3,
-            "SOLVER.ACCUMULATION_STEPS", 2, "DATALOADER.NUM_WORKERS", num_workers,
-            "TEST.EVAL_PERIOD", 4, "OUTPUT_DIR", tmp_path / name,
-            tool="tools/train_imagenet.py", data=["--config-file", CONFIG, "--data", folder],
-        )  # fmt: skip
-
-    unbroken = begin("unbroken", 0)  # beside the others
+    options = [
+        "SEED", 3, "SOLVER.MAX_ITER", 12, "SOLVER.CHECKPOINT_PERIOD", 3,
+        "SOLVER.ACCUMULATION_STEPS", 2, "TEST.EVAL_PERIOD", 4,
+    ]  # fmt: skip
     for number, status, moment, num_workers in (
         (signal.SIGKILL, -signal.SIGKILL, "Saving checkpoint", 2),
         (signal.SIGTERM, 143, "inference", 0),
     ):
-        process = begin("run", num_workers, "--resume", "auto")
+        process = start(
+            *("--resume", "auto"), *options, "DATALOADER.NUM_WORKERS", num_workers,
+            *("OUTPUT_DIR", tmp_path / "run"),
+            tool="tools/train_imagenet.py", data=["--config-file", CONFIG, "--data", folder],
+        )  # fmt: skip
         output = read_until(process, moment)
         process.send_signal(number)
         output += process.communicate()[0]
         assert process.returncode == status, output
-    for process in (begin("run", 2, "--resume"), unbroken):
-        output = process.communicate()[0]
-        assert process.returncode == 0, output
-    assert_equal_runs(tmp_path / "unbroken", tmp_path / "run")
+    assert command("--resume", *options, "DATALOADER.NUM_WORKERS", 2) == 0
+    (tmp_path / "run").rename(tmp_path / "interrupted")
+    assert command(*options) == 0
+    assert_equal_runs(tmp_path / "run", tmp_path / "interrupted")
 
 
 def test_accumulation_equals_the_whole_batch():

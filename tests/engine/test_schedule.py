@@ -10,8 +10,11 @@ from torch import nn
 
 from sasa_det import add_sasa_config
 from sasa_det.config.options import RunOptions
-from sasa_det.engine import load_config, schedule
+from sasa_det.config.values import check_schedule
+from sasa_det.engine import UsageError, load_config, schedule
+from sasa_det.engine.optimizer import build_optimizer
 from sasa_det.engine.schedule import LearningRate, build_lr_scheduler
+from sasa_det.layers import LocalSelfAttention2d
 
 
 def in_iterations(cfg, num_images):
@@ -100,6 +103,57 @@ def test_resumed_rates_are_the_closed_form_and_bit_equal():
         assert rate == pytest.approx(expected, abs=1e-12)
         assert double == pytest.approx(2 * expected, abs=1e-12)
     assert rates(cfg, 37, 100) == unbroken[37:]
+
+
+@pytest.mark.parametrize("name", ["WarmupThenCosineLR", "WarmupCosineLR", "WarmupMultiStepLR"])
+def test_a_warmup_of_queries_and_keys_multiplies_the_rate_of_any_schedule(name):
+    cfg = config(
+        SOLVER__BASE_LR=0.5,
+        SOLVER__MAX_ITER=60,
+        SOLVER__WARMUP_ITERS=10,
+        SOLVER__STEPS=(20, 50),
+        SOLVER__LR_SCHEDULER_NAME=name,
+        SOLVER__LOGIT_WARMUP_ITERS=30,
+        SOLVER__LOGIT_LR_FACTOR=0.5,
+    )
+
+    def rates_by_warmup(start, stop):
+        layer = LocalSelfAttention2d(4, 4, 3, 2)
+        optimizer = build_optimizer(cfg, layer)
+        hook = LearningRate(build_lr_scheduler(cfg, optimizer))
+        hook.trainer = Clock()
+        hook.start_at(start)
+        # As a checkpoint does that has another warmup.
+        for group in optimizer.param_groups:
+            group["warmup_iters"] = 7
+        rate = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        found = []
+        for _ in range(start, stop):
+            found.append([rate[id(p.weight)]["lr"] for p in (layer.query, layer.key, layer.value)])
+            optimizer.step()
+            hook.after_step()
+        return found
+
+    unbroken = rates_by_warmup(0, 60)
+    for iteration, (query, key, value) in enumerate(unbroken):
+        assert query == key
+        assert query == pytest.approx(0.5 * value * min(1, iteration / 30), rel=1e-12)
+    assert unbroken[0][0] == 0 < unbroken[0][2] and unbroken[29][0] < 0.5 * unbroken[29][2]
+    assert rates_by_warmup(17, 60) == unbroken[17:]
+
+
+def test_a_warmup_of_queries_and_keys_is_shorter_than_the_run():
+    cfg = config(SOLVER__MAX_ITER=60, SOLVER__STEPS=(), SOLVER__WARMUP_ITERS=0)
+    cfg.SOLVER.LOGIT_WARMUP_ITERS = 59
+    check_schedule(RunOptions.read(cfg))
+    cfg.SOLVER.LOGIT_WARMUP_ITERS = 60
+    with pytest.raises(
+        UsageError,
+        match="SOLVER.LOGIT_WARMUP_ITERS must be below SOLVER.MAX_ITER, which is 60, got 60",
+    ):
+        check_schedule(RunOptions.read(cfg))
+    cfg.SOLVER.MAX_EPOCHS = 2.0  # whose iterations the data set gives
+    check_schedule(RunOptions.read(cfg))
 
 
 @pytest.mark.parametrize("name", ["WarmupThenCosineLR", "WarmupCosineLR", "WarmupMultiStepLR"])

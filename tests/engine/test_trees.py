@@ -63,26 +63,29 @@ def test_rates_are_chosen_without_the_test_photograph(photographs, tmp_path, mon
     ]
     tried = json.loads((output / "tuning.json").read_text())
     assert tried["attention"]["0.006"] == {"bbox/AP": 11.0, "bbox/AP50": 31.0}
-    # What is evaluated on is below what is trained on.
-    parts = {}
+    # What is evaluated on is above what is trained on.
     photograph = np.asarray(Image.open(photographs / "train" / "train.png"))
-    for name in ("upper", "held_out"):
-        (image,) = (output / "tuning" / name / "images").iterdir()
-        parts[name] = np.asarray(Image.open(image))
-    assert (np.concatenate([parts["upper"], parts["held_out"]]) == photograph).all()
-    assert len(parts["upper"]) == 150
+    (lower,) = (output / "tuning" / "lower" / "images").iterdir()
+    assert (np.asarray(Image.open(lower)) == photograph[50:]).all()
+    turned = sorted((output / "tuning" / "held_out" / "images").iterdir())
+    upright, *others = (np.asarray(Image.open(path)) for path in turned)
+    assert (upright == photograph[:50]).all()
+    for turns, image in zip((2, 3, 1), others, strict=True):  # by 180, 270 and 90 degrees
+        assert (image == np.rot90(upright, turns)).all()
     content = json.loads((output / "tuning" / "tiles" / "annotations.json").read_text())
-    # Rows of trees begin at 5, 50, 95 and 140: half of the last one is visible, and twice.
+    # Rows of four trees begin at 5, 50, 95 and 140.
     assert [image["height"] for image in content["images"]] == [150, 160, 150, 160]
-    assert len(content["annotations"]) == 4 * 4 * 4
+    assert len(content["annotations"]) == 3 * 4 * 4
     held_out = json.loads((output / "tuning" / "held_out" / "annotations.json").read_text())
-    assert sorted({entry["bbox"][1] for entry in held_out["annotations"]}) == [0]
+    upright = [entry for entry in held_out["annotations"] if entry["image_id"] == 1]
+    assert [entry["bbox"] for entry in upright] == [[x, 5, 20, 20] for x in (5, 45, 85, 125)]
+    assert len(held_out["annotations"]) == 4 * 4
     # Nothing is run again; tiles of other settings are not taken for these.
     asked.clear()
     assert trees.tune_on_trees(ROOT, output, 1, ["SOLVER.MAX_ITER", "8"], photographs) == text
     assert asked == []
     monkeypatch.setattr(trees, "TILE_SIZE", 100)
-    with pytest.raises(UsageError, match="upper holds tiles with other settings; name another"):
+    with pytest.raises(UsageError, match="lower holds tiles with other settings; name another"):
         trees.tune_on_trees(ROOT, output, 1, ["SOLVER.MAX_ITER", "8"], photographs)
 
 

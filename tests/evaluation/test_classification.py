@@ -1,8 +1,7 @@
-"""Accuracy counted by hand, over batches and over processes."""
+"""Accuracy counted by hand, over batches; engine/process_checks.py adds up that of processes."""
 
 import pytest
 import torch
-from torch import multiprocessing
 
 from sasa_det.errors import DatasetError, ImageError
 from sasa_det.evaluation.accuracy import ClassificationEvaluator
@@ -60,21 +59,3 @@ def test_unreadable_images_are_left_out_up_to_a_limit():
     evaluator.process({"unreadable": [ImageError("broken", "b.png")]}, [])
     with pytest.raises(DatasetError, match="2 of 4 images of set cannot be read.*a.png.*b.png"):
         evaluator.evaluate()
-
-
-def evaluate_in_part(rank, store, results):
-    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
-    evaluator = ClassificationEvaluator("set")
-    process(evaluator, [[0, 1, 2, 3, 4], [5, 6]][rank])
-    results[rank] = evaluator.evaluate()
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_processes_are_added_up(tmp_path):
-    with multiprocessing.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        multiprocessing.spawn(evaluate_in_part, (str(tmp_path / "store"), results), nprocs=2)
-        expected = {"top1": 100 * 3 / 7, "top5": 100 * 5 / 7, "images": 7, "unreadable": 0}
-        assert results[0] == {"classification": pytest.approx(expected)}
-        assert results[1] == {}

@@ -237,8 +237,11 @@ def test_mean_curves_show_the_mean_and_the_range_of_runs(tmp_path):
         "convolution": [[(10, 20.0), (20, 30.0)], [(10, 30.0), (20, 60.0)]],
         "attention": [[(5, 40.0)]],
     }
-    figure = draw_mean_curves(curves, tmp_path / "curves.png", "Box AP")
-    (axes,) = figure.axes
+    panels = {"from scratch": curves, "pretrained": {"attention": [[(5, 50.0)]]}}
+    figure = draw_mean_curves(panels, tmp_path / "curves.png", "Box AP")
+    axes, other = figure.axes
+    assert [each.get_title() for each in figure.axes] == ["from scratch", "pretrained"]
+    assert other.lines[0].get_xydata().tolist() == [[5, 50]]
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert lines == {"convolution": [[10, 25], [20, 45]], "attention": [[5, 40]]}
     (corners,) = axes.collections[0].get_paths()
@@ -248,7 +251,7 @@ def test_mean_curves_show_the_mean_and_the_range_of_runs(tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 0
     uneven = {"convolution": [[(10, 20.0)], [(11, 20.0)]]}
     with pytest.raises(ValueError, match="'convolution' were evaluated at different iterations"):
-        draw_mean_curves(uneven, tmp_path / "other.png", "Box AP")
+        draw_mean_curves({"uneven": uneven}, tmp_path / "other.png", "Box AP")
     with pytest.raises(ValueError, match="at least one run"):
-        draw_mean_curves({"none": []}, tmp_path / "other.png", "Box AP")
+        draw_mean_curves({"a": curves, "b": {"none": []}}, tmp_path / "other.png", "Box AP")
     assert not (tmp_path / "other.png").exists()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sasa_det.export import DECOMPOSITIONS, Decompose
+from sasa_det.export.decompositions import SHORT_DECOMPOSITIONS
 from sasa_det.layers import AttentionStem, LocalSelfAttention2d
 
 
@@ -35,14 +36,15 @@ class Operators(torch.utils._python_dispatch.TorchDispatchMode):
         {"kernel_size": 1},
     ],
 )
-def test_local_attention_is_that_of_the_reference(options, size):
+@pytest.mark.parametrize("stand_ins", [DECOMPOSITIONS, SHORT_DECOMPOSITIONS])
+def test_local_attention_is_that_of_the_reference(stand_ins, options, size):
     torch.manual_seed(0)
     layer = LocalSelfAttention2d(8, 16, num_heads=2, backend="reference", **options).double()
     x = torch.randn(2, 8, *size, dtype=torch.float64)
     with torch.no_grad():
         expected = layer(x)
         layer.backend = None
-        with Decompose(), Operators() as operators:
+        with Decompose(stand_ins), Operators() as operators:
             found = layer(x)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
     assert operators.names == {"aten"}

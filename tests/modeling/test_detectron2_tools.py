@@ -22,7 +22,12 @@ from detectron2.utils.testing import (
 )
 
 from sasa_det import add_sasa_config
-from sasa_det.layers import PairwiseAttention2d, PatchwiseAttention2d
+from sasa_det.layers import (
+    AttentionStem,
+    LocalSelfAttention2d,
+    PairwiseAttention2d,
+    PatchwiseAttention2d,
+)
 from sasa_det.modeling import SAN, SASAResNet
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PyTorch deprecates TorchScript
@@ -66,16 +71,8 @@ def backbones():
     yield "attention", lambda: SASAResNet(**small)
     yield "convolution", lambda: SASAResNet(**small, stem="convolution", attention_stages=[])
     yield "frozen", lambda: SASAResNet(**small, norm="FrozenBN", freeze_at=2)
-    for values in ("pointwise", "convolution"):
-        stem = {"values": values, "relative": False}
-        yield f"{values} stem", lambda stem=stem: SASAResNet(**small, stem_options=stem)
-    for attention in (
-        {"content": False, "border": "zero"},
-        {"position": "absolute", "backend": "loop"},
-        {"position": "none"},
-    ):
-        name = " ".join(map(str, attention.values()))
-        yield name, lambda attention=attention: SASAResNet(**small, attention=attention, norm="")
+    absolute = {"position": "absolute", "backend": "loop"}
+    yield "absolute loop", lambda: SASAResNet(**small, attention=absolute, norm="")
     yield "classifier", lambda: SASAResNet(depth=26, width_multiplier=0.25, num_classes=5)
     yield "patchwise SAN", lambda: SAN(attention="patchwise", out_features=["stem", "res3"])
     yield "SAN classifier", lambda: SAN(num_classes=5, position_size=64)
@@ -103,6 +100,24 @@ def test_backbones_can_be_scripted(make):
         loss = sum(feature.square().mean() for feature in run(image).values())
         grads += torch.autograd.grad(loss, image)
     torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LocalSelfAttention2d(8, 8, 3, num_heads=2, content=False, border="zero"),
+        lambda: LocalSelfAttention2d(8, 8, 3, num_heads=2, position="none"),
+        lambda: AttentionStem(8, 16, 4, 4, values="pointwise", relative=False),
+        lambda: AttentionStem(8, 16, 4, 4, values="convolution", relative=False),
+    ],
+)
+def test_attention_can_be_scripted(make):
+    torch.manual_seed(0)
+    layer, x = make().eval(), torch.rand(2, 8, 6, 9, requires_grad=True)
+    found, expected = torch.jit.script(layer)(x), layer(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    grads = (torch.autograd.grad(y.square().mean(), x)[0] for y in (found, expected))
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,8 @@ def test_every_key_of_a_run_has_a_lazy_key():
     # What is said by calls.
     calls = ("MODEL.SASA.", "INPUT.JITTER.", "SOLVER.OPTIMIZER", "SOLVER.LOGIT_LR_FACTOR")
     calls += ("SOLVER.STEP_EPOCHS", "SOLVER.WEIGHT_DECAY_EMBEDDING")
-    calls += ("SOLVER.STEM_LOGIT_LR_FACTOR",)
+    calls += ("SOLVER.STEM_LOGIT_LR_FACTOR", "SOLVER.WEIGHT_DECAY_LOGIT")
+    calls += ("SOLVER.LINEAR_LR_FACTOR",)
     calls += ("MODEL.SAN.", "MODEL.BN_DECAY")
     # Classifiers have yaml configs alone.
     calls += ("MODEL.CLASSIFIER.", "INPUT.CLASSIFICATION.", "TEST.IMS_PER_BATCH")

@@ -49,11 +49,18 @@ def assert_equals_reference(inputs, grad, **options):
             assert error <= tolerance * max(1.0, float(exact.abs().max())), i
 
 
-@pytest.mark.parametrize("border", ["mask", "zero"])
-@pytest.mark.parametrize("content,relative", [(True, True), (False, True), (True, False)])
+# Each border with each choice of terms, and with each size.
+TERMS = [(True, True), (False, True), (True, False)]
+SIZES = [(1, 2, 4, 1, 1, 3), (2, 1, 8, 9, 3, 7), (1, 2, 2, 3, 9, 5)]
+CASES = [
+    (*size, *terms, ("mask", "zero")[(i + j) % 2])
+    for i, size in enumerate(SIZES)
+    for j, terms in enumerate(TERMS)
+]
+
+
 @pytest.mark.parametrize(
-    "n,heads,head_width,height,width,kernel_size",
-    [(1, 2, 4, 1, 1, 3), (2, 1, 8, 9, 3, 7), (1, 2, 2, 3, 9, 5)],
+    "n,heads,head_width,height,width,kernel_size,content,relative,border", CASES
 )
 def test_equals_the_reference(
     n, heads, head_width, height, width, kernel_size, content, relative, border

@@ -16,6 +16,8 @@ bottom_up = L(SASAResNet)(
         content=True,
         border="mask",
         backend=None,  # selects the fastest
+        qk_norm=None,
+        scale_logits=False,
     ),
     stem_options=dict(num_heads=4, num_mixtures=4, values="mixture", relative=True),
     width_multiplier=1.0,
