@@ -54,7 +54,8 @@ setup(
     package_dir={CONFIGS: "configs"},
     py_modules=["sasa_det_cli"],
     package_data={
-        "sasa_det": ["py.typed"],
+        # The CUDA kernels are compiled where they are used.
+        "sasa_det": ["py.typed", "csrc/cuda/*"],
         "sasa_det.model_zoo": ["weights/**/*"],
         CONFIGS: ["**/*.py", "**/*.yaml"],
     },

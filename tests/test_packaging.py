@@ -59,9 +59,10 @@ def built(tmp_path_factory):
 def test_a_wheel_has_all_of_the_package_and_the_configs(built):
     library, _ = built
     package = files_in(ROOT / "sasa_det")
-    kernels = {path for path in package if path.parts[0] == "csrc"}
+    kernels = {path for path in package if path.parts[0] == "csrc" and path.parts[1] != "cuda"}
     configs = {Path("model_zoo", "configs") / path for path in files_in(ROOT / "configs")}
     assert len(kernels) > 20 and len(configs) > 80 and Path("py.typed") in package
+    assert Path("csrc", "cuda", "warp.cuh") in package
     assert files_in(library / "sasa_det") == package - kernels | configs
     assert {path.name for path in library.iterdir()} == {"sasa_det", "sasa_det_cli.py"}
 

@@ -30,7 +30,7 @@ def instruction_sets() -> list[str]:
     return [] if MISSING else torch.ops.sasa_det_cpu.instruction_sets()
 
 
-def why_not(query: Tensor, num_heads: int, forced: bool = False) -> str | None:
+def why_not(query: Tensor, num_heads: int, kernel_size: int, forced: bool = False) -> str | None:
     """Return why inputs like ``query`` cannot run here, or None if they can."""
     if MISSING:
         return MISSING

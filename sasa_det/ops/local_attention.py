@@ -63,8 +63,8 @@ def local_attention(
         border: "mask" leaves neighbours outside the image out of the softmax; "zero" treats them
             as zero keys and values, which keep their logit q . r.
         content: False drops the term q . k (Table 6 of the paper).
-        backend: "cpu", "triton", "loop" or "reference"; None takes the first of them that can run
-            here.
+        backend: "cpu", "cuda", "triton", "loop" or "reference"; None takes the first of them that
+            can run here.
 
     Returns:
         (N, C, H, W) in the type of ``value``.

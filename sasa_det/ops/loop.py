@@ -64,7 +64,7 @@ def window_logits(query, key, rel_rows, rel_cols, kernel_size, mask) -> Tensor:
     return logits
 
 
-def why_not(query: Tensor, num_heads: int, forced: bool = False) -> str | None:
+def why_not(query: Tensor, num_heads: int, kernel_size: int, forced: bool = False) -> str | None:
     """Return why inputs like ``query`` cannot run here, or None: all can."""
     return None
 

@@ -10,12 +10,13 @@ functions here are the operators.
 """
 
 import logging
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from . import cpu, loop, triton
+from . import cpu, cuda, loop, triton
 from .arguments import check_arguments
 from .gradient import define_operator, fake_gradients, register_gradient
 from .precision import accumulation_dtype
@@ -24,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 # Fastest first. Each has SUMMARY, MISSING, why_not, and forward and backward with the arguments of
 # `attend` and `attend_backward` but the last.
-BACKENDS = {"cpu": cpu, "triton": triton, "loop": loop}
+BACKENDS = {"cpu": cpu, "cuda": cuda, "triton": triton, "loop": loop}
 
 
-def _choose(name: str, query: Tensor, num_heads: int) -> str:
+def _choose(name: str, query: Tensor, num_heads: int, kernel_size: int) -> str:
     """Return the backend to run, the one asked for or the fastest for tensors like ``query``.
 
     Raises:
@@ -36,13 +37,13 @@ def _choose(name: str, query: Tensor, num_heads: int) -> str:
     if name:
         reason = "it is not a backend of this operator"
         if name in BACKENDS:
-            reason = BACKENDS[name].why_not(query, num_heads, forced=True)
+            reason = BACKENDS[name].why_not(query, num_heads, kernel_size, forced=True)
         if reason:
             raise RuntimeError(f"backend {name!r} cannot run here: {reason}.")
         return name
     reasons = []
     for name, backend in BACKENDS.items():
-        reason = backend.why_not(query, num_heads)
+        reason = backend.why_not(query, num_heads, kernel_size)
         if reason is None:
             break
         reasons.append(f"; {name} does not: {reason}")
@@ -74,11 +75,21 @@ def attend(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask, 
 
     Returns:
         (output, log_sum): the output (N, C, H, W) and what the backend wants back for its
-        backward pass, each window's log-sum-exp (N, num_heads, H, W) or an empty tensor.
+        backward pass, the logarithm of each window's sum of exponentials (N, num_heads, H, W), to a
+        base of its own, or an empty tensor.
     """
     arguments = (query, key, value, rel_rows, rel_cols, kernel_size, num_heads)
     check_arguments(*arguments)
-    return BACKENDS[_choose(backend, query, num_heads)].forward(*arguments, mask)
+    chosen = BACKENDS[_choose(backend, query, num_heads, kernel_size)]
+    output, log_sum = chosen.forward(*arguments, mask)
+    return output.contiguous(memory_format=_layout_of(value)), log_sum
+
+
+def _layout_of(x: Tensor) -> torch.memory_format:
+    """Return the layout of results like ``x``: on GPUs it is that of ``x``, else (N, C, H, W)."""
+    if x.device.type == "cuda" and x.shape[1] > 1 and x.stride(1) == 1:
+        return torch.channels_last
+    return torch.contiguous_format
 
 
 # In Python, as a fake tensor tells C++ no device.
@@ -87,10 +98,10 @@ def _(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask, backe
     check_arguments(query, key, value, rel_rows, rel_cols, kernel_size, num_heads)
     n, _, height, width = query.shape
     shape = (n, num_heads, height, width)
-    if _choose(backend, query, num_heads) == "cpu":
+    if _choose(backend, query, num_heads, kernel_size) == "cpu":
         shape = (0,)
     log_sum = query.new_empty(shape, dtype=accumulation_dtype(query.dtype))
-    return torch.empty_like(value, memory_format=torch.contiguous_format), log_sum
+    return torch.empty_like(value, memory_format=_layout_of(value)), log_sum
 
 
 @define_operator(
@@ -100,13 +111,25 @@ def _(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask, backe
 )
 def attend_backward(grad, query, *arguments):
     """Return the gradients of query, key, value and both embeddings; empty for an absent one."""
-    *arguments, num_heads, mask, backend = arguments
-    return BACKENDS[_choose(backend, query, num_heads)].backward(
-        grad, query, *arguments, num_heads, mask
+    *tensors, kernel_size, num_heads, mask, backend = arguments
+    chosen = BACKENDS[_choose(backend, query, num_heads, kernel_size)]
+    gradients = chosen.backward(grad, query, *tensors, kernel_size, num_heads, mask)
+    return _in_layouts_of((query, *tensors[:4]), gradients)
+
+
+def _in_layouts_of(tensors: Sequence[Tensor | None], gradients: Sequence[Tensor]) -> tuple:
+    return tuple(
+        x if like is None or like.dim() != 4 else x.contiguous(memory_format=_layout_of(like))
+        for like, x in zip(tensors, gradients, strict=True)
     )
+
+
+def _fake_gradients(grad: Tensor, *arguments: object) -> tuple[Tensor, ...]:
+    return _in_layouts_of(arguments[:5], fake_gradients(5)(grad, *arguments))
 
 
 if cpu.MISSING:
     register_gradient(attend, attend_backward, num_tensors=5)
+    attend_backward.register_fake(_fake_gradients)
 else:
-    torch.library.register_fake("sasa_det::local_attention_backward", fake_gradients(5))
+    torch.library.register_fake("sasa_det::local_attention_backward", _fake_gradients)

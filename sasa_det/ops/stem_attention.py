@@ -103,7 +103,7 @@ def pooled_stem_attention(
 
 def has_stem_kernels(x: Tensor, block_size: int) -> bool:
     """Tell whether the C++ kernels of the stem run for images like ``x``."""
-    return block_size == STEM_BLOCK and cpu.why_not(x, num_heads=1) is None
+    return block_size == STEM_BLOCK and cpu.why_not(x, num_heads=1, kernel_size=1) is None
 
 
 def normalized_stem_attention(

@@ -15,7 +15,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WIDEST_HEAD = 64
 
 
-def why_not(query: Tensor, num_heads: int, forced: bool = False) -> str | None:
+def why_not(query: Tensor, num_heads: int, kernel_size: int, forced: bool = False) -> str | None:
     """Return why inputs like ``query`` cannot run here, or None if they can.
 
     Triton's interpreter, which is for tests, takes CPU tensors when the backend is asked for by

@@ -48,7 +48,7 @@ WRONG = [
     ("MODEL.RPN.CONV_DIMS", [0], "at least 1, or -1"),
     ("MODEL.RETINANET.IOU_LABELS", [0, 2, 1], "-1, 0 or 1"),
     ("MODEL.SASA.KERNEL_SIZE", 4, "odd and at least 1"),
-    ("MODEL.SASA.BACKEND", "cuda", "empty or a backend of sasa_det.ops"),
+    ("MODEL.SASA.BACKEND", "metal", "empty or a backend of sasa_det.ops"),
     ("MODEL.SASA.QK_NORM", "LN", "empty or one of BN, RMS, cosine"),
     ("MODEL.SASA.SCALE_LOGITS", 1, "True or False"),
     ("SEED", -2, "within [-1, 2147483647]"),

@@ -1,0 +1,160 @@
+// Local attention: the output and, for the backward pass, the logarithm to base 2 of each window's
+// sum of exponentials.
+#pragma once
+
+#include <one_by_one.cuh>
+#include <windows.cuh>
+
+// Pixels of query, key, value and output lie `*_stride` elements apart.
+struct ForwardArguments {
+  Sizes sizes;
+  u32 query_stride, key_stride, value_stride, output_stride;
+  const u16 *query, *key, *value;    // (batch, height, width, heads * DEPTH)
+  const float *rel_rows, *rel_cols;  // (heads, DEPTH / 2, KERNEL)
+  u16* output;
+  float* log_sum;  // (batch, heads, height, width)
+};
+
+template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION>
+DEVICE void attend_one_by_one(const ForwardArguments& x, Shared keys, Shared values,
+                              const Block& block, const Thread& me, int head) {
+  const OnePixel<T, DEPTH, KERNEL> pixel(block, me, head);
+  if (!pixel.inside) return;
+  const u16* query = pixel.of(x.query, x.query_stride, 0);
+  const auto logit = [&](int row, int col) {
+    float sum = 0.f;
+#pragma unroll 1
+    for (int d = 0; d < DEPTH; ++d) {
+      const float q = T::low(load(query + d));
+      if (CONTENT) sum += q * pixel.of_window(keys, row, col, d);
+      if (POSITION) sum += q * pixel.embedding(x.rel_rows, x.rel_cols, row, col, d);
+    }
+    return sum;
+  };
+  float highest = -1e38f;
+#pragma unroll 1
+  for (int i = 0; i < pixel.WINDOW; ++i)
+    if (!MASK || pixel.has(i / KERNEL, i % KERNEL)) {
+      const float l = logit(i / KERNEL, i % KERNEL);
+      highest = l > highest ? l : highest;  // a NaN stays in the exponentials
+    }
+#pragma unroll 1
+  for (int chunk = pixel.first_chunk; chunk < Heads<DEPTH>::HEAD_CHUNKS; chunk += 2) {
+    float total = 0.f, sums[8] = {};
+#pragma unroll 1
+    for (int i = 0; i < pixel.WINDOW; ++i)
+      if (!MASK || pixel.has(i / KERNEL, i % KERNEL)) {
+        const float weight = exp2_of((logit(i / KERNEL, i % KERNEL) - highest) * LOG2_E);
+        total += weight;
+#pragma unroll
+        for (int d = 0; d < 8; ++d)
+          sums[d] += weight * pixel.of_window(values, i / KERNEL, i % KERNEL, 8 * chunk + d);
+      }
+    const float inverse = reciprocal_of(total);
+    u16* output = pixel.of(x.output, x.output_stride, chunk);
+#pragma unroll
+    for (int d = 0; d < 8; d += 2)
+      store(reinterpret_cast<u32*>(output + d), T::pack(sums[d] * inverse, sums[d + 1] * inverse));
+    if (chunk == 0)
+      store(x.log_sum + block.plane(x.sizes, head) + pixel.place(),
+            highest * LOG2_E + log2_of(total));
+  }
+}
+
+template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION>
+__global__ void __launch_bounds__(THREADS, DEPTH < 64 ? 3 : 2)
+    local_attention_forward(const ForwardArguments x) {
+  using H = Heads<DEPTH>;
+  constexpr int ROWS = KERNEL + 1;
+  const Thread me;
+  const Block block = Block::of<DEPTH>(x.sizes);
+  const Shared values = shared_memory(), keys = values + tile_bytes<DEPTH, KERNEL>();
+  const Shared embeddings = CONTENT ? keys + tile_bytes<DEPTH, KERNEL>() : keys;
+  if (CONTENT) copy_tile<DEPTH, KERNEL>(keys, x.key, x.key_stride, block, me);
+  copy_tile<DEPTH, KERNEL>(values, x.value, x.value_stride, block, me);
+  if (POSITION)
+    Embeddings<DEPTH, KERNEL>::template prepare<T>(embeddings, x.rel_rows, x.rel_cols, block, me);
+  const Pixels pixels(block, me);
+  const Windows windows(me);
+  Terms<DEPTH, KERNEL, MASK, POSITION> terms(block, me);
+  wait_for_copies();
+  wait_for_block();
+#pragma unroll 1
+  for (int head = 0; head < block.heads; ++head) {
+    const int channel = (block.first_head + head) * DEPTH + 2 * me.t;
+    const u16* query[2];
+    pixels.of(query, x.query, x.query_stride, block, channel);
+    u32 a[H::STEPS][4];
+    load_operands<DEPTH>(a, query, pixels);
+    terms.template find<T>(a, embeddings, head, me);
+    float logits[ROWS / 2][2][4];
+    const PixelsAsColumns<DEPTH> keys_as_columns(keys, me, head);
+#pragma unroll
+    for (int j = 0; j < ROWS; j += 2)
+      window_products<T, CONTENT>(logits[j / 2], a, keys_as_columns, windows, j,
+                                  [&](int r, int i) { return terms.start(j + r, i); });
+    float shift[2], total[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float highest = fmaxf(logits[h / 2][h % 2][2 * h], logits[h / 2][h % 2][2 * h + 1]);
+#pragma unroll
+      for (int o = 1; o < KERNEL; ++o)
+        highest = fmaxf(highest, fmaxf(logits[(o + h) / 2][(o + h) % 2][2 * h],
+                                       logits[(o + h) / 2][(o + h) % 2][2 * h + 1]));
+      highest = fmaxf(highest, of_neighbour(highest, 1));
+      highest = fmaxf(highest, of_neighbour(highest, 2));
+      shift[h] = highest * LOG2_E;
+      total[h] = 0.f;
+    }
+    u32 weights[ROWS / 2][4];
+#pragma unroll
+    for (int j = 0; j < ROWS; ++j)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        u32& word = weights[j / 2][j % 2 * 2 + h];
+        const int offset = j - h;
+        if (offset < 0 || offset >= KERNEL) {
+          word = held_zero();
+          continue;
+        }
+        const float first = exp2_of(logits[j / 2][j % 2][2 * h] * LOG2_E - shift[h]);
+        const float second = exp2_of(logits[j / 2][j % 2][2 * h + 1] * LOG2_E - shift[h]);
+        total[h] += first + second;
+        word = T::pack(first, second);
+      }
+    float inverse[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      total[h] = sum_of_quad(total[h]);
+      inverse[h] = reciprocal_of(total[h]);
+    }
+    const PixelsAsRows<DEPTH> values_as_rows(values, me, head);
+    u16* output[2];
+    pixels.of(output, x.output, x.output_stride, block, channel);
+    u32 collected[2] = {0, 0};
+#pragma unroll
+    for (int c = 0; c < H::HEAD_CHUNKS; ++c) {
+      float sum[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+      for (int j = 0; j < ROWS; j += 2)
+        values_as_rows.template product<T>(sum, weights[j / 2], windows, j, c);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const u32 word = T::pack(sum[2 * h] * inverse[h], sum[2 * h + 1] * inverse[h]);
+        collected[h] = T::add_zero_times(word, collected[h]);
+        if (pixels.inside[h]) store(reinterpret_cast<u32*>(output[h] + 8 * c), word);
+      }
+    }
+    float* log_sum[2];
+    pixels.of_planes(log_sum, x.log_sum, x.sizes, block, head);
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      if (me.t == 0 && pixels.inside[h]) store(log_sum[h], shift[h] + log2_of(total[h]));
+    if (in_any_thread((pixels.inside[0] && not_finite(collected[0])) ||
+                      (pixels.inside[1] && not_finite(collected[1])))) {
+      wait_for_warp();  // whose threads have written what others write again
+      attend_one_by_one<T, DEPTH, KERNEL, MASK, CONTENT, POSITION>(x, keys, values, block, me,
+                                                                   head);
+    }
+  }
+}

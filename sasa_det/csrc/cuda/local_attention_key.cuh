@@ -1,0 +1,259 @@
+// Gradients of local attention for keys and values. The roles are those of the other kernels
+// turned round: a warp has 2 x 8 keys, and meets the queries whose windows they are in, which lie
+// in windows of the same size around the keys. Nothing is added up by several blocks.
+#pragma once
+
+#include <one_by_one.cuh>
+#include <windows.cuh>
+
+// Pixels of images lie `*_stride` elements apart.
+struct KeyArguments {
+  Sizes sizes;
+  u32 grad_stride, query_stride, key_stride, value_stride, grad_key_stride, grad_value_stride;
+  const u16 *grad, *query, *key, *value;  // (batch, height, width, heads * DEPTH)
+  const float *rel_rows, *rel_cols;       // (heads, DEPTH / 2, KERNEL)
+  const float *log_sum, *mean;            // (batch, heads, height, width)
+  u16 *grad_key, *grad_value;
+};
+
+// What a warp needs of each query of the tile and its halo, in shared memory and float32.
+template <int DEPTH, int KERNEL>
+struct QueryTables {
+  static constexpr int REACH = KERNEL / 2, ROWS = halo_rows(KERNEL);
+  // For each row of queries: its terms by column offset, 8 for each query; log_sum less the terms
+  // by row offset, for each of 8 offsets and each query; the mean of grad.value, for each query.
+  static constexpr int BY_ROW = HALO_COLS * 8 * 4, MEAN = BY_ROW + HALO_COLS * 8 * 4,
+                       ROW_BYTES = MEAN + HALO_COLS * 4, BYTES = ROWS * ROW_BYTES;
+
+  // Even columns come before odd ones, so that the columns that a warp reads share no bank.
+  static DEVICE Shared by_col(int col, int offset) {
+    return ((col / 8 * 8 + col % 8 / 2 + col % 2 * 4) * 8 + offset) * 4;
+  }
+  static DEVICE Shared by_row(int col, int offset) {
+    return BY_ROW + (offset * HALO_COLS + col) * 4;
+  }
+  static DEVICE Shared mean(int col) { return MEAN + col * 4; }
+
+  template <typename T, bool POSITION>
+  static DEVICE void prepare(Shared to, const KeyArguments& x, Shared queries, Shared embeddings,
+                             const Block& block, int head, const Thread& me) {
+    using H = Heads<DEPTH>;
+    constexpr int EIGHTS = HALO_COLS / 8;
+    const u64 plane = block.plane(x.sizes, head) - static_cast<u32>(block.place(REACH, REACH));
+    const float *log_sums = held(x.log_sum + plane), *means = held(x.mean + plane);
+#pragma unroll 1
+    for (int n = me.warp; n < ROWS / 2 * EIGHTS; n += WARPS) {
+      // 16 queries: 8 columns of two rows.
+      const int first_row = n / EIGHTS * 2, first_col = n % EIGHTS * 8;
+      float row_terms[4] = {0.f, 0.f, 0.f, 0.f}, col_terms[4] = {0.f, 0.f, 0.f, 0.f};
+      if (POSITION) {
+        const int matrix = me.lane / 8;
+        const Shared row = queries + (first_row + matrix % 2) * H::ROW_BYTES;
+        u32 a[H::STEPS][4];
+#pragma unroll
+        for (int s = 0; s < H::STEPS; ++s) {
+          const int chunk = head * H::HEAD_CHUNKS + (DEPTH == 8 ? 0 : 2 * s + matrix / 2);
+          load_matrices(a[s], row + H::at(first_col + me.lane % 8, chunk));
+        }
+        Embeddings<DEPTH, KERNEL>::template product<T>(row_terms, col_terms, a, embeddings, head,
+                                                       me);
+      }
+      const int col = first_col + me.g;
+      const bool in_cols = block.has_col(block.left + col - REACH);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const bool inside = in_cols && block.has_row(block.top + first_row + h - REACH);
+        const u32 place = block.place(first_row + h, col);
+        const Shared row = to + (first_row + h) * ROW_BYTES;
+        // Queries outside of the image have weights of 0.
+        const float log_sum = inside ? load(log_sums + place) : -LOWEST;
+        store_shared(row + mean(col), inside ? load(means + place) : 0.f);
+        const int offset = 2 * me.t;
+        store_shared(row + by_row(col, offset), log_sum - row_terms[2 * h] * LOG2_E);
+        store_shared(row + by_row(col, offset + 1), log_sum - row_terms[2 * h + 1] * LOG2_E);
+        store_shared(row + by_col(col, offset), offset < KERNEL ? col_terms[2 * h] : LOWEST,
+                     offset + 1 < KERNEL ? col_terms[2 * h + 1] : LOWEST);
+      }
+    }
+  }
+};
+
+// Where what is in shared memory begins.
+template <int DEPTH, int KERNEL>
+struct KeyShared {
+  static constexpr int GRADS = 0, QUERIES = tile_bytes<DEPTH, KERNEL>(),
+                       TABLES = QUERIES + tile_bytes<DEPTH, KERNEL>(),
+                       EMBEDDINGS = TABLES + QueryTables<DEPTH, KERNEL>::BYTES;
+};
+
+template <typename T, int DEPTH, int KERNEL, bool CONTENT>
+DEVICE void key_gradients_one_by_one(const KeyArguments& x, Shared grads, Shared queries,
+                                     Shared tables, const Block& block, const Thread& me,
+                                     int head) {
+  using Tables = QueryTables<DEPTH, KERNEL>;
+  constexpr int LAST = KERNEL - 1;
+  const OnePixel<T, DEPTH, KERNEL> pixel(block, me, head);
+  if (!pixel.inside) return;
+  const u16* value = pixel.of(x.value, x.value_stride, 0);
+  const u16* key = value;
+  if (CONTENT) key = pixel.of(x.key, x.key_stride, 0);
+#pragma unroll 1
+  for (int chunk = pixel.first_chunk; chunk < Heads<DEPTH>::HEAD_CHUNKS; chunk += 2) {
+    float to_key[8] = {}, to_value[8] = {};
+#pragma unroll 1
+    for (int i = 0; i < pixel.WINDOW; ++i) {
+      const int row = i / KERNEL, col = i % KERNEL;
+      if (!pixel.has(row, col)) continue;
+      float sum = 0.f, product = 0.f;
+#pragma unroll 1
+      for (int d = 0; d < DEPTH; ++d) {
+        const float q = pixel.of_window(queries, row, col, d);
+        if (CONTENT) sum += q * T::low(load(key + d));
+        product += pixel.of_window(grads, row, col, d) * T::low(load(value + d));
+      }
+      float log_sum, term, mean;  // the terms by row are in log_sum
+      const Shared in_row = tables + (pixel.y + row) * Tables::ROW_BYTES;
+      load_shared(term, in_row + Tables::by_col(pixel.x + col, LAST - col));
+      load_shared(log_sum, in_row + Tables::by_row(pixel.x + col, LAST - row));
+      load_shared(mean, in_row + Tables::mean(pixel.x + col));
+      const float weight = exp2_of(smaller_of((sum + term) * LOG2_E - log_sum, 0.f));
+      const float slope = weight * (product - mean);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        to_value[e] += weight * pixel.of_window(grads, row, col, 8 * chunk + e);
+        if (CONTENT) to_key[e] += slope * pixel.of_window(queries, row, col, 8 * chunk + e);
+      }
+    }
+    u16* grad_value = pixel.of(x.grad_value, x.grad_value_stride, chunk);
+    u16* grad_key = grad_value;
+    if (CONTENT) grad_key = pixel.of(x.grad_key, x.grad_key_stride, chunk);
+#pragma unroll
+    for (int e = 0; e < 8; e += 2) {
+      store(reinterpret_cast<u32*>(grad_value + e), T::pack(to_value[e], to_value[e + 1]));
+      if (CONTENT) store(reinterpret_cast<u32*>(grad_key + e), T::pack(to_key[e], to_key[e + 1]));
+    }
+  }
+}
+
+// MASK makes no difference: pairs of a query and a key inside of the image are the same.
+template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION>
+__global__ void __launch_bounds__(THREADS, 2) local_attention_key(const KeyArguments x) {
+  using H = Heads<DEPTH>;
+  using S = KeyShared<DEPTH, KERNEL>;
+  using Tables = QueryTables<DEPTH, KERNEL>;
+  constexpr int ROWS = KERNEL + 1, LAST = KERNEL - 1;
+  const Thread me;
+  const Block block = Block::of<DEPTH>(x.sizes);
+  const Shared grads = shared_memory() + S::GRADS, queries = shared_memory() + S::QUERIES;
+  const Shared tables = shared_memory() + S::TABLES, embeddings = shared_memory() + S::EMBEDDINGS;
+  copy_tile<DEPTH, KERNEL>(queries, x.query, x.query_stride, block, me);
+  copy_tile<DEPTH, KERNEL>(grads, x.grad, x.grad_stride, block, me);
+  if (POSITION)
+    Embeddings<DEPTH, KERNEL>::template prepare<T>(embeddings, x.rel_rows, x.rel_cols, block, me);
+  const Pixels pixels(block, me);
+  const Windows windows(me);
+  // Tables of the queries in columns 2t and 2t + 1, or 8 further on: terms for the offset of key g,
+  // and the others for offset 0.
+  Shared terms[2], others[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int col = 2 * me.t + i + (windows.near[i] ? 0 : 8);
+    const Shared row = tables + me.row() * Tables::ROW_BYTES;
+    terms[i] = row + Tables::by_col(me.col() + col, me.g + LAST - col & 7);
+    others[i] = row + Tables::by_row(me.col() + col, 0);
+  }
+  wait_for_copies();
+  wait_for_block();
+#pragma unroll 1
+  for (int head = 0; head < block.heads; ++head) {
+    if (head) wait_for_block();  // which may still read the tables
+    Tables::template prepare<T, POSITION>(tables, x, queries, embeddings, block, head, me);
+    const int channel = (block.first_head + head) * DEPTH + 2 * me.t;
+    u32 k[H::STEPS][4], v[H::STEPS][4];
+    if (CONTENT) {
+      const u16 *keys[2], *values[2];
+      pixels.of(keys, x.key, x.key_stride, block, channel);
+      pixels.of(values, x.value, x.value_stride, block, channel);
+      load_operands<DEPTH>(k, keys, pixels);
+      load_operands<DEPTH>(v, values, pixels);
+    }
+    wait_for_block();
+    const PixelsAsColumns<DEPTH> queries_as_columns(queries, me, head);
+    const PixelsAsColumns<DEPTH> grads_as_columns(grads, me, head);
+    u32 weights[ROWS / 2][4], slopes[ROWS / 2][4];
+#pragma unroll
+    for (int j = 0; j < ROWS; j += 2) {
+      float logits[2][4], products[2][4], term[2][2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) load_shared(term[r][i], terms[i] + (j + r) * Tables::ROW_BYTES);
+      window_products<T, CONTENT>(logits, k, queries_as_columns, windows, j,
+                                  [&](int r, int i) { return term[r][i % 2]; });
+      window_products<T, CONTENT>(products, v, grads_as_columns, windows, j,
+                                  [](int, int) { return 0.f; });
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float mean[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          load_shared(mean[i], others[i] + (j + r) * Tables::ROW_BYTES +
+                                   (Tables::mean(0) - Tables::by_row(0, 0)));
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          u32 &weight_word = weights[j / 2][2 * r + h], &slope_word = slopes[j / 2][2 * r + h];
+          const int offset = h + LAST - j - r;  // of the key's row from the query's
+          if (offset < 0 || offset >= KERNEL) {
+            weight_word = slope_word = held_zero();
+            continue;
+          }
+          float weight[2], slope[2];
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int n = 2 * h + i;
+            float log_sum;
+            load_shared(log_sum, others[i] + (j + r) * Tables::ROW_BYTES +
+                                     (Tables::by_row(0, offset) - Tables::by_row(0, 0)));
+            // Rounding of huge logits shall not make a weight of more than 1.
+            weight[i] = exp2_of(smaller_of(logits[r][n] * LOG2_E - log_sum, 0.f));
+            slope[i] = weight[i] * (products[r][n] - mean[i]);
+          }
+          weight_word = T::pack(weight[0], weight[1]);
+          slope_word = T::pack(slope[0], slope[1]);
+        }
+      }
+    }
+    const PixelsAsRows<DEPTH> queries_as_rows(queries, me, head);
+    const PixelsAsRows<DEPTH> grads_as_rows(grads, me, head);
+    u16 *grad_key[2], *grad_value[2];
+    if (CONTENT) pixels.of(grad_key, x.grad_key, x.grad_key_stride, block, channel);
+    pixels.of(grad_value, x.grad_value, x.grad_value_stride, block, channel);
+    u32 collected[2] = {0, 0};
+#pragma unroll
+    for (int c = 0; c < H::HEAD_CHUNKS; ++c) {
+      float to_value[4] = {0.f, 0.f, 0.f, 0.f}, to_key[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+      for (int j = 0; j < ROWS; j += 2) {
+        grads_as_rows.template product<T>(to_value, weights[j / 2], windows, j, c);
+        if (CONTENT) queries_as_rows.template product<T>(to_key, slopes[j / 2], windows, j, c);
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        u32 word = T::pack(to_value[2 * h], to_value[2 * h + 1]);
+        collected[h] = T::add_zero_times(word, collected[h]);
+        if (pixels.inside[h]) store(reinterpret_cast<u32*>(grad_value[h] + 8 * c), word);
+        if (CONTENT) {
+          word = T::pack(to_key[2 * h], to_key[2 * h + 1]);
+          collected[h] = T::add_zero_times(word, collected[h]);
+          if (pixels.inside[h]) store(reinterpret_cast<u32*>(grad_key[h] + 8 * c), word);
+        }
+      }
+    }
+    if (in_any_thread((pixels.inside[0] && not_finite(collected[0])) ||
+                      (pixels.inside[1] && not_finite(collected[1])))) {
+      wait_for_warp();  // whose threads have written what others write again
+      key_gradients_one_by_one<T, DEPTH, KERNEL, CONTENT>(x, grads, queries, tables, block, me,
+                                                          head);
+    }
+  }
+}

@@ -1,0 +1,271 @@
+// Gradients of local attention for queries and embeddings, and what the kernel for keys needs: the
+// mean of grad.value over each window. That mean is exact, from the same weights as the gradients,
+// because values far from zero make it large beside the differences from it.
+#pragma once
+
+#include <one_by_one.cuh>
+#include <windows.cuh>
+
+// Pixels of images lie `*_stride` elements apart.
+struct QueryArguments {
+  Sizes sizes;
+  u32 grad_stride, query_stride, key_stride, value_stride, grad_query_stride;
+  const u16 *grad, *query, *key, *value;  // (batch, height, width, heads * DEPTH)
+  const float *rel_rows, *rel_cols;       // (heads, DEPTH / 2, KERNEL)
+  const float* log_sum;                   // (batch, heads, height, width)
+  u16* grad_query;
+  float* mean;  // as log_sum
+  // (tiles of all images, heads * DEPTH, 8): sums over a tile for each channel and offset, of rows
+  // for the first half of a head's channels, of columns for the second.
+  float* grad_embeddings;
+};
+
+// The sums of a block's warps for the gradients of embeddings, in shared memory.
+template <int DEPTH>
+constexpr int embedding_sums_bytes() {
+  return WARPS * Heads<DEPTH>::CHANNELS * 8 * 4;
+}
+
+template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION>
+DEVICE void query_gradients_one_by_one(const QueryArguments& x, Shared keys, Shared values,
+                                       const Block& block, const Thread& me, int head) {
+  const OnePixel<T, DEPTH, KERNEL> pixel(block, me, head);
+  if (!pixel.inside) return;
+  const u16* query = pixel.of(x.query, x.query_stride, 0);
+  const u16* grad = pixel.of(x.grad, x.grad_stride, 0);
+  const u64 in_plane = block.plane(x.sizes, head) + pixel.place();
+  const float log_sum = load(x.log_sum + in_plane);
+  // The weight of a pixel of the window, and its grad.value.
+  const auto pair = [&](int row, int col, float& weight, float& product) {
+    float sum = 0.f;
+    product = 0.f;
+#pragma unroll 1
+    for (int d = 0; d < DEPTH; ++d) {
+      const float q = T::low(load(query + d));
+      if (CONTENT) sum += q * pixel.of_window(keys, row, col, d);
+      if (POSITION) sum += q * pixel.embedding(x.rel_rows, x.rel_cols, row, col, d);
+      product += T::low(load(grad + d)) * pixel.of_window(values, row, col, d);
+    }
+    weight = exp2_of(sum * LOG2_E - log_sum);
+  };
+  float mean = 0.f, weight, product;
+#pragma unroll 1
+  for (int i = 0; i < pixel.WINDOW; ++i)
+    if (!MASK || pixel.has(i / KERNEL, i % KERNEL)) {
+      pair(i / KERNEL, i % KERNEL, weight, product);
+      mean += weight * product;
+    }
+  if (pixel.first_chunk == 0) store(x.mean + in_plane, mean);
+#pragma unroll 1
+  for (int chunk = pixel.first_chunk; chunk < Heads<DEPTH>::HEAD_CHUNKS; chunk += 2) {
+    float sums[8] = {};
+#pragma unroll 1
+    for (int i = 0; i < pixel.WINDOW; ++i)
+      if (!MASK || pixel.has(i / KERNEL, i % KERNEL)) {
+        pair(i / KERNEL, i % KERNEL, weight, product);
+        const float slope = weight * (product - mean);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          const int d = 8 * chunk + e;
+          if (CONTENT) sums[e] += slope * pixel.of_window(keys, i / KERNEL, i % KERNEL, d);
+          if (POSITION)
+            sums[e] += slope * pixel.embedding(x.rel_rows, x.rel_cols, i / KERNEL, i % KERNEL, d);
+        }
+      }
+    u16* to = pixel.of(x.grad_query, x.grad_query_stride, chunk);
+#pragma unroll
+    for (int e = 0; e < 8; e += 2)
+      store(reinterpret_cast<u32*>(to + e), T::pack(sums[e], sums[e + 1]));
+  }
+}
+
+// Sums of slopes by row and by column offset, of each of a warp's pixels: operands of the products
+// that are the gradients of queries and embeddings.
+template <typename T, int ROWS>
+DEVICE void sums_by_offset(u32 (&by_offset)[4], const u32 (&slopes)[ROWS / 2][4],
+                           const Windows& windows, const Thread& me) {
+  const u32 ones = T::pack(1.f, 1.f);
+  const float zeros[4] = {0.f, 0.f, 0.f, 0.f};
+  // Sums of two rows of windows are in all even and all odd columns, of which thread t wants those
+  // of rows 2t and 2t + 1.
+  const u32 even = me.g % 2 ? 0u : ones, odd = me.g % 2 ? ones : 0u;
+  // Near and far of columns 0 to 3, and of 4 to 7, become columns 0 to 3 and 4 to 7.
+  const u32 low = me.g == me.t ? ones : 0u, high = me.g == me.t + 4 ? ones : 0u;
+  float row[4] = {0.f, 0.f, 0.f, 0.f}, col[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+  for (int p = 0; p < ROWS / 2; ++p) {
+    float sums[4];
+    T::sparse_product(sums, slopes[p], windows.places, {even, even, odd, odd}, zeros);
+    T::sparse_product(col, slopes[p], windows.places, {low, high, low, high}, col);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) row[i] = me.t == p ? sums[i] : row[i];
+  }
+  // Rows of the second pixel are one further on than its offsets.
+  const float next = of_quad(row[2], me.t + 1 & 3);
+  by_offset[0] = T::pack(row[0], row[1]);
+  by_offset[1] = T::pack(row[3], me.t == 3 ? 0.f : next);
+  // Offset 2t + i of pixel g is in column 2t + i + g, modulo 8: an even one for every second g.
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float of[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float sum = me.g % 2 ? col[2 * h + 1 - i] : col[2 * h + i];
+      of[i] = of_quad(sum, (2 * me.t + i + me.g & 7) / 2);
+    }
+    by_offset[2 + h] = T::pack(of[0], of[1]);
+  }
+}
+
+// Two blocks for an SM: weights and products of all windows stay in registers.
+template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION>
+__global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryArguments x) {
+  using H = Heads<DEPTH>;
+  constexpr int ROWS = KERNEL + 1;
+  const Thread me;
+  const Block block = Block::of<DEPTH>(x.sizes);
+  const Shared values = shared_memory(), keys = values + tile_bytes<DEPTH, KERNEL>();
+  const Shared embeddings = CONTENT ? keys + tile_bytes<DEPTH, KERNEL>() : keys;
+  // Heads of 64 channels leave no room beside the tiles.
+  const Shared sums = DEPTH < 64 ? embeddings + Embeddings<DEPTH, KERNEL>::BYTES : values;
+  if (CONTENT) copy_tile<DEPTH, KERNEL>(keys, x.key, x.key_stride, block, me);
+  copy_tile<DEPTH, KERNEL>(values, x.value, x.value_stride, block, me);
+  if (POSITION)
+    Embeddings<DEPTH, KERNEL>::template prepare<T>(embeddings, x.rel_rows, x.rel_cols, block, me);
+  const Pixels pixels(block, me);
+  const Windows windows(me);
+  Terms<DEPTH, KERNEL, MASK, POSITION> terms(block, me);
+  wait_for_copies();
+  wait_for_block();
+#pragma unroll 1
+  for (int head = 0; head < block.heads; ++head) {
+    const int channel = (block.first_head + head) * DEPTH + 2 * me.t;
+    const u16 *query[2], *grad[2];
+    const float* log_sum[2];
+    pixels.of(query, x.query, x.query_stride, block, channel);
+    pixels.of(grad, x.grad, x.grad_stride, block, channel);
+    pixels.of_planes(log_sum, x.log_sum, x.sizes, block, head);
+    u32 a[H::STEPS][4], g[H::STEPS][4];
+    load_operands<DEPTH>(a, query, pixels);
+    load_operands<DEPTH>(g, grad, pixels);
+    float shift[2], mean[2] = {0.f, 0.f};
+#pragma unroll
+    for (int h = 0; h < 2; ++h) shift[h] = pixels.inside[h] ? load(log_sum[h]) : 0.f;
+    terms.template find<T>(a, embeddings, head, me);
+    float weights[ROWS / 2][2][4], products[ROWS / 2][2][4];
+    const PixelsAsColumns<DEPTH> keys_as_columns(keys, me, head);
+    const PixelsAsColumns<DEPTH> values_as_columns(values, me, head);
+#pragma unroll
+    for (int j = 0; j < ROWS; j += 2) {
+      window_products<T, CONTENT>(weights[j / 2], a, keys_as_columns, windows, j,
+                                  [&](int r, int i) { return terms.start(j + r, i); });
+      window_products<T, true>(products[j / 2], g, values_as_columns, windows, j,
+                               [](int, int) { return 0.f; });
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int h = i / 2;
+          if (j + r - h < 0 || j + r - h >= KERNEL) continue;
+          float& weight = weights[j / 2][r][i];
+          weight = exp2_of(weight * LOG2_E - shift[h]);
+          mean[h] += weight * products[j / 2][r][i];
+        }
+    }
+    mean[0] = sum_of_quad(mean[0]), mean[1] = sum_of_quad(mean[1]);
+    u32 slopes[ROWS / 2][4];
+#pragma unroll
+    for (int j = 0; j < ROWS; ++j)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const bool in_window = j - h >= 0 && j - h < KERNEL;
+        float slope[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          slope[i] =
+              weights[j / 2][j % 2][2 * h + i] * (products[j / 2][j % 2][2 * h + i] - mean[h]);
+        slopes[j / 2][j % 2 * 2 + h] = in_window ? T::pack(slope[0], slope[1]) : held_zero();
+      }
+    u32 by_offset[4];
+    if (POSITION) sums_by_offset<T, ROWS>(by_offset, slopes, windows, me);
+    const PixelsAsRows<DEPTH> keys_as_rows(keys, me, head);
+    u16* grad_query[2];
+    pixels.of(grad_query, x.grad_query, x.grad_query_stride, block, channel);
+    u32 collected[2] = {0, 0};
+#pragma unroll
+    for (int c = 0; c < H::HEAD_CHUNKS; ++c) {
+      float sum[4] = {0.f, 0.f, 0.f, 0.f};
+      if (CONTENT)
+#pragma unroll
+        for (int j = 0; j < ROWS; j += 2)
+          keys_as_rows.template product<T>(sum, slopes[j / 2], windows, j, c);
+      if (POSITION)
+        Embeddings<DEPTH, KERNEL>::template product_by_offset<T>(sum, by_offset, embeddings, head,
+                                                                 c, me);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const u32 word = T::pack(sum[2 * h], sum[2 * h + 1]);
+        collected[h] = T::add_zero_times(word, collected[h]);
+        if (pixels.inside[h]) store(reinterpret_cast<u32*>(grad_query[h] + 8 * c), word);
+      }
+    }
+    float* means[2];
+    pixels.of_planes(means, x.mean, x.sizes, block, head);
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      if (me.t == 0 && pixels.inside[h]) store(means[h], mean[h]);
+    if (in_any_thread((pixels.inside[0] && not_finite(collected[0])) ||
+                      (pixels.inside[1] && not_finite(collected[1])))) {
+      wait_for_warp();  // whose threads have written what others write again
+      query_gradients_one_by_one<T, DEPTH, KERNEL, MASK, CONTENT, POSITION>(x, keys, values, block,
+                                                                            me, head);
+    }
+    if (POSITION) {
+      // Channels by queries, times queries by offsets.
+      if (DEPTH == 64) wait_for_block();  // no warp reads values any more
+      const Shared to = sums + (me.warp * H::CHANNELS + head * DEPTH + me.g) * 32 + 8 * me.t;
+      const u32 rows[2] = {transposed(by_offset[0]), transposed(by_offset[1])};
+      const u32 cols[2] = {transposed(by_offset[2]), transposed(by_offset[3])};
+      const float zeros[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+      for (int s = 0; s < H::STEPS; ++s) {
+        u32 channels[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          channels[e] = DEPTH >= 16 || e % 2 == 0 ? transposed(a[s][e / 2 + e % 2 * 2]) : 0u;
+        float by_row[4], by_col[4];
+        if (DEPTH < 32 || s < H::STEPS / 2)
+          T::product(by_row, channels[0], channels[1], channels[2], channels[3], rows[0], rows[1],
+                     zeros);
+        if (DEPTH < 32 || s >= H::STEPS / 2)
+          T::product(by_col, channels[0], channels[1], channels[2], channels[3], cols[0], cols[1],
+                     zeros);
+#pragma unroll
+        for (int h = 0; h < (DEPTH >= 16 ? 2 : 1); ++h) {
+          const bool is_row = DEPTH == 8 ? me.g < 4 : DEPTH == 16 ? h == 0 : s < H::STEPS / 2;
+          store_shared(to + (16 * s + 8 * h) * 32, is_row ? by_row[2 * h] : by_col[2 * h],
+                       is_row ? by_row[2 * h + 1] : by_col[2 * h + 1]);
+        }
+      }
+    }
+  }
+  if (POSITION) {
+    wait_for_block();
+    // The sums of all warps.
+    const u64 tile = static_cast<u64>(blockIdx.z * gridDim.y + blockIdx.y) *
+                         ((x.sizes.width + TILE_COLS - 1) / TILE_COLS) +
+                     block.left / TILE_COLS;
+    float* to = x.grad_embeddings + (tile * x.sizes.heads + block.first_head) * DEPTH * 8;
+#pragma unroll
+    for (int i = threadIdx.x; i < H::CHANNELS * 8; i += THREADS) {
+      float sum = 0.f;
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) {
+        float value;
+        load_shared(value, sums + (w * H::CHANNELS * 8 + i) * 4);
+        sum += value;
+      }
+      if (i < block.heads * DEPTH * 8) store(to + i, sum);
+    }
+  }
+}

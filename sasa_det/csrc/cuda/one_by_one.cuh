@@ -1,0 +1,53 @@
+// The windows of a warp's pixels, one by one in float32: what is not finite is exactly where it
+// belongs. Products of matrices also make NaN of an infinite value and its weight of 0 outside of
+// the window; a warp whose result is not finite computes it again in this way.
+#pragma once
+
+#include <tile.cuh>
+
+// Whether a pair of 16-bit numbers that has been collected by T::add_zero_times says so.
+DEVICE bool not_finite(u32 collected) { return (collected & 0x7fff7fffu) != 0; }
+
+// A pixel of a head, of which two threads have every second chunk of channels, and its window in
+// shared memory: `row` and `col` of the window count from 0.
+template <typename T, int DEPTH, int KERNEL>
+struct OnePixel {
+  using H = Heads<DEPTH>;
+  static constexpr int REACH = KERNEL / 2, WINDOW = KERNEL * KERNEL;
+  const Block& block;
+  int head, y, x, first_chunk;  // head: in the block; y and x: in the tile
+  bool inside;
+
+  DEVICE OnePixel(const Block& block, const Thread& me, int head)
+      : block(block),
+        head(head),
+        y(me.row() + me.lane / 8 % 2),
+        x(me.col() + me.lane % 8),
+        first_chunk(me.lane / 16) {
+    inside = block.has_row(block.top + y) && block.has_col(block.left + x);
+  }
+
+  DEVICE int place() const { return block.place(y, x); }
+  template <typename Element>
+  DEVICE Element* of(Element* images, u32 stride, int chunk) const {
+    return pixel_of(images, stride, block, y, x, channel() + 8 * chunk);
+  }
+  DEVICE int channel() const { return (block.first_head + head) * DEPTH; }
+  DEVICE bool has(int row, int col) const {
+    return block.has_row(block.top + y + row - REACH) &&
+           block.has_col(block.left + x + col - REACH);
+  }
+  // Channel d of a pixel of the window.
+  DEVICE float of_window(Shared pixels, int row, int col, int d) const {
+    u16 half;
+    load_shared(half, pixels + (y + row) * H::ROW_BYTES +
+                          H::at(x + col, head * H::HEAD_CHUNKS + d / 8) + d % 8 * 2);
+    return T::low(half);
+  }
+  // The head's embedding of an offset; both are (heads, DEPTH / 2, KERNEL).
+  DEVICE float embedding(const float* rows, const float* cols, int row, int col, int d) const {
+    const int first = channel() / 2 * KERNEL;
+    return d < DEPTH / 2 ? load(rows + first + d * KERNEL + row)
+                         : load(cols + first + (d - DEPTH / 2) * KERNEL + col);
+  }
+};

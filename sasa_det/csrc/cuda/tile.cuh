@@ -1,0 +1,166 @@
+// What the kernels of local attention share: a block's tile of pixels in shared memory.
+//
+// A block has a tile of 8 x 16 pixels and 32 channels, of one head or several, or one head of 64; a
+// warp has 2 x 8 of the pixels, the 16 rows of a product. Pixel g of each of its two rows is row g
+// and g + 8.
+#pragma once
+
+#include <warp.cuh>
+
+constexpr int TILE_ROWS = 8, TILE_COLS = 16, HALO_COLS = TILE_COLS + 8;
+constexpr int WARPS = 8, THREADS = 32 * WARPS;
+
+// Logit of what is outside of the window or the image. Finite, as it may be added to itself.
+constexpr float LOWEST = -1e30f;
+constexpr float LOG2_E = 1.44269504f;
+
+// Heads of a width that a block takes at once, and their pixels in shared memory.
+template <int DEPTH>
+struct Heads {
+  static constexpr int CHANNELS = DEPTH < 32 ? 32 : DEPTH, COUNT = CHANNELS / DEPTH;
+  static constexpr int CHUNKS = CHANNELS / 8;  // of 16 bytes
+  static constexpr int PIXEL_BYTES = 2 * CHANNELS, ROW_BYTES = HALO_COLS * PIXEL_BYTES;
+  // Steps of 16 channels of a head, and chunks of it.
+  static constexpr int STEPS = DEPTH < 16 ? 1 : DEPTH / 16, HEAD_CHUNKS = DEPTH / 8;
+
+  // What the number of a chunk is xor-ed with, so that neither 8 neighbours nor 4 neighbours and
+  // those 8 further on share a bank.
+  static DEVICE int turn(int col) {
+    return CHUNKS == 4 ? (col >> 1 ^ col >> 3 << 1) & 3 : (col ^ col >> 3 << 2) & 7;
+  }
+  static DEVICE Shared at(int col, int chunk) {
+    return col * PIXEL_BYTES + ((chunk ^ turn(col)) << 4);
+  }
+};
+
+constexpr int halo_rows(int kernel) { return TILE_ROWS + kernel - 1; }
+template <int DEPTH, int KERNEL>
+constexpr int tile_bytes() {
+  return halo_rows(KERNEL) * Heads<DEPTH>::ROW_BYTES;
+}
+
+// Where a thread is.
+struct Thread {
+  int lane, warp, g, t;  // lane = 4 g + t
+  DEVICE Thread() : lane(threadIdx.x % 32), warp(threadIdx.x / 32), g(lane / 4), t(lane % 4) {}
+  // The first of its warp's pixels in the block.
+  DEVICE int row() const { return warp / 2 * 2; }
+  DEVICE int col() const { return warp % 2 * 8; }
+};
+
+// What all kernels are started with.
+struct Sizes {
+  int height, width, heads;
+  u32 groups_inverse;  // 2^32 over the groups of heads, rounded up; any for one group
+};
+
+// The tile and the heads of a block. Its grid is the groups of heads times the tiles of a row, the
+// rows of tiles, and the images of a batch, which are (batch, height, width, channels).
+struct Block {
+  int height, width, top, left;
+  int first_head, heads;
+  // The number of the tile's first pixel, counted from the first of the first image. Places in the
+  // tile are counted from there, and are small: whoever starts the kernels checks that those of 16
+  // rows fit 32 bits.
+  u64 corner;
+
+  template <int DEPTH>
+  static DEVICE Block of(const Sizes& sizes) {
+    constexpr int COUNT = Heads<DEPTH>::COUNT;
+    const int groups = (sizes.heads + COUNT - 1) / COUNT;
+    const int tile_col = groups == 1 ? blockIdx.x : product_high(blockIdx.x, sizes.groups_inverse);
+    Block block;
+    block.height = sizes.height, block.width = sizes.width;
+    block.top = blockIdx.y * TILE_ROWS, block.left = tile_col * TILE_COLS;
+    block.first_head = (blockIdx.x - tile_col * groups) * COUNT;
+    block.heads = min(COUNT, sizes.heads - block.first_head);
+    block.corner = static_cast<u64>(blockIdx.z) * block.area() + block.place(block.top, block.left);
+    return block;
+  }
+  DEVICE u32 area() const { return height * width; }
+  DEVICE int place(int row, int col) const { return row * width + col; }
+  DEVICE bool has_row(int y) const { return static_cast<u32>(y) < static_cast<u32>(height); }
+  DEVICE bool has_col(int x) const { return static_cast<u32>(x) < static_cast<u32>(width); }
+  // Where the tile begins in a plane of (batch, heads, height, width), of a head of the block.
+  DEVICE u64 plane(const Sizes& sizes, int head) const {
+    return static_cast<u64>(blockIdx.z * sizes.heads + first_head + head) * area() +
+           place(top, left);
+  }
+};
+
+// A channel of a pixel of the tile, given by its row and column there.
+template <typename Element>
+DEVICE Element* pixel_of(Element* images, u32 stride, const Block& block, int row, int col,
+                         int channel) {
+  const u32 offset = block.place(row, col) * stride + channel;
+  return held(images + block.corner * stride) + offset;
+}
+
+// Starts to copy the tile and its halo, zeros outside of the image, of images whose pixels lie
+// `stride` elements apart.
+template <int DEPTH, int KERNEL>
+DEVICE void copy_tile(Shared to, const u16* from, u32 stride, const Block& block,
+                      const Thread& me) {
+  using H = Heads<DEPTH>;
+  constexpr int REACH = KERNEL / 2, STEP = 32 / H::CHUNKS, ROWS = halo_rows(KERNEL);
+  const int chunk = me.lane % H::CHUNKS, col = me.lane / H::CHUNKS;
+  const int y = block.top - REACH + me.warp, x = block.left - REACH + col;
+  const bool wanted = 8 * chunk < block.heads * DEPTH;
+  const u64 corner = block.corner - static_cast<u32>(block.place(REACH, REACH));
+  const u32 offset = block.place(me.warp, col) * stride + block.first_head * DEPTH + 8 * chunk;
+  const u16* row = held(from + corner * stride) + offset;
+  const int row_step = WARPS * block.width * stride, col_step = STEP * stride;
+  to += me.warp * H::ROW_BYTES;
+#pragma unroll
+  for (int r = 0; r < ROWS; r += WARPS) {
+    if (r + WARPS > ROWS && me.warp + r >= ROWS) break;
+    const bool in_rows = wanted && block.has_row(y + r);
+    const u16* chunks = row;
+#pragma unroll
+    for (int c = 0; c < HALO_COLS; c += STEP) {
+      copy_async(to + r * H::ROW_BYTES + H::at(col + c, chunk), chunks,
+                 in_rows && block.has_col(x + c));
+      chunks += col_step;
+    }
+    row += row_step;
+  }
+}
+
+// A warp's 16 pixels: those in row g and g + 8 of products.
+struct Pixels {
+  int row, col;  // of the first of a thread's two in the tile
+  bool inside[2];
+  DEVICE Pixels(const Block& block, const Thread& me) : row(me.row()), col(me.col() + me.g) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      inside[h] = block.has_row(block.top + row + h) && block.has_col(block.left + col);
+  }
+  // A channel of both.
+  template <typename Element>
+  DEVICE void of(Element* (&both)[2], Element* images, u32 stride, const Block& block,
+                 int channel) const {
+    both[0] = pixel_of(images, stride, block, row, col, channel);
+    both[1] = both[0] + block.width * stride;
+  }
+  // Their values in planes (batch, heads, height, width), of a head of the block.
+  template <typename Element>
+  DEVICE void of_planes(Element* (&both)[2], Element* planes, const Sizes& sizes,
+                        const Block& block, int head) const {
+    both[0] = held(planes + block.plane(sizes, head)) + static_cast<u32>(block.place(row, col));
+    both[1] = both[0] + static_cast<u32>(block.width);
+  }
+};
+
+// A head's channels of the 16 pixels as left operands of products; `from` has the pixels' first
+// channels that are this thread's.
+template <int DEPTH>
+DEVICE void load_operands(u32 (&a)[Heads<DEPTH>::STEPS][4], const u16* const (&from)[2],
+                          const Pixels& pixels) {
+#pragma unroll
+  for (int s = 0; s < Heads<DEPTH>::STEPS; ++s)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const u32* word = reinterpret_cast<const u32*>(from[e % 2] + 16 * s + e / 2 * 8);
+      a[s][e] = pixels.inside[e % 2] && (DEPTH >= 16 || e < 2) ? load(word) : 0u;
+    }
+}

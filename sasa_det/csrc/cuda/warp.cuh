@@ -1,0 +1,217 @@
+// The instructions of a GPU that the kernels use, each as a function. A warp's 32 threads call
+// those marked "all" together. Tests compile the kernels for a CPU with a file of this name that
+// emulates them (tests/ops/cuda_emulation).
+//
+// Matrices of the tensor cores lie in registers as the PTX documentation defines it, for thread
+// 4 g + t of a warp: a 16x16 operand a has rows g and g + 8 of columns 2t, 2t + 1 in a[0], a[1] and
+// of columns 2t + 8, 2t + 9 in a[2], a[3]; a 16x8 operand b has rows 2t, 2t + 1 of column g in b0
+// and rows 2t + 8, 2t + 9 in b1; a 16x8 result has rows g and g + 8 of columns 2t, 2t + 1 in d[0],
+// d[1] and in d[2], d[3].
+#pragma once
+
+#define DEVICE __device__ __forceinline__
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned long long u64;
+
+// Address in shared memory, in bytes.
+typedef u32 Shared;
+
+DEVICE Shared shared_memory() {
+  extern __shared__ __align__(128) unsigned char memory[];
+  return static_cast<Shared>(__cvta_generic_to_shared(memory));
+}
+
+DEVICE void wait_for_block() { __syncthreads(); }
+DEVICE void wait_for_warp() { __syncwarp(); }
+
+// Copies 16 bytes to shared memory, zeros unless `present`; they are there after the wait, for the
+// thread that asked for them, and after a barrier for the others.
+DEVICE void copy_async(Shared to, const void* from, bool present) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(present ? 16 : 0)
+               : "memory");
+}
+DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// The same pointer, which the compiler shall not take apart: it is the same for all threads, and an
+// offset of 32 bits is added to it in one or two instructions.
+template <typename T>
+DEVICE T* held(T* pointer) {
+  asm("" : "+l"(pointer));
+  return pointer;
+}
+
+template <typename T>
+DEVICE T load(const T* from) {
+  return __ldg(from);
+}
+DEVICE void store(u32* to, u32 value) {
+  asm volatile("st.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+DEVICE void store(float* to, float value) {
+  asm volatile("st.global.f32 [%0], %1;" ::"l"(to), "f"(value) : "memory");
+}
+
+// 0 in a register of its own: the compiler copies the four words of an operand for each product if
+// it knows that one of them is constant. It is the depth of a block, which is 1, less 1.
+DEVICE u32 held_zero() {
+  u32 depth;
+  asm volatile("mov.u32 %0, %%ntid.z;" : "=r"(depth));
+  return depth - 1;
+}
+
+DEVICE void load_shared(u32 (&words)[4], Shared from) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(from)
+               : "memory");
+}
+DEVICE void load_shared(float (&pair)[2], Shared from) {
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+               : "=f"(pair[0]), "=f"(pair[1])
+               : "r"(from)
+               : "memory");
+}
+DEVICE void load_shared(float& value, Shared from) {
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(from) : "memory");
+}
+DEVICE void load_shared(u16& half, Shared from) {
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(half) : "r"(from) : "memory");
+}
+DEVICE void store_shared(Shared to, const u32 (&words)[4]) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]), "r"(words[1]),
+               "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+DEVICE void store_shared(Shared to, u32 first, u32 second) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(first), "r"(second) : "memory");
+}
+DEVICE void store_shared(Shared to, float first, float second) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(first), "f"(second) : "memory");
+}
+DEVICE void store_shared(Shared to, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
+}
+
+// All: four 8x8 matrices of 16 bits. Thread 8 m + r gives the address of row r of matrix m and
+// receives, in words[m], columns 2t and 2t + 1 of row g; transposed, rows 2t and 2t + 1 of column
+// g.
+DEVICE void load_matrices(u32 (&words)[4], Shared row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(row)
+               : "memory");
+}
+DEVICE void load_matrices_transposed(u32 (&words)[4], Shared row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(row)
+               : "memory");
+}
+
+// All: the same of one matrix in registers.
+DEVICE u32 transposed(u32 word) {
+  u32 result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(word));
+  return result;
+}
+
+// All: the value of thread `t` of these four threads; of the thread whose number differs by `bits`.
+DEVICE float of_quad(float x, int t) { return __shfl_sync(0xffffffffu, x, t, 4); }
+DEVICE float of_neighbour(float x, int bits) { return __shfl_xor_sync(0xffffffffu, x, bits); }
+DEVICE bool in_any_thread(bool x) { return __any_sync(0xffffffffu, x); }
+
+DEVICE float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DEVICE float log2_of(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// The smaller one; NaN if one of them is.
+DEVICE float smaller_of(float x, float y) {
+  float z;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+DEVICE float reciprocal_of(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// The high half of the product: a division by a constant that the host has inverted.
+DEVICE u32 product_high(u32 a, u32 b) { return __umulhi(a, b); }
+
+// The types of query, key and value, two of which make a word. All: the products d = a b + c, of 16
+// and of 8 columns of a, and of a sparse 16x32 matrix: of each four columns 4t..4t + 3 of row g,
+// a[0] has two, and `places` says in its bits 4t and 4t + 1 which the first is, in the next two
+// which the second is. Rows g + 8 are in a[1] and the higher 16 bits of `places`; columns from 16
+// on in a[2], a[3] and the `places` of odd threads, which here are the same as of even ones.
+#define WIDE_PRODUCTS(TYPE)                                                                        \
+  static DEVICE void product(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1,        \
+                             const float (&c)[4]) {                                                \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                                     \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"                 \
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                           \
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]),   \
+          "f"(c[3]));                                                                              \
+  }                                                                                                \
+  static DEVICE void product(float (&d)[4], u32 a0, u32 a1, u32 b0, const float (&c)[4]) {         \
+    asm("mma.sync.aligned.m16n8k8.row.col.f32." TYPE "." TYPE                                      \
+        ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"                                \
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                           \
+        : "r"(a0), "r"(a1), "r"(b0), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));                  \
+  }                                                                                                \
+  static DEVICE void sparse_product(float (&d)[4], const u32(&a)[4], u32 places, const u32(&b)[4], \
+                                    const float (&c)[4]) {                                         \
+    asm("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." TYPE "." TYPE                \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%12, %13, %14, %15}, %16, " \
+        "0x0;"                                                                                     \
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                           \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),  \
+          "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]), "r"(places));                                \
+  }
+
+struct Bfloat16 {
+  static DEVICE u32 pack(float low, float high) {
+    u32 word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+  }
+  static DEVICE float low(u32 word) { return __uint_as_float(word << 16); }
+  static DEVICE float high(u32 word) { return __uint_as_float(word & 0xffff0000u); }
+  // 0 times both halves plus those of `sum`, which become NaN where one is not finite.
+  static DEVICE u32 add_zero_times(u32 word, u32 sum) {
+    asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(word), "r"(0u));
+    return sum;
+  }
+  WIDE_PRODUCTS("bf16")
+};
+
+struct Float16 {
+  static DEVICE u32 pack(float low, float high) {
+    u32 word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+  }
+  static DEVICE float low(u32 word) {
+    float value;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(value) : "r"(word));
+    return value;
+  }
+  static DEVICE float high(u32 word) {
+    float value;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(value) : "r"(word));
+    return value;
+  }
+  static DEVICE u32 add_zero_times(u32 word, u32 sum) {
+    asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(word), "r"(0u));
+    return sum;
+  }
+  WIDE_PRODUCTS("f16")
+};

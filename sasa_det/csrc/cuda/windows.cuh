@@ -1,0 +1,255 @@
+// How the 16 pixels of a warp meet the windows around them.
+//
+// The windows of 2 x 8 pixels cover 8 rows of the other tensor, or KERNEL + 1, and in each of those
+// 16 columns, in two halves of 8. As KERNEL < 8, a pixel's window has at most one of the columns c
+// and c + 8: `Windows::near` says which, and the two results become one. What remains is 8 columns
+// for each row of the window, of which up to 7 are in it.
+#pragma once
+
+#include <tile.cuh>
+
+// Which of two columns a thread's two results of a row of 8 are of, near or 8 further on.
+struct Windows {
+  bool near[2];
+  u32 places;  // the same for sparse products, of rows of near and far in turn
+  DEVICE explicit Windows(const Thread& me) : near{2 * me.t >= me.g, 2 * me.t + 1 >= me.g} {
+    // Of each four columns, 0 or 1 and 2 or 3: one bit for each of the pairs that are far.
+    places = (0x8888u | (0x5555u & ((1u << 2 * me.g) - 1))) * 0x10001u;
+  }
+};
+
+// Rows of a tile as right operands, transposed: their pixels are the columns of the result.
+template <int DEPTH>
+class PixelsAsColumns {
+  using H = Heads<DEPTH>;
+  Shared near_, far_;  // only near_ below 32 channels
+
+ public:
+  DEVICE PixelsAsColumns(Shared tile, const Thread& me, int head) {
+    const int pixel = me.lane % 8, matrix = me.lane / 8;
+    Shared row = tile + me.row() * H::ROW_BYTES;
+    if (DEPTH == 8)  // the head's chunk, near and far, of two rows
+      near_ = row + matrix / 2 * H::ROW_BYTES + H::at(me.col() + matrix % 2 * 8 + pixel, 0);
+    else if (DEPTH == 16)  // two chunks, near and far
+      near_ = row + H::at(me.col() + matrix / 2 * 8 + pixel, matrix % 2);
+    else  // four chunks
+      near_ = row + H::at(me.col() + pixel, matrix);
+    near_ ^= head * H::HEAD_CHUNKS << 4;
+    // 8 columns further on, or 4 chunks of 8, chunks are turned by half.
+    far_ = near_ ^ 8 * H::CHUNKS;
+  }
+
+  // near and far += the 16 pixels a times the columns of rows j and j + 1.
+  template <typename T>
+  DEVICE void product(float (&near)[2][4], float (&far)[2][4], const u32 (&a)[H::STEPS][4],
+                      int j) const {
+    if constexpr (DEPTH == 8) {
+      u32 b[4];
+      load_matrices(b, near_ + j * H::ROW_BYTES);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        T::product(near[r], a[0][0], a[0][1], b[2 * r], near[r]);
+        T::product(far[r], a[0][0], a[0][1], b[2 * r + 1], far[r]);
+      }
+    } else {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) product<T>(near[r], far[r], a, j + r);
+    }
+  }
+
+  // The same of row j, for heads of 16 channels and more.
+  template <typename T>
+  DEVICE void product(float (&near)[4], float (&far)[4], const u32 (&a)[H::STEPS][4], int j) const {
+    u32 b[4];
+    const Shared row = j * H::ROW_BYTES;
+    if constexpr (DEPTH == 16) {
+      load_matrices(b, near_ + row);
+      T::product(near, a[0][0], a[0][1], a[0][2], a[0][3], b[0], b[1], near);
+      T::product(far, a[0][0], a[0][1], a[0][2], a[0][3], b[2], b[3], far);
+    } else {
+#pragma unroll
+      for (int s = 0; s < H::STEPS; s += 2) {
+        load_matrices(b, (s == 0 ? near_ : far_) + row);
+        T::product(near, a[s][0], a[s][1], a[s][2], a[s][3], b[0], b[1], near);
+        T::product(near, a[s + 1][0], a[s + 1][1], a[s + 1][2], a[s + 1][3], b[2], b[3], near);
+        load_matrices(b, (s == 0 ? far_ : near_) + row + 8 * H::PIXEL_BYTES);
+        T::product(far, a[s][0], a[s][1], a[s][2], a[s][3], b[0], b[1], far);
+        T::product(far, a[s + 1][0], a[s + 1][1], a[s + 1][2], a[s + 1][3], b[2], b[3], far);
+      }
+    }
+  }
+};
+
+// Rows of a tile as right operands of sparse products: their channels are the columns of the
+// result.
+template <int DEPTH>
+class PixelsAsRows {
+  using H = Heads<DEPTH>;
+  Shared first_;
+
+ public:
+  DEVICE PixelsAsRows(Shared tile, const Thread& me, int head) {
+    // Two rows, near and far of columns 0 to 3 and of columns 4 to 7.
+    const int number = me.lane % 8, matrix = me.lane / 8;
+    const int col = me.col() + matrix % 2 * 4 + number / 2 + number % 2 * 8;
+    first_ = tile + (me.row() + matrix / 2) * H::ROW_BYTES + H::at(col, 0);
+    first_ ^= head * H::HEAD_CHUNKS << 4;
+  }
+
+  // sum += weights of the windows' pixels in rows j and j + 1, times 8 channels of theirs.
+  template <typename T>
+  DEVICE void product(float (&sum)[4], const u32 (&weights)[4], const Windows& windows, int j,
+                      int chunk) const {
+    u32 b[4];
+    load_matrices_transposed(b, (first_ ^ chunk << 4) + j * H::ROW_BYTES);
+    T::sparse_product(sum, weights, windows.places, b, sum);
+  }
+};
+
+// Relative embeddings of a block's heads in shared memory, as right operands of the products with
+// 16 pixels: a word of two 16-bit numbers for the value of each, and one for what rounding left
+// out. Heads below 32 channels have a slot, with these words of the row and of the column
+// embeddings; wider ones have one for each 16 channels, with those of their two halves.
+template <int DEPTH, int KERNEL>
+struct Embeddings {
+  using H = Heads<DEPTH>;
+  static constexpr int SLOTS = DEPTH < 32 ? H::COUNT : H::STEPS;
+  static constexpr int BYTES = SLOTS * 32 * 16;
+
+  // Both are (heads, DEPTH / 2, KERNEL). Each warp prepares half of a slot.
+  template <typename T>
+  static DEVICE void prepare(Shared to, const float* rel_rows, const float* rel_cols,
+                             const Block& block, const Thread& me) {
+    const int slot = me.warp / 2, half = me.warp % 2;
+    const int head = DEPTH < 32 ? slot : 0;
+    if (slot >= SLOTS || head >= block.heads) return;
+    const bool of_rows = DEPTH < 32 ? half == 0 : slot < SLOTS / 2;
+    int channel = 2 * me.t;
+    // Heads of 8 channels have those of the rows in threads 0 and 1, of the columns in 2 and 3.
+    if (DEPTH == 8) channel -= 4 * half;
+    if (DEPTH >= 32) channel += 16 * slot % (DEPTH / 2) + 8 * half;
+    const float* from = (of_rows ? rel_rows : rel_cols) +
+                        ((block.first_head + head) * (DEPTH / 2) + channel) * KERNEL + me.g;
+    const bool known = me.g < KERNEL && channel >= 0 && channel < DEPTH / 2;
+    const float first = known ? load(from) : 0.f, second = known ? load(from + KERNEL) : 0.f;
+    const u32 value = T::pack(first, second);
+    const u32 rest = T::pack(first - T::low(value), second - T::high(value));
+    store_shared(to + (slot * 32 + me.lane) * 16 + 8 * half, value, rest);
+  }
+
+  // by_row and by_col += the products of 16 pixels with the embeddings of row and column offsets.
+  template <typename T>
+  static DEVICE void product(float (&by_row)[4], float (&by_col)[4], const u32 (&a)[H::STEPS][4],
+                             Shared from, int head, const Thread& me) {
+    u32 b[4];
+    from += me.lane * 16;
+    if constexpr (DEPTH < 32) {
+      load_shared(b, from + head * 512);
+      constexpr int C = DEPTH == 16 ? 2 : 0;
+      T::product(by_row, a[0][0], a[0][1], a[0][0], a[0][1], b[0], b[1], by_row);
+      T::product(by_col, a[0][C], a[0][C + 1], a[0][C], a[0][C + 1], b[2], b[3], by_col);
+    } else {
+#pragma unroll
+      for (int s = 0; s < SLOTS; ++s) {
+        load_shared(b, from + s * 512);
+        float (&sum)[4] = s < SLOTS / 2 ? by_row : by_col;
+        T::product(sum, a[s][0], a[s][1], a[s][2], a[s][3], b[0], b[2], sum);
+        T::product(sum, a[s][0], a[s][1], a[s][2], a[s][3], b[1], b[3], sum);
+      }
+    }
+  }
+
+  // sum += sums of 16 pixels by row and by column offset, times the embeddings' 8 channels of a
+  // chunk.
+  template <typename T>
+  static DEVICE void product_by_offset(float (&sum)[4], const u32 (&by_offset)[4], Shared from,
+                                       int head, int chunk, const Thread& me) {
+    u32 b[4];
+    const int slot = DEPTH < 32 ? head : chunk / 2;
+    load_shared(b, from + (slot * 32 + me.lane) * 16);
+    if constexpr (DEPTH == 8)
+      T::product(sum, by_offset[0], by_offset[1], by_offset[2], by_offset[3], transposed(b[0]),
+                 transposed(b[2]), sum);
+    else {
+      const int first = chunk < H::HEAD_CHUNKS / 2 ? 0 : 2;
+      T::product(sum, by_offset[first], by_offset[first + 1], transposed(b[chunk % 2 * 2]), sum);
+    }
+  }
+};
+
+// What is added to the logits of a warp's windows: terms by row and by column offset, or LOWEST.
+template <int DEPTH, int KERNEL, bool MASK, bool POSITION>
+class Terms {
+  float row_start_[4], col_start_[2];
+
+ public:
+  // By row offset, for each of the two rows of pixels; by column, for the results of a thread.
+  float by_row[2][KERNEL], by_col[4];
+
+  DEVICE Terms(const Block& block, const Thread& me) {
+    constexpr int REACH = KERNEL / 2;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int offset = 2 * me.t + i;
+      const int x = block.left + me.col() + me.g + offset - REACH;
+      col_start_[i] = offset < KERNEL && (!MASK || block.has_col(x)) ? 0.f : LOWEST;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int y = block.top + me.row() + h + offset - REACH;
+        row_start_[2 * h + i] = !MASK || block.has_row(y) ? 0.f : LOWEST;
+      }
+    }
+  }
+
+  // What a logit begins with, in row j of the windows and result i of a thread.
+  DEVICE float start(int j, int i) const {
+    const int h = i / 2, offset = j - h;
+    return offset >= 0 && offset < KERNEL ? by_col[i] + by_row[h][offset] : 0.f;
+  }
+
+  template <typename T>
+  DEVICE void find(const u32 (&a)[Heads<DEPTH>::STEPS][4], Shared embeddings, int head,
+                   const Thread& me) {
+    float row[4], col[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) row[i] = row_start_[i], col[i] = col_start_[i % 2];
+    if (POSITION) Embeddings<DEPTH, KERNEL>::template product<T>(row, col, a, embeddings, head, me);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int o = 0; o < KERNEL; ++o) by_row[h][o] = of_quad(row[2 * h + o % 2], o / 2);
+      // Column 2t + i is at offset 2t + i - g of pixel g, modulo 8: an even one for every second g.
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float term = me.g % 2 ? col[2 * h + 1 - i] : col[2 * h + i];
+        by_col[2 * h + i] = of_quad(term, (2 * me.t + i - me.g & 7) / 2);
+      }
+    }
+  }
+};
+
+// Products of the 16 pixels a with those of their windows in rows j and j + 1. They begin with
+// start(r, i) for result i of row j + r.
+template <typename T, bool PRODUCTS, int DEPTH, typename Start>
+DEVICE void window_products(float (&results)[2][4], const u32 (&a)[Heads<DEPTH>::STEPS][4],
+                            const PixelsAsColumns<DEPTH>& columns, const Windows& windows, int j,
+                            Start start) {
+  float near[2][4], far[2][4];
+#pragma unroll
+  for (int r = 0; r < 2; ++r)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      near[r][i] = far[r][i] = start(r, i);
+    }
+  if (PRODUCTS) columns.template product<T>(near, far, a, j);
+#pragma unroll
+  for (int r = 0; r < 2; ++r)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) results[r][i] = windows.near[i % 2] ? near[r][i] : far[r][i];
+}
+
+// Sums over the four threads that have the results of a pixel.
+DEVICE float sum_of_quad(float x) {
+  x += of_neighbour(x, 1);
+  return x + of_neighbour(x, 2);
+}

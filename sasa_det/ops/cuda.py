@@ -1,0 +1,248 @@
+"""CUDA backend: the kernels of csrc/cuda, compiled when they are first used.
+
+Before a GPU runs them for the first time in a process, their results for a small image are compared
+with those of the loop backend, for each type, head width and kernel size. If they differ, or do not
+compile, a warning says so and the next backend is used.
+"""
+
+import importlib.util
+import logging
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from . import loop
+from .cuda_compiler import CompilerError, launch, load_kernel
+from .cuda_kernels import (
+    HEAD_WIDTHS,
+    LARGEST_ROW,
+    THREADS,
+    WIDEST_KERNEL,
+    Launch,
+    Variant,
+    embedding_gradients,
+    embedding_sums_shape,
+    launch_of,
+    pixel_stride,
+)
+
+logger = logging.getLogger(__name__)
+
+SUMMARY = "CUDA C++, windows on tensor cores, for CUDA tensors of bfloat16 or float16"
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # the package that it is in
+        return False
+
+
+# Why the kernels are not there, or None.
+MISSING = None if _is_installed("cuda.bindings") else "cuda-bindings is not installed"
+
+# "0" takes the kernels without comparing them first.
+CHECK_VARIABLE = "SASA_DET_SELF_CHECK"
+
+_DTYPES = (torch.bfloat16, torch.float16)
+# Of the largest values of each result, or of 1.
+_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
+_CAPABILITY = (8, 0)
+_MOST_BLOCKS = 65535  # of a grid's second and third dimension
+
+
+def why_not(query: Tensor, num_heads: int, kernel_size: int, forced: bool = False) -> str | None:
+    """Return why inputs like ``query`` cannot run here, or None if they can."""
+    if MISSING:
+        return MISSING
+    if query.device.type != "cuda":
+        return f"it takes CUDA tensors, not {query.device.type}"
+    if query.dtype not in _DTYPES:
+        return f"it takes bfloat16 or float16, not {query.dtype}"
+    head_width = query.shape[1] // num_heads
+    if head_width not in HEAD_WIDTHS:
+        return f"it takes heads of width 8, 16, 32 or 64, not {head_width}"
+    if kernel_size > WIDEST_KERNEL:
+        return f"it takes a kernel_size of {WIDEST_KERNEL} at most, not {kernel_size}"
+    if not torch.cuda.is_available():
+        return "no GPU is available"
+    variant = Variant(query.dtype, head_width, kernel_size)
+    reason = _why_not_on(query.device, variant)
+    # Fake tensors stand for any size while a compiler traces.
+    if reason is None and type(query) in (Tensor, torch.nn.Parameter):
+        reason = _why_not_of_size(query) or _why_not_correct(query.device, variant)
+    return reason
+
+
+def _why_not_on(device: torch.device, variant: Variant) -> str | None:
+    properties = torch.cuda.get_device_properties(device)
+    if (properties.major, properties.minor) < _CAPABILITY:
+        capability = f"{properties.major}.{properties.minor}"
+        return f"it takes GPUs of compute capability 8.0 and higher, not {capability}"
+    needed, there = variant.key_bytes(), properties.shared_memory_per_block_optin
+    if needed > there:
+        return f"it needs {needed} bytes of shared memory for a block, and the GPU has {there}"
+    return None
+
+
+def _why_not_of_size(query: Tensor) -> str | None:
+    batch, channels, height, width = query.shape
+    if batch > _MOST_BLOCKS or height > 8 * _MOST_BLOCKS or height * width >= 2**31:
+        return f"it does not take {batch} images of {height} x {width}"
+    if width * channels > LARGEST_ROW:
+        return f"it does not take rows of {width} pixels of {channels} channels"
+    return None
+
+
+def _why_not_correct(device: torch.device, variant: Variant) -> str | None:
+    # Nothing can be compared while a CUDA graph is captured.
+    if os.environ.get(CHECK_VARIABLE) == "0" or torch.cuda.is_current_stream_capturing():
+        return None
+    return _failed_check(device, variant)
+
+
+@cache
+def _failed_check(device: torch.device, variant: Variant) -> str | None:
+    """Compare the kernels with the loop backend; return what is wrong, or None."""
+    try:
+        with torch.cuda.device(device), torch.no_grad():
+            problem = self_check(variant, device)
+    except CompilerError as error:
+        problem = str(error).rstrip(".")
+    if problem:
+        logger.warning(
+            "local_attention does not use its CUDA kernels for %s, heads of %d channels and "
+            "kernel_size %d: %s.",
+            *(variant.dtype, variant.head_width, variant.kernel_size, problem),
+        )
+    return problem
+
+
+def self_check(variant: Variant, device: torch.device) -> str | None:
+    """Run the kernels on a small image, with parts of tiles and of groups of heads.
+
+    Args:
+        variant: what to compile them for.
+        device: where to run them.
+
+    Returns:
+        str: the result that differs most from the loop backend's in float32, with its error, if one
+        differs by more than rounding; else None.
+    """
+    heads = variant.heads_of_block + 1
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, heads * variant.head_width, 11, 19)
+    images = [torch.randn(shape, generator=generator).to(device, variant.dtype) for _ in range(4)]
+    shape = (heads, variant.head_width // 2, variant.kernel_size)
+    embeddings = [torch.randn(shape, generator=generator).to(device) for _ in range(2)]
+    options = (variant.kernel_size, heads, variant.mask)
+    grad, *inputs = images
+    output, log_sum = forward(*inputs, *embeddings, *options)
+    actual = [output, *backward(grad, *inputs, *embeddings, log_sum, *options)]
+    exact = [x.float() for x in inputs]
+    output, log_sum = loop.forward(*exact, *embeddings, *options)
+    gradients = loop.backward(grad.float(), *exact, *embeddings, log_sum, *options)
+    names = ("output", "grad_query", "grad_key", "grad_value", "grad_rel_rows", "grad_rel_cols")
+    errors = {}
+    for name, ours, theirs in zip(names, actual, [output, *gradients], strict=True):
+        error = (ours.float() - theirs).abs().max() / theirs.abs().max().clamp(min=1)
+        errors[name] = float(error.nan_to_num(torch.inf))
+    worst = max(errors, key=errors.get)
+    if errors[worst] <= _TOLERANCE[variant.dtype]:
+        return None
+    return f"{worst} differs from the loop backend's by {errors[worst]:.2g} of its largest value"
+
+
+def forward(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask):
+    """See :func:`sasa_det.ops.operator.attend`; log_sum is to base 2."""
+    variant = _variant(query, key, rel_rows, kernel_size, num_heads, mask)
+    query, key, value = map(_channels_last, (query, key, value))
+    batch, height, width, _ = query.shape
+    output = _empty_like(query)
+    log_sum = query.new_empty((batch, num_heads, height, width), dtype=torch.float32)
+    tensors = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "rel_rows": _exact(rel_rows),
+        "rel_cols": _exact(rel_cols),
+        "output": output,
+        "log_sum": log_sum,
+    }
+    if batch > 0:
+        _start(launch_of("local_attention_forward", variant, **tensors), query)
+    return output.permute(0, 3, 1, 2), log_sum
+
+
+def backward(grad, query, key, value, rel_rows, rel_cols, log_sum, kernel_size, num_heads, mask):
+    """See :func:`sasa_det.ops.operator.attend_backward`; the same bits in every run."""
+    variant = _variant(query, key, rel_rows, kernel_size, num_heads, mask)
+    images = (grad.to(query.dtype), query, key, value)
+    grad, query, key, value = map(_channels_last, images)
+    tensors = {
+        "grad": grad,
+        "query": query,
+        "key": key,
+        "value": value,
+        "rel_rows": _exact(rel_rows),
+        "rel_cols": _exact(rel_cols),
+        "log_sum": log_sum,
+        "mean": torch.empty_like(log_sum),
+    }
+    has_position = rel_rows is not None
+    sums = None
+    if has_position:
+        sums = query.new_empty(embedding_sums_shape(query), dtype=torch.float32)
+    grad_query, grad_key, grad_value = map(_empty_like, (query, key, value))
+    if query.shape[0] > 0:
+        results = {"grad_query": grad_query, "grad_embeddings": sums}
+        _start(launch_of("local_attention_query", variant, **tensors, **results), query)
+        results = {"grad_key": grad_key, "grad_value": grad_value}
+        _start(launch_of("local_attention_key", variant, **tensors, **results), query)
+    grad_rows, grad_cols = query.new_empty(0), query.new_empty(0)
+    if has_position:
+        gradients = embedding_gradients(sums, variant)
+        grad_rows = gradients[0].to(rel_rows.dtype).contiguous()
+        grad_cols = gradients[1].to(rel_cols.dtype).contiguous()
+    images = (
+        query.new_empty(0) if x is None else x.permute(0, 3, 1, 2)
+        for x in (grad_query, grad_key, grad_value)
+    )
+    return (*images, grad_rows, grad_cols)
+
+
+def _empty_like(x: Tensor | None) -> Tensor | None:
+    """Without gaps, which ``x`` may have between pixels."""
+    return None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _variant(query, key, rel_rows, kernel_size, num_heads, mask) -> Variant:
+    head_width = query.shape[1] // num_heads
+    content, position = key is not None, rel_rows is not None
+    return Variant(query.dtype, head_width, kernel_size, mask, content, position)
+
+
+def _channels_last(x: Tensor | None) -> Tensor | None:
+    """(N, C, H, W) to (N, H, W, C), copied unless the kernels can read it as it is."""
+    if x is None:
+        return None
+    x = x.permute(0, 2, 3, 1)
+    stride = pixel_stride(x)
+    if stride is None or stride * x.shape[2] > LARGEST_ROW:
+        return x.contiguous()
+    return x
+
+
+def _exact(embedding: Tensor | None) -> Tensor | None:
+    return None if embedding is None else embedding.float().contiguous()
+
+
+def _start(start: Launch, query: Tensor) -> None:
+    """Start a kernel on the device of ``query``, in PyTorch's current stream."""
+    with torch.cuda.device_of(query):
+        device = query.device.index
+        function = load_kernel(start.header, start.name, device, start.shared_bytes)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        launch(function, start.grid, THREADS, start.shared_bytes, start.arguments, stream)

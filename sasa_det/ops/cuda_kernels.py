@@ -1,0 +1,223 @@
+"""The CUDA kernels of local attention: which there are, and what each is started with.
+
+Their source is in ``csrc/cuda``; nothing here needs a GPU.
+"""
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+HEAD_WIDTHS = (8, 16, 32, 64)
+WIDEST_KERNEL = 7
+THREADS = 256
+# Elements of a row of pixels, of which those of a tile and its halo are counted with 32 bits.
+LARGEST_ROW = 2**31 // 32
+
+# As in csrc/cuda/tile.cuh.
+_TILE_ROWS, _TILE_COLS, _WARPS = 8, 16, 8
+_TYPES = {torch.bfloat16: "Bfloat16", torch.float16: "Float16"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a kernel is compiled for.
+
+    Args:
+        dtype: torch.bfloat16 or torch.float16.
+        head_width: one of :data:`HEAD_WIDTHS`.
+        kernel_size: odd and at most :data:`WIDEST_KERNEL`.
+        mask: whether border is "mask".
+        content: whether logits contain q.k.
+        position: whether they contain q.r.
+    """
+
+    dtype: torch.dtype
+    head_width: int
+    kernel_size: int
+    mask: bool = True
+    content: bool = True
+    position: bool = True
+
+    @property
+    def heads_of_block(self) -> int:
+        """Number of heads that a block takes, which have 32 channels or more."""
+        return max(1, 32 // self.head_width)
+
+    def name(self, kernel: str) -> str:
+        """Return a kernel's name with its template arguments."""
+        flags = (str(x).lower() for x in (self.mask, self.content, self.position))
+        arguments = (_TYPES[self.dtype], self.head_width, self.kernel_size, *flags)
+        return f"{kernel}<{', '.join(map(str, arguments))}>"
+
+    def tile_bytes(self) -> int:
+        """Return the bytes of a tile and its halo."""
+        channels = self.heads_of_block * self.head_width
+        return (_TILE_ROWS + self.kernel_size - 1) * (_TILE_COLS + 8) * channels * 2
+
+    def embedding_bytes(self) -> int:
+        """Return the bytes of the embeddings of a block's heads."""
+        slots = self.heads_of_block if self.head_width < 32 else self.head_width // 16
+        return slots * 32 * 16 if self.position else 0
+
+    def forward_bytes(self) -> int:
+        """Return the shared memory of a block of the forward kernel."""
+        return (1 + self.content) * self.tile_bytes() + self.embedding_bytes()
+
+    def query_bytes(self) -> int:
+        """Return the shared memory of a block of the kernel for gradients of queries."""
+        # For heads of 64 channels the sums take the place of the tiles.
+        sums = _WARPS * 32 * 8 * 4 if self.position and self.head_width < 64 else 0
+        return self.forward_bytes() + sums
+
+    def key_bytes(self) -> int:
+        """Return the shared memory of a block of the kernel for gradients of keys and values."""
+        # Of each query: 8 terms by column, 8 by row, and the mean.
+        pixels = (_TILE_ROWS + self.kernel_size - 1) * (_TILE_COLS + 8)
+        tables = pixels * 4 * (8 + 8 + 1)
+        return 2 * self.tile_bytes() + tables + self.embedding_bytes()
+
+    def query_terms_of_warp(self) -> int:
+        """Return how often a warp of that kernel finds the terms of 16 queries, at most."""
+        pixels = (_TILE_ROWS + self.kernel_size - 1) * (_TILE_COLS + 8)
+        return -(-pixels // (16 * _WARPS))
+
+
+class _Sizes(ctypes.Structure):
+    # As in csrc/cuda/tile.cuh.
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("height", "width", "heads")),
+        ("groups_inverse", ctypes.c_uint),
+    )
+
+
+def _structure(images: str, pointers: str) -> type[ctypes.Structure]:
+    """Return what a kernel takes: sizes, strides of images, and pointers, in this order."""
+    strides = [(f"{name}_stride", ctypes.c_uint) for name in images.split()]
+    addresses = [(name, ctypes.c_void_p) for name in pointers.split()]
+    fields = [("sizes", _Sizes), *strides, *addresses]
+    return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of ``csrc/cuda``: its file, shared memory, and structure of arguments there."""
+
+    header: str
+    shared_bytes: Callable[[Variant], int]
+    arguments: type[ctypes.Structure]
+    # How often a warp runs through the loop inside of the loop over heads, at most.
+    inner_loop: Callable[[Variant], int] = lambda variant: 1
+
+
+KERNELS = {
+    "local_attention_forward": Kernel(
+        "local_attention_forward.cuh",
+        Variant.forward_bytes,
+        _structure("query key value output", "query key value rel_rows rel_cols output log_sum"),
+    ),
+    "local_attention_query": Kernel(
+        "local_attention_query.cuh",
+        Variant.query_bytes,
+        _structure(
+            "grad query key value grad_query",
+            "grad query key value rel_rows rel_cols log_sum grad_query mean grad_embeddings",
+        ),
+    ),
+    "local_attention_key": Kernel(
+        "local_attention_key.cuh",
+        Variant.key_bytes,
+        _structure(
+            "grad query key value grad_key grad_value",
+            "grad query key value rel_rows rel_cols log_sum mean grad_key grad_value",
+        ),
+        Variant.query_terms_of_warp,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel and what it is started with, in blocks of :data:`THREADS`."""
+
+    header: str
+    name: str
+    grid: tuple[int, int, int]
+    shared_bytes: int
+    arguments: ctypes.Structure
+
+
+def launch_of(kernel: str, variant: Variant, **tensors: Tensor | None) -> Launch:
+    """Return how a kernel is started.
+
+    Args:
+        kernel: one of :data:`KERNELS`.
+        variant: what it is compiled for.
+        **tensors: what its file names, None for what the variant does not have. Images are
+            (N, H, W, C), and :func:`pixel_stride` has a stride of each; embeddings are
+            (num_heads, C // num_heads // 2, kernel_size), log_sum and mean (N, num_heads, H, W),
+            all contiguous and float32, and grad_embeddings has :func:`embedding_sums_shape`.
+    """
+    batch, height, width, channels = tensors["query"].shape
+    groups = _groups(variant, channels)
+    tile_rows, tile_cols = _tiles(height, width)
+    arguments = KERNELS[kernel].arguments()
+    groups_inverse = -(-(2**32) // groups) % 2**32
+    arguments.sizes = _Sizes(height, width, channels // variant.head_width, groups_inverse)
+    for name, kind in arguments._fields_:
+        if kind is ctypes.c_void_p and (x := tensors[name]) is not None:
+            setattr(arguments, name, x.data_ptr())
+            if hasattr(arguments, f"{name}_stride"):
+                setattr(arguments, f"{name}_stride", pixel_stride(x))
+    return Launch(
+        KERNELS[kernel].header,
+        variant.name(kernel),
+        (groups * tile_cols, tile_rows, batch),
+        KERNELS[kernel].shared_bytes(variant),
+        arguments,
+    )
+
+
+def blocks_of(variant: Variant, batch: int, height: int, width: int, channels: int) -> int:
+    """Return the number of blocks of a launch."""
+    tile_rows, tile_cols = _tiles(height, width)
+    return batch * tile_rows * tile_cols * _groups(variant, channels)
+
+
+def _groups(variant: Variant, channels: int) -> int:
+    return -(-channels // (variant.head_width * variant.heads_of_block))
+
+
+def _tiles(height: int, width: int) -> tuple[int, int]:
+    return -(-height // _TILE_ROWS), -(-width // _TILE_COLS)
+
+
+def embedding_sums_shape(images: Tensor) -> tuple[int, int, int]:
+    """Return the shape of the tiles' sums for (N, H, W, C): (tiles, C, 8)."""
+    batch, height, width, channels = images.shape
+    tile_rows, tile_cols = _tiles(height, width)
+    return (batch * tile_rows * tile_cols, channels, 8)
+
+
+def embedding_gradients(sums: Tensor, variant: Variant) -> tuple[Tensor, Tensor]:
+    """Return the gradients of rel_rows and rel_cols from the tiles' sums."""
+    by_head = sums.sum(0).unflatten(0, (-1, variant.head_width))[..., : variant.kernel_size]
+    rows, cols = by_head.split(variant.head_width // 2, 1)
+    return rows, cols
+
+
+def pixel_stride(x: Tensor) -> int | None:
+    """Return the elements from one pixel of (N, H, W, C) to the next, or None if it does not fit.
+
+    The kernels take channels without gaps, rows and images without gaps between pixels, and what is
+    aligned to 16 bytes, such as slices of channels of one tensor.
+    """
+    _, height, width, channels = x.shape
+    # Each dimension but the channels, and the pixels that its next index is further on.
+    steps = [(d, n) for d, n in ((2, 1), (1, width), (0, height * width)) if x.shape[d] > 1]
+    stride = next((x.stride(d) // n for d, n in steps), channels)
+    fits = all(x.stride(d) == n * stride for d, n in steps)
+    fits = fits and (channels == 1 or x.stride(3) == 1) and stride >= channels
+    return stride if fits and stride % 8 == 0 and x.data_ptr() % 16 == 0 else None

@@ -1,0 +1,135 @@
+"""A model of the time that the CUDA kernels take, from their instructions and memory traffic.
+
+Nothing here was measured on a GPU. The predictions may be wrong by 40%, and are there to be
+compared with the first measurement.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .cuda_kernels import Variant, blocks_of
+
+_ISSUED = 0.6  # of the instructions that the SMs could issue
+_NOT_OVERLAPPED = 0.25  # of the shorter of arithmetic and memory traffic
+_START = 3e-6  # seconds to start a kernel
+_SHORTEST = 5e-6  # seconds of a convolution or a product, at least
+_WARPS_OF_BLOCK = 8
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU, in FLOPs, bytes and instructions per second.
+
+    Args:
+        name: what it is called.
+        architecture: what kernels are compiled for.
+        issue: instructions of warps that all SMs could issue.
+        bandwidth: of its memory.
+        convolution: of cuDNN's 3x3 convolutions in bfloat16 by number of channels.
+        product: of large matrix products in bfloat16.
+    """
+
+    name: str
+    architecture: str
+    issue: float
+    bandwidth: float
+    convolution: dict[int, float]
+    product: float
+
+
+GPUS = (
+    Gpu(
+        "H100",
+        "sm_90",
+        issue=132 * 4 * 1.755e9,
+        bandwidth=3.0e12,
+        convolution={64: 300e12, 128: 450e12, 256: 550e12, 512: 550e12},
+        product=550e12,
+    ),
+    Gpu(
+        "A100",
+        "sm_80",
+        issue=108 * 4 * 1.41e9,
+        bandwidth=1.7e12,
+        convolution={64: 130e12, 128: 180e12, 256: 200e12, 512: 200e12},
+        product=200e12,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A 3x3 convolution or what takes its place: 8 heads, windows of 7x7, square maps."""
+
+    channels: int
+    size: int
+    count: int = 1
+    batch: int = 8
+    heads: int = 8
+
+    @property
+    def unit(self) -> int:
+        """Bytes of the map in bfloat16."""
+        return 2 * self.batch * self.size**2 * self.channels
+
+
+# Those of RetinaNet-50 for images of 640 x 640: backbone, FPN, and the heads on five levels.
+RETINANET = (
+    Layer(64, 160, 3),
+    Layer(128, 160),
+    Layer(128, 80, 3),
+    Layer(256, 80),
+    Layer(256, 40, 5),
+    Layer(512, 40),
+    Layer(512, 20, 2),
+    *(Layer(256, size) for size in (80, 40, 20)),
+    *(Layer(256, size, 8) for size in (80, 40, 20, 10, 5)),
+)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of forward and backward pass."""
+
+    forward: float
+    backward: float
+
+    @property
+    def step(self) -> float:
+        return self.forward + self.backward
+
+
+def convolution(layer: Layer, gpu: Gpu) -> Times:
+    """Predict the 3x3 convolution."""
+    flops = 9 * layer.channels * layer.unit  # 2 for each product of 9 C inputs
+    rate = gpu.convolution[layer.channels]
+    forward = max(flops / rate, 2 * layer.unit / gpu.bandwidth, _SHORTEST)
+    return Times(forward, 2 * forward)
+
+
+def attention(layer: Layer, gpu: Gpu, instructions: Callable[[str, int], float]) -> Times:
+    """Predict the attention layer: the product that makes query, key and value, and the kernels.
+
+    Args:
+        layer: what to predict.
+        gpu: on what.
+        instructions: of a kernel and a head width, as
+            :func:`sasa_det.ops.gpu_report.instructions_per_head` counts them.
+    """
+    flops = 3 * layer.channels * layer.unit
+    product = max(flops / gpu.product, 4 * layer.unit / gpu.bandwidth, _SHORTEST)
+
+    def kernel(name: str, units: int) -> float:
+        head_width = layer.channels // layer.heads
+        variant = Variant(None, head_width, 7)
+        blocks = blocks_of(variant, layer.batch, layer.size, layer.size, layer.channels)
+        warps = blocks * _WARPS_OF_BLOCK * variant.heads_of_block
+        arithmetic = warps * instructions(name, head_width) / gpu.issue / _ISSUED
+        memory = units * layer.unit / gpu.bandwidth
+        smaller, larger = sorted((arithmetic, memory))
+        return larger + _NOT_OVERLAPPED * smaller + _START
+
+    # Maps that they read and write.
+    forward = kernel("local_attention_forward", 4)
+    backward = kernel("local_attention_query", 5) + kernel("local_attention_key", 6)
+    return Times(product + forward, 2 * product + backward)

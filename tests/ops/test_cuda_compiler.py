@@ -1,0 +1,123 @@
+"""The CUDA kernels go through the compiler for GPUs of data centres, which takes no GPU."""
+
+import sys
+
+import pytest
+import torch
+
+from sasa_det.ops import cuda_compiler
+from sasa_det.ops.cuda_compiler import CompilerError, compile_kernel
+from sasa_det.ops.cuda_kernels import HEAD_WIDTHS, KERNELS, Variant
+from sasa_det.ops.gpu_prediction import GPUS
+from sasa_det.ops.gpu_report import (
+    ARCHITECTURES,
+    disassembler,
+    instructions_per_head,
+    predictions,
+)
+
+needs_compiler = pytest.mark.skipif(
+    cuda_compiler.missing() is not None, reason=str(cuda_compiler.missing())
+)
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+FORWARD, QUERY, KEY = KERNELS
+# Instructions that a warp executes for 16 queries of a head, by kernel and head width.
+INSTRUCTIONS = {
+    FORWARD: {8: 600, 16: 750, 32: 950, 64: 1400},
+    QUERY: {8: 800, 16: 1000, 32: 1300, 64: 1700},
+    KEY: {8: 900, 16: 1150, 32: 1450, 64: 1950},
+}
+# Registers with which as many blocks as planned fit an SM.
+REGISTERS = {FORWARD: {8: 80, 16: 80, 32: 80, 64: 128}}
+MOST_REGISTERS = 128
+SPILLED_BYTES = {8: 64, 16: 64, 32: 64, 64: 128}
+# All GPUs from compute capability 8.0 on have 99 KiB for a block. The widest heads need more in the
+# backward pass, and twice this is what an SM of 9.0 has.
+SHARED_BYTES = {8: 99 * 1024, 16: 99 * 1024, 32: 99 * 1024, 64: 113 * 1024}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """A folder of these tests for compiled kernels."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder / "sasa_det" / "cuda"
+
+
+def check_limits(architecture, dtype, head_width):
+    variant = Variant(dtype, head_width, 7)
+    for name, kernel in KERNELS.items():
+        compiled = compile_kernel(kernel.header, variant.name(name), architecture)
+        registers = REGISTERS.get(name, {}).get(head_width, MOST_REGISTERS)
+        assert compiled.resources.registers <= registers
+        assert compiled.resources.spill_bytes <= SPILLED_BYTES[head_width]
+        assert kernel.shared_bytes(variant) <= SHARED_BYTES[head_width]
+        if disassembler():
+            inner = kernel.inner_loop(variant)
+            count = instructions_per_head(compiled, variant.heads_of_block, inner)
+            # Less than half of it would be code that does nothing.
+            limit = INSTRUCTIONS[name][head_width]
+            assert limit / 2 <= count <= limit
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "architecture,dtype,head_width",
+    [
+        ("sm_80", FP16, 8),
+        ("sm_90", BF16, 32),
+        ("sm_100", BF16, 64),
+    ],
+)
+def test_kernels_stay_within_their_limits(architecture, dtype, head_width):
+    check_limits(architecture, dtype, head_width)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture,dtype", zip(ARCHITECTURES, (BF16, BF16, FP16), strict=True))
+@pytest.mark.parametrize("head_width", HEAD_WIDTHS)
+def test_all_kernels_stay_within_their_limits(architecture, dtype, head_width):
+    check_limits(architecture, dtype, head_width)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.skipif(disassembler() is None, reason="nvdisasm is not installed")
+@pytest.mark.parametrize("gpu,forward,step", [(GPUS[0], 1.1, 1.3), (GPUS[1], 0.8, 1.0)])
+def test_predicted_times_of_retinanet(gpu, forward, step):
+    total = predictions(gpu)[-1]
+    assert total["layer"] == "RetinaNet-50"
+    assert float(total["ratio forward"]) <= forward and float(total["ratio step"]) <= step
+
+
+@needs_compiler
+def test_a_compiled_kernel_is_kept(cache, caplog):
+    name = Variant(BF16, 8, 1, content=False).name("local_attention_forward")
+    with caplog.at_level("INFO", logger=cuda_compiler.__name__):
+        first = compile_kernel("local_attention_forward.cuh", name, "sm_80")
+        second = compile_kernel("local_attention_forward.cuh", name, "sm_80")
+    assert first == second and first.code.startswith(b"\x7fELF")
+    assert len(caplog.records) == 1 and f"Compiled {name} for sm_80" in caplog.text
+    assert len(list(cache.glob("local_attention_forward-Bfloat16-8-1-*.kernel"))) == 1
+
+
+@needs_compiler
+def test_what_does_not_compile_is_told():
+    with pytest.raises(CompilerError, match=r"missing<1> cannot be compiled for sm_90: .*missing"):
+        compile_kernel("local_attention_forward.cuh", "missing<1>", "sm_90")
+
+
+def test_without_the_package_it_says_so(monkeypatch):
+    # What an import of a package that is not installed does.
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    monkeypatch.setattr(cuda_compiler, "missing", cuda_compiler.missing.__wrapped__)
+    with pytest.raises(CompilerError) as error:
+        compile_kernel("local_attention_forward.cuh", "kernel", "sm_90")
+    assert str(error.value) == (
+        "kernel cannot be compiled: the package cuda-bindings, which PyTorch's CUDA builds bring, "
+        "is not installed."
+    )

@@ -1,0 +1,501 @@
+"""The CUDA kernels against the reference, on a CPU that emulates the warps of a GPU.
+
+Their source is compiled for the CPU with tests/ops/cuda_emulation/warp.cuh in place of the one that
+has the GPU's instructions.
+"""
+
+import ctypes
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from sasa_det.ops import cuda, local_attention, loop
+from sasa_det.ops.cuda_compiler import SOURCES
+from sasa_det.ops.cuda_kernels import (
+    KERNELS,
+    THREADS,
+    Variant,
+    embedding_gradients,
+    embedding_sums_shape,
+    launch_of,
+    pixel_stride,
+)
+
+COMPILER = shutil.which("g++")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
+
+EMULATION = Path(__file__).parent / "cuda_emulation"
+BF16, FP16 = torch.bfloat16, torch.float16
+TOLERANCE = {BF16: 1e-2, FP16: 2e-3}
+
+# All widths in both types, all windows, both borders, with and without content and position.
+VARIANTS = {
+    "8": Variant(BF16, 8, 7),
+    "16": Variant(BF16, 16, 5, mask=False),
+    "32": Variant(BF16, 32, 7),
+    "64": Variant(BF16, 64, 7),
+    "8-half": Variant(FP16, 8, 3, mask=False),
+    "16-half": Variant(FP16, 16, 7),
+    "32-half": Variant(FP16, 32, 7, mask=False),
+    "64-half": Variant(FP16, 64, 5),
+    "position": Variant(BF16, 32, 7, content=False),
+    "content": Variant(FP16, 16, 7, position=False),
+    "one": Variant(BF16, 16, 1, mask=False),
+}
+
+
+class Range(ctypes.Structure):
+    _fields_ = [
+        ("begin", ctypes.c_void_p),
+        ("bytes", ctypes.c_ulonglong),
+        ("written", ctypes.c_int),
+    ]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """All kernels of all variants, compiled for this CPU."""
+    folder = tmp_path_factory.mktemp("emulation")
+    source = folder / "kernels.cpp"
+    source.write_text(source_of_library())
+    built = folder / "kernels.so"
+    command = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{EMULATION}", f"-I{SOURCES}"]
+    done = subprocess.run(
+        [*command, source, "-o", built], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[:3000]
+    library = ctypes.CDLL(str(built))
+    library.run.restype = ctypes.c_char_p
+    return library
+
+
+def source_of_library():
+    lines = [f"#include <{kernel.header}>" for kernel in KERNELS.values()]
+    lines += ["#include <launch.h>", "static const emulation::Kernel kernels[] = {"]
+    for name in KERNELS:
+        structure = {
+            "local_attention_forward": "ForwardArguments",
+            "local_attention_query": "QueryArguments",
+            "local_attention_key": "KeyArguments",
+        }[name]
+        for variant in VARIANTS.values():
+            call = f"{variant.name(name)}(*static_cast<const {structure}*>(x))"
+            lines.append(f"  [](const void* x) {{ {call}; }},")
+    lines += [
+        "};",
+        'extern "C" const char* run(int which, const emulation::Start* start) {',
+        "  return emulation::run(kernels[which], *start);",
+        "}",
+    ]
+    return "\n".join(lines)
+
+
+class Start(ctypes.Structure):
+    # As in cuda_emulation/launch.h.
+    _fields_ = [
+        ("arguments", ctypes.c_void_p),
+        ("grid", ctypes.c_int * 3),
+        ("threads", ctypes.c_int),
+        ("shared_bytes", ctypes.c_int),
+        ("skipped", ctypes.c_int),
+        ("seed", ctypes.c_int),
+        ("num_ranges", ctypes.c_int),
+        ("ranges", ctypes.POINTER(Range)),
+        ("bank_conflicts", ctypes.c_int),
+        ("barriers", ctypes.c_int),
+    ]
+
+
+def run(library, kernel, case, tensors, results, skipped=-1, seed=0, height=None):
+    """Run a kernel; return what is wrong, "" if nothing, and the number of a thread's barriers."""
+    launch = launch_of(kernel, VARIANTS[case], **tensors, **results)
+    if height is not None:
+        launch.arguments.sizes.height = height
+    ranges = [Range(*memory(x), 0) for x in tensors.values() if x is not None]
+    ranges += [Range(*memory(x), 1) for x in results.values() if x is not None]
+    return start(library, launch, ranges, skipped, seed)
+
+
+def start(library, launch, ranges=(), skipped=-1, seed=0):
+    """Start a kernel that may use these ranges of memory, all memory if there are none."""
+    names = [variant.name(kernel) for kernel in KERNELS for variant in VARIANTS.values()]
+    arguments = Start(
+        ctypes.addressof(launch.arguments),
+        launch.grid,
+        THREADS,
+        launch.shared_bytes,
+        skipped,
+        seed,
+        len(ranges),
+        (Range * len(ranges))(*ranges),
+    )
+    number = names.index(launch.name)
+    message = library.run(number, ctypes.byref(arguments)).decode()
+    assert arguments.bank_conflicts == 0
+    return message, arguments.barriers
+
+
+def memory(x):
+    storage = x.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
+
+
+def make(variant, batch, heads, height, width, seed=0):
+    """Make query, key and value as slices of one tensor, and embeddings."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = heads * variant.head_width
+    joined = torch.randn(batch, height, width, 3 * channels, generator=generator)
+    query, key, value = joined.to(variant.dtype).split(channels, -1)
+    shape = (heads, variant.head_width // 2, variant.kernel_size)
+    rows, cols = (torch.randn(shape, generator=generator) for _ in range(2))
+    if not variant.position:
+        rows = cols = None
+    return [query, key if variant.content else None, value, rows, cols]
+
+
+NAMES = ("query", "key", "value", "rel_rows", "rel_cols")
+
+
+def nan(*shape, dtype=torch.float32):
+    return torch.full(shape, math.nan, dtype=dtype)
+
+
+def forward(library, case, inputs, **options):
+    """Run the forward kernel of a variant; return output, log-sum-exp and number of barriers."""
+    variant, query = VARIANTS[case], inputs[0]
+    batch, height, width, channels = query.shape
+    heads = channels // variant.head_width
+    results = {
+        "output": nan(*query.shape, dtype=variant.dtype),
+        "log_sum": nan(batch, heads, height, width),
+    }
+    tensors = dict(zip(NAMES, inputs, strict=True))
+    message, barriers = run(library, "local_attention_forward", case, tensors, results, **options)
+    assert message == ""
+    return *results.values(), barriers
+
+
+def backward(library, case, inputs, grad, log_sum, **options):
+    """Run both kernels of the backward pass; return the gradients and the numbers of barriers."""
+    variant, query = VARIANTS[case], inputs[0]
+    tensors = {"grad": grad, **dict(zip(NAMES, inputs, strict=True)), "log_sum": log_sum}
+    grad_query, grad_key, grad_value = (nan(*query.shape, dtype=variant.dtype) for _ in range(3))
+    results = {"grad_query": grad_query, "mean": nan(*log_sum.shape)}
+    results["grad_embeddings"] = sums = nan(*embedding_sums_shape(query))
+    message, first = run(library, "local_attention_query", case, tensors, results, **options)
+    assert message == ""
+    tensors["mean"] = results["mean"]
+    results = {"grad_key": grad_key if variant.content else None, "grad_value": grad_value}
+    message, second = run(library, "local_attention_key", case, tensors, results, **options)
+    assert message == ""
+    gradients = [grad_query, grad_key, grad_value, *embedding_gradients(sums, variant)]
+    present = [x is not None for x in inputs]
+    gradients = [x for x, wanted in zip(gradients, present, strict=True) if wanted]
+    return gradients, (first, second)
+
+
+def channels_first(x):
+    return None if x is None else x.permute(0, 3, 1, 2).double()
+
+
+def arguments(variant, inputs):
+    """Make what the reference takes, in float64."""
+    query, key, value, rows, cols = inputs
+    images = [channels_first(x) for x in (query, key, value)]
+    embeddings = [None if x is None else x.double() for x in (rows, cols)]
+    return [*images, *embeddings], query.shape[3] // variant.head_width
+
+
+def expected_of(variant, inputs):
+    """Return the reference's output, and the log-sum-exp to base 2."""
+    exact, heads = arguments(variant, inputs)
+    options = {"kernel_size": variant.kernel_size, "num_heads": heads}
+    border = "mask" if variant.mask else "zero"
+    output = local_attention(
+        *exact, **options, border=border, content=variant.content, backend="reference"
+    )
+    _, log_sum = loop.forward(*exact, *options.values(), variant.mask)
+    return output.permute(0, 2, 3, 1), log_sum / math.log(2)
+
+
+def expected_gradients(variant, inputs, grad):
+    """Return the reference's gradients, of what is not None."""
+    exact, heads = arguments(variant, inputs)
+    leaves = [None if x is None else x.requires_grad_() for x in exact]
+    border = "mask" if variant.mask else "zero"
+    output = local_attention(
+        *leaves,
+        kernel_size=variant.kernel_size,
+        num_heads=heads,
+        border=border,
+        content=variant.content,
+        backend="reference",
+    )
+    present = [x for x in leaves if x is not None]
+    gradients = torch.autograd.grad(output, present, channels_first(grad))
+    return [x.permute(0, 2, 3, 1) if x.dim() == 4 else x for x in gradients]
+
+
+def make_grad(inputs, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(inputs[0].shape, generator=generator).to(inputs[0].dtype)
+
+
+def error_of(actual, expected):
+    error = (actual.double() - expected).abs().max() / expected.abs().max().clamp(min=1)
+    return float(error)  # NaN, if one of them is
+
+
+# Several tiles in both directions, parts of tiles and of groups of heads, batches; and one pixel.
+SIZES = pytest.mark.parametrize(
+    "case,batch,heads,height,width",
+    [
+        ("8", 1, 5, 10, 17),
+        ("16", 1, 3, 9, 17),
+        ("32", 2, 2, 5, 17),
+        ("32", 1, 1, 1, 1),
+        ("64", 1, 2, 3, 17),
+        ("8-half", 2, 2, 5, 3),
+        ("16-half", 1, 2, 9, 5),
+        ("32-half", 1, 1, 9, 17),
+        ("64-half", 1, 1, 10, 9),
+        ("position", 1, 1, 9, 17),
+        ("content", 1, 2, 9, 17),
+        ("one", 1, 2, 9, 17),
+    ],
+)
+
+
+@SIZES
+def test_forward_equals_the_reference(library, case, batch, heads, height, width):
+    variant = VARIANTS[case]
+    inputs = make(variant, batch, heads, height, width)
+    output, log_sum, _ = forward(library, case, inputs)
+    expected, expected_log_sum = expected_of(variant, inputs)
+    assert error_of(output, expected) <= TOLERANCE[variant.dtype]
+    assert error_of(log_sum, expected_log_sum) <= 1e-4
+
+
+def test_forward_equals_a_formulation_without_embeddings(library):
+    # Heads of q and [q.r of the row offset that keys in rows m, modulo 7, are at, for each m; the
+    # same for columns], and of k and [1 in place of the key's row, 1 in place of its column].
+    variant = VARIANTS["32"]
+    inputs = make(variant, 1, 1, 9, 17)
+    query, key, value, rows, cols = arguments(variant, inputs)[0]
+    size, half = variant.kernel_size, variant.head_width // 2
+    y, x = torch.meshgrid(torch.arange(9), torch.arange(17), indexing="ij")
+    class_of = torch.arange(size).view(-1, 1, 1)
+    queries, keys = [query], [key]
+    for line, embedding, channels in ((y, rows, query[:, :half]), (x, cols, query[:, half:])):
+        terms = torch.einsum("ndyx,dk->nkyx", channels, embedding[0])
+        queries.append(terms.gather(1, ((class_of - line + size // 2) % size)[None]))
+        keys.append((line % size == class_of)[None].double())
+    values = torch.cat([value, value.new_zeros(1, 2 * size, 9, 17)], 1)
+    expected = local_attention(
+        *(torch.cat(x, 1) for x in (queries, keys)),
+        *(values, None, None),
+        kernel_size=size,
+        num_heads=1,
+        backend="loop",
+    )
+    output, *_ = forward(library, "32", inputs)
+    expected = expected[:, : variant.head_width].permute(0, 2, 3, 1)
+    assert error_of(output, expected) <= TOLERANCE[BF16]
+    assert error_of(expected_of(variant, inputs)[0], expected) <= 1e-12
+
+
+@SIZES
+def test_gradients_equal_the_reference(library, case, batch, heads, height, width):
+    variant = VARIANTS[case]
+    inputs = make(variant, batch, heads, height, width)
+    grad = make_grad(inputs)
+    _, log_sum = expected_of(variant, inputs)
+    actual, _ = backward(library, case, inputs, grad, log_sum.float())
+    expected = expected_gradients(variant, inputs, grad)
+    for ours, exact in zip(actual, expected, strict=True):
+        assert ours.shape == exact.shape
+        assert error_of(ours, exact) <= TOLERANCE[variant.dtype]
+
+
+@pytest.mark.parametrize("case", ["8", "32"])
+@pytest.mark.parametrize("name", ["query", "key", "value", "grad"])
+def test_what_is_not_finite_stays_in_its_window(library, case, name):
+    variant = VARIANTS[case]
+    inputs = make(variant, 1, 1, 10, 13)
+    grad = make_grad(inputs)
+    spoiled = {**dict(zip(NAMES, inputs, strict=True)), "grad": grad}[name]
+    spoiled[0, 4, 7, 1] = math.inf if name == "key" else math.nan
+    if name == "value":
+        spoiled[0, 9, 1, 2] = -math.inf
+    output, log_sum, _ = forward(library, case, inputs)
+    actual, _ = backward(library, case, inputs, grad, log_sum)
+    expected, _ = expected_of(variant, inputs)
+    gradients = expected_gradients(variant, inputs, grad)
+    assert expected.isnan().any() == (name != "grad")
+    # Embeddings are seen by all windows: all of their gradients are NaN.
+    for ours, exact in zip((output, *actual[:3]), (expected, *gradients[:3]), strict=True):
+        assert torch.equal(ours.isfinite(), exact.isfinite()) and exact.isfinite().any()
+        finite = exact.isfinite()
+        assert error_of(ours[finite], exact[finite]) <= TOLERANCE[BF16]
+
+
+def test_values_far_from_zero_do_not_spoil_gradients(library):
+    # g.v is large then, and all but the same over a window.
+    variant = VARIANTS["32"]
+    inputs = make(variant, 1, 1, 5, 9)
+    inputs[2] = (inputs[2] + 100).to(BF16)
+    grad = make_grad(inputs)
+    _, log_sum, _ = forward(library, "32", inputs)
+    actual, _ = backward(library, "32", inputs, grad, log_sum)
+    for ours, exact in zip(actual, expected_gradients(variant, inputs, grad), strict=True):
+        assert error_of(ours, exact) <= TOLERANCE[BF16]
+
+
+def test_large_logits_do_not_overflow(library):
+    variant = VARIANTS["32"]
+    inputs = [1e4 * x for x in make(variant, 1, 1, 4, 5)]
+    output, log_sum, _ = forward(library, "32", inputs)
+    assert error_of(output, expected_of(variant, inputs)[0]) <= TOLERANCE[BF16]
+    actual, _ = backward(library, "32", inputs, make_grad(inputs), log_sum)
+    assert all(x.isfinite().all() for x in actual)
+
+
+@pytest.mark.parametrize("case,heads", [("32", 1), ("16-half", 2)])
+def test_without_a_barrier_it_is_wrong(library, case, heads):
+    inputs = make(VARIANTS[case], 1, heads, 8, 16)
+    grad = make_grad(inputs)
+    output, log_sum, barriers = forward(library, case, inputs)
+    right, (first, second) = backward(library, case, inputs, grad, log_sum)
+    assert barriers == 1 and first == 2 and second == 2 * heads
+    for barrier in range(barriers):
+        wrong, *_ = forward(library, case, inputs, skipped=barrier)
+        assert not torch.equal(wrong, output)
+    for barrier in range(max(first, second)):
+        wrong, _ = backward(library, case, inputs, grad, log_sum, skipped=barrier)
+        equal = [torch.equal(a, b) for a, b in zip(wrong, right, strict=True)]
+        # The first kernel makes the gradients of queries and embeddings, the second the others.
+        assert barrier >= first or not all(equal[:1] + equal[3:])
+        assert barrier >= second or not all(equal[1:3])
+
+
+def test_every_order_of_threads_gives_the_same_bits(library):
+    inputs = make(VARIANTS["8"], 1, 4, 9, 5)
+    grad = make_grad(inputs)
+    runs = []
+    for seed in (1, 2):
+        output, log_sum, _ = forward(library, "8", inputs, seed=seed)
+        gradients, _ = backward(library, "8", inputs, grad, log_sum, seed=seed)
+        runs.append([output, log_sum, *gradients])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_the_emulation_finds_reads_outside_of_tensors(library):
+    inputs = make(VARIANTS["32"], 1, 1, 8, 16)
+    tensors = dict(zip(NAMES, inputs, strict=True))
+    results = {"output": nan(1, 8, 16, 32, dtype=BF16), "log_sum": nan(1, 1, 8, 16)}
+    message, _ = run(library, "local_attention_forward", "32", tensors, results, height=9)
+    assert message.startswith("a read outside of the tensors")
+
+
+def test_strides_of_pixels():
+    joined = torch.zeros(2, 5, 6, 96)
+    assert pixel_stride(joined) == 96
+    assert pixel_stride(joined[..., 32:64]) == 96
+    assert pixel_stride(joined[:1, :, :1]) == 6 * 96  # where images, and rows, are one pixel wide
+    assert pixel_stride(torch.zeros(2, 32, 5, 6).permute(0, 2, 3, 1)) is None
+    assert pixel_stride(joined[:, :, :5]) is None  # a gap after each row
+    assert pixel_stride(joined[:, ::2]) is None
+    assert pixel_stride(joined[..., 1:33]) is None  # 4 bytes off
+    assert pixel_stride(torch.zeros(2, 5, 6, 12)) is None  # the second pixel is not aligned
+
+
+@pytest.fixture
+def emulated(library, monkeypatch):
+    """The backend "cuda", whose kernels are emulated."""
+
+    def emulate(launch, query):
+        message, _ = start(library, launch)
+        assert message == ""
+
+    monkeypatch.setattr(cuda, "_start", emulate)
+    monkeypatch.setattr(cuda, "why_not", lambda *arguments, **options: None)
+
+
+@pytest.mark.parametrize("layout", ["slices", "channels last", "channels first"])
+@pytest.mark.parametrize("case", ["32", "position", "content"])
+def test_the_backend_takes_every_layout(emulated, case, layout):
+    variant = VARIANTS[case]
+    query, key, value, rows, cols = make(variant, 2, 2, 5, 6)
+    inputs = [None if x is None else x.permute(0, 3, 1, 2) for x in (query, key, value)]
+    formats = {"channels last": torch.channels_last, "channels first": torch.contiguous_format}
+    if layout in formats:
+        inputs = [
+            None if x is None else x.contiguous(memory_format=formats[layout]) for x in inputs
+        ]
+    else:
+        assert all(
+            cuda._channels_last(x).data_ptr() == x.data_ptr() for x in inputs if x is not None
+        )
+    inputs = [None if x is None else x.detach().requires_grad_() for x in (*inputs, rows, cols)]
+    options = {"kernel_size": variant.kernel_size, "num_heads": 2, "content": variant.content}
+    present = [x for x in inputs if x is not None]
+    grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
+    results = []
+    for backend, dtype in (("cuda", variant.dtype), ("reference", torch.float64)):
+        leaves = iter([x if x.dtype == torch.float32 else x.to(dtype) for x in present])
+        arguments = [None if x is None else next(leaves) for x in inputs]
+        output = local_attention(*arguments, **options, backend=backend)
+        gradients = torch.autograd.grad(output, present, grad.to(output.dtype))
+        results.append([output, *gradients])
+    for ours, exact in zip(*results, strict=True):
+        assert ours.shape == exact.shape
+        assert error_of(ours, exact) <= TOLERANCE[variant.dtype]
+
+
+def test_an_empty_batch_goes_through(emulated):
+    variant = VARIANTS["32"]
+    inputs = [x.permute(0, 3, 1, 2)[:0] if x.dim() == 4 else x for x in make(variant, 1, 1, 5, 6)]
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    output = local_attention(*inputs, kernel_size=7, num_heads=1, backend="cuda")
+    gradients = torch.autograd.grad(output.sum(), inputs)
+    assert output.shape == (0, 32, 5, 6)
+    assert [x.shape for x in gradients] == [x.shape for x in inputs]
+    assert not gradients[3].any() and not gradients[4].any()
+
+
+def test_operator_passes_opcheck(emulated):
+    inputs = make(VARIANTS["8-half"], 1, 1, 3, 4)
+    inputs = [x.permute(0, 3, 1, 2) if x.dim() == 4 else x for x in inputs]
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    operator = torch.ops.sasa_det.local_attention.default
+    torch.library.opcheck(operator, (*inputs, 3, 1, False, "cuda"))
+
+
+@pytest.mark.parametrize("index,factor", [(None, 1), (0, 1.1), (3, 1.1)])
+def test_the_check_at_first_use_finds_what_is_wrong(emulated, monkeypatch, index, factor):
+    right = cuda.backward
+
+    def wrong(*arguments):
+        gradients = list(right(*arguments))
+        if index is not None:
+            gradients[index] = factor * gradients[index]
+        return gradients
+
+    monkeypatch.setattr(cuda, "backward", wrong)
+    problem = cuda.self_check(VARIANTS["8-half"], torch.device("cpu"))
+    if index is None:
+        assert problem is None
+    else:
+        name = {0: "grad_query", 3: "grad_rel_rows"}[index]
+        assert problem.startswith(f"{name} differs from the loop backend's by ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so():
+    inputs = [x.permute(0, 3, 1, 2) for x in make(VARIANTS["32"], 1, 1, 3, 4)[:3]]
+    with pytest.raises(RuntimeError, match="'cuda' cannot run here: "):
+        local_attention(*inputs, None, None, kernel_size=7, num_heads=1, backend="cuda")

@@ -1,0 +1,38 @@
+"""Predictions of times on GPUs, against what they are made of."""
+
+import pytest
+
+from sasa_det.ops.gpu_prediction import GPUS, RETINANET, Layer, attention, convolution
+
+H100 = GPUS[0]
+
+
+def test_a_convolution_is_bound_by_its_products():
+    times = convolution(Layer(256, 80), H100)
+    assert times.forward == pytest.approx(2 * 9 * 256 * 256 * 8 * 80 * 80 / 550e12)
+    assert times.step == pytest.approx(3 * times.forward)
+
+
+def test_attention_without_instructions_is_bound_by_memory():
+    times = attention(Layer(64, 160), H100, lambda name, head_width: 0)
+    one_map = 2 * 8 * 64 * 160 * 160
+    # The product reads one map and writes three; the kernel reads three and writes one.
+    assert times.forward == pytest.approx(8 * one_map / 3.0e12 + 3e-6)
+    assert times.backward == pytest.approx(19 * one_map / 3.0e12 + 6e-6)
+
+
+def test_instructions_are_counted_for_whole_blocks():
+    def microseconds(size):
+        # So many that nothing else matters.
+        return attention(Layer(256, size), H100, lambda name, head_width: 1e9).forward
+
+    # 3 x 2 tiles of 8 x 16 pixels for 17 x 17 pixels, 2 x 1 for 16 x 16.
+    assert microseconds(17) / microseconds(16) == pytest.approx(3, rel=1e-3)
+    # 8 images, 8 heads of 32 channels, 6 tiles, 8 warps, twice as many where the first kernel is.
+    issued = 8 * 8 * 6 * 8 * 1e9 / (132 * 4 * 1.755e9) / 0.6
+    assert microseconds(17) == pytest.approx(issued, rel=1e-3)
+
+
+def test_the_layers_are_those_of_retinanet():
+    # 16 blocks of the backbone, 3 levels of FPN from it, 2 heads of 4 layers on 5 levels.
+    assert sum(layer.count for layer in RETINANET) == 16 + 3 + 2 * 4 * 5
