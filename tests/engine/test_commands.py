@@ -126,7 +126,7 @@ ALIKE = {tool for tool in TOOLS if imports(tool) == ["import sys", "from sasa_de
 
 @pytest.mark.slow
 def test_ctrl_c_while_a_command_is_imported(start, read_until):
-    assert len(TOOLS) == 19 and len(ALIKE) == 14
+    assert len(TOOLS) == 20 and len(ALIKE) == 15
     for tool in [*sorted(TOOLS - ALIKE), min(ALIKE)]:
         process = start(launcher=("-X", "importtime"), tool=tool, data=["--help"])
         output = read_until(process, "numpy")
