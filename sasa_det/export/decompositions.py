@@ -65,26 +65,27 @@ def _local_attention(
     """Stand for ``sasa_det::local_attention``; its second result is for gradients, and empty."""
     dtype = accumulation_dtype(query.dtype)
     tiles = _Tiles(query, kernel_size, num_heads, mask, heads_at_once)
-    queries = [tiles.own(group) for group in tiles.groups(query.to(dtype))]
+    queries = [tiles.own(head) for head in tiles.heads(query.to(dtype))]
     if rel_rows is None:
         by_offset = torch.cat(queries)[..., :1] * queries[0].new_zeros(2 * kernel_size)
     else:
         none = torch.zeros_like(rel_rows)
         embedding = [torch.cat([rel_rows, none], 1), torch.cat([none, rel_cols], 1)]
-        embedding = torch.cat(embedding, 2).to(dtype).split(tiles.group_size)
-        products = [q @ e[:, None] for q, e in zip(queries, embedding, strict=True)]
-        by_offset = torch.cat(products)
-    by_line = tiles.by_line(by_offset).split(tiles.group_size)
+        embedding = torch.cat(embedding, 2).to(dtype)
+        by_offset = torch.cat(
+            [tiles.times(query, embedding, head) for head, query in enumerate(queries)]
+        )
+    by_line = tiles.by_line(by_offset)
     lines = tiles.lines(dtype)
-    values = tiles.groups(value.to(dtype))
-    keys = [None] * len(values) if key is None else tiles.groups(key.to(dtype))
+    keys = None if key is None else tiles.heads(key.to(dtype))
+    values = tiles.heads(value.to(dtype))
     attended = []
-    for query, key, value_of_group, of_line in zip(queries, keys, values, by_line, strict=True):
-        logits = of_line @ lines
-        if key is not None:
-            logits = logits + query @ tiles.reached(key).transpose(2, 3)
-        attended.append(logits.softmax(3) @ tiles.reached(value_of_group))
-    output = tiles.join(torch.cat(attended)).to(value.dtype)
+    for head, value_of_head in enumerate(values):
+        logits = by_line[head] @ lines
+        if keys is not None:
+            logits = logits + queries[head] @ tiles.reached(keys[head]).transpose(1, 2)
+        attended.append(logits.softmax(2) @ tiles.reached(value_of_head))
+    output = tiles.join(torch.cat(attended, 2)).to(value.dtype)
     return output, output.new_empty(0, dtype=dtype)
 
 
@@ -103,7 +104,8 @@ class _Tiles:
         self.n, channels, self.height, self.width = like.shape
         self.channels = int(channels)  # in a trace, it is a tensor
         self.num_heads, self.head_width = num_heads, self.channels // num_heads
-        self.group_size = num_heads if heads_at_once else 1
+        # All heads at once are one head of as many more images.
+        self.heads_at_once = heads_at_once
         self.kernel_size, self.mask, self.device = kernel_size, mask, like.device
         self.reach = _TILE + kernel_size - 1
         rows, row_inside = self._lines(self.height)
@@ -125,30 +127,35 @@ class _Tiles:
         lines = first + torch.arange(self.reach, device=self.device)
         return lines, (lines >= 0) & (lines < size)
 
-    def groups(self, x: Tensor) -> Sequence[Tensor]:
-        """(N, C, H, W) to (heads, N, pixels, C / heads) of every group of heads."""
+    def heads(self, x: Tensor) -> Sequence[Tensor]:
+        """(N, C, H, W) to (N, C / heads, pixels) of every head, or (N * heads, ...) of all."""
         x = x.flatten(2)
         x = x if self.mask else F.pad(x, (1, 0))
-        groups = x.split(self.group_size * self.head_width, 1)
-        shape = (self.n, self.group_size, self.head_width, -1)
-        return [group.reshape(shape).permute(1, 0, 3, 2) for group in groups]
+        if self.heads_at_once:
+            return [x.reshape(self.n * self.num_heads, self.head_width, -1)]
+        return x.split(self.head_width, 1)
 
-    def own(self, group: Tensor) -> Tensor:
-        """Return (heads, N * tiles, t^2, C / heads), the pixels of all tiles."""
-        return self._pixels(group, self._own, _TILE)
+    def times(self, own: Tensor, embedding: Tensor, head: int) -> Tensor:
+        """Multiply the pixels of a head by its embedding, of (heads, C / heads, M)."""
+        if not self.heads_at_once:
+            return own @ embedding[head]
+        pixels = own.reshape(self.n, self.num_heads, -1, self.head_width)
+        return (pixels @ embedding).reshape(-1, _TILE * _TILE, embedding.shape[2])
 
-    def reached(self, group: Tensor) -> Tensor:
-        """Return (heads, N * tiles, reach^2, C / heads), the pixels that each tile reaches."""
-        return self._pixels(group, self._reached, self.reach)
+    def own(self, head: Tensor) -> Tensor:
+        """Return (N * tiles, t^2, C / heads), the pixels of all tiles."""
+        pixels = head.transpose(1, 2).index_select(1, self._own)
+        return pixels.reshape(-1, _TILE * _TILE, self.head_width)
 
-    def _pixels(self, group: Tensor, index: Tensor, side: int) -> Tensor:
-        pixels = group.index_select(2, index)
-        return pixels.reshape(self.group_size, -1, side * side, self.head_width)
+    def reached(self, head: Tensor) -> Tensor:
+        """Return (N * tiles, reach^2, C / heads), the pixels that each tile reaches."""
+        pixels = head.transpose(1, 2).index_select(1, self._reached)
+        return pixels.reshape(-1, self.reach * self.reach, self.head_width)
 
     def by_line(self, by_offset: Tensor) -> Tensor:
         """Turn logits of row and column offsets into those of the rows and columns in reach.
 
-        (heads, N * tiles, t^2, 2 k) to (heads, N * tiles, t^2, 2 reach), with what no softmax
+        (heads * N * tiles, t^2, 2 k) to (heads, N * tiles, t^2, 2 reach), with what no softmax
         sees for rows and columns outside the window or, if they are masked, the image.
         """
         k, reach = self.kernel_size, self.reach
@@ -167,7 +174,8 @@ class _Tiles:
             cols = cols[None].expand_as(rows)
             border = torch.cat([rows, cols], 2).reshape(-1, 1, 2 * reach)
             by_line = by_line.reshape(-1, border.shape[0], _TILE * _TILE, 2 * reach) + border
-        return by_line.reshape(self.num_heads, -1, _TILE * _TILE, 2 * reach)
+        groups = 1 if self.heads_at_once else self.num_heads
+        return by_line.reshape(groups, -1, _TILE * _TILE, 2 * reach)
 
     def lines(self, dtype: torch.dtype) -> Tensor:
         """Return (2 reach, reach^2): 1 where a pixel in reach is of a row, or of a column."""
@@ -177,14 +185,16 @@ class _Tiles:
         return torch.cat([row == line[:, None], col == line[:, None]]).to(dtype)
 
     def join(self, tiles: Tensor) -> Tensor:
-        """(heads, N * tiles, t^2, C / heads) to (N, C, H, W)."""
+        """(N * tiles, t^2, C) to (N, C, H, W)."""
         row = torch.arange(self.height, device=self.device)[:, None]
         col = torch.arange(self.width, device=self.device)
         tile = row // _TILE * self._inside[1].shape[0] + col // _TILE
         index = tile * (_TILE * _TILE) + row % _TILE * _TILE + col % _TILE
-        x = tiles.reshape(self.num_heads, self.n, -1, self.head_width)
-        x = x.index_select(2, index.reshape(-1)).permute(1, 0, 3, 2)
-        return x.reshape(-1, self.channels, self.height, self.width)
+        images, channels = self.n, self.channels
+        if self.heads_at_once:
+            images, channels = self.n * self.num_heads, self.head_width
+        x = tiles.reshape(images, -1, channels).index_select(1, index.reshape(-1))
+        return x.transpose(1, 2).reshape(-1, self.channels, self.height, self.width)
 
 
 class _Blocks:
