@@ -43,5 +43,5 @@ def rates_table(tried: Mapping[str, Mapping[float, float]], metric: str) -> str:
         best = max(values, key=values.get)
         cells = [f"{rate:g}: {value:.1f}" for rate, value in values.items()]
         rows.append([name, ", ".join(cells), f"{best:g}"])
-    headers = ["model", f"rate: {metric} on held-out training digits", "chosen"]
+    headers = ["model", f"rate: {metric} on held-out training images", "chosen"]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
