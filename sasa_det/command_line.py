@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .errors import USAGE_ERRORS, StopTraining, UsageError, print_error
+from .utils.cores import available_cores
 from .utils.files import holds_anything
 
 
@@ -92,7 +93,7 @@ def add_study_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     """Add where many trainings write, and how many run at a time, to the arguments of a tool."""
     parser.add_argument("--output", default=output, help="folder of the runs; what is there stays")
     parser.add_argument(
-        "--jobs", type=positive_int, default=os.cpu_count(), help="trainings at the same time"
+        "--jobs", type=positive_int, default=available_cores(), help="trainings at the same time"
     )
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tabulate import tabulate
@@ -26,6 +27,17 @@ MODELS = {
 }
 STARTS = ("from scratch", "pretrained")
 TWIN = "convolution"
+
+# What a model with attention is compared with, from scratch: other keys, and rates of their own.
+VARIED = "attention, convolutional stem"
+VARIANTS = {
+    "without q.k": {"MODEL.SASA.CONTENT": False},
+    "without q.r": {"MODEL.SASA.POSITION": "none"},
+    "batch norm on queries and keys, at the full rate": {
+        "MODEL.SASA.QK_NORM": "BN",
+        "SOLVER.LOGIT_LR_FACTOR": 1.0,
+    },
+}
 
 # Rates of AdamW that are tried for every model; the best on held-out training data is taken.
 DETECTOR_RATES = (0.003, 0.006, 0.012)
@@ -70,10 +82,12 @@ def gather_evidence(root: Path, output: Path, jobs: int, budget: Budget) -> str:
     study = _Study(Experiments(root, output, device, jobs), budget)
     tried = study.choose_rates()
     finals = study.compare()
+    variants = study.compare_variants()
     rows = list(_rows(root, finals))
+    varied = list(_variant_rows(finals, variants))
     text = "\n\n".join(
         [
-            tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True),
+            *(tabulate(each, "keys", "github", disable_numparse=True) for each in (rows, varied)),
             rates_table(tried, "AP or top-1"),
             f"{budget.iterations} iterations with the seeds {', '.join(map(str, budget.seeds))}; "
             f"rates chosen with {budget.tuning_iterations} iterations and the first seed; on "
@@ -83,8 +97,12 @@ def gather_evidence(root: Path, output: Path, jobs: int, budget: Budget) -> str:
     write_text(output / "evidence.md", text + "\n")
     record = {
         "rates": tried,
-        "runs": {" | ".join(map(str, key)): vars(outcome) for key, outcome in finals.items()},
+        "runs": {
+            " | ".join(map(str, key)): vars(outcome)
+            for key, outcome in [*finals.items(), *variants.items()]
+        },
         "rows": rows,
+        "variants": varied,
     }
     write_text(output / "evidence.json", json.dumps(record, indent=2))
     panels: dict[str, dict[str, list[list[tuple[int, float]]]]] = {}
@@ -101,6 +119,7 @@ class _Study:
         self._experiments, self._budget = experiments, budget
         self._classifier_rates: dict[str, float] = {}
         self._detector_rates: dict[tuple[str, str], float] = {}
+        self._variant_rates: dict[str, float] = {}
 
     def choose_rates(self) -> dict[str, dict[float, float]]:
         """Choose every model's rates on held-out training data; return what each of them gave."""
@@ -134,6 +153,18 @@ class _Study:
                 }
                 self._detector_rates[model, start] = max(values, key=values.get)
                 tried[f"{model}, {start}"] = values
+        variants = {
+            (variant, rate): self._variant(
+                *(variant, rate, seed, "digits_tuning", self._budget.tuning_iterations, 1)
+            )
+            for variant in VARIANTS
+            for rate in DETECTOR_RATES
+        }
+        results = self._experiments.run(list(variants.values()))
+        for variant in VARIANTS:
+            values = {rate: _last(results[variants[variant, rate].name]) for rate in DETECTOR_RATES}
+            self._variant_rates[variant] = max(values, key=values.get)
+            tried[f"{VARIED}, {variant}"] = values
         return tried
 
     def compare(self) -> dict[tuple[str, str, int], Outcome]:
@@ -160,6 +191,31 @@ class _Study:
         results = self._experiments.run(list(detectors.values()))
         return {key: results[experiment.name] for key, experiment in detectors.items()}
 
+    def compare_variants(self) -> dict[tuple[str, int], Outcome]:
+        """Train the variants with the rates chosen; return the outcomes by variant and seed."""
+        budget = self._budget
+        planned = {
+            (variant, seed): self._variant(
+                *(variant, self._variant_rates[variant], seed, "digits"),
+                *(budget.iterations, budget.evaluations),
+            )
+            for seed in budget.seeds
+            for variant in VARIANTS
+        }
+        results = self._experiments.run(list(planned.values()))
+        return {key: results[experiment.name] for key, experiment in planned.items()}
+
+    def _variant(
+        self, variant: str, rate: float, seed: int, data: str, iterations: int, evaluations: int
+    ) -> Experiment:
+        base = self._detector(VARIED, STARTS[0], rate, seed, data, iterations, evaluations)
+        name = re.sub(r"[^\w.]+", "-", variant)
+        return replace(
+            base,
+            name=base.name.replace(STARTS[0].replace(" ", "-"), name),
+            overrides=(*base.overrides, *overrides(VARIANTS[variant])),
+        )
+
     def _classifier(self, model: str, rate: float, seed: int, data: str) -> Experiment:
         values = {"SOLVER.BASE_LR": rate, **_on(data, seed)}
         return Experiment(
@@ -179,7 +235,7 @@ class _Study:
         data: str,
         iterations: int,
         evaluations: int,
-        after: str,
+        after: str = "",
     ) -> Experiment:
         values = {
             "SOLVER.BASE_LR": rate,
@@ -232,6 +288,23 @@ def _rows(root: Path, finals: Mapping[tuple[str, str, int], Outcome]) -> Iterato
                 "params (M)": f"{parts.parameters / 1e6:.2f}",
                 "FLOPs (B)": f"{parts.flops / 1e9:.2f}",
             }
+
+
+def _variant_rows(
+    finals: Mapping[tuple[str, str, int], Outcome], variants: Mapping[tuple[str, int], Outcome]
+) -> Iterator[dict[str, str]]:
+    outcomes = {(VARIED, seed): each for (m, s, seed), each in finals.items()
+                if (m, s) == (VARIED, STARTS[0])} | dict(variants)  # fmt: skip
+    aps: dict[str, list[float]] = {}
+    for (name, _), outcome in sorted(outcomes.items(), key=lambda item: item[0][1]):
+        aps.setdefault(name, []).append(outcome.final["bbox/AP"])
+    for name, ap in aps.items():
+        gained = [a - b for a, b in zip(ap, aps[VARIED], strict=True)]
+        yield {
+            f"{STARTS[0]}": name,
+            "AP": mean_and_spread(ap),
+            "minus the first row": "" if name == VARIED else mean_and_spread(gained, "+"),
+        }
 
 
 def mean_and_spread(values: Sequence[float], sign: str = "") -> str:

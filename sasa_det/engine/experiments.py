@@ -18,6 +18,7 @@ from pathlib import Path
 from ..checkpoint.convert import convert_checkpoint
 from ..config.load import load_config
 from ..errors import UsageError
+from ..utils.cores import available_cores
 from ..utils.files import write_text
 
 logger = logging.getLogger("sasa_det")
@@ -73,7 +74,7 @@ class Experiments:
 
     def __init__(self, root: Path, output: Path, device: str, jobs: int = 1):
         self.root, self.output, self.device, self.jobs = root, output, device, jobs
-        self._threads = max(1, (os.cpu_count() or 1) // jobs)
+        self._threads = max(1, available_cores() // jobs)
 
     def run(self, experiments: Sequence[Experiment]) -> dict[str, Outcome]:
         """Run those experiments that have not ended yet, and return the outcome of all.

@@ -170,3 +170,17 @@ def test_rates_are_chosen_on_training_digits_and_seeds_share_them(tmp_path):
     rows = list(evidence._rows(ROOT, finals))
     assert rows[0]["AP"] == "72.0 ± 1.0"
     assert rows[1]["AP minus twin's"] == "+0.0 ± 0.0"
+    asked.clear()
+    variants = study.compare_variants()
+    assert len(asked) == len(variants) == 3 * 3
+    for experiment in asked:
+        cfg = load_config(str(ROOT / "configs" / experiment.config), list(experiment.overrides))
+        # The model that they are compared with, with the rate that was best for them.
+        assert cfg.MODEL.SASA.STEM == "convolution" and cfg.MODEL.SASA.HEAD == "attention"
+        assert cfg.SOLVER.BASE_LR == 0.012 and not experiment.after
+        assert cfg.MODEL.SASA.CONTENT == ("without-q.k" not in experiment.name)
+        assert (cfg.MODEL.SASA.POSITION == "none") == ("without-q.r" in experiment.name)
+        assert (cfg.MODEL.SASA.QK_NORM == "BN") == ("batch-norm" in experiment.name)
+    kept, *others = evidence._variant_rows(finals, variants)
+    assert kept["AP"] == "72.0 ± 1.0" and kept["minus the first row"] == ""
+    assert [each["minus the first row"] for each in others] == ["+0.0 ± 0.0"] * 3
