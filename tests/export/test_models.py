@@ -62,7 +62,10 @@ def test_an_rcnn_is_refused_where_detectron2_cannot_export_it(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format, attention", [("torchscript", "patchwise"), ("onnx", "pairwise")])
+@pytest.mark.parametrize(
+    "format, attention",
+    [("torchscript", "patchwise"), ("onnx", "pairwise"), ("onnx", "patchwise")],
+)
 def test_a_san_classifier_takes_images_of_any_size(attention, format, tmp_path):
     torch.manual_seed(0)
     config = f"configs/ImageNet/SAN10_{attention}.yaml"
