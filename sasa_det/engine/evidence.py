@@ -19,6 +19,7 @@ from ..utils.machine import default_device, describe_machine
 from .comparison import rates_table
 from .defaults import log_to
 from .experiments import Experiment, Experiments, Outcome, overrides
+from .measured_steps import measure_steps
 
 MODELS = {
     "convolution": "conv",
@@ -66,7 +67,8 @@ def gather_evidence(root: Path, output: Path, jobs: int, budget: Budget) -> str:
 
     Args:
         root: the project's folder.
-        output: folder of the runs; it receives evidence.md, evidence.json and curves.png.
+        output: folder of the runs; it receives evidence.md, evidence.json, curves.png, and in
+            benchmark/ what a training step takes, measured when all trainings have ended.
         jobs: trainings at the same time.
         budget: of every model.
 
@@ -83,7 +85,8 @@ def gather_evidence(root: Path, output: Path, jobs: int, budget: Budget) -> str:
     tried = study.choose_rates()
     finals = study.compare()
     variants = study.compare_variants()
-    rows = list(_rows(root, finals))
+    steps = measure_steps(root, output / "benchmark", device)
+    rows = list(_rows(root, finals, steps))
     varied = list(_variant_rows(finals, variants))
     text = "\n\n".join(
         [
@@ -265,7 +268,11 @@ def _last(outcome: Outcome) -> float:
     return outcome.curve[-1][1]
 
 
-def _rows(root: Path, finals: Mapping[tuple[str, str, int], Outcome]) -> Iterator[dict[str, str]]:
+def _rows(
+    root: Path,
+    finals: Mapping[tuple[str, str, int], Outcome],
+    steps: Mapping[str, tuple[float, float]],
+) -> Iterator[dict[str, str]]:
     def values(model: str, start: str, metric: str) -> list[float]:
         return [
             outcome.final[metric]
@@ -287,6 +294,8 @@ def _rows(root: Path, finals: Mapping[tuple[str, str, int], Outcome]) -> Iterato
                 else mean_and_spread([a - b for a, b in zip(ap, twin, strict=True)], "+"),
                 "params (M)": f"{parts.parameters / 1e6:.2f}",
                 "FLOPs (B)": f"{parts.flops / 1e9:.2f}",
+                "training step (ms)": f"{1e3 * steps[model][0]:.0f}",
+                "its memory (MiB)": f"{steps[model][1]:.0f}",
             }
 
 

@@ -10,9 +10,12 @@ import torch
 from PIL import Image
 
 from sasa_det.analysis.paper_tables import PAPER_TABLES
+from sasa_det.benchmark.measure import Settings
+from sasa_det.benchmark.models import CASES
 from sasa_det.config.load import load_config
-from sasa_det.engine import ablations, evidence
+from sasa_det.engine import ablations, evidence, measured_steps
 from sasa_det.engine.experiments import Experiment, Experiments, overrides
+from sasa_det.engine.measured_steps import measure_steps
 from sasa_det.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -167,8 +170,10 @@ def test_rates_are_chosen_on_training_digits_and_seeds_share_them(tmp_path):
             assert backbone.config == f"Digits/classifier_{kind}.yaml"
             assert "('digit_crops_train',)" in backbone.overrides
             assert backbone.overrides[-2:] == experiment.overrides[-2:] == ("SEED", seed)
-    rows = list(evidence._rows(ROOT, finals))
+    steps = {model: (0.1, 50.0) for model in evidence.MODELS}
+    rows = list(evidence._rows(ROOT, finals, steps))
     assert rows[0]["AP"] == "72.0 ± 1.0"
+    assert rows[0]["training step (ms)"] == "100" and rows[0]["its memory (MiB)"] == "50"
     assert rows[1]["AP minus twin's"] == "+0.0 ± 0.0"
     asked.clear()
     variants = study.compare_variants()
@@ -184,3 +189,22 @@ def test_rates_are_chosen_on_training_digits_and_seeds_share_them(tmp_path):
     kept, *others = evidence._variant_rows(finals, variants)
     assert kept["AP"] == "72.0 ± 1.0" and kept["minus the first row"] == ""
     assert [each["minus the first row"] for each in others] == ["+0.0 ± 0.0"] * 3
+
+
+def test_steps_are_those_of_the_models_as_they_are_trained(tmp_path):
+    """Read from results that the benchmark has written; the names are checked against its cases."""
+    settings = Settings("cpu", torch.float32, 1, 128, ROOT / "configs")
+    (case,) = [each for each in CASES["digits"](settings) if "training" in each.name]
+    names = [contender.name for contender in case.contenders]
+    results = [
+        {"case": case.name, "contender": name, "seconds": number, "memory": 2**20 * number}
+        for number, name in enumerate(names, 1)
+    ]
+    (tmp_path / "results.json").write_text(json.dumps({"results": results}))
+    steps = measure_steps(ROOT, tmp_path, "cpu")
+    assert list(steps) == list(evidence.MODELS)
+    expected = [names.index(name) + 1 for name in measured_steps._ROWS.values()]
+    assert list(steps.values()) == [(number, number) for number in expected]
+    (tmp_path / "results.json").write_text(json.dumps({"results": results[:-1]}))
+    with pytest.raises(UsageError, match=f"no time and memory of '{names[-1]}'"):
+        measure_steps(ROOT, tmp_path, "cpu")
