@@ -35,8 +35,9 @@ def locate(weights: str | os.PathLike) -> Source:
     another one.
 
     Args:
-        weights: a path, an ``https://`` address, or ``detectron2://`` and a path in detectron2's
-            model zoo. ``?matching_heuristics=True`` may follow, as in detectron2, and
+        weights: a path, an ``https://`` address, ``detectron2://`` and a path in detectron2's
+            model zoo, or the name of a config whose weights :mod:`sasa_det.model_zoo` has.
+            ``?matching_heuristics=True`` may follow, as in detectron2, and
             ``#sha256=`` with the 64 hexadecimal digits of the file's SHA-256, without which
             nothing remote is accepted.
 
@@ -45,10 +46,14 @@ def locate(weights: str | os.PathLike) -> Source:
 
     Raises:
         CheckpointError: if the name is none of these, the digest differs, or a download fails.
+        UsageError: if the model zoo has no weights of a config.
     """
+    from ..model_zoo.published import find_weights  # which builds models, and they load weights
+
     weights = os.fspath(weights)
     if os.path.exists(weights):  # whatever characters its name has
         return Source(Path(weights))
+    weights = os.fspath(find_weights(weights))
     try:
         parts = urlsplit(weights)
     except ValueError as error:

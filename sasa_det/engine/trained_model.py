@@ -22,7 +22,6 @@ from ..config.stored import options_without_data, stored_options
 from ..data.catalog import category_ids
 from ..errors import UsageError
 from ..export import is_exported, read_exported
-from ..model_zoo.published import find_weights
 from ..modeling.rcnn import check_res5_heads
 from ..modeling.test_time_augmentation import check_augmentation
 from ..utils.machine import default_device
@@ -101,7 +100,6 @@ def load_trained_model(
     """
     if not os.fspath(weights):
         raise UsageError("no weights are given: name a checkpoint, such as model_final.pth.")
-    weights = find_weights(weights)
     if is_exported(weights):
         return _load_exported(weights, config_file, opts)
     checkpoint, path = read_weights(weights)

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from detectron2.modeling import build_model
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from sasa_det import model_zoo
-from sasa_det.checkpoint import read_checkpoint
+from sasa_det.checkpoint import Checkpointer, read_checkpoint
 from sasa_det.config.defaults import default_config
 from sasa_det.config.load import load_config
 from sasa_det.data import write_digits
@@ -98,6 +99,18 @@ def test_the_model_is_the_same_in_the_zoo_and_in_commands(predictor):
     assert weights.keys() == loaded.keys()
     assert all(torch.equal(loaded[name].cpu(), weight) for name, weight in weights.items())
     assert predictor.trained.class_names == [str(digit) for digit in range(10)]
+
+
+def test_a_training_starts_from_weights_by_their_name(predictor):
+    options = ["MODEL.WEIGHTS", NAME, "MODEL.DEVICE", "cpu"]
+    cfg = load_config(f"configs/{NAME}", options)
+    model = build_model(cfg)
+    Checkpointer(model).load(cfg.MODEL.WEIGHTS)
+    loaded = predictor.trained.model.state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, loaded[name].cpu()), name
+    with pytest.raises(UsageError, match="no trained weights of Quick/retinanet_SASA.yaml"):
+        Checkpointer(model).load("Quick/retinanet_SASA.yaml")
 
 
 def test_the_file_has_weights_config_and_classes_and_nothing_of_a_machine():
