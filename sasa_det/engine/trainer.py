@@ -27,6 +27,7 @@ from ..checkpoint.preprocessing import warn_of_preprocessing
 from ..checkpoint.reading import classes_in
 from ..config.load import BUILD_ERRORS, explain_build_error
 from ..config.options import RunOptions, plain
+from ..config.read_keys import mark_read
 from ..config.values import check_schedule, warn_of_slow_averages
 from ..data.catalog import category_ids, follow_classes, warn_of_classes
 from ..data.loader import TrainLoader
@@ -81,6 +82,7 @@ class Trainer(DefaultTrainer):
         """
         # Not the constructor of DefaultTrainer, which builds another data loader and optimizer.
         TrainerBase.__init__(self)
+        mark_read("*")
         options = RunOptions.read(cfg)
         follow_classes([*options.train, *options.test])
         scaled = scale_learning_rate(options)

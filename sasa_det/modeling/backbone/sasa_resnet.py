@@ -13,11 +13,13 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock, ResNet
 from torch import Tensor, nn
 
+from ...config.recipe import recipe_keys
 from ...layers import AttentionStem, LocalSelfAttention2d
 from ...ops.local_attention import check_choice
 from ..attention_options import PRIMITIVES, attention_options, check_norm
 from ..fused import bottleneck
 from ..pointwise import NormedPointwiseConv2d, use_products
+from .recipe_keys import KnowsItsRecipe
 
 STAGES = ("res2", "res3", "res4", "res5")
 # Section 4.1: 38 and 26 layers remove one and two blocks from every stage of 50.
@@ -113,7 +115,7 @@ class _Stem(AttentionStem):
     freeze = CNNBlockBase.freeze
 
 
-class SASAResNet(ResNet):
+class SASAResNet(KnowsItsRecipe, ResNet):
     """Attention ResNet of "Stand-Alone Self-Attention in Vision Models", Section 3.
 
     Stem and stages are attentional or convolutional in any combination; convolutional stages
@@ -290,4 +292,6 @@ def build_sasa_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SASAResN
 
     Its features stem and res2 to res5 have strides 4, 4, 8, 16 and 32.
     """
-    return SASAResNet(cfg, input_shape)
+    backbone = SASAResNet(cfg, input_shape)
+    backbone.recipe_keys = tuple(recipe_keys(cfg))
+    return backbone
