@@ -9,7 +9,8 @@ class KnowsItsRecipe(nn.Module):
     """A backbone that says, when its training begins, what of its config is not read.
 
     Attributes:
-        recipe_keys (tuple[str, ...]): :func:`sasa_det.config.recipe.recipe_keys` of the config it was built from.
+        recipe_keys (tuple[str, ...]): :func:`sasa_det.config.recipe.recipe_keys` of the config that
+            it was built from.
     """
 
     recipe_keys = ()  # not annotated, for TorchScript
