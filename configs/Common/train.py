@@ -18,7 +18,10 @@ train = dict(
     fsdp=False,
     compile=False,
     cudnn_benchmark=False,
-    checkpointer=dict(period=5000, epochs=0.0, max_to_keep=0),
+    ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
+    checkpointer=dict(period=5000, max_to_keep=None),  # None keeps all checkpoints
+    checkpoint_epochs=0.0,
+    log_period=20,
     eval_period=0,
     eval_epochs=0.0,
     validation_loss=False,

@@ -235,5 +235,7 @@ def add_sasa_config(cfg: CfgNode) -> None:
     # never stops it.
     cfg.TEST.EARLY_STOPPING = 0
 
+    # Number of iterations between two lines of the log and of metrics.json.
+    cfg.LOG_PERIOD = 20
     # Project of Weights & Biases to log to, which needs wandb to be installed; "" disables it.
     cfg.WANDB_PROJECT = ""

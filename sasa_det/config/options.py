@@ -132,9 +132,10 @@ class RunOptions:
     clip_value: float = _key("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "train.clip_gradients.clip_value")
     norm_type: float = _key("SOLVER.CLIP_GRADIENTS.NORM_TYPE", "train.clip_gradients.norm_type")
     checkpoint_period: int = _key("SOLVER.CHECKPOINT_PERIOD", "train.checkpointer.period")
-    checkpoint_epochs: float = _key("SOLVER.CHECKPOINT_EPOCHS", "train.checkpointer.epochs")
+    checkpoint_epochs: float = _key("SOLVER.CHECKPOINT_EPOCHS", "train.checkpoint_epochs")
     max_checkpoints: int = _key("SOLVER.MAX_CHECKPOINTS", "train.checkpointer.max_to_keep")
 
+    log_period: int = _key("LOG_PERIOD", "train.log_period")
     eval_period: int = _key("TEST.EVAL_PERIOD", "train.eval_period")
     eval_epochs: float = _key("TEST.EVAL_EPOCHS", "train.eval_epochs")
     validation_loss: bool = _key("TEST.VALIDATION_LOSS", "train.validation_loss")
@@ -242,6 +243,8 @@ def _read_lazy(config: DictConfig, name: str, default: Any) -> Any:
     value = _get(config, keys["lazy"]) if keys["lazy"] else _ABSENT
     if name == "meta_architecture":
         return getattr(value, "__name__", str(value).rpartition(".")[2])
+    if value is None and name == "max_checkpoints":
+        return 0  # which is how detectron2's checkpointer is told to keep all
     if value is _ABSENT:
         return default if keys["absent"] is _DEFAULT else keys["absent"]
     if isinstance(default, (list, tuple)):
