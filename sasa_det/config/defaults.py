@@ -3,6 +3,7 @@
 from detectron2.config import CfgNode, get_cfg
 
 from ..data.images import MAX_PIXELS
+from ..errors import UsageError
 
 
 def default_config() -> CfgNode:
@@ -10,6 +11,15 @@ def default_config() -> CfgNode:
     cfg = get_cfg()
     add_sasa_config(cfg)
     return cfg
+
+
+def check_has_keys(cfg: CfgNode) -> None:
+    """Raise UsageError unless a config has sasa_det's keys."""
+    if "SASA" not in cfg.MODEL:
+        raise UsageError(
+            "the config has no MODEL.SASA: make it with sasa_det.get_cfg(), or call "
+            "sasa_det.add_sasa_config(cfg) before a config file is merged into it."
+        )
 
 
 def add_sasa_config(cfg: CfgNode) -> None:

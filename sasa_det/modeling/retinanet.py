@@ -11,6 +11,7 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from ..config.defaults import check_has_keys
 from ..layers import LocalSelfAttention2d
 from ..ops.local_attention import check_choice
 from .attention_options import PRIMITIVES, attention_options, check_norm
@@ -177,6 +178,7 @@ class AttentionRetinaNet(RetinaNet):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        check_has_keys(cfg)
         check_choice("MODEL.SASA.HEAD", cfg.MODEL.SASA.HEAD, PRIMITIVES)
         check_norm("MODEL.RETINANET.NORM", cfg.MODEL.RETINANET.NORM)
         for name in cfg.MODEL.RETINANET.IN_FEATURES:
