@@ -1,5 +1,6 @@
 """What a model says to somebody who takes its first steps in another project."""
 
+import copy
 import logging
 
 import pytest
@@ -7,10 +8,13 @@ import torch
 from detectron2 import config as detectron2_config
 from detectron2 import model_zoo
 from detectron2.modeling import build_backbone, build_model
+from detectron2.structures import pairwise_iou
 from detectron2.utils.analysis import FlopCountAnalysis
 from torch.utils.flop_counter import FlopCounterMode
 
 import sasa_det
+from sasa_det import model_zoo as sasa_zoo
+from sasa_det.data.images import read_image
 from sasa_det.errors import UsageError
 from sasa_det.ops.flops import fvcore_handles
 
@@ -103,3 +107,20 @@ def test_detectron2s_counter_counts_attention_with_the_handles():
     }
     assert ours and ours == expected
     assert not any(count()[name] for name in _OPERATORS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_finds_what_it_finds_in_float32(dtype):
+    model = sasa_zoo.get("Digits/retinanet_SASA.yaml", trained=True, device="cpu").eval()
+    (image,) = sasa_zoo.get_sample_images("Digits/retinanet_SASA.yaml")[:1]
+    image = torch.from_numpy(read_image(image, 10**6, "BGR").copy()).permute(2, 0, 1)
+    half = copy.deepcopy(model).to(dtype)
+    with torch.no_grad():
+        expected, found = (m([{"image": image}])[0]["instances"] for m in (model, half))
+    expected, found = (each[each.scores > 0.5] for each in (expected, found))
+    assert len(expected) > 0 and found.scores.dtype == torch.float32
+    assert sorted(found.pred_classes.tolist()) == sorted(expected.pred_classes.tolist())
+    iou = pairwise_iou(expected.pred_boxes, found.pred_boxes)
+    assert (iou.max(1).values > 0.9).all()
+    with pytest.raises(ValueError, match=f"the type of its weights, {dtype}, got torch.float32"):
+        half([{"image": image.float()}])
