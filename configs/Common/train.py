@@ -19,7 +19,7 @@ train = dict(
     compile=False,
     cudnn_benchmark=False,
     ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
-    checkpointer=dict(period=5000, max_to_keep=None),  # None keeps all checkpoints
+    checkpointer=dict(period=5000, max_to_keep=100),
     checkpoint_epochs=0.0,
     log_period=20,
     eval_period=0,

@@ -243,8 +243,6 @@ def _read_lazy(config: DictConfig, name: str, default: Any) -> Any:
     value = _get(config, keys["lazy"]) if keys["lazy"] else _ABSENT
     if name == "meta_architecture":
         return getattr(value, "__name__", str(value).rpartition(".")[2])
-    if value is None and name == "max_checkpoints":
-        return 0  # which is how detectron2's checkpointer is told to keep all
     if value is _ABSENT:
         return default if keys["absent"] is _DEFAULT else keys["absent"]
     if isinstance(default, (list, tuple)):

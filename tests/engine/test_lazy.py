@@ -355,7 +355,7 @@ FILES = {
     "import": ("from .nowhere import model\n", "small.py, line 1: ImportError: Cannot import name"),
     "in an import": ("from .other import model\n", "other.py, line 3: ZeroDivisionError"),
     "sections": ("model = dict()\n", "small.py has no dataloader and no lr_multiplier and no"),
-    "kind": (f"{CONFIG}train.log_period = 20\n", "config key train.log_period does not exist"),
+    "kind": (f"{CONFIG}train.log_periods = 20\n", "config key train.log_periods does not exist"),
 }
 
 
@@ -442,9 +442,8 @@ def test_configs_have_the_keys_that_detectron2s_script_reads(path):
     train = LazyConfig.load(str(path)).train
     model = torch.nn.Linear(1, 1)
     assert create_ddp_model(model, **train.ddp) is model  # there is one process
-    assert (
-        PeriodicCheckpointer(DetectionCheckpointer(model), **train.checkpointer).max_to_keep is None
-    )
+    periodic = PeriodicCheckpointer(DetectionCheckpointer(model), **train.checkpointer)
+    assert periodic.max_to_keep == 100
     assert hooks.PeriodicWriter([], period=train.log_period)._period == 20
     keys = ("output_dir", "init_checkpoint", "max_iter", "eval_period", "device")
     assert not {key for key in keys if key not in train} and train.amp.enabled is False
