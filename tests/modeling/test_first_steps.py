@@ -7,7 +7,8 @@ import pytest
 import torch
 from detectron2 import config as detectron2_config
 from detectron2 import model_zoo
-from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling import FPN, build_backbone, build_model
+from detectron2.modeling.backbone import fpn, resnet
 from detectron2.structures import pairwise_iou
 from detectron2.utils.analysis import FlopCountAnalysis
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,6 +17,7 @@ import sasa_det
 from sasa_det import model_zoo as sasa_zoo
 from sasa_det.data.images import read_image
 from sasa_det.errors import UsageError
+from sasa_det.modeling import SASAResNet
 from sasa_det.ops.flops import fvcore_handles
 
 # Of a model that is traced.
@@ -124,3 +126,27 @@ def test_a_model_in_half_precision_finds_what_it_finds_in_float32(dtype):
     assert (iou.max(1).values > 0.9).all()
     with pytest.raises(ValueError, match=f"the type of its weights, {dtype}, got torch.float32"):
         half([{"image": image.float()}])
+
+
+def test_an_fpn_of_another_project_stands_on_our_resnet():
+    """With detectron2's own builder, which calls build_resnet_backbone as those of others do."""
+    cfg = small(
+        "MODEL.RESNETS.NORM", "BN", "MODEL.FPN.IN_FEATURES", ["res2", "res3", "res4", "res5"]
+    )
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.SASA.BUILDER = (
+        "build_on_sasa_resnet",
+        "build_resnet_fpn_backbone",
+    )
+    backbone = build_backbone(cfg)
+    assert type(backbone) is FPN and type(backbone.bottom_up) is SASAResNet
+    assert backbone(torch.zeros(2, 3, 64, 64))["p5"].shape == (2, 256, 2, 2)
+    # And only for this call.
+    assert fpn.build_resnet_backbone is resnet.build_resnet_backbone
+    for name, message in {
+        "build_resnet_fpn_backbon": "got 'build_resnet_fpn_backbon'; did you mean",
+        "build_san_backbone": "does not call build_resnet_backbone",
+    }.items():
+        cfg.MODEL.SASA.BUILDER = name
+        with pytest.raises(UsageError, match=message):
+            build_backbone(cfg)
