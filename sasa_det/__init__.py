@@ -12,12 +12,12 @@ from importlib.util import find_spec
 from .utils.garbage import no_garbage_collection
 
 __version__ = "0.1.0"
-__all__ = ["add_sasa_config"]
+__all__ = ["add_sasa_config", "get_cfg"]
 
 if find_spec("detectron2") is not None:
     with no_garbage_collection():  # which takes a sixth of the time of these imports
         from . import modeling  # noqa: F401
-        from .config import add_sasa_config
+        from .config import add_sasa_config, get_cfg
         from .data.animals import register_animals
         from .data.digits import register_digit_crops, register_digits
         from .data.image_folder import register_imagenet

@@ -16,3 +16,17 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def _from_the_repository_root(monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[1])
+
+
+@pytest.fixture
+def unregister():
+    """A list of names that are registered as data sets until the end of the test."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    names = []
+    yield names
+    for name in names:
+        if name in DatasetCatalog:
+            DatasetCatalog.remove(name)
+        if name in MetadataCatalog:
+            MetadataCatalog.remove(name)

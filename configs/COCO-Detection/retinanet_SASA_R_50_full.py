@@ -13,6 +13,6 @@ optimizer.lr = 0.12
 train.reference_batch = 64  # other batch sizes get another learning rate
 # Lengths in epochs, and in iterations of the 117,266 COCO images that have boxes.
 train.max_epochs, train.max_iter = 150.0, 274842
-train.checkpointer.epochs, train.checkpointer.period = 5.0, 9161
+train.checkpoint_epochs, train.checkpointer.period = 5.0, 9161
 train.eval_epochs, train.eval_period = 10.0, 18323
 train.output_dir = "./output/retinanet_SASA_R_50_full"

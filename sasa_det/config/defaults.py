@@ -3,6 +3,7 @@
 from detectron2.config import CfgNode, get_cfg
 
 from ..data.images import MAX_PIXELS
+from ..errors import UsageError
 
 
 def default_config() -> CfgNode:
@@ -10,6 +11,15 @@ def default_config() -> CfgNode:
     cfg = get_cfg()
     add_sasa_config(cfg)
     return cfg
+
+
+def check_has_keys(cfg: CfgNode) -> None:
+    """Raise UsageError unless a config has sasa_det's keys."""
+    if "SASA" not in cfg.MODEL:
+        raise UsageError(
+            "the config has no MODEL.SASA: make it with sasa_det.get_cfg(), or call "
+            "sasa_det.add_sasa_config(cfg) before a config file is merged into it."
+        )
 
 
 def add_sasa_config(cfg: CfgNode) -> None:
@@ -71,6 +81,9 @@ def add_sasa_config(cfg: CfgNode) -> None:
     # Whether each prediction layer has another pointwise layer, of the width of the tower, that
     # mixes the attention heads before the pointwise layer that produces the outputs.
     sasa.HEAD_MIXING_LAYER = False
+    # For MODEL.BACKBONE.NAME "build_on_sasa_resnet": the registered backbone of another project,
+    # such as its FPN, whose ResNet is replaced by the attention ResNet.
+    sasa.BUILDER = ""
     # Backend of local attention, one of sasa_det.ops.available_backends(); "" selects the fastest.
     sasa.BACKEND = ""
 
@@ -235,5 +248,7 @@ def add_sasa_config(cfg: CfgNode) -> None:
     # never stops it.
     cfg.TEST.EARLY_STOPPING = 0
 
+    # Number of iterations between two lines of the log and of metrics.json.
+    cfg.LOG_PERIOD = 20
     # Project of Weights & Biases to log to, which needs wandb to be installed; "" disables it.
     cfg.WANDB_PROJECT = ""

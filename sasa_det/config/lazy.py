@@ -21,6 +21,8 @@ from .options import LAZY_KEYS, YAML_KEYS, RunOptions, plain
 from .values import check_values
 from .yaml_file import read_config_file
 
+# Of train.ddp, as in detectron2.
+_DDP = ("broadcast_buffers", "find_unused_parameters", "fp16_compression")
 _SECTIONS = ("dataloader", "lr_multiplier", "model", "optimizer", "train")
 
 
@@ -57,6 +59,7 @@ def load_lazy_config(
         if not OmegaConf.is_dict(lazy[section]):
             raise UsageError(f"{section} must be a section of keys, got {lazy[section]!r}.")
     train_keys = [name for name in LAZY_KEYS.values() if name.startswith("train.")]
+    train_keys += [f"train.ddp.{name}" for name in _DDP]
     for key in flatten(plain(lazy.train), "train."):
         if key not in train_keys:
             raise UsageError(f"config key {key} does not exist{nearest(key, train_keys)}")
@@ -95,6 +98,10 @@ def _load(path: str) -> DictConfig:
         lazy = OmegaConf.create(read_config_file(path)[-1][1], flags={"allow_objects": True})
     else:
         lazy = _execute(path)
+    checkpointer = OmegaConf.select(lazy, "train.checkpointer")
+    if OmegaConf.is_dict(checkpointer) and "epochs" in checkpointer:
+        # The key of earlier versions, which detectron2's checkpointer does not have.
+        lazy.train.checkpoint_epochs = checkpointer.pop("epochs")
     absent = [name for name in _SECTIONS if not OmegaConf.is_dict(lazy.get(name))]
     if absent:
         raise UsageError(

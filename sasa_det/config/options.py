@@ -132,9 +132,10 @@ class RunOptions:
     clip_value: float = _key("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "train.clip_gradients.clip_value")
     norm_type: float = _key("SOLVER.CLIP_GRADIENTS.NORM_TYPE", "train.clip_gradients.norm_type")
     checkpoint_period: int = _key("SOLVER.CHECKPOINT_PERIOD", "train.checkpointer.period")
-    checkpoint_epochs: float = _key("SOLVER.CHECKPOINT_EPOCHS", "train.checkpointer.epochs")
+    checkpoint_epochs: float = _key("SOLVER.CHECKPOINT_EPOCHS", "train.checkpoint_epochs")
     max_checkpoints: int = _key("SOLVER.MAX_CHECKPOINTS", "train.checkpointer.max_to_keep")
 
+    log_period: int = _key("LOG_PERIOD", "train.log_period")
     eval_period: int = _key("TEST.EVAL_PERIOD", "train.eval_period")
     eval_epochs: float = _key("TEST.EVAL_EPOCHS", "train.eval_epochs")
     validation_loss: bool = _key("TEST.VALIDATION_LOSS", "train.validation_loss")

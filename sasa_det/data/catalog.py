@@ -51,7 +51,10 @@ def _real(value: Any) -> Any:
 
 
 def num_classes_of(dataset_names: Sequence[str]) -> int:
-    """Return the number of classes of registered data sets without loading them.
+    """Return the number of classes of registered data sets.
+
+    A data set is loaded if its classes are not known before, as those of detectron2's
+    ``register_coco_instances`` are not.
 
     Args:
         dataset_names: as in ``cfg.DATASETS.TRAIN``, at least one.
@@ -62,16 +65,23 @@ def num_classes_of(dataset_names: Sequence[str]) -> int:
     """
     if not dataset_names:
         raise DatasetError("no dataset is named: at least one registered dataset is needed")
-    classes = {name: metadata_of(name).get("thing_classes") for name in dataset_names}
-    for name, names in classes.items():
-        if names is None:
-            raise DatasetError(
-                f"dataset {name!r} has no 'thing_classes' in its metadata: register it with "
-                "sasa_det.data.register_coco or set them"
-            )
+    classes = {name: _classes_of(name) for name in dataset_names}
     first, *others = dataset_names
     check_same_classes(others, classes[first], f"dataset {first!r}")
     return len(classes[first])
+
+
+def _classes_of(name: str) -> list[str]:
+    metadata = metadata_of(name)
+    if metadata.get("thing_classes") is None:
+        DatasetCatalog.get(name)  # which may set them
+    classes = metadata.get("thing_classes")
+    if classes is None:
+        raise DatasetError(
+            f"dataset {name!r} has no 'thing_classes' in its metadata, also after it was loaded: "
+            "register it with sasa_det.data.register_coco or set them"
+        )
+    return classes
 
 
 def metadata_of(name: str) -> Metadata:

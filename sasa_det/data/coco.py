@@ -25,6 +25,7 @@ from .coco_entries import (
     numbers_problem,
 )
 from .coco_masks import mask_problem, usable_polygons
+from .keypoints import keypoint_metadata, keypoint_names
 from .sources import reading_of
 from .validation import CocoReport, check_exists, validate_coco
 from .validation_report import summarize_warnings
@@ -87,6 +88,7 @@ def register_coco(
     if report is not None:
         # It is set when the data are loaded as well; here it is known before.
         metadata.thing_classes = list(report.class_names)
+        metadata.set(**keypoint_metadata([category.keypoints for category in report.categories]))
 
 
 def check_read(json_file: str) -> None:
@@ -218,6 +220,7 @@ def load_coco(json_file: str, image_root: str, dataset_name: str) -> list[dict[s
     MetadataCatalog.get(dataset_name).set(
         thing_classes=[category["name"] for category in categories],
         thing_dataset_id_to_contiguous_id=classes,
+        **keypoint_metadata([keypoint_names(category) for category in categories]),
     )
     annotations = defaultdict(list)
     for entry in content["annotations"]:

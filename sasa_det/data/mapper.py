@@ -10,6 +10,7 @@ from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, BoxMode, Keypoints, PolygonMasks
 
+from ..config.read_keys import mark_read
 from .images import check_size, read_image
 from .tiling import Tile, boxes_in_tile
 
@@ -232,6 +233,7 @@ def build_train_mapper(cfg: CfgNode) -> DetectionMapper:
     Raises:
         ValueError: as :func:`jitter_and_crop_augmentations`.
     """
+    mark_read("INPUT.JITTER.*")
     options = {}
     if cfg.INPUT.JITTER.ENABLED:
         options["augmentations"] = jitter_and_crop_augmentations(cfg, is_train=True)

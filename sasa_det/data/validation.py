@@ -25,6 +25,7 @@ from .coco_entries import (
 )
 from .coco_masks import mask_problems
 from .images import MAX_PIXELS, check_image_files, check_size, read_image
+from .keypoints import keypoint_names
 from .sources import reading_of
 
 # The share of the boxes from which on those that fit their image as two corners only are reported:
@@ -35,11 +36,12 @@ _NEEDED = {"categories": "category", "images": "image"}
 
 
 class Category(NamedTuple):
-    """A class: `num_boxes` counts its annotations without the crowds."""
+    """A class: `num_boxes` counts its annotations without the crowds; `keypoints` are names."""
 
     id: int
     name: str
     num_boxes: int
+    keypoints: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def validate_coco(
         num_crowds=walk.num_crowds,
         num_unannotated=len(walk.image_sizes) - len(walk.annotated),
         categories=tuple(
-            Category(identity, name, walk.boxes[identity])
+            Category(identity, name, walk.boxes[identity], walk.keypoints[identity])
             for identity, name in sorted(walk.names.items())
         ),
         counts=dict(walk.counts),
@@ -184,6 +186,7 @@ class _Walk:
         self.problems: list[Problem] = []  # up to the limit of each kind
         self.sizes: Counter[str] = Counter()  # number of entries by section
         self.names: dict[int, str] = {}  # of the categories by id
+        self.keypoints: dict[int, tuple[str, ...]] = {}  # their names, likewise
         self.boxes: Counter[int] = Counter()  # annotations, without crowds, by id of the category
         self.image_sizes: dict[int, tuple[int, int] | None] = {}  # (height, width) by id, if valid
         self.annotated: set[int] = set()  # ids of the images that have annotations
@@ -259,6 +262,7 @@ class _Walk:
     def _category(self, index: int, entry: dict, valid: dict) -> list[Finding]:
         if valid.keys() == {"id", "name"}:
             self.names.setdefault(valid["id"], valid["name"])
+            self.keypoints.setdefault(valid["id"], keypoint_names(valid))
         return []
 
     def _image(self, index: int, entry: dict, valid: dict) -> list[Finding]:

@@ -88,6 +88,8 @@ def _check_single_values(task: Task, model: nn.Module, num_processes: int) -> No
         check_batch_norms(model, batch_size, side)
 
 
+# The ``evaluator_type`` of data sets whose metrics have known names.
+_KNOWN_METRICS = ("coco", "classification")
 # What begins the names of losses on the data to test on.
 _LOSSES = "validation/"
 
@@ -104,6 +106,8 @@ def check_metrics(options: RunOptions) -> None:
     """
     # A data set that is named twice has its results once.
     tests = list(dict.fromkeys(options.test))
+    if any(MetadataCatalog.get(name).evaluator_type not in _KNOWN_METRICS for name in tests):
+        return
     classes = {name: MetadataCatalog.get(name).thing_classes for name in tests}
     metrics = {name: task_of(options).metrics(classes[name]) for name in tests}
     if len(tests) == 1:
@@ -340,8 +344,11 @@ def _check_data(options: RunOptions, eval_only: bool) -> None:
         raise UsageError(f"{options.key('test')} names no data set; name one, or use --test.")
     task.check_data(options.test, training=False)
     datasets = [*(() if eval_only else options.train), *options.test]
-    key, found = options.class_key, num_classes_of(datasets)
-    if key and options.num_classes != found:
+    key = options.class_key
+    if not key:
+        return
+    found = num_classes_of(datasets)
+    if options.num_classes != found:
         raise UsageError(
             f"{key} is {options.num_classes} but {', '.join(datasets)} has {found} classes; set "
             f"{options.setting(key, found)}."
@@ -352,9 +359,11 @@ def _check_evaluation(options: RunOptions) -> None:
     task = task_of(options)
     for name in options.test:
         kind = MetadataCatalog.get(name).get("evaluator_type")
-        if kind != task.evaluator_type:
+        if kind not in task.evaluator_types:
+            allowed = " or ".join(map(repr, task.evaluator_types))
             raise UsageError(
-                f"{options.key('test')} {name} must be a data set of evaluator_type "
-                f"{task.evaluator_type!r} for a {options.meta_architecture}, got {kind!r}."
+                f"{options.key('test')} {name} must be a data set of evaluator_type {allowed} for "
+                f"{options.meta_architecture}, got {kind!r}: set it in the metadata of the data "
+                "set."
             )
     check_metrics(options)

@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from detectron2.engine import create_ddp_model
 from detectron2.utils import comm
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -14,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..checkpoint.sharding import shard_like
 
 
-def distribute(model: nn.Module, *, shard: bool = False) -> nn.Module:
+def distribute(model: nn.Module, *, shard: bool = False, **options: Any) -> nn.Module:
     """Wrap or shard a model for distributed training, with the weights of the first process.
 
     Args:
@@ -22,6 +23,7 @@ def distribute(model: nn.Module, *, shard: bool = False) -> nn.Module:
         shard: whether to shard the parameters, gradients and optimizer state (FSDP2), which takes
             less memory and more time, instead of keeping a copy in each process (DDP). Sharding
             replaces the parameters of the model.
+        options: of DDP, as of detectron2's ``create_ddp_model``.
 
     Returns:
         nn.Module: the module that computes losses: ``model`` itself if it is sharded or there is
@@ -33,7 +35,8 @@ def distribute(model: nn.Module, *, shard: bool = False) -> nn.Module:
         return _sharded(model)
     on_gpu = next(model.parameters()).is_cuda
     devices = [comm.get_local_rank()] if on_gpu else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    options = {"broadcast_buffers": False, **options}
+    return create_ddp_model(model, device_ids=devices, **options)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from detectron2.solver.build import get_default_optimizer_params, maybe_add_grad
 from torch import nn
 
 from ..config.options import RunOptions
+from ..config.read_keys import mark_read
 from ..layers import AttentionStem, LocalSelfAttention2d
 from ..modeling import Classifier
 
@@ -34,6 +35,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     Raises:
         ValueError: if the name is neither SGD nor AdamW.
     """
+    mark_read("SOLVER.OPTIMIZER", "SOLVER.*LR_FACTOR", "SOLVER.WEIGHT_DECAY_*")
     solver = cfg.SOLVER
     params = parameter_groups(
         model,

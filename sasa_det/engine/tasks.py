@@ -31,17 +31,18 @@ from ..data.loader import TrainLoader, build_train_loader, end_workers_with_pare
 from ..data.mapper import DetectionMapper, build_test_mapper, build_train_mapper
 from ..errors import UsageError
 from ..evaluation.accuracy import ClassificationEvaluator
-from ..evaluation.coco import coco_evaluator, coco_metrics
+from ..evaluation.by_type import EVALUATOR_TYPES, evaluator_by_type
+from ..evaluation.coco import coco_metrics
 
 
 class Task(ABC):
     """Data loading and evaluation for the model of a config.
 
     Attributes:
-        evaluator_type: the ``evaluator_type`` of its data sets.
+        evaluator_types: what the ``evaluator_type`` of its data sets may be.
     """
 
-    evaluator_type: str
+    evaluator_types: Sequence[str]
 
     def __init__(self, options: RunOptions):
         """
@@ -97,7 +98,7 @@ class Task(ABC):
 class Detection(Task):
     """Detectors of yaml configs, on data sets with boxes."""
 
-    evaluator_type = "coco"
+    evaluator_types = EVALUATOR_TYPES
 
     @property
     def fixed_size(self) -> int:
@@ -127,7 +128,7 @@ class Detection(Task):
         return end_workers_with_parent(build_detection_test_loader(self.cfg, name, mapper=mapper))
 
     def evaluator(self, name: str, folder: str) -> DatasetEvaluator:
-        return coco_evaluator(
+        return evaluator_by_type(
             name,
             folder,
             max_dets_per_image=self.cfg.TEST.DETECTIONS_PER_IMAGE,
@@ -236,7 +237,7 @@ def _check_call(name: str, call: Mapping[str, Any]) -> None:
 class Classification(Task):
     """Image classifiers, on folders of images."""
 
-    evaluator_type = "classification"
+    evaluator_types = ("classification",)
 
     @property
     def fixed_size(self) -> int:

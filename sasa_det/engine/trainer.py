@@ -27,6 +27,7 @@ from ..checkpoint.preprocessing import warn_of_preprocessing
 from ..checkpoint.reading import classes_in
 from ..config.load import BUILD_ERRORS, explain_build_error
 from ..config.options import RunOptions, plain
+from ..config.read_keys import mark_read
 from ..config.values import check_schedule, warn_of_slow_averages
 from ..data.catalog import category_ids, follow_classes, warn_of_classes
 from ..data.loader import TrainLoader
@@ -81,6 +82,7 @@ class Trainer(DefaultTrainer):
         """
         # Not the constructor of DefaultTrainer, which builds another data loader and optimizer.
         TrainerBase.__init__(self)
+        mark_read("*")
         options = RunOptions.read(cfg)
         follow_classes([*options.train, *options.test])
         scaled = scale_learning_rate(options)
@@ -95,7 +97,7 @@ class Trainer(DefaultTrainer):
         warn_of_slow_averages(options)
         model = self.build_model(self.cfg)
         logger.info("Model:\n%s", model)
-        distributed = distribute(model, shard=options.fsdp)
+        distributed = distribute(model, shard=options.fsdp, **self.ddp_options(self.cfg))
         optimizer = self.build_optimizer(self.cfg, model)
         self.signals = StopSignals()
         self._trainer = StepTrainer(
@@ -154,7 +156,7 @@ class Trainer(DefaultTrainer):
         chain += [checkpoints, evaluation]
         if comm.is_main_process():
             # They write the metrics of the evaluation.
-            chain.append(MetricWriters(self.build_writers, options.output_dir))
+            chain.append(MetricWriters(self.build_writers, options.output_dir, options.log_period))
         return [*chain, StopOnSignal(self.signals, checkpoints)]
 
     def build_writers(self) -> list:
@@ -329,6 +331,11 @@ class Trainer(DefaultTrainer):
         return task.evaluator(dataset_name, output_folder or task.results_folder(dataset_name))
 
     @classmethod
+    def ddp_options(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Return arguments of detectron2's ``create_ddp_model``."""
+        return {}
+
+    @classmethod
     def has_own_evaluator(cls, cfg: CfgNode) -> bool:
         """Tell whether the evaluator is not this project's, so that its metrics are not known."""
         return cls.build_evaluator.__func__ is not Trainer.build_evaluator.__func__
@@ -385,6 +392,10 @@ class LazyTrainer(Trainer):
         except BUILD_ERRORS as error:  # as of steps beyond the end, which epochs may give
             raise UsageError(explain_build_error(error)) from error
         return LRMultiplier(optimizer, multiplier, max_iter=RunOptions.read(cfg).max_iter)
+
+    @classmethod
+    def ddp_options(cls, cfg: DictConfig) -> dict[str, Any]:
+        return dict(cfg.train.get("ddp", {}))
 
     @classmethod
     def has_own_evaluator(cls, cfg: DictConfig) -> bool:

@@ -84,7 +84,7 @@ def run_visualize_data(args: argparse.Namespace) -> None:
             "there is no data set to draw: give --train or --test, or a config that names one."
         )
     task = task_of(options)
-    if task.evaluator_type != "coco":
+    if "coco" not in task.evaluator_types:
         raise UsageError(f"{args.config_file} is of a classifier, whose images have no boxes.")
     task.check_data(names, training=is_training)
     records = [(record, name) for name in names for record in DatasetCatalog.get(name)]

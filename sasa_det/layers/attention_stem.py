@@ -152,15 +152,27 @@ class AttentionStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """
         Args:
-            x: (N, in_channels, H, W), floating point, any H, W >= 1.
+            x: (N, in_channels, H, W) in the type of the weights, any H, W >= 1.
 
         Returns:
             (N, out_channels, ceil(H / block_size), ceil(W / block_size)).
+
+        Raises:
+            ValueError: if the type is another one, without autocast.
         """
         if not torch.jit.is_scripting():  # alone, or TorchScript compiles what it cannot
+            self._check_type(x)
             if self._is_plain():
                 return self._run_fused(x)
         return self._pool(self._attend(x))
+
+    def _check_type(self, x: Tensor) -> None:
+        dtype = self.query.weight.dtype
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"the input of an attention stem must have the type of its weights, {dtype}, got "
+                f"{x.dtype}."
+            )
 
     def _pool(self, x: Tensor) -> Tensor:
         # ReLU and the maximum commute, and after it there is a sixteenth of the pixels.

@@ -44,7 +44,8 @@ def project(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     Returns:
         tuple[Tensor, ...]: (N, C_out, H, W) of each layer.
     """
-    if not (runs_products(x) and all(map(is_plain_pointwise, layers))):
+    usable = runs_products(x) and all(map(is_plain_pointwise, layers))
+    if not usable or any(layer.weight.dtype != x.dtype for layer in layers):
         return tuple(layer(x) for layer in layers)
     return _multiply(x, layers)
 
@@ -56,6 +57,7 @@ def can_multiply(x: Tensor, layer: nn.Conv2d) -> bool:
         and layer.kernel_size == (1, 1)
         and layer.padding == (0, 0)
         and layer.groups == 1
+        and layer.weight.dtype == x.dtype
         and is_plain_tensor(layer.weight)
     )
 

@@ -9,6 +9,8 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from torch import Tensor, nn
 
+from ..config.defaults import check_has_keys
+
 
 @META_ARCH_REGISTRY.register()
 class Classifier(nn.Module):
@@ -62,6 +64,7 @@ class Classifier(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        check_has_keys(cfg)
         return {
             "backbone": build_backbone(cfg),
             "num_classes": cfg.MODEL.CLASSIFIER.NUM_CLASSES,

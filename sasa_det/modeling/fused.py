@@ -71,7 +71,7 @@ def _uses_batch(norms: Sequence[nn.Module | None]) -> bool:
 def _is_known(module: nn.Module) -> bool:
     if type(module) is NormedPointwiseConv2d:
         plain = is_plain_pointwise(module, NormedPointwiseConv2d, strided=True)
-        return plain and module.activation is None
+        return plain and module.activation is None and module.weight.dtype == torch.float32
     known = type(module) is LocalSelfAttention2d and is_plain_call(module)
     return known and is_one_piece(module)
 

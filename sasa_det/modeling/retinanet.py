@@ -8,9 +8,11 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import CycleBatchNormList, ShapeSpec, get_norm
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.structures import ImageList
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from ..config.defaults import check_has_keys
 from ..layers import LocalSelfAttention2d
 from ..ops.local_attention import check_choice
 from .attention_options import PRIMITIVES, attention_options, check_norm
@@ -177,6 +179,7 @@ class AttentionRetinaNet(RetinaNet):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        check_has_keys(cfg)
         check_choice("MODEL.SASA.HEAD", cfg.MODEL.SASA.HEAD, PRIMITIVES)
         check_norm("MODEL.RETINANET.NORM", cfg.MODEL.RETINANET.NORM)
         for name in cfg.MODEL.RETINANET.IN_FEATURES:
@@ -199,6 +202,15 @@ class AttentionRetinaNet(RetinaNet):
                 head["norm"] = lambda channels: nn.GroupNorm(min(32, channels), channels)
             options["head"] = RetinaNetHead(**head)
         return options
+
+    _infer = RetinaNet.forward_inference  # TorchScript has no super()
+
+    def forward_inference(
+        self, images: ImageList, features: list[Tensor], predictions: list[list[Tensor]]
+    ):
+        # Of a model in half precision; anchors are float32, and NMS takes one type.
+        predictions = [[prediction.float() for prediction in level] for level in predictions]
+        return self._infer(images, features, predictions)
 
     def losses(self, anchors, pred_logits, gt_labels, *args) -> dict[str, Tensor]:
         labels = torch.stack(gt_labels)

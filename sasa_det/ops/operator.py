@@ -49,6 +49,8 @@ def _choose(name: str, query: Tensor, num_heads: int, kernel_size: int) -> str:
         reasons.append(f"; {name} does not: {reason}")
     if query.device.type != "meta":  # on which nothing is computed
         _say_once(name, "".join(reasons))
+    if query.device.type == "cpu" and query.dtype == torch.float16:
+        _warn_of_float16()
     return name
 
 
@@ -56,6 +58,14 @@ def _choose(name: str, query: Tensor, num_heads: int, kernel_size: int) -> str:
 def _say_once(name: str, reasons: str) -> None:
     summary = BACKENDS[name].SUMMARY
     logger.info("local_attention runs on the %s backend (%s)%s.", name, summary, reasons)
+
+
+@lru_cache(None)
+def _warn_of_float16() -> None:
+    logger.warning(
+        "CPUs have no kernels for float16: a model takes about ten times as long as in float32. "
+        "Use float32 or bfloat16 (SOLVER.AMP.DTYPE)."
+    )
 
 
 # As in csrc/operators.cpp.

@@ -7,7 +7,6 @@ import zipfile
 
 import numpy as np
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from sasa_det.data.wheels import Member, Package
@@ -51,17 +50,6 @@ def write(tmp_path):
         return path, root
 
     return writer
-
-
-@pytest.fixture
-def unregister():
-    names = []
-    yield names
-    for name in names:
-        if name in DatasetCatalog:
-            DatasetCatalog.remove(name)
-        if name in MetadataCatalog:
-            MetadataCatalog.remove(name)
 
 
 @pytest.fixture

@@ -11,12 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from detectron2.config import LazyConfig
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import SimpleTrainer, create_ddp_model, hooks
+from detectron2.evaluation import inference_on_dataset
+from fvcore.common.checkpoint import PeriodicCheckpointer
 from omegaconf import OmegaConf
 
 from sasa_det.checkpoint import read_checkpoint
 from sasa_det.config.lazy import load_lazy_config
 from sasa_det.config.options import LAZY_KEYS, YAML_KEYS, RunOptions
+from sasa_det.data import register_coco
 from sasa_det.engine import Predictor, Trainer, UsageError, defaults, load_config
 from sasa_det.engine.defaults import LAZY, argument_parser, run
 from sasa_det.engine.export import export_parser, run_export
@@ -59,7 +64,7 @@ lr_multiplier.warmup_iters, lr_multiplier.warmup_epochs = 1, 0.0
 model.test_score_thresh = 0.0  # nothing is learned
 train.seed = 1
 train.device, train.max_iter, train.eval_period, train.checkpointer.period = "cpu", 4, 0, 2
-train.max_epochs = train.eval_epochs = train.checkpointer.epochs = train.reference_batch = 0
+train.max_epochs = train.eval_epochs = train.checkpoint_epochs = train.reference_batch = 0
 """
 
 
@@ -350,7 +355,7 @@ FILES = {
     "import": ("from .nowhere import model\n", "small.py, line 1: ImportError: Cannot import name"),
     "in an import": ("from .other import model\n", "other.py, line 3: ZeroDivisionError"),
     "sections": ("model = dict()\n", "small.py has no dataloader and no lr_multiplier and no"),
-    "kind": (f"{CONFIG}train.log_period = 20\n", "config key train.log_period does not exist"),
+    "kind": (f"{CONFIG}train.log_periods = 20\n", "config key train.log_periods does not exist"),
 }
 
 
@@ -426,3 +431,66 @@ def test_a_loss_that_is_not_finite_ends_the_run(lazy, tmp_path, capsys):
     assert lazy("optimizer.lr=1e30", "train.max_iter=40", "train.checkpointer.period=40") == 1
     assert "nothing was saved" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("*.pth"))
+
+
+LAZY_CONFIGS = sorted(Path("configs/COCO-Detection").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", LAZY_CONFIGS, ids=lambda path: path.stem)
+def test_configs_have_the_keys_that_detectron2s_script_reads(path):
+    """With the calls that its tools/lazyconfig_train_net.py makes of them."""
+    train = LazyConfig.load(str(path)).train
+    model = torch.nn.Linear(1, 1)
+    assert create_ddp_model(model, **train.ddp) is model  # there is one process
+    periodic = PeriodicCheckpointer(DetectionCheckpointer(model), **train.checkpointer)
+    assert periodic.max_to_keep == 100
+    assert hooks.PeriodicWriter([], period=train.log_period)._period == 20
+    keys = ("output_dir", "init_checkpoint", "max_iter", "eval_period", "device")
+    assert not {key for key in keys if key not in train} and train.amp.enabled is False
+
+
+def test_detectron2s_script_trains_and_evaluates(config, digits, tmp_path, unregister):
+    for split in ("train", "val"):
+        unregister.append(f"small_{split}")
+        register_coco(f"small_{split}", digits / f"{split}.json", digits / split)
+    cfg = LazyConfig.load(str(config))
+    overrides = ["dataloader.train.dataset.names=small_train", "model.num_classes=10"]
+    overrides += ["dataloader.test.dataset.names=small_val", "train.max_iter=2"]
+    cfg = LazyConfig.apply_overrides(cfg, [*overrides, f"train.output_dir={tmp_path}"])
+    model = instantiate(cfg.model)
+    cfg.optimizer.params.model = model
+    trainer = SimpleTrainer(model, instantiate(cfg.dataloader.train), instantiate(cfg.optimizer))
+    checkpointer = DetectionCheckpointer(model, str(tmp_path), trainer=trainer)
+    evaluated = []
+
+    def evaluate():
+        loader = instantiate(cfg.dataloader.test)
+        results = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
+        evaluated.append(results)
+        return results
+
+    chain = [
+        hooks.IterationTimer(),
+        hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+        hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer),
+        hooks.EvalHook(cfg.train.eval_period, evaluate),
+    ]
+    trainer.register_hooks(chain)
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=False)
+    trainer.train(0, cfg.train.max_iter)
+    assert set(evaluated[0]["bbox"]) >= {"AP", "AP50", "AP-3"}
+    assert (tmp_path / "model_final.pth").is_file()
+
+
+def test_the_period_of_the_log_is_that_of_the_config(lazy, tmp_path):
+    assert lazy("train.log_period=1", "train.max_iter=3") == 0
+    lines = (tmp_path / "run" / "metrics.json").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [0, 1, 2]
+
+
+def test_a_config_of_an_earlier_version_keeps_its_epochs(config, digits):
+    config.write_text(f"{CONFIG}\ndel train['checkpoint_epochs']\n"
+                      "train.checkpointer['epochs'] = 5.0\n")  # fmt: skip
+    data = ([digits / f"{split}.json", digits / split] for split in DATA.values())
+    options = load_lazy_config(str(config), [], *data)
+    assert options.checkpoint_epochs == 5.0 and "epochs" not in options.config.train.checkpointer

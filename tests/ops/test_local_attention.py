@@ -480,3 +480,13 @@ def test_bad_arguments_are_named(change, message):
     arguments.update(change)
     with pytest.raises(ValueError, match=message):
         local_attention(**arguments)
+
+
+def test_float16_on_a_cpu_is_warned_of_once(caplog):
+    operator._warn_of_float16.cache_clear()
+    x = torch.randn(1, 16, 4, 4, dtype=torch.float16)
+    with caplog.at_level("WARNING"):
+        for _ in range(2):
+            local_attention(x, x, x, None, None, kernel_size=3, num_heads=2)
+    (message,) = caplog.messages
+    assert message.startswith("CPUs have no kernels for float16")

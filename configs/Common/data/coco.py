@@ -22,7 +22,7 @@ dataloader = dict(
     test_json="",
     test_images="",
     train=L(detection_train_loader)(
-        dataset=L(get_detection_dataset_dicts)(names=["coco_2017_train"], filter_empty=True),
+        dataset=L(get_detection_dataset_dicts)(names="coco_2017_train", filter_empty=True),
         mapper=L(DetectionMapper)(
             is_train=True,
             augmentations=[
@@ -47,7 +47,7 @@ dataloader = dict(
         max_unreadable_fraction=0.0,
     ),
     test=L(build_detection_test_loader)(
-        dataset=L(get_detection_dataset_dicts)(names=["coco_2017_val"], filter_empty=False),
+        dataset=L(get_detection_dataset_dicts)(names="coco_2017_val", filter_empty=False),
         mapper=L(DetectionMapper)(
             is_train=False,
             augmentations=[
@@ -60,6 +60,8 @@ dataloader = dict(
         ),
         num_workers="${..train.num_workers}",
     ),
-    # It is called for each of the datasets in test.dataset.names.
-    evaluator=L(coco_evaluator)(max_dets_per_image=_DETECTIONS),
+    # It is called for each of the datasets, if there are several.
+    evaluator=L(coco_evaluator)(
+        dataset_name="${..test.dataset.names}", max_dets_per_image=_DETECTIONS
+    ),
 )

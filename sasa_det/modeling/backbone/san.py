@@ -12,11 +12,14 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import Tensor, nn
 
+from ...config.defaults import check_has_keys
+from ...config.recipe import recipe_keys
 from ...layers import PairwiseAttention2d, PatchwiseAttention2d
 from ...ops.arguments import check_choice
 from ..attention_options import check_norm
 from ..pointwise import use_products
 from .attention_fpn import build_fpn, build_retinanet_fpn
+from .training_warnings import WarnsInTraining
 
 ATTENTIONS = {"pairwise": PairwiseAttention2d, "patchwise": PatchwiseAttention2d}
 STAGES = ("stem", "res2", "res3", "res4", "res5")
@@ -76,7 +79,7 @@ class _Stage(CNNBlockBase):
         return F.relu(self.out_norm(self.blocks(x)))
 
 
-class SAN(Backbone):
+class SAN(WarnsInTraining, Backbone):
     """Self-attention network of "Exploring Self-attention for Image Recognition", Section 4.
 
     Zhao et al., CVPR 2020. Max pools round sizes up, where the published models round down, so that
@@ -184,6 +187,7 @@ class SAN(Backbone):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        check_has_keys(cfg)
         san = cfg.MODEL.SAN
         return {
             "depth": san.DEPTH,
@@ -236,7 +240,9 @@ def build_san_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SAN:
 
     Its features stem and res2 to res5 have strides 2, 4, 8, 16 and 32.
     """
-    return SAN(cfg, input_shape)
+    backbone = SAN(cfg, input_shape)
+    backbone.recipe_keys = tuple(recipe_keys(cfg))
+    return backbone
 
 
 @BACKBONE_REGISTRY.register()

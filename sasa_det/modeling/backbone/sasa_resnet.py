@@ -13,11 +13,14 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock, ResNet
 from torch import Tensor, nn
 
+from ...config.defaults import check_has_keys
+from ...config.recipe import recipe_keys
 from ...layers import AttentionStem, LocalSelfAttention2d
 from ...ops.local_attention import check_choice
 from ..attention_options import PRIMITIVES, attention_options, check_norm
 from ..fused import bottleneck
 from ..pointwise import NormedPointwiseConv2d, use_products
+from .training_warnings import WarnsInTraining
 
 STAGES = ("res2", "res3", "res4", "res5")
 # Section 4.1: 38 and 26 layers remove one and two blocks from every stage of 50.
@@ -113,7 +116,7 @@ class _Stem(AttentionStem):
     freeze = CNNBlockBase.freeze
 
 
-class SASAResNet(ResNet):
+class SASAResNet(WarnsInTraining, ResNet):
     """Attention ResNet of "Stand-Alone Self-Attention in Vision Models", Section 3.
 
     Stem and stages are attentional or convolutional in any combination; convolutional stages
@@ -234,6 +237,7 @@ class SASAResNet(ResNet):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        check_has_keys(cfg)
         sasa, resnets = cfg.MODEL.SASA, cfg.MODEL.RESNETS
         for key, allowed in _RESNETS_ONLY.items():
             if resnets[key] != allowed:
@@ -290,4 +294,6 @@ def build_sasa_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SASAResN
 
     Its features stem and res2 to res5 have strides 4, 4, 8, 16 and 32.
     """
-    return SASAResNet(cfg, input_shape)
+    backbone = SASAResNet(cfg, input_shape)
+    backbone.recipe_keys = tuple(recipe_keys(cfg))
+    return backbone
