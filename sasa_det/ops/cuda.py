@@ -1,20 +1,16 @@
 """CUDA backend: the kernels of csrc/cuda, compiled when they are first used.
 
-Before a GPU runs them for the first time in a process, their results for a small image are compared
-with those of the loop backend, for each type, head width and kernel size. If they differ, or do not
-compile, a warning says so and the next backend is used.
+Before a GPU runs them for the first time, cuda_check.py compares their results for a small image
+with those of the loop backend.
 """
 
 import importlib.util
-import logging
-import os
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from . import loop
-from .cuda_compiler import CompilerError, launch, load_kernel
+from .cuda_check import why_not_correct
+from .cuda_compiler import launch, load_kernel
 from .cuda_kernels import (
     HEAD_WIDTHS,
     LARGEST_ROW,
@@ -27,8 +23,6 @@ from .cuda_kernels import (
     launch_of,
     pixel_stride,
 )
-
-logger = logging.getLogger(__name__)
 
 SUMMARY = "CUDA C++, windows on tensor cores, for CUDA tensors of bfloat16 or float16"
 
@@ -43,12 +37,7 @@ def _is_installed(package: str) -> bool:
 # Why the kernels are not there, or None.
 MISSING = None if _is_installed("cuda.bindings") else "cuda-bindings is not installed"
 
-# "0" takes the kernels without comparing them first.
-CHECK_VARIABLE = "SASA_DET_SELF_CHECK"
-
 _DTYPES = (torch.bfloat16, torch.float16)
-# Of the largest values of each result, or of 1.
-_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
 _CAPABILITY = (8, 0)
 _MOST_BLOCKS = 65535  # of a grid's second and third dimension
 
@@ -72,7 +61,7 @@ def why_not(query: Tensor, num_heads: int, kernel_size: int, forced: bool = Fals
     reason = _why_not_on(query.device, variant)
     # Fake tensors stand for any size while a compiler traces.
     if reason is None and type(query) in (Tensor, torch.nn.Parameter):
-        reason = _why_not_of_size(query) or _why_not_correct(query.device, variant)
+        reason = _why_not_of_size(query) or why_not_correct(query.device, variant)
     return reason
 
 
@@ -94,65 +83,6 @@ def _why_not_of_size(query: Tensor) -> str | None:
     if width * channels > LARGEST_ROW:
         return f"it does not take rows of {width} pixels of {channels} channels"
     return None
-
-
-def _why_not_correct(device: torch.device, variant: Variant) -> str | None:
-    # Nothing can be compared while a CUDA graph is captured.
-    if os.environ.get(CHECK_VARIABLE) == "0" or torch.cuda.is_current_stream_capturing():
-        return None
-    return _failed_check(device, variant)
-
-
-@cache
-def _failed_check(device: torch.device, variant: Variant) -> str | None:
-    """Compare the kernels with the loop backend; return what is wrong, or None."""
-    try:
-        with torch.cuda.device(device), torch.no_grad():
-            problem = self_check(variant, device)
-    except CompilerError as error:
-        problem = str(error).rstrip(".")
-    if problem:
-        logger.warning(
-            "local_attention does not use its CUDA kernels for %s, heads of %d channels and "
-            "kernel_size %d: %s.",
-            *(variant.dtype, variant.head_width, variant.kernel_size, problem),
-        )
-    return problem
-
-
-def self_check(variant: Variant, device: torch.device) -> str | None:
-    """Run the kernels on a small image, with parts of tiles and of groups of heads.
-
-    Args:
-        variant: what to compile them for.
-        device: where to run them.
-
-    Returns:
-        str: the result that differs most from the loop backend's in float32, with its error, if one
-        differs by more than rounding; else None.
-    """
-    heads = variant.heads_of_block + 1
-    generator = torch.Generator().manual_seed(0)
-    shape = (2, heads * variant.head_width, 11, 19)
-    images = [torch.randn(shape, generator=generator).to(device, variant.dtype) for _ in range(4)]
-    shape = (heads, variant.head_width // 2, variant.kernel_size)
-    embeddings = [torch.randn(shape, generator=generator).to(device) for _ in range(2)]
-    options = (variant.kernel_size, heads, variant.mask)
-    grad, *inputs = images
-    output, log_sum = forward(*inputs, *embeddings, *options)
-    actual = [output, *backward(grad, *inputs, *embeddings, log_sum, *options)]
-    exact = [x.float() for x in inputs]
-    output, log_sum = loop.forward(*exact, *embeddings, *options)
-    gradients = loop.backward(grad.float(), *exact, *embeddings, log_sum, *options)
-    names = ("output", "grad_query", "grad_key", "grad_value", "grad_rel_rows", "grad_rel_cols")
-    errors = {}
-    for name, ours, theirs in zip(names, actual, [output, *gradients], strict=True):
-        error = (ours.float() - theirs).abs().max() / theirs.abs().max().clamp(min=1)
-        errors[name] = float(error.nan_to_num(torch.inf))
-    worst = max(errors, key=errors.get)
-    if errors[worst] <= _TOLERANCE[variant.dtype]:
-        return None
-    return f"{worst} differs from the loop backend's by {errors[worst]:.2g} of its largest value"
 
 
 def forward(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sasa_det.ops import cuda, local_attention, loop
+from sasa_det.ops import cuda, cuda_check, local_attention, loop
 from sasa_det.ops.cuda_compiler import SOURCES
 from sasa_det.ops.cuda_kernels import (
     KERNELS,
@@ -486,12 +486,15 @@ def test_the_check_at_first_use_finds_what_is_wrong(emulated, monkeypatch, index
         return gradients
 
     monkeypatch.setattr(cuda, "backward", wrong)
-    problem = cuda.self_check(VARIANTS["8-half"], torch.device("cpu"))
+    verdict = cuda_check.verdict_of(VARIANTS["8-half"], torch.device("cpu"))
+    assert set(verdict.errors) == set(cuda_check.RESULTS)
     if index is None:
-        assert problem is None
+        assert verdict.problem is None
+        assert max(verdict.errors.values()) <= TOLERANCE[FP16]
     else:
         name = {0: "grad_query", 3: "grad_rel_rows"}[index]
-        assert problem.startswith(f"{name} differs from the loop backend's by ")
+        assert verdict.errors[name] > 0.09
+        assert verdict.problem.startswith(f"{name} differs from the loop backend's by ")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
