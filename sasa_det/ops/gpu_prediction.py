@@ -114,7 +114,7 @@ def attention(layer: Layer, gpu: Gpu, instructions: Callable[[str, int], float])
         layer: what to predict.
         gpu: on what.
         instructions: of a kernel and a head width, as
-            :func:`sasa_det.ops.gpu_report.instructions_per_head` counts them.
+            :func:`sasa_det.ops.gpu_instructions.instructions_per_head` counts them.
     """
     flops = 3 * layer.channels * layer.unit
     product = max(flops / gpu.product, 4 * layer.unit / gpu.bandwidth, _SHORTEST)
