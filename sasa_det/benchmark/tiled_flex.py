@@ -1,6 +1,6 @@
 """Local attention by torch's FlexAttention, for comparison: pixels in an order that suits it.
 
-FlexAttention leaves out blocks of a sequence. In the order of rows, a block of pixels sees the whole
+FlexAttention leaves out blocks of a sequence. In the order of rows, a block of pixels sees the full
 width of the image; in tiles of 8 x 8 pixels, a tile sees the 3 x 3 tiles around it, and no more.
 """
 
@@ -46,13 +46,11 @@ class TiledFlexAttention2d(nn.Module):
         super().__init__()
         self.height, self.width = height, width
         self.num_heads, self.kernel_size = num_heads, kernel_size
-        self.tile_rows, self.tile_cols = -(-height // _SIDE), -(-width // _SIDE)
         self.joined = nn.Linear(channels, 3 * channels, bias=False)
         shape = (num_heads, channels // num_heads // 2, kernel_size)
         self.rel_rows = nn.Parameter(torch.randn(shape))
         self.rel_cols = nn.Parameter(torch.randn(shape))
         self.compiled = compiled
-        self._mask: BlockMask | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """
@@ -62,33 +60,35 @@ class TiledFlexAttention2d(nn.Module):
         Returns:
             (N, channels, height, width), in that layout.
         """
-        if self._mask is None or self._mask.kv_indices.device != x.device:
-            self._mask = self._make_mask(x.device)
+        mask = tile_mask(self.height, self.width, self.kernel_size, x.device)
         joined = self.joined(x.permute(0, 2, 3, 1))
         attend = _compiled_attend() if self.compiled else _attend
         geometry = (self.height, self.width, self.num_heads, self.kernel_size)
         embeddings = (self.rel_rows.to(x.dtype), self.rel_cols.to(x.dtype))
-        return attend(joined, *embeddings, self._mask, *geometry).permute(0, 3, 1, 2)
+        return attend(joined, *embeddings, mask, *geometry).permute(0, 3, 1, 2)
 
-    def _make_mask(self, device: torch.device) -> BlockMask:
-        """Return which tiles see which, and which pixels; the mask of all pixels is never made."""
-        rows, cols = (torch.arange(n, device=device) for n in (self.tile_rows, self.tile_cols))
-        near_rows = (rows[:, None] - rows).abs() <= 1
-        near_cols = (cols[:, None] - cols).abs() <= 1
-        near = (near_rows[:, None, :, None] & near_cols[None, :, None, :]).flatten(2).flatten(0, 1)
-        indices = near.int().argsort(dim=1, descending=True, stable=True).int()
-        return BlockMask.from_kv_blocks(
-            near.sum(1).int()[None, None],
-            indices[None, None],
-            BLOCK_SIZE=_TILE,
-            mask_mod=self._sees,
-        )
 
-    def _sees(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        reach = self.kernel_size // 2
-        (row, col), (key_row, key_col) = (_place(x, self.tile_cols) for x in (query, key))
-        near = ((key_row - row).abs() <= reach) & ((key_col - col).abs() <= reach)
-        return near & (key_row < self.height) & (key_col < self.width)
+@functools.cache
+def tile_mask(height: int, width: int, kernel_size: int, device: torch.device) -> BlockMask:
+    """Return which tiles see which, and which pixels; a mask of all pixels is never made.
+
+    It is the same object for all modules of a size, or torch would compile for each of them.
+    """
+    tile_rows, tile_cols = -(-height // _SIDE), -(-width // _SIDE)
+    rows, cols = (torch.arange(n, device=device) for n in (tile_rows, tile_cols))
+    near_rows = (rows[:, None] - rows).abs() <= 1
+    near_cols = (cols[:, None] - cols).abs() <= 1
+    near = (near_rows[:, None, :, None] & near_cols[None, :, None, :]).flatten(2).flatten(0, 1)
+    indices = near.int().argsort(dim=1, descending=True, stable=True).int()
+    reach = kernel_size // 2
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        (row, col), (key_row, key_col) = (_place(x, tile_cols) for x in (query, key))
+        inside = (key_row < height) & (key_col < width)
+        return inside & ((key_row - row).abs() <= reach) & ((key_col - col).abs() <= reach)
+
+    numbers = near.sum(1).int()[None, None]
+    return BlockMask.from_kv_blocks(numbers, indices[None, None], BLOCK_SIZE=_TILE, mask_mod=sees)
 
 
 def _place(token: Tensor, tile_cols: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The instructions that a compiled kernel executes, counted in what NVIDIA's disassembler prints."""
+"""The instructions that a kernel executes, counted in what NVIDIA's disassembler prints."""
 
 import importlib.util
 import re

@@ -72,20 +72,21 @@ class Calls:
     runs: Sequence[Run]
 
 
-def capture(make: Callable[[], Run]) -> Calls:
+def capture(make: Callable[[], Run], rotate: bool = True) -> Calls:
     """Make a CUDA graph of calls.
 
     Args:
         make: makes the tensors of a call, and returns the call. The call must not wait for the GPU,
             and allocates nothing whose size depends on what is in tensors.
+        rotate: whether calls go round copies; of a whole model there need be one.
     """
-    properties = torch.cuda.get_device_properties()
+    cache = torch.cuda.get_device_properties().L2_cache_size if rotate else 0
     # One stream for all, as libraries keep handles and workspaces for each stream, and autograd
     # runs the backward pass of an operation in the stream of its forward pass.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        runs = make_copies(make, properties.L2_cache_size, torch.cuda.memory_allocated)
+        runs = make_copies(make, cache, torch.cuda.memory_allocated)
         for _ in range(_WARM_UPS):
             runs[0]()
         for run in runs[1:]:
@@ -135,13 +136,14 @@ def time_rounds(calls: Mapping[str, Calls], rounds: int) -> dict[str, list[float
 
 
 def time_calls(
-    makes: Mapping[str, Callable[[], Run]], rounds: int
+    makes: Mapping[str, Callable[[], Run]], rounds: int, rotate: bool = True
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Time calls side by side as CUDA graphs, and let go of their memory.
 
     Args:
         makes: name to what makes a call, see :func:`capture`.
         rounds: number of rounds.
+        rotate: see :func:`capture`.
 
     Returns:
         (seconds, problems): name to the median time of a call, and to why there is none.
@@ -149,7 +151,7 @@ def time_calls(
     calls, problems = {}, {}
     for name, make in makes.items():
         try:
-            calls[name] = capture(make)
+            calls[name] = capture(make, rotate)
         except Exception as error:  # of whatever library it calls
             problems[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     medians = {name: statistics.median(x) for name, x in time_rounds(calls, rounds).items()}

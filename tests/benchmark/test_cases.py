@@ -11,7 +11,7 @@ from torch import nn
 
 from sasa_det.benchmark.cases import GROUPS, choose_groups, make_cases
 from sasa_det.benchmark.measure import Settings
-from sasa_det.benchmark.models import _DIGITS, _config, stock
+from sasa_det.benchmark.models import _DIGITS, stock, twin_config
 from sasa_det.benchmark.operators import convolutional_stem
 from sasa_det.errors import UsageError
 from sasa_det.modeling import use_products
@@ -66,7 +66,7 @@ def test_groups():
 
 
 def test_stock_twin_is_detectron2s():
-    cfg = _config(SETTINGS, _DIGITS["convolutional"])
+    cfg = twin_config(SETTINGS, _DIGITS["convolutional"])
     model = stock(build_model(cfg))
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     assert {type(module) for module in convolutions} == {nn.Conv2d, Conv2d}
