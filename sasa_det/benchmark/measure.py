@@ -17,11 +17,12 @@ _SECONDS_OF_ROUND = 0.05  # that calls take at least in a round
 
 
 def time_rounds(runs: dict[str, Run], rounds: int, device: str) -> dict[str, list[float]]:
-    """Time calls side by side.
+    """Time calls side by side, by the clock of the host.
 
     Every round makes each call, so that what else the machine does falls on all alike. A short
     call is made once more, before, and then several times in a row, because the first parallel
-    call after a pause waits until the other threads are awake.
+    call after a pause waits until the other threads are awake. On GPUs, what a CUDA graph can hold
+    is timed by :func:`sasa_det.ops.gpu_timing.time_rounds` instead.
 
     Args:
         runs: name to call; each is made once before the rounds.
@@ -133,6 +134,8 @@ class Case:
         contenders: the ways, the baseline first.
         memory: whether peak memory is measured too.
         at: place on the axis of a growth case, a kernel size or an image size.
+        waits: whether calls wait for what they compute, as for losses and boxes of detectors. No
+            CUDA graph can hold them.
     """
 
     group: str
@@ -141,6 +144,7 @@ class Case:
     contenders: tuple[Contender, ...]
     memory: bool = False
     at: int | None = None
+    waits: bool = False
 
 
 PASSES = {"forward": False, "forward + backward": True}
@@ -153,18 +157,22 @@ def cases_of_passes(
     contenders: Callable[[bool], Sequence[Contender]],
     passes: dict[str, bool] = PASSES,
     memory: bool = True,
+    waits: bool = False,
 ) -> list[Case]:
     """Return a case for each of the passes, by name.
 
     Args:
-        group, memory: see :class:`Case`.
+        group, memory, waits: see :class:`Case`.
         name: of the cases, before the name of the pass.
         title: ``{}`` in it stands for the pass.
         contenders: makes them for training or not.
         passes: name to whether it is training.
     """
     return [
-        Case(group, f"{name} {what}", title.format(what), tuple(contenders(training)), memory)
+        Case(
+            *(group, f"{name} {what}", title.format(what), tuple(contenders(training)), memory),
+            waits=waits,
+        )
         for what, training in passes.items()
     ]
 

@@ -183,7 +183,7 @@ def _detector_cases(
 
     title = f"{name}, {{}}, {settings.batch}x3x{size}x{size}"
     passes = {"inference": False, "training step": True}
-    return cases_of_passes(group, name, title, contenders, passes)
+    return cases_of_passes(group, name, title, contenders, passes, waits=True)
 
 
 def _detector_flops(settings: Settings, config: str, training: bool) -> int:

@@ -5,6 +5,7 @@ with those of the loop backend.
 """
 
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -44,24 +45,45 @@ _MOST_BLOCKS = 65535  # of a grid's second and third dimension
 
 def why_not(query: Tensor, num_heads: int, kernel_size: int, forced: bool = False) -> str | None:
     """Return why inputs like ``query`` cannot run here, or None if they can."""
+    # Fake tensors stand for any size while a compiler traces.
+    traced = type(query) not in (Tensor, torch.nn.Parameter)
+    return why_not_like(
+        query.device, query.dtype, query.shape, num_heads, kernel_size, traced=traced
+    )
+
+
+def why_not_like(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    num_heads: int,
+    kernel_size: int,
+    traced: bool = False,
+) -> str | None:
+    """Return why queries cannot run here, or None if they can.
+
+    Args:
+        device, dtype, shape: of the queries (N, C, H, W).
+        num_heads, kernel_size: see :func:`sasa_det.ops.local_attention`.
+        traced: whether only device and type are known, and nothing runs.
+    """
     if MISSING:
         return MISSING
-    if query.device.type != "cuda":
-        return f"it takes CUDA tensors, not {query.device.type}"
-    if query.dtype not in _DTYPES:
-        return f"it takes bfloat16 or float16, not {query.dtype}"
-    head_width = query.shape[1] // num_heads
+    if device.type != "cuda":
+        return f"it takes CUDA tensors, not {device.type}"
+    if dtype not in _DTYPES:
+        return f"it takes bfloat16 or float16, not {dtype}"
+    head_width = shape[1] // num_heads
     if head_width not in HEAD_WIDTHS:
         return f"it takes heads of width 8, 16, 32 or 64, not {head_width}"
     if kernel_size > WIDEST_KERNEL:
         return f"it takes a kernel_size of {WIDEST_KERNEL} at most, not {kernel_size}"
     if not torch.cuda.is_available():
         return "no GPU is available"
-    variant = Variant(query.dtype, head_width, kernel_size)
-    reason = _why_not_on(query.device, variant)
-    # Fake tensors stand for any size while a compiler traces.
-    if reason is None and type(query) in (Tensor, torch.nn.Parameter):
-        reason = _why_not_of_size(query) or why_not_correct(query.device, variant)
+    variant = Variant(dtype, head_width, kernel_size)
+    reason = _why_not_on(device, variant)
+    if reason is None and not traced:
+        reason = _why_not_of_size(shape) or why_not_correct(device, variant)
     return reason
 
 
@@ -76,8 +98,8 @@ def _why_not_on(device: torch.device, variant: Variant) -> str | None:
     return None
 
 
-def _why_not_of_size(query: Tensor) -> str | None:
-    batch, channels, height, width = query.shape
+def _why_not_of_size(shape: Sequence[int]) -> str | None:
+    batch, channels, height, width = shape
     if batch > _MOST_BLOCKS or height > 8 * _MOST_BLOCKS or height * width >= 2**31:
         return f"it does not take {batch} images of {height} x {width}"
     if width * channels > LARGEST_ROW:
@@ -106,8 +128,23 @@ def forward(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask)
     return output.permute(0, 3, 1, 2), log_sum
 
 
-def backward(grad, query, key, value, rel_rows, rel_cols, log_sum, kernel_size, num_heads, mask):
-    """See :func:`sasa_det.ops.operator.attend_backward`; the same bits in every run."""
+def backward(
+    grad,
+    query,
+    key,
+    value,
+    rel_rows,
+    rel_cols,
+    log_sum,
+    kernel_size,
+    num_heads,
+    mask,
+    results: Sequence[Tensor | None] | None = None,
+):
+    """See :func:`sasa_det.ops.operator.attend_backward`; the same bits in every run.
+
+    ``results`` may have what takes the gradients of query, key and value, (N, H, W, C).
+    """
     variant = _variant(query, key, rel_rows, kernel_size, num_heads, mask)
     images = (grad.to(query.dtype), query, key, value)
     grad, query, key, value = map(_channels_last, images)
@@ -125,12 +162,14 @@ def backward(grad, query, key, value, rel_rows, rel_cols, log_sum, kernel_size, 
     sums = None
     if has_position:
         sums = query.new_empty(embedding_sums_shape(query), dtype=torch.float32)
-    grad_query, grad_key, grad_value = map(_empty_like, (query, key, value))
+    if results is None:
+        results = list(map(_empty_like, (query, key, value)))
+    grad_query, grad_key, grad_value = results
     if query.shape[0] > 0:
-        results = {"grad_query": grad_query, "grad_embeddings": sums}
-        _start(launch_of("local_attention_query", variant, **tensors, **results), query)
-        results = {"grad_key": grad_key, "grad_value": grad_value}
-        _start(launch_of("local_attention_key", variant, **tensors, **results), query)
+        written = {"grad_query": grad_query, "grad_embeddings": sums}
+        _start(launch_of("local_attention_query", variant, **tensors, **written), query)
+        written = {"grad_key": grad_key, "grad_value": grad_value}
+        _start(launch_of("local_attention_key", variant, **tensors, **written), query)
     grad_rows, grad_cols = query.new_empty(0), query.new_empty(0)
     if has_position:
         gradients = embedding_gradients(sums, variant)
