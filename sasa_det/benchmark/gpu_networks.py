@@ -38,24 +38,29 @@ class Network(nn.Module):
         return [*logits, *deltas]
 
 
-def network_maker(settings: Settings, config: str, training: bool) -> Callable[[], Run]:
+def network_maker(
+    settings: Settings, config: str, training: bool, autocast: bool = True
+) -> Callable[[], Run]:
     """Return what makes a network, and its call.
 
     Args:
-        settings: its type is that of autocast.
+        settings: of the run.
         config: one of NETWORKS' values.
         training: forward and backward pass with gradients of all weights, or inference.
+        autocast: whether weights and images are float32, and autocast casts them to the type of the
+            settings; else they have that type themselves.
     """
+    dtype = torch.float32 if autocast else settings.dtype
 
     def make() -> Run:
         network = Network(build_model(twin_config(settings, config)))
-        network.to(memory_format=torch.channels_last)
+        network.to(dtype=dtype, memory_format=torch.channels_last)
         images = torch.randn(settings.batch, 3, settings.image_size, settings.image_size)
-        images = images.to(settings.device, memory_format=torch.channels_last)
+        images = images.to(settings.device, dtype, memory_format=torch.channels_last)
 
         def forward() -> list[Tensor]:
             # Inside of a graph, so that it casts the weights in every replay.
-            with settings.autocast(settings.dtype):
+            with settings.autocast(settings.dtype if autocast else None):
                 return network(images)
 
         if not training:
@@ -69,7 +74,7 @@ def network_maker(settings: Settings, config: str, training: bool) -> Callable[[
         network.train()
         weights = [x for x in network.parameters() if x.requires_grad]
         with torch.no_grad():
-            grads = [torch.randn_like(x) for x in forward()]
+            grads = [torch.randn_like(x, memory_format=torch.channels_last) for x in forward()]
         return lambda: torch.autograd.grad(forward(), weights, grads)
 
     return make

@@ -91,6 +91,11 @@ def layout_of(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.shape[1] > 1 and x.stride(1) == 1 else torch.contiguous_format
 
 
+def prefers_channels_last(x: Tensor) -> bool:
+    """Tell whether kernels for maps like ``x``, those of cuDNN too, read channels_last at best."""
+    return x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16)
+
+
 def _result_layout(x: Tensor) -> torch.memory_format:
     """Return the layout of results like ``x``: on GPUs it is that of ``x``, else (N, C, H, W)."""
     return layout_of(x) if x.device.type == "cuda" else torch.contiguous_format
