@@ -103,12 +103,11 @@ def as_markdown(measured: Measured, predicted: Predicted, gpu: Gpu | None) -> st
         parts += [_LAYERS, layers_table(measured.layers, predicted)]
     if measured.models:
         parts += [_MODELS, models_table(measured.models)]
-    missing = {
-        f"{row.what}, {row.way}: {row.why_not}"
-        for row in measured.layers + measured.models
-        if row.why_not
-    }
-    return "\n\n".join([*parts, *sorted(missing), *measured.notes]) + "\n"
+    rows = measured.layers + measured.models
+    missing = [f"- {row.what}, {row.way}: {row.why_not}" for row in rows if row.why_not]
+    if missing:
+        parts += ["Not measured:", "\n".join(missing)]
+    return "\n\n".join([*parts, *measured.notes]) + "\n"
 
 
 _ERRORS = (

@@ -88,12 +88,19 @@ class Settings:
     configs: Path
     bfloat16: bool = False
 
+    @property
+    def layout(self) -> torch.memory_format:
+        """The layout of maps and weights, in which tensor cores of GPUs read them."""
+        half = self.dtype in (torch.bfloat16, torch.float16)
+        return torch.channels_last if self.device == "cuda" and half else torch.contiguous_format
+
     def features(self, channels: int, size: int) -> Tensor:
         shape = (self.batch, channels, size, size)
-        return torch.randn(shape, device=self.device, dtype=self.dtype)
+        features = torch.randn(shape, device=self.device, dtype=self.dtype)
+        return features.to(memory_format=self.layout)
 
     def place(self, module: nn.Module) -> nn.Module:
-        return module.to(self.device, self.dtype)
+        return module.to(self.device, self.dtype, memory_format=self.layout)
 
     def autocast(self, dtype: torch.dtype | None) -> AbstractContextManager:
         """Return a context in which products are computed in ``dtype``, if it is one."""

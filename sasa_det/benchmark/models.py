@@ -199,7 +199,7 @@ def _image_flops(settings: Settings, config: str) -> int:
 
 def _detection(settings: Settings, config: str, way: _Way, training: bool) -> Run:
     cfg = twin_config(settings, config)
-    model = build_model(cfg)
+    model = build_model(cfg).to(memory_format=settings.layout)
     inputs = _detection_inputs(settings)
     dtype = way.dtype or (None if settings.dtype == torch.float32 else settings.dtype)
     if not training:

@@ -20,6 +20,8 @@ def is_joined(layer: nn.Module, x: Tensor) -> bool:
         layer: any of that class.
         x: its input.
     """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
     if x.dim() != 4 or not is_plain_tensor(x) or layer.backend not in (None, "cuda"):
         return False
     shape = (x.shape[0], layer.out_channels, *x.shape[2:])
@@ -34,7 +36,6 @@ def is_joined(layer: nn.Module, x: Tensor) -> bool:
         and all(map(is_plain_pointwise, projections(layer)))
         and (layer.rel_rows is None or is_plain_tensor(layer.rel_rows))
         and len({bias is None for bias in biases}) == 1
-        and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
     )
 
 

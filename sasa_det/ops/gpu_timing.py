@@ -153,7 +153,7 @@ def time_calls(
         try:
             calls[name] = capture(make, rotate)
         except Exception as error:  # of whatever library it calls
-            problems[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            problems[name] = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
     medians = {name: statistics.median(x) for name, x in time_rounds(calls, rounds).items()}
     calls.clear()
     torch.cuda.empty_cache()
