@@ -66,6 +66,13 @@ def test_the_real_process_lacks_nothing_but_a_gpu():
     assert "cuda_check.py" in done.stderr and "NVIDIA driver" in done.stderr
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_the_real_process_compares_the_kernels():
+    verdicts = cuda_check.check(VARIANTS, GPU)
+    assert [verdict.problem for verdict in verdicts] == [None, None]
+    assert all(set(verdict.errors) == set(cuda_check.RESULTS) for verdict in verdicts)
+
+
 def test_a_verdict_is_kept(tmp_path):
     path = tmp_path / "checks" / "x.json"
     kept = Verdict({"output": 0.01}, "output differs")

@@ -1,8 +1,10 @@
 """The plan of measurements on a GPU: how many copies and calls there are."""
 
 import pytest
+import torch
 
-from sasa_det.ops.gpu_timing import make_copies, num_calls, num_copies
+from sasa_det.layers import LocalSelfAttention2d
+from sasa_det.ops.gpu_timing import capture, make_copies, num_calls, num_copies
 
 MIB = 1 << 20
 
@@ -37,3 +39,45 @@ def test_calls_are_made_until_they_fill_the_cache_twice():
     assert [run() for run in runs] == made == [0, 1, 2, 3, 4]
     made.clear()
     assert len(make_copies(make, 0, lambda: 30 * len(made))) == 1
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+@needs_gpu
+def test_a_replay_makes_every_call_once():
+    counters = []
+
+    def make():
+        counters.append(torch.zeros(1 << 20, device="cuda"))
+        return lambda x=counters[-1]: x.add_(1)
+
+    calls = capture(make)
+    before = sum(int(x[0]) for x in counters)
+    calls.graph.replay()
+    torch.cuda.synchronize()
+    assert sum(int(x[0]) for x in counters) == before + calls.count
+    cache = torch.cuda.get_device_properties().L2_cache_size
+    assert sum(x.nbytes for x in counters) > 2 * cache or len(counters) == 100
+
+
+@needs_gpu
+def test_a_step_in_a_graph_has_the_gradients_of_one_outside():
+    torch.manual_seed(0)
+    layer = LocalSelfAttention2d(64, 64).to("cuda", torch.bfloat16)
+    layer.to(memory_format=torch.channels_last)
+    x = torch.randn(2, 64, 19, 21, device="cuda", dtype=torch.bfloat16)
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    grad = torch.randn_like(x)
+    kept = []
+
+    def make():
+        def run():
+            kept[:] = torch.autograd.grad(layer(x), [x, *layer.parameters()], grad)
+
+        return run
+
+    calls = capture(make, rotate=False)
+    calls.graph.replay()
+    expected = torch.autograd.grad(layer(x), [x, *layer.parameters()], grad)
+    assert all(torch.equal(a, b) for a, b in zip(kept, expected, strict=True))
