@@ -25,6 +25,7 @@ from ..utils.files import whole_file
 from . import loop
 from .cuda_compiler import CompilerError, cache_folder, source_digest
 from .cuda_kernels import Variant
+from .precision import autocast_disabled
 
 logger = logging.getLogger(__name__)
 
@@ -245,7 +246,8 @@ def verdict_of(variant: Variant, device: torch.device) -> Verdict:
         device: where to run them.
     """
     try:
-        with torch.no_grad():
+        # The first call of a layer may come from within an autocast context.
+        with torch.no_grad(), autocast_disabled(device):
             errors = errors_of(variant, device)
     except CompilerError as error:
         return Verdict({}, str(error))
@@ -274,10 +276,13 @@ def errors_of(variant: Variant, device: torch.device) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     shape = (2, heads * variant.head_width, 11, 19)
     grad, *images = (
-        torch.randn(shape, generator=generator).to(device, variant.dtype) for _ in range(4)
+        torch.randn(shape, generator=generator, device="cpu").to(device, variant.dtype)
+        for _ in range(4)
     )
     shape = (heads, variant.head_width // 2, variant.kernel_size)
-    embeddings = [torch.randn(shape, generator=generator).to(device) for _ in range(2)]
+    embeddings = [
+        torch.randn(shape, generator=generator, device="cpu").to(device) for _ in range(2)
+    ]
     if not variant.content:
         images[1] = None
     if not variant.position:

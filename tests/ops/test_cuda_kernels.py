@@ -573,6 +573,13 @@ def test_the_check_at_first_use_finds_what_is_wrong(emulated, monkeypatch, index
         assert verdict.problem.startswith(f"{name} differs from the loop backend's by ")
 
 
+def test_autocast_does_not_change_the_check(emulated):
+    arguments = VARIANTS["8-half"], torch.device("cpu")
+    expected = cuda_check.verdict_of(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cuda_check.verdict_of(*arguments) == expected
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
     inputs = [x.permute(0, 3, 1, 2) for x in make(VARIANTS["32"], 1, 1, 3, 4)[:3]]
