@@ -47,6 +47,7 @@ def run_benchmark(args: argparse.Namespace) -> None:
         refuse_existing(output)
     if args.threads:
         torch.set_num_threads(args.threads)
+    torch.backends.cudnn.benchmark = settings.device == "cuda"  # convolutions at their best
     if args.memory_of:
         _print_memory(cases, *args.memory_of, settings.device)
         return

@@ -17,11 +17,12 @@ _SECONDS_OF_ROUND = 0.05  # that calls take at least in a round
 
 
 def time_rounds(runs: dict[str, Run], rounds: int, device: str) -> dict[str, list[float]]:
-    """Time calls side by side.
+    """Time calls side by side, by the clock of the host.
 
     Every round makes each call, so that what else the machine does falls on all alike. A short
     call is made once more, before, and then several times in a row, because the first parallel
-    call after a pause waits until the other threads are awake.
+    call after a pause waits until the other threads are awake. On GPUs, what a CUDA graph can hold
+    is timed by :func:`sasa_det.ops.gpu_timing.time_rounds` instead.
 
     Args:
         runs: name to call; each is made once before the rounds.
@@ -87,12 +88,19 @@ class Settings:
     configs: Path
     bfloat16: bool = False
 
+    @property
+    def layout(self) -> torch.memory_format:
+        """The layout of maps and weights, in which tensor cores of GPUs read them."""
+        half = self.dtype in (torch.bfloat16, torch.float16)
+        return torch.channels_last if self.device == "cuda" and half else torch.contiguous_format
+
     def features(self, channels: int, size: int) -> Tensor:
         shape = (self.batch, channels, size, size)
-        return torch.randn(shape, device=self.device, dtype=self.dtype)
+        features = torch.randn(shape, device=self.device, dtype=self.dtype)
+        return features.to(memory_format=self.layout)
 
     def place(self, module: nn.Module) -> nn.Module:
-        return module.to(self.device, self.dtype)
+        return module.to(self.device, self.dtype, memory_format=self.layout)
 
     def autocast(self, dtype: torch.dtype | None) -> AbstractContextManager:
         """Return a context in which products are computed in ``dtype``, if it is one."""
@@ -133,6 +141,8 @@ class Case:
         contenders: the ways, the baseline first.
         memory: whether peak memory is measured too.
         at: place on the axis of a growth case, a kernel size or an image size.
+        waits: whether calls wait for what they compute, as for losses and boxes of detectors. No
+            CUDA graph can hold them.
     """
 
     group: str
@@ -141,6 +151,7 @@ class Case:
     contenders: tuple[Contender, ...]
     memory: bool = False
     at: int | None = None
+    waits: bool = False
 
 
 PASSES = {"forward": False, "forward + backward": True}
@@ -153,18 +164,22 @@ def cases_of_passes(
     contenders: Callable[[bool], Sequence[Contender]],
     passes: dict[str, bool] = PASSES,
     memory: bool = True,
+    waits: bool = False,
 ) -> list[Case]:
     """Return a case for each of the passes, by name.
 
     Args:
-        group, memory: see :class:`Case`.
+        group, memory, waits: see :class:`Case`.
         name: of the cases, before the name of the pass.
         title: ``{}`` in it stands for the pass.
         contenders: makes them for training or not.
         passes: name to whether it is training.
     """
     return [
-        Case(group, f"{name} {what}", title.format(what), tuple(contenders(training)), memory)
+        Case(
+            *(group, f"{name} {what}", title.format(what), tuple(contenders(training)), memory),
+            waits=waits,
+        )
         for what, training in passes.items()
     ]
 

@@ -94,7 +94,8 @@ def _ways(training: bool, bfloat16: bool) -> list[_Way]:
     return ways
 
 
-def _config(settings: Settings, name: str) -> CfgNode:
+def twin_config(settings: Settings, name: str) -> CfgNode:
+    """Return a config of the project for models that are compared, with norms that are trained."""
     cfg = default_config()
     cfg.merge_from_file(str(settings.configs / name))
     cfg.MODEL.DEVICE = settings.device
@@ -131,7 +132,7 @@ def _backbone_cases(settings: Settings) -> list[Case]:
     size = settings.image_size
 
     def build(kind: str) -> nn.Module:
-        cfg = _config(settings, _RETINANET_50[kind])
+        cfg = twin_config(settings, _RETINANET_50[kind])
         return _Last(build_backbone(cfg, ShapeSpec(channels=3)).bottom_up)
 
     def contender(way: _Way, training: bool) -> Contender:
@@ -183,7 +184,7 @@ def _detector_cases(
 
     title = f"{name}, {{}}, {settings.batch}x3x{size}x{size}"
     passes = {"inference": False, "training step": True}
-    return cases_of_passes(group, name, title, contenders, passes)
+    return cases_of_passes(group, name, title, contenders, passes, waits=True)
 
 
 def _detector_flops(settings: Settings, config: str, training: bool) -> int:
@@ -194,12 +195,12 @@ def _detector_flops(settings: Settings, config: str, training: bool) -> int:
 def _image_flops(settings: Settings, config: str) -> int:
     """Count a detector without what follows its head, as the loss and the choice of boxes."""
     size = settings.image_size
-    return total(count_config(_config(settings, config), size, size)).flops
+    return total(count_config(twin_config(settings, config), size, size)).flops
 
 
 def _detection(settings: Settings, config: str, way: _Way, training: bool) -> Run:
-    cfg = _config(settings, config)
-    model = build_model(cfg)
+    cfg = twin_config(settings, config)
+    model = build_model(cfg).to(memory_format=settings.layout)
     inputs = _detection_inputs(settings)
     dtype = way.dtype or (None if settings.dtype == torch.float32 else settings.dtype)
     if not training:

@@ -12,6 +12,7 @@ from ..ops import local_attention
 from . import others
 from .measure import Case, Contender, Run, Settings, cases_of_passes
 from .peak import count_flops, of_pass
+from .tiled_flex import TiledFlexAttention2d
 
 _ATTENTION = "attention"
 _CONVOLUTION = "3x3 convolution"
@@ -153,7 +154,8 @@ def _op_contenders(
         Contender("attention, loop in PyTorch", partial(run, backend="loop"), flops=flops),
         Contender("unfold", partial(run, backend="reference"), flops=flops, slow=True),
     ]
-    if not training:
+    # On GPUs, the layer has it in tiles.
+    if not training and settings.device == "cpu":
 
         def make_flex() -> Run:
             return others.flex_attention(*_op_tensors(settings, channels, size, 7), kernel_size=7)
@@ -197,6 +199,9 @@ def _layer_cases(settings: Settings) -> list[Case]:
             contender("unfold", unfold, counted=attention, slow=True),
             contender("HaloAttn (timm)", halo, flops=None, foreign=True),
         ]
+        if settings.device == "cuda":
+            flex = partial(TiledFlexAttention2d, 256, size, size)
+            made.append(contender("FlexAttention", flex, flops=None, foreign=True, slow=True))
         if settings.bfloat16:
             rival = f"{_CONVOLUTION}, bfloat16"
             for name, build in ((rival, convolution), (f"{_ATTENTION}, bfloat16", attention)):

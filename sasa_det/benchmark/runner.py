@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from ..ops import gpu_timing
 from .measure import Case, Result, Run, Settings, relative_spread, time_rounds
 from .quiet import Watch
 
@@ -61,12 +62,13 @@ def _measure(
 ) -> list[Result]:
     baseline = case.contenders[0].name
     results = {c.name: Result(case.name, c.name, baseline, c.rival) for c in case.contenders}
-    runs: dict[str, Run] = {}
-    slow: dict[str, Run] = {}
+    captured = settings.device == "cuda" and not case.waits
+    runs: dict[str, Run | gpu_timing.Calls] = {}
+    slow: dict[str, Run | gpu_timing.Calls] = {}
     for contender in case.contenders:
         try:
-            run = contender.make()
-            if contender.foreign:
+            run = gpu_timing.capture(contender.make) if captured else contender.make()
+            if contender.foreign and not captured:
                 run()
         except Exception as error:
             if not contender.foreign:
@@ -76,7 +78,10 @@ def _measure(
         (slow if contender.slow else runs)[contender.name] = run
     for timed, times in ((runs, rounds), (slow, min(rounds, SLOW_ROUNDS))):
         watch = Watch()
-        seconds = time_rounds(timed, times, settings.device)
+        if captured:
+            seconds = gpu_timing.time_rounds(timed, times)
+        else:
+            seconds = time_rounds(timed, times, settings.device)
         others = watch.others()
         for name, values in seconds.items():
             result = results[name]

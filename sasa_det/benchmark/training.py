@@ -28,6 +28,7 @@ def _trainer_cases(settings: Settings) -> list[Case]:
             "trainer",
             "training on digits with all hooks, 8x3x128x128",
             tuple(Contender(name, partial(run, settings)) for name, run in contenders.items()),
+            waits=True,
         )
     ]
 

@@ -17,6 +17,7 @@ from ..ops import (
     stem_attention,
 )
 from ..ops.arguments import check_choice, check_heads
+from ..ops.operator import prefers_channels_last
 from .norm import constant_affine, norm_kind, update_running_statistics
 from .plain import is_plain_pointwise
 
@@ -162,8 +163,7 @@ class AttentionStem(nn.Module):
         """
         if not torch.jit.is_scripting():  # alone, or TorchScript compiles what it cannot
             self._check_type(x)
-            if self._is_plain():
-                return self._run_fused(x)
+            return self._run(x)
         return self._pool(self._attend(x))
 
     def _check_type(self, x: Tensor) -> None:
@@ -173,6 +173,13 @@ class AttentionStem(nn.Module):
                 f"the input of an attention stem must have the type of its weights, {dtype}, got "
                 f"{x.dtype}."
             )
+
+    def _run(self, x: Tensor) -> Tensor:
+        x = self._run_fused(x) if self._is_plain() else self._pool(self._attend(x))
+        if prefers_channels_last(x):
+            # All layers that follow keep the layout.
+            x = x.contiguous(memory_format=torch.channels_last)
+        return x
 
     def _pool(self, x: Tensor) -> Tensor:
         # ReLU and the maximum commute, and after it there is a sixteenth of the pixels.

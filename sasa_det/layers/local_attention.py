@@ -12,6 +12,7 @@ from ..ops import local_attention
 from ..ops.arguments import check_choice, check_heads, check_kernel_size
 from ..ops.local_attention import BORDERS, check_backend
 from ..ops.product import Operand
+from . import joined
 from .head_norm import HeadRMSNorm, HeadUnitNorm
 from .one_piece import OnePiece, infer, is_one_piece, parameters_of
 from .position import sinusoidal_encoding
@@ -226,6 +227,8 @@ class LocalSelfAttention2d(nn.Module):
                     return self.pool(self._run_one_piece(x))
                 if self.query_norm is not None:
                     _say_once(self.query_norm.__class__.__name__)
+            elif joined.is_joined(self, x):
+                return self.pool(joined.attend(self, x))
         tensors = (*self.project(x), self.rel_rows, self.rel_cols)
         if torch.jit.is_scripting():  # which takes operators and no keyword-only defaults
             x = torch.ops.sasa_det.local_attention(

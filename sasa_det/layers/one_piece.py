@@ -39,13 +39,13 @@ def is_one_piece(layer: nn.Module) -> bool:
     )
 
 
-def _weights(layer: nn.Module) -> list[Tensor]:
+def weights_of(layer: nn.Module) -> list[Tensor]:
     """Return the weights of the projections; the factor of the logits is part of the first."""
     query, *others = (p.weight for p in projections(layer))
     return [query * layer.logit_factor if layer.scale_logits else query, *others]
 
 
-def _biases(layer: nn.Module) -> list[Tensor | None]:
+def biases_of(layer: nn.Module) -> list[Tensor | None]:
     query, *others = (p.bias for p in projections(layer))
     if query is not None and layer.scale_logits:
         query = query * layer.logit_factor
@@ -54,7 +54,7 @@ def _biases(layer: nn.Module) -> list[Tensor | None]:
 
 def parameters_of(layer: nn.Module) -> list[Tensor | None]:
     """Return the weights of the projections, in their order, and both embeddings."""
-    return [*_weights(layer), layer.rel_rows, layer.rel_cols]
+    return [*weights_of(layer), layer.rel_rows, layer.rel_cols]
 
 
 class Parameters:
@@ -78,7 +78,7 @@ def infer(layer: nn.Module, x: Operand) -> Tensor:
     Returns:
         (N, C_out, H, W).
     """
-    weights, biases = _weights(layer), _biases(layer)
+    weights, biases = weights_of(layer), biases_of(layer)
     embeddings = [layer.rel_rows, layer.rel_cols]
     numbers_of_image = len(weights) * layer.out_channels * x.data.shape[2:].numel()
     groups = min(layer.num_heads, -(-numbers_of_image // MOST_PROJECTED))

@@ -1,20 +1,17 @@
 """CUDA backend: the kernels of csrc/cuda, compiled when they are first used.
 
-Before a GPU runs them for the first time in a process, their results for a small image are compared
-with those of the loop backend, for each type, head width and kernel size. If they differ, or do not
-compile, a warning says so and the next backend is used.
+Before a GPU runs them for the first time, cuda_check.py compares their results for a small image
+with those of the loop backend.
 """
 
 import importlib.util
-import logging
-import os
-from functools import cache
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import loop
-from .cuda_compiler import CompilerError, launch, load_kernel
+from .cuda_check import why_not_correct
+from .cuda_compiler import launch, load_kernel
 from .cuda_kernels import (
     HEAD_WIDTHS,
     LARGEST_ROW,
@@ -27,8 +24,6 @@ from .cuda_kernels import (
     launch_of,
     pixel_stride,
 )
-
-logger = logging.getLogger(__name__)
 
 SUMMARY = "CUDA C++, windows on tensor cores, for CUDA tensors of bfloat16 or float16"
 
@@ -43,36 +38,52 @@ def _is_installed(package: str) -> bool:
 # Why the kernels are not there, or None.
 MISSING = None if _is_installed("cuda.bindings") else "cuda-bindings is not installed"
 
-# "0" takes the kernels without comparing them first.
-CHECK_VARIABLE = "SASA_DET_SELF_CHECK"
-
 _DTYPES = (torch.bfloat16, torch.float16)
-# Of the largest values of each result, or of 1.
-_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
 _CAPABILITY = (8, 0)
 _MOST_BLOCKS = 65535  # of a grid's second and third dimension
 
 
 def why_not(query: Tensor, num_heads: int, kernel_size: int, forced: bool = False) -> str | None:
     """Return why inputs like ``query`` cannot run here, or None if they can."""
+    # Fake tensors stand for any size while a compiler traces.
+    traced = type(query) not in (Tensor, torch.nn.Parameter)
+    return why_not_like(
+        query.device, query.dtype, query.shape, num_heads, kernel_size, traced=traced
+    )
+
+
+def why_not_like(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    num_heads: int,
+    kernel_size: int,
+    traced: bool = False,
+) -> str | None:
+    """Return why queries cannot run here, or None if they can.
+
+    Args:
+        device, dtype, shape: of the queries (N, C, H, W).
+        num_heads, kernel_size: see :func:`sasa_det.ops.local_attention`.
+        traced: whether only device and type are known, and nothing runs.
+    """
     if MISSING:
         return MISSING
-    if query.device.type != "cuda":
-        return f"it takes CUDA tensors, not {query.device.type}"
-    if query.dtype not in _DTYPES:
-        return f"it takes bfloat16 or float16, not {query.dtype}"
-    head_width = query.shape[1] // num_heads
+    if device.type != "cuda":
+        return f"it takes CUDA tensors, not {device.type}"
+    if dtype not in _DTYPES:
+        return f"it takes bfloat16 or float16, not {dtype}"
+    head_width = shape[1] // num_heads
     if head_width not in HEAD_WIDTHS:
         return f"it takes heads of width 8, 16, 32 or 64, not {head_width}"
     if kernel_size > WIDEST_KERNEL:
         return f"it takes a kernel_size of {WIDEST_KERNEL} at most, not {kernel_size}"
     if not torch.cuda.is_available():
         return "no GPU is available"
-    variant = Variant(query.dtype, head_width, kernel_size)
-    reason = _why_not_on(query.device, variant)
-    # Fake tensors stand for any size while a compiler traces.
-    if reason is None and type(query) in (Tensor, torch.nn.Parameter):
-        reason = _why_not_of_size(query) or _why_not_correct(query.device, variant)
+    variant = Variant(dtype, head_width, kernel_size)
+    reason = _why_not_on(device, variant)
+    if reason is None and not traced:
+        reason = _why_not_of_size(shape) or why_not_correct(device, variant)
     return reason
 
 
@@ -87,72 +98,13 @@ def _why_not_on(device: torch.device, variant: Variant) -> str | None:
     return None
 
 
-def _why_not_of_size(query: Tensor) -> str | None:
-    batch, channels, height, width = query.shape
+def _why_not_of_size(shape: Sequence[int]) -> str | None:
+    batch, channels, height, width = shape
     if batch > _MOST_BLOCKS or height > 8 * _MOST_BLOCKS or height * width >= 2**31:
         return f"it does not take {batch} images of {height} x {width}"
     if width * channels > LARGEST_ROW:
         return f"it does not take rows of {width} pixels of {channels} channels"
     return None
-
-
-def _why_not_correct(device: torch.device, variant: Variant) -> str | None:
-    # Nothing can be compared while a CUDA graph is captured.
-    if os.environ.get(CHECK_VARIABLE) == "0" or torch.cuda.is_current_stream_capturing():
-        return None
-    return _failed_check(device, variant)
-
-
-@cache
-def _failed_check(device: torch.device, variant: Variant) -> str | None:
-    """Compare the kernels with the loop backend; return what is wrong, or None."""
-    try:
-        with torch.cuda.device(device), torch.no_grad():
-            problem = self_check(variant, device)
-    except CompilerError as error:
-        problem = str(error).rstrip(".")
-    if problem:
-        logger.warning(
-            "local_attention does not use its CUDA kernels for %s, heads of %d channels and "
-            "kernel_size %d: %s.",
-            *(variant.dtype, variant.head_width, variant.kernel_size, problem),
-        )
-    return problem
-
-
-def self_check(variant: Variant, device: torch.device) -> str | None:
-    """Run the kernels on a small image, with parts of tiles and of groups of heads.
-
-    Args:
-        variant: what to compile them for.
-        device: where to run them.
-
-    Returns:
-        str: the result that differs most from the loop backend's in float32, with its error, if one
-        differs by more than rounding; else None.
-    """
-    heads = variant.heads_of_block + 1
-    generator = torch.Generator().manual_seed(0)
-    shape = (2, heads * variant.head_width, 11, 19)
-    images = [torch.randn(shape, generator=generator).to(device, variant.dtype) for _ in range(4)]
-    shape = (heads, variant.head_width // 2, variant.kernel_size)
-    embeddings = [torch.randn(shape, generator=generator).to(device) for _ in range(2)]
-    options = (variant.kernel_size, heads, variant.mask)
-    grad, *inputs = images
-    output, log_sum = forward(*inputs, *embeddings, *options)
-    actual = [output, *backward(grad, *inputs, *embeddings, log_sum, *options)]
-    exact = [x.float() for x in inputs]
-    output, log_sum = loop.forward(*exact, *embeddings, *options)
-    gradients = loop.backward(grad.float(), *exact, *embeddings, log_sum, *options)
-    names = ("output", "grad_query", "grad_key", "grad_value", "grad_rel_rows", "grad_rel_cols")
-    errors = {}
-    for name, ours, theirs in zip(names, actual, [output, *gradients], strict=True):
-        error = (ours.float() - theirs).abs().max() / theirs.abs().max().clamp(min=1)
-        errors[name] = float(error.nan_to_num(torch.inf))
-    worst = max(errors, key=errors.get)
-    if errors[worst] <= _TOLERANCE[variant.dtype]:
-        return None
-    return f"{worst} differs from the loop backend's by {errors[worst]:.2g} of its largest value"
 
 
 def forward(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask):
@@ -176,8 +128,23 @@ def forward(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask)
     return output.permute(0, 3, 1, 2), log_sum
 
 
-def backward(grad, query, key, value, rel_rows, rel_cols, log_sum, kernel_size, num_heads, mask):
-    """See :func:`sasa_det.ops.operator.attend_backward`; the same bits in every run."""
+def backward(
+    grad,
+    query,
+    key,
+    value,
+    rel_rows,
+    rel_cols,
+    log_sum,
+    kernel_size,
+    num_heads,
+    mask,
+    results: Sequence[Tensor | None] | None = None,
+):
+    """See :func:`sasa_det.ops.operator.attend_backward`; the same bits in every run.
+
+    ``results`` may have what takes the gradients of query, key and value, (N, H, W, C).
+    """
     variant = _variant(query, key, rel_rows, kernel_size, num_heads, mask)
     images = (grad.to(query.dtype), query, key, value)
     grad, query, key, value = map(_channels_last, images)
@@ -195,12 +162,14 @@ def backward(grad, query, key, value, rel_rows, rel_cols, log_sum, kernel_size, 
     sums = None
     if has_position:
         sums = query.new_empty(embedding_sums_shape(query), dtype=torch.float32)
-    grad_query, grad_key, grad_value = map(_empty_like, (query, key, value))
+    if results is None:
+        results = list(map(_empty_like, (query, key, value)))
+    grad_query, grad_key, grad_value = results
     if query.shape[0] > 0:
-        results = {"grad_query": grad_query, "grad_embeddings": sums}
-        _start(launch_of("local_attention_query", variant, **tensors, **results), query)
-        results = {"grad_key": grad_key, "grad_value": grad_value}
-        _start(launch_of("local_attention_key", variant, **tensors, **results), query)
+        written = {"grad_query": grad_query, "grad_embeddings": sums}
+        _start(launch_of("local_attention_query", variant, **tensors, **written), query)
+        written = {"grad_key": grad_key, "grad_value": grad_value}
+        _start(launch_of("local_attention_key", variant, **tensors, **written), query)
     grad_rows, grad_cols = query.new_empty(0), query.new_empty(0)
     if has_position:
         gradients = embedding_gradients(sums, variant)

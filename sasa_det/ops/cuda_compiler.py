@@ -136,17 +136,27 @@ def _resources(messages: str) -> Resources:
     return Resources(int(registers[1]), int(spills[1]))
 
 
-def _cached_path(header: str, name: str, architecture: str) -> Path:
+def cache_folder() -> Path:
+    """Return where compiled kernels are kept, and what is known of them."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root, "sasa_det", "cuda")
+
+
+def source_digest(*facts: object) -> str:
+    """Return a name for the kernels' source, the compiler and its options, and other facts."""
     from cuda.bindings import nvrtc
 
     status, *version = nvrtc.nvrtcVersion()
-    digest = hashlib.sha256(json.dumps([header, name, architecture, version, _OPTIONS]).encode())
+    digest = hashlib.sha256(json.dumps([facts, version, _OPTIONS]).encode())
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.read_bytes())
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return digest.hexdigest()[:16]
+
+
+def _cached_path(header: str, name: str, architecture: str) -> Path:
     stem = re.sub(r"\W+", "-", name).strip("-")
-    folder = Path(root, "sasa_det", "cuda")
-    return folder / f"{stem}-{architecture}-{digest.hexdigest()[:16]}.kernel"
+    digest = source_digest(header, name, architecture)
+    return cache_folder() / f"{stem}-{architecture}-{digest}.kernel"
 
 
 # A line of json, which tells all but the code, and the code.

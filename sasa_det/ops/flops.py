@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import block_attention, operator  # noqa: F401  (they define the operators)
+from . import block_attention, joined_attention, operator  # noqa: F401  (they define the operators)
 from .stem_attention import STEM_BLOCK
 
 Shape = Sequence[int]
@@ -25,6 +25,13 @@ def _local_attention_macs(
 ) -> int:
     terms = (key is not None) + (rel_rows is not None) + 1
     return terms * kernel_size**2 * prod(query)
+
+
+def _joined_attention_macs(
+    joined: Shape, rel_rows: Shape | None, kernel_size: int, num_heads: int, content: bool, **_
+) -> int:
+    query = prod(joined) // (2 + content)
+    return (1 + content + (rel_rows is not None)) * kernel_size**2 * query
 
 
 def _block_attention_macs(query: Shape, embedding: Shape | None, block_size: int, **_) -> int:
@@ -48,6 +55,7 @@ def _stem_attention_macs(
 
 _FORWARD = {
     "local_attention": _local_attention_macs,
+    "joined_attention": _joined_attention_macs,
     "block_attention": _block_attention_macs,
     "mixed_values": _mixed_values_macs,
     "stem_attention": _stem_attention_macs,

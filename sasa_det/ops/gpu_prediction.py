@@ -57,6 +57,14 @@ GPUS = (
 )
 
 
+def gpu_of(name: str) -> Gpu | None:
+    """Return the GPU that is predicted of a device's name, such as "NVIDIA H100 80GB HBM3"."""
+    return next((gpu for gpu in GPUS if gpu.name in name), None)
+
+
+WHOLE = "RetinaNet-50"  # all of its layers
+
+
 @dataclass(frozen=True)
 class Layer:
     """A 3x3 convolution or what takes its place: 8 heads, windows of 7x7, square maps."""
@@ -66,6 +74,10 @@ class Layer:
     count: int = 1
     batch: int = 8
     heads: int = 8
+
+    @property
+    def name(self) -> str:
+        return f"{self.channels}@{self.size}"
 
     @property
     def unit(self) -> int:
@@ -98,6 +110,21 @@ class Times:
     def step(self) -> float:
         return self.forward + self.backward
 
+    def __add__(self, other: "Times") -> "Times":
+        return Times(self.forward + other.forward, self.backward + other.backward)
+
+    def __rmul__(self, count: int) -> "Times":
+        return Times(count * self.forward, count * self.backward)
+
+
+def layers_by_size() -> list[Layer]:
+    """Return the layers of RetinaNet-50 with one for all of the same size, by channels and size."""
+    counts: dict[tuple[int, int], int] = {}
+    for layer in RETINANET:
+        key = (layer.channels, -layer.size)
+        counts[key] = counts.get(key, 0) + layer.count
+    return [Layer(channels, -size, count) for (channels, size), count in sorted(counts.items())]
+
 
 def convolution(layer: Layer, gpu: Gpu) -> Times:
     """Predict the 3x3 convolution."""
@@ -114,7 +141,7 @@ def attention(layer: Layer, gpu: Gpu, instructions: Callable[[str, int], float])
         layer: what to predict.
         gpu: on what.
         instructions: of a kernel and a head width, as
-            :func:`sasa_det.ops.gpu_report.instructions_per_head` counts them.
+            :func:`sasa_det.ops.gpu_instructions.instructions_per_head` counts them.
     """
     flops = 3 * layer.channels * layer.unit
     product = max(flops / gpu.product, 4 * layer.unit / gpu.bandwidth, _SHORTEST)

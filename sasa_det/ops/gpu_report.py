@@ -1,105 +1,29 @@
-"""What the CUDA kernels take of a GPU, and the time that is predicted; no GPU is needed.
+"""What the CUDA kernels take of a GPU, what time is predicted, and what time they take.
 
 ``python -m sasa_det.ops.gpu_report`` compiles the kernels and prints a table of registers, bytes
 that spill and shared memory. Where NVIDIA's disassembler is installed, which Triton brings, it adds
 the instructions that a warp executes for 16 queries of a head, and the times that they predict.
+None of this needs a GPU. On a GPU it goes on to measure, see :mod:`sasa_det.benchmark.gpu_measure`.
+
+It is a command, and as those of ``tools`` it may use every part of the project.
 """
 
 import argparse
 import functools
-import importlib.util
-import re
-import shutil
-import subprocess
-import tempfile
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from ..utils.text import markdown_table
 from .cuda_compiler import CompiledKernel, compile_kernel
 from .cuda_kernels import HEAD_WIDTHS, KERNELS, THREADS, WIDEST_KERNEL, Variant
-from .gpu_prediction import GPUS, RETINANET, Gpu, attention, convolution
+from .gpu_instructions import disassembler, instructions_per_head
+from .gpu_prediction import GPUS, WHOLE, Gpu, Times, attention, convolution, gpu_of, layers_by_size
 
 # Of every generation of GPUs with these instructions, the one in data centres.
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-
-_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?(\S+)(.*?)\s*;")
-_LABEL = re.compile(r"^(\.L_x_\d+):")
-_CONDITION = re.compile(r"\s*!?U?P\d")  # of a branch, where it is an operand
-_TARGET = re.compile(r"`\((\.L_x_\d+)\)")
-
-
-def disassembler() -> str | None:
-    """Return the path of nvdisasm, or None where it is not installed."""
-    found = shutil.which("nvdisasm")
-    if found is None and (triton := importlib.util.find_spec("triton")):
-        inside = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-        found = str(inside) if inside.exists() else None
-    return found
-
-
-def instructions_per_head(kernel: CompiledKernel, heads: int, inner: int = 1) -> float:
-    """Count the instructions that a warp executes in a block, over the heads of the block.
-
-    It is the longest way through the code, but for what follows a vote: that is for values that are
-    not finite.
-
-    Args:
-        kernel: what was compiled.
-        heads: number of the block's heads, over which the kernel loops.
-        inner: how often a loop inside of that one is run through for a head, if there is one.
-
-    Raises:
-        RuntimeError: if the disassembler is not installed, or cannot read the code.
-    """
-    program = disassembler()
-    if program is None:
-        raise RuntimeError("nvdisasm, which Triton brings, is not installed.")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(kernel.code)
-        done = subprocess.run([program, "-c", path], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"nvdisasm cannot read {kernel.name}: {done.stderr.strip()}.")
-    return _executed(done.stdout, heads, inner) / heads
-
-
-def _executed(listing: str, heads: int, inner: int) -> int:
-    code, labels = [], {}
-    for line in listing.splitlines():
-        if match := _INSTRUCTION.match(line):
-            code.append(match.groups()[1:])
-        elif match := _LABEL.match(line):
-            labels[match[1]] = len(code)
-    # Branches back; the loop over heads is the one with the vote.
-    limits: dict[int, int] = {}
-    rounds: dict[int, int] = {}
-    vote = next(i for i, (_, name, _) in enumerate(code) if name.startswith("VOTE.ANY"))
-    count = at = 0
-    voted = False
-    while True:
-        predicate, name, operands = code[at]
-        count += 1
-        at += 1
-        if name.startswith("VOTE.ANY"):
-            voted = True
-        elif name.startswith(("BRA", "EXIT")):
-            target = labels[_TARGET.search(operands)[1]] if name.startswith("BRA") else None
-            if target is not None and target < at:
-                limits[at] = heads if target <= vote < at else inner
-                rounds[at] = rounds.get(at, 0) + 1
-                taken = rounds[at] < limits[at]
-                if not taken:
-                    rounds[at] = 0
-            else:
-                always = predicate is None and not _CONDITION.match(operands)
-                taken = always or voted
-            voted = False
-            if taken and target is None:
-                return count
-            if taken:
-                at = target
 
 
 @functools.cache
@@ -138,61 +62,86 @@ def resources(architectures: Sequence[str], head_widths: Sequence[int]) -> list[
     return rows
 
 
-def predictions(gpu: Gpu) -> list[dict[str, object]]:
-    """Return a row for each 3x3 layer of RetinaNet-50, and one for all, in microseconds."""
+def predict(gpu: Gpu) -> dict[str, tuple[Times, Times]]:
+    """Predict the 3x3 layers of RetinaNet-50, and all of them together.
+
+    Returns:
+        dict: name of a layer, or WHOLE, to the times of convolution and attention.
+    """
     instructions = functools.cache(
         functools.partial(count_instructions, architecture=gpu.architecture)
     )
-    pairs = [(convolution(x, gpu), attention(x, gpu, instructions)) for x in RETINANET]
-    # Backbone, FPN and heads have layers of the same size.
-    layers = {(x.channels, x.size): pair for x, pair in zip(RETINANET, pairs, strict=True)}
-    rows = []
-    for (channels, size), (conv, attn) in sorted(layers.items(), key=lambda x: (x[0][0], -x[0][1])):
-        times = [conv.forward, conv.backward, attn.forward, attn.backward]
-        ratios = attn.forward / conv.forward, attn.step / conv.step
-        rows.append(_prediction(gpu, f"{channels}@{size}", times, ratios))
-    sums = [
-        sum(x.count * getattr(pair[i], name) for x, pair in zip(RETINANET, pairs, strict=True))
-        for i in (0, 1)
-        for name in ("forward", "backward")
+    layers, totals = {}, (Times(0, 0), Times(0, 0))
+    for layer in layers_by_size():
+        pair = convolution(layer, gpu), attention(layer, gpu, instructions)
+        layers[layer.name] = pair
+        totals = tuple(a + layer.count * b for a, b in zip(totals, pair, strict=True))
+    return {**layers, WHOLE: totals}
+
+
+def predictions(gpu: Gpu) -> list[dict[str, object]]:
+    """Return a row of the table for each layer, and one for all, in microseconds."""
+
+    def cell(times: Times) -> str:
+        return f"{1e6 * times.forward:.0f} / {1e6 * times.backward:.0f}"
+
+    return [
+        {
+            "GPU": gpu.name,
+            "layer": name,
+            "convolution": cell(conv),
+            "attention": cell(attn),
+            "ratio forward": f"{attn.forward / conv.forward:.2f}",
+            "ratio step": f"{attn.step / conv.step:.2f}",
+        }
+        for name, (conv, attn) in predict(gpu).items()
     ]
-    ratios = sums[2] / sums[0], (sums[2] + sums[3]) / (sums[0] + sums[1])
-    return [*rows, _prediction(gpu, "RetinaNet-50", sums, ratios)]
-
-
-def _prediction(gpu: Gpu, layer: str, times: Sequence[float], ratios: Sequence[float]) -> dict:
-    conv_forward, conv_backward, forward, backward = (round(1e6 * x) for x in times)
-    return {
-        "GPU": gpu.name,
-        "layer": layer,
-        "convolution": f"{conv_forward} / {conv_backward}",
-        "attention": f"{forward} / {backward}",
-        "ratio forward": f"{ratios[0]:.2f}",
-        "ratio step": f"{ratios[1]:.2f}",
-    }
-
-
-def _print_table(rows: list[dict[str, object]]) -> None:
-    for cells in [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]:
-        print(f"| {' | '.join(map(str, cells))} |")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command.
+
+    Raises:
+        UsageError: if the folder for what is measured exists already.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m sasa_det.ops.gpu_report",
         description="Compile the CUDA kernels of local attention (bfloat16, 7 x 7 windows, blocks "
-        f"of {THREADS} threads), print what they take of a GPU, and predict their times.",
+        f"of {THREADS} threads), print what they take of a GPU, predict their times and, on a GPU, "
+        "measure them.",
     )
     parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES, metavar="sm_XY")
     parser.add_argument("--head-widths", nargs="+", type=int, default=HEAD_WIDTHS, metavar="N")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/gpu"), help="new folder for what is measured"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=5.0, help="to begin measurements in; others are left out"
+    )
     options = parser.parse_args(arguments)
-    _print_table(resources(options.architectures, options.head_widths))
+    measuring = torch.cuda.is_available()
+    if measuring:
+        from ..command_line import refuse_existing
+
+        refuse_existing(options.output)
+    print(markdown_table(resources(options.architectures, options.head_widths)))
     if disassembler() is None:
         print("\nnvdisasm, which Triton brings, is not installed: nothing is predicted.")
+    else:
+        what = "forward / backward, bfloat16, batch 8, 640 x 640 images"
+        print(f"\nPredicted microseconds, {what}:\n")
+        print(markdown_table([row for gpu in GPUS for row in predictions(gpu)]))
+    if not measuring:
+        print("\nNothing was measured, as PyTorch finds no GPU.")
         return
-    print("\nPredicted microseconds, forward / backward, bfloat16, batch 8, 640 x 640 images:\n")
-    _print_table([row for gpu in GPUS for row in predictions(gpu)])
+    from ..benchmark.gpu_measure import measure
+
+    gpu = gpu_of(torch.cuda.get_device_name())
+    predicted = predict(gpu) if gpu and disassembler() else {}
+    measure(options.output, options.minutes, gpu, predicted)
 
 
 if __name__ == "__main__":
-    main()
+    from ..command_line import run_command
+
+    sys.exit(run_command(main))

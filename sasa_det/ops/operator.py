@@ -48,14 +48,15 @@ def _choose(name: str, query: Tensor, num_heads: int, kernel_size: int) -> str:
             break
         reasons.append(f"; {name} does not: {reason}")
     if query.device.type != "meta":  # on which nothing is computed
-        _say_once(name, "".join(reasons))
+        say_once(name, "".join(reasons))
     if query.device.type == "cpu" and query.dtype == torch.float16:
         _warn_of_float16()
     return name
 
 
 @lru_cache(None)
-def _say_once(name: str, reasons: str) -> None:
+def say_once(name: str, reasons: str = "") -> None:
+    """Log which backend runs, the first time, and why those before it do not."""
     summary = BACKENDS[name].SUMMARY
     logger.info("local_attention runs on the %s backend (%s)%s.", name, summary, reasons)
 
@@ -92,14 +93,22 @@ def attend(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask, 
     check_arguments(*arguments)
     chosen = BACKENDS[_choose(backend, query, num_heads, kernel_size)]
     output, log_sum = chosen.forward(*arguments, mask)
-    return output.contiguous(memory_format=_layout_of(value)), log_sum
+    return output.contiguous(memory_format=_result_layout(value)), log_sum
 
 
-def _layout_of(x: Tensor) -> torch.memory_format:
+def layout_of(x: Tensor) -> torch.memory_format:
+    """Return the layout of (N, C, H, W): channels_last, or contiguous for all others."""
+    return torch.channels_last if x.shape[1] > 1 and x.stride(1) == 1 else torch.contiguous_format
+
+
+def prefers_channels_last(x: Tensor) -> bool:
+    """Tell whether kernels for maps like ``x``, those of cuDNN too, read channels_last at best."""
+    return x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _result_layout(x: Tensor) -> torch.memory_format:
     """Return the layout of results like ``x``: on GPUs it is that of ``x``, else (N, C, H, W)."""
-    if x.device.type == "cuda" and x.shape[1] > 1 and x.stride(1) == 1:
-        return torch.channels_last
-    return torch.contiguous_format
+    return layout_of(x) if x.device.type == "cuda" else torch.contiguous_format
 
 
 # In Python, as a fake tensor tells C++ no device.
@@ -111,7 +120,7 @@ def _(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask, backe
     if _choose(backend, query, num_heads, kernel_size) == "cpu":
         shape = (0,)
     log_sum = query.new_empty(shape, dtype=accumulation_dtype(query.dtype))
-    return torch.empty_like(value, memory_format=_layout_of(value)), log_sum
+    return torch.empty_like(value, memory_format=_result_layout(value)), log_sum
 
 
 @define_operator(
@@ -129,7 +138,7 @@ def attend_backward(grad, query, *arguments):
 
 def _in_layouts_of(tensors: Sequence[Tensor | None], gradients: Sequence[Tensor]) -> tuple:
     return tuple(
-        x if like is None or like.dim() != 4 else x.contiguous(memory_format=_layout_of(like))
+        x if like is None or like.dim() != 4 else x.contiguous(memory_format=_result_layout(like))
         for like, x in zip(tensors, gradients, strict=True)
     )
 

@@ -1,7 +1,7 @@
 """Words of messages."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 # Control characters, the ends of lines that they do not have, marks that turn the direction of what
 # follows, and halves of surrogate pairs.
@@ -20,6 +20,16 @@ def abbreviated_list(names: Sequence[object], most: int) -> str:
     """
     rest = len(names) - most
     return ", ".join(map(str, names[:most])) + (f" and {rest} more" if rest > 0 else "")
+
+
+def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Return a Markdown table.
+
+    Args:
+        rows: name of a column to what stands in it; all have the same columns.
+    """
+    lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
 
 
 def without_formulas(text: str) -> str:

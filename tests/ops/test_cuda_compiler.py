@@ -8,13 +8,9 @@ import torch
 from sasa_det.ops import cuda_compiler
 from sasa_det.ops.cuda_compiler import CompilerError, compile_kernel
 from sasa_det.ops.cuda_kernels import HEAD_WIDTHS, KERNELS, Variant
+from sasa_det.ops.gpu_instructions import disassembler, instructions_per_head
 from sasa_det.ops.gpu_prediction import GPUS
-from sasa_det.ops.gpu_report import (
-    ARCHITECTURES,
-    disassembler,
-    instructions_per_head,
-    predictions,
-)
+from sasa_det.ops.gpu_report import ARCHITECTURES, predictions
 
 needs_compiler = pytest.mark.skipif(
     cuda_compiler.missing() is not None, reason=str(cuda_compiler.missing())

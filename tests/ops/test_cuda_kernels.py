@@ -4,6 +4,8 @@ Their source is compiled for the CPU with tests/ops/cuda_emulation/warp.cuh in p
 has the GPU's instructions.
 """
 
+import collections
+import copy
 import ctypes
 import math
 import shutil
@@ -12,8 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sasa_det.ops import cuda, local_attention, loop
+from sasa_det.layers import LocalSelfAttention2d
+from sasa_det.layers.joined import is_joined
+from sasa_det.ops import cuda, cuda_check, local_attention, loop
 from sasa_det.ops.cuda_compiler import SOURCES
 from sasa_det.ops.cuda_kernels import (
     KERNELS,
@@ -423,6 +429,7 @@ def emulated(library, monkeypatch):
 
     monkeypatch.setattr(cuda, "_start", emulate)
     monkeypatch.setattr(cuda, "why_not", lambda *arguments, **options: None)
+    monkeypatch.setattr(cuda, "why_not_like", lambda *arguments, **options: None)
 
 
 @pytest.mark.parametrize("layout", ["slices", "channels last", "channels first"])
@@ -456,6 +463,65 @@ def test_the_backend_takes_every_layout(emulated, case, layout):
         assert error_of(ours, exact) <= TOLERANCE[variant.dtype]
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize(
+    "options", [{}, {"content": False}, {"scale_logits": True, "stride": 2}], ids=str
+)
+def test_a_layer_makes_queries_keys_and_values_with_one_product(emulated, options, layout):
+    torch.manual_seed(0)
+    layer = LocalSelfAttention2d(24, 64, num_heads=2, **options)
+    exact = copy.deepcopy(layer).double()
+    exact.backend = "reference"
+    layer.to(BF16)
+    x = torch.randn(2, 24, 5, 6).to(BF16).to(memory_format=layout).requires_grad_()
+    assert is_joined(layer, x)
+    with CountedOperators() as counted:
+        output = layer(x)
+        grad = torch.randn(output.shape).to(BF16).to(memory_format=layout)
+        output.backward(grad)
+    gradients = [leaf.grad for leaf in (x, *layer.parameters())]
+    # One product, and two for its gradients.
+    assert counted.numbers["mm"] == 3
+    assert counted.numbers["joined_attention"] == counted.numbers["joined_attention_backward"] == 1
+    assert counted.numbers["convolution"] == counted.numbers["local_attention"] == 0
+    assert output.is_contiguous(memory_format=layout)
+    leaf = x.detach().double().requires_grad_()
+    expected = exact(leaf)
+    leaves = [leaf, *exact.parameters()]
+    exact_gradients = torch.autograd.grad(expected, leaves, grad.double())
+    for ours, theirs in zip((output, *gradients), (expected, *exact_gradients), strict=True):
+        assert ours.shape == theirs.shape
+        # Queries, keys and values are rounded too.
+        assert error_of(ours.detach(), theirs.detach()) <= 2 * TOLERANCE[BF16]
+
+
+class CountedOperators(TorchDispatchMode):
+    """Counts calls of operators by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.numbers[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_layers_that_are_more_than_their_weights_are_called(emulated):
+    x = torch.randn(1, 24, 3, 4).to(BF16)
+
+    def joined(change=lambda layer: None, **options):
+        layer = LocalSelfAttention2d(24, 64, num_heads=2, **options).to(BF16)
+        change(layer)
+        return is_joined(layer, x)
+
+    assert joined() and joined(position="none")
+    assert not joined(position="absolute") and not joined(qk_norm="RMS")
+    assert not joined(backend="loop")
+    assert not joined(lambda layer: layer.key.register_forward_hook(lambda *_: None))
+    assert not joined(lambda layer: layer.query.register_parameter("bias", nn.Parameter(x[0, 0])))
+
+
 def test_an_empty_batch_goes_through(emulated):
     variant = VARIANTS["32"]
     inputs = [x.permute(0, 3, 1, 2)[:0] if x.dim() == 4 else x for x in make(variant, 1, 1, 5, 6)]
@@ -475,6 +541,16 @@ def test_operator_passes_opcheck(emulated):
     torch.library.opcheck(operator, (*inputs, 3, 1, False, "cuda"))
 
 
+@pytest.mark.parametrize("case", ["8-half", "position"])
+def test_operator_of_slices_passes_opcheck(emulated, case):
+    variant = VARIANTS[case]
+    *images, rows, cols = make(variant, 2, 1, 3, 4)
+    joined = torch.cat([x for x in images if x is not None], -1).permute(0, 3, 1, 2)
+    tensors = [x.detach().requires_grad_() for x in (joined, rows, cols)]
+    options = (variant.kernel_size, 1, variant.content, variant.mask)
+    torch.library.opcheck(torch.ops.sasa_det.joined_attention.default, (*tensors, *options))
+
+
 @pytest.mark.parametrize("index,factor", [(None, 1), (0, 1.1), (3, 1.1)])
 def test_the_check_at_first_use_finds_what_is_wrong(emulated, monkeypatch, index, factor):
     right = cuda.backward
@@ -486,12 +562,22 @@ def test_the_check_at_first_use_finds_what_is_wrong(emulated, monkeypatch, index
         return gradients
 
     monkeypatch.setattr(cuda, "backward", wrong)
-    problem = cuda.self_check(VARIANTS["8-half"], torch.device("cpu"))
+    verdict = cuda_check.verdict_of(VARIANTS["8-half"], torch.device("cpu"))
+    assert set(verdict.errors) == set(cuda_check.RESULTS)
     if index is None:
-        assert problem is None
+        assert verdict.problem is None
+        assert max(verdict.errors.values()) <= TOLERANCE[FP16]
     else:
         name = {0: "grad_query", 3: "grad_rel_rows"}[index]
-        assert problem.startswith(f"{name} differs from the loop backend's by ")
+        assert verdict.errors[name] > 0.09
+        assert verdict.problem.startswith(f"{name} differs from the loop backend's by ")
+
+
+def test_autocast_does_not_change_the_check(emulated):
+    arguments = VARIANTS["8-half"], torch.device("cpu")
+    expected = cuda_check.verdict_of(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cuda_check.verdict_of(*arguments) == expected
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

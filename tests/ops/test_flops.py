@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sasa_det.layers import AttentionStem, LocalSelfAttention2d
 from sasa_det.ops.flops import fvcore_handles
+from sasa_det.ops.joined_attention import attend_joined
 
 
 def count(module, x):
@@ -25,6 +26,17 @@ def test_layer(position, content, terms, projections):
     pixels = 2 * 6 * 7
     expected = pixels * 2 * (projections * 12 * 16 + terms * 25 * 16)
     assert count(layer, torch.empty(2, 12, 6, 7, device="meta")) == expected
+
+
+@pytest.mark.parametrize("content,terms", [(True, 3), (False, 2)])
+def test_attention_of_one_product(content, terms):
+    joined = torch.empty(2, terms * 16, 6, 7, device="meta", requires_grad=True)
+    rows, cols = torch.empty(2, 4, 2, 5, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        output, _ = attend_joined(joined, rows, cols, 5, 4, content, True)
+        output.sum().backward()
+    assert output.shape == (2, 16, 6, 7) and joined.grad.shape == joined.shape
+    assert counter.get_total_flops() == 3 * 2 * terms * 25 * 2 * 16 * 6 * 7
 
 
 @pytest.mark.parametrize(

@@ -418,7 +418,7 @@ def test_exports_with_any_image_size():
 
 
 def test_the_fastest_backend_that_takes_the_inputs_runs(caplog):
-    operator._say_once.cache_clear()
+    operator.say_once.cache_clear()
     inputs = [x.detach() for x in make_inputs(1, 8, 4, 5, 3, 2)]
     with caplog.at_level("INFO"):
         for _ in range(2):

@@ -68,12 +68,7 @@ __global__ void __launch_bounds__(THREADS, DEPTH < 64 ? 3 : 2)
   constexpr int ROWS = KERNEL + 1;
   const Thread me;
   const Block block = Block::of<DEPTH>(x.sizes);
-  const Shared values = shared_memory(), keys = values + tile_bytes<DEPTH, KERNEL>();
-  const Shared embeddings = CONTENT ? keys + tile_bytes<DEPTH, KERNEL>() : keys;
-  if (CONTENT) copy_tile<DEPTH, KERNEL>(keys, x.key, x.key_stride, block, me);
-  copy_tile<DEPTH, KERNEL>(values, x.value, x.value_stride, block, me);
-  if (POSITION)
-    Embeddings<DEPTH, KERNEL>::template prepare<T>(embeddings, x.rel_rows, x.rel_cols, block, me);
+  const Attended<T, DEPTH, KERNEL, CONTENT, POSITION> attended(x, block, me);
   const Pixels pixels(block, me);
   const Windows windows(me);
   Terms<DEPTH, KERNEL, MASK, POSITION> terms(block, me);
@@ -86,9 +81,9 @@ __global__ void __launch_bounds__(THREADS, DEPTH < 64 ? 3 : 2)
     pixels.of(query, x.query, x.query_stride, block, channel);
     u32 a[H::STEPS][4];
     load_operands<DEPTH>(a, query, pixels);
-    terms.template find<T>(a, embeddings, head, me);
+    terms.template find<T>(a, attended.embeddings, head, me);
     float logits[ROWS / 2][2][4];
-    const PixelsAsColumns<DEPTH> keys_as_columns(keys, me, head);
+    const PixelsAsColumns<DEPTH> keys_as_columns(attended.keys, me, head);
 #pragma unroll
     for (int j = 0; j < ROWS; j += 2)
       window_products<T, CONTENT>(logits[j / 2], a, keys_as_columns, windows, j,
@@ -128,7 +123,7 @@ __global__ void __launch_bounds__(THREADS, DEPTH < 64 ? 3 : 2)
       total[h] = sum_of_quad(total[h]);
       inverse[h] = reciprocal_of(total[h]);
     }
-    const PixelsAsRows<DEPTH> values_as_rows(values, me, head);
+    const PixelsAsRows<DEPTH> values_as_rows(attended.values, me, head);
     u16* output[2];
     pixels.of(output, x.output, x.output_stride, block, channel);
     u32 collected[2] = {0, 0};
@@ -153,7 +148,8 @@ __global__ void __launch_bounds__(THREADS, DEPTH < 64 ? 3 : 2)
     if (in_any_thread((pixels.inside[0] && not_finite(collected[0])) ||
                       (pixels.inside[1] && not_finite(collected[1])))) {
       wait_for_warp();  // whose threads have written what others write again
-      attend_one_by_one<T, DEPTH, KERNEL, MASK, CONTENT, POSITION>(x, keys, values, block, me,
+      attend_one_by_one<T, DEPTH, KERNEL, MASK, CONTENT, POSITION>(x, attended.keys,
+                                                                   attended.values, block, me,
                                                                    head);
     }
   }

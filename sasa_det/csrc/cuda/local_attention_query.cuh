@@ -124,14 +124,9 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
   constexpr int ROWS = KERNEL + 1;
   const Thread me;
   const Block block = Block::of<DEPTH>(x.sizes);
-  const Shared values = shared_memory(), keys = values + tile_bytes<DEPTH, KERNEL>();
-  const Shared embeddings = CONTENT ? keys + tile_bytes<DEPTH, KERNEL>() : keys;
+  const Attended<T, DEPTH, KERNEL, CONTENT, POSITION> attended(x, block, me);
   // Heads of 64 channels leave no room beside the tiles.
-  const Shared sums = DEPTH < 64 ? embeddings + Embeddings<DEPTH, KERNEL>::BYTES : values;
-  if (CONTENT) copy_tile<DEPTH, KERNEL>(keys, x.key, x.key_stride, block, me);
-  copy_tile<DEPTH, KERNEL>(values, x.value, x.value_stride, block, me);
-  if (POSITION)
-    Embeddings<DEPTH, KERNEL>::template prepare<T>(embeddings, x.rel_rows, x.rel_cols, block, me);
+  const Shared sums = DEPTH < 64 ? attended.end : attended.values;
   const Pixels pixels(block, me);
   const Windows windows(me);
   Terms<DEPTH, KERNEL, MASK, POSITION> terms(block, me);
@@ -151,10 +146,10 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
     float shift[2], mean[2] = {0.f, 0.f};
 #pragma unroll
     for (int h = 0; h < 2; ++h) shift[h] = pixels.inside[h] ? load(log_sum[h]) : 0.f;
-    terms.template find<T>(a, embeddings, head, me);
+    terms.template find<T>(a, attended.embeddings, head, me);
     float weights[ROWS / 2][2][4], products[ROWS / 2][2][4];
-    const PixelsAsColumns<DEPTH> keys_as_columns(keys, me, head);
-    const PixelsAsColumns<DEPTH> values_as_columns(values, me, head);
+    const PixelsAsColumns<DEPTH> keys_as_columns(attended.keys, me, head);
+    const PixelsAsColumns<DEPTH> values_as_columns(attended.values, me, head);
 #pragma unroll
     for (int j = 0; j < ROWS; j += 2) {
       window_products<T, CONTENT>(weights[j / 2], a, keys_as_columns, windows, j,
@@ -188,7 +183,7 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
       }
     u32 by_offset[4];
     if (POSITION) sums_by_offset<T, ROWS>(by_offset, slopes, windows, me);
-    const PixelsAsRows<DEPTH> keys_as_rows(keys, me, head);
+    const PixelsAsRows<DEPTH> keys_as_rows(attended.keys, me, head);
     u16* grad_query[2];
     pixels.of(grad_query, x.grad_query, x.grad_query_stride, block, channel);
     u32 collected[2] = {0, 0};
@@ -200,8 +195,8 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
         for (int j = 0; j < ROWS; j += 2)
           keys_as_rows.template product<T>(sum, slopes[j / 2], windows, j, c);
       if (POSITION)
-        Embeddings<DEPTH, KERNEL>::template product_by_offset<T>(sum, by_offset, embeddings, head,
-                                                                 c, me);
+        Embeddings<DEPTH, KERNEL>::template product_by_offset<T>(
+            sum, by_offset, attended.embeddings, head, c, me);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const u32 word = T::pack(sum[2 * h], sum[2 * h + 1]);
@@ -217,8 +212,8 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
     if (in_any_thread((pixels.inside[0] && not_finite(collected[0])) ||
                       (pixels.inside[1] && not_finite(collected[1])))) {
       wait_for_warp();  // whose threads have written what others write again
-      query_gradients_one_by_one<T, DEPTH, KERNEL, MASK, CONTENT, POSITION>(x, keys, values, block,
-                                                                            me, head);
+      query_gradients_one_by_one<T, DEPTH, KERNEL, MASK, CONTENT, POSITION>(
+          x, attended.keys, attended.values, block, me, head);
     }
     if (POSITION) {
       // Channels by queries, times queries by offsets.

@@ -177,6 +177,26 @@ struct Embeddings {
   }
 };
 
+// What the queries of a block attend to, in shared memory: values, keys if logits contain q.k, and
+// embeddings. It is there when the copies have landed and all threads have come so far.
+template <typename T, int DEPTH, int KERNEL, bool CONTENT, bool POSITION>
+struct Attended {
+  static constexpr int TILE = tile_bytes<DEPTH, KERNEL>();
+  Shared values, keys, embeddings, end;
+
+  template <typename Arguments>
+  DEVICE Attended(const Arguments& x, const Block& block, const Thread& me)
+      : values(shared_memory()),
+        keys(values + TILE),
+        embeddings(CONTENT ? keys + TILE : keys),
+        end(embeddings + Embeddings<DEPTH, KERNEL>::BYTES) {
+    if (CONTENT) copy_tile<DEPTH, KERNEL>(keys, x.key, x.key_stride, block, me);
+    copy_tile<DEPTH, KERNEL>(values, x.value, x.value_stride, block, me);
+    if (POSITION)
+      Embeddings<DEPTH, KERNEL>::template prepare<T>(embeddings, x.rel_rows, x.rel_cols, block, me);
+  }
+};
+
 // What is added to the logits of a warp's windows: terms by row and by column offset, or LOWEST.
 template <int DEPTH, int KERNEL, bool MASK, bool POSITION>
 class Terms {

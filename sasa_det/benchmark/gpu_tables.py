@@ -1,0 +1,226 @@
+"""What was measured on a GPU, as JSON and as Markdown."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+from ..ops.cuda_check import RESULTS
+from ..ops.gpu_prediction import WHOLE, Gpu, Times
+from ..utils.text import markdown_table
+
+CONVOLUTION, ATTENTION = "convolution", "attention"
+_NONE = ""
+
+
+@dataclass(frozen=True)
+class Errors:
+    """The errors of a variant of the kernels, of the largest value of each result."""
+
+    dtype: str
+    head_width: int
+    kernel_size: int
+    options: str
+    errors: dict[str, float]
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the GPU reaches at best: bytes read and written, and FLOPs in bfloat16, per second."""
+
+    copy: float
+    product: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """The time of one way to do something.
+
+    Attributes:
+        what: a layer, such as "256@80", or a model.
+        way: what it is done with.
+        forward: seconds without gradients; None if it was not measured.
+        step: seconds of forward and backward pass.
+        count: how often the model has the layer.
+        why_not: why a time is missing.
+    """
+
+    what: str
+    way: str
+    forward: float | None
+    step: float | None
+    count: int = 1
+    why_not: str | None = None
+
+
+@dataclass
+class Measured:
+    """All that was measured.
+
+    Attributes:
+        machine: the GPU, versions and the date.
+        backend: of local_attention, that ran in the layers.
+        errors, ceilings, layers, models: see the classes; ceilings are None until measured.
+        notes: sentences on what was left out.
+    """
+
+    machine: str
+    backend: str
+    errors: list[Errors] = field(default_factory=list)
+    ceilings: Ceilings | None = None
+    layers: list[Row] = field(default_factory=list)
+    models: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+Predicted = Mapping[str, tuple[Times, Times]]
+
+
+def as_json(measured: Measured, predicted: Predicted) -> str:
+    """Return everything as JSON, times in seconds."""
+    record = asdict(measured)
+    record["predicted"] = {
+        name: {CONVOLUTION: asdict(conv), ATTENTION: asdict(attn)}
+        for name, (conv, attn) in predicted.items()
+    }
+    return json.dumps(record, indent=2)
+
+
+def as_markdown(measured: Measured, predicted: Predicted, gpu: Gpu | None) -> str:
+    """Return tables and what they mean.
+
+    Args:
+        measured: what there is so far.
+        predicted: see :func:`sasa_det.ops.gpu_report.predict`; empty if nothing is predicted.
+        gpu: what was predicted for, or None.
+    """
+    parts = [f"{measured.machine}. Attention ran on the backend `{measured.backend}`."]
+    if measured.errors:
+        parts += [_ERRORS, markdown_table([_errors_row(x) for x in measured.errors])]
+    if measured.ceilings:
+        parts.append(_ceilings_text(measured.ceilings, gpu))
+    if measured.layers:
+        parts += [_LAYERS, layers_table(measured.layers, predicted)]
+    if measured.models:
+        parts += [_MODELS, models_table(measured.models)]
+    rows = measured.layers + measured.models
+    missing = [f"- {row.what}, {row.way}: {row.why_not}" for row in rows if row.why_not]
+    if missing:
+        parts += ["Not measured:", "\n".join(missing)]
+    return "\n\n".join([*parts, *measured.notes]) + "\n"
+
+
+_ERRORS = (
+    "Largest errors of each result against the loop backend in float32, of the result's largest "
+    "value:"
+)
+_LAYERS = (
+    "Microseconds, forward / forward and backward, bfloat16, batch 8; attention with the products "
+    "of its projections. Medians of CUDA-graph replays, whose tensors are not in the cache. Ratios "
+    "are those of attention to convolution:"
+)
+_MODELS = (
+    "Milliseconds, forward / forward and backward, of backbone, FPN and heads of RetinaNet-50 with "
+    "8 images of 640 x 640 under autocast in bfloat16, without losses and boxes, as CUDA graphs:"
+)
+
+
+def _errors_row(errors: Errors) -> dict[str, str]:
+    cells = {
+        "type": errors.dtype,
+        "head width": str(errors.head_width),
+        "kernel size": str(errors.kernel_size),
+        "with": errors.options,
+    }
+    for name in RESULTS:
+        cells[name] = f"{errors.errors[name]:.1e}" if name in errors.errors else _NONE
+    return {**cells, "problem": errors.problem or "none"}
+
+
+def _ceilings_text(ceilings: Ceilings, gpu: Gpu | None) -> str:
+    assumed = (
+        ("", "")
+        if gpu is None
+        else (
+            f" (predictions assume {gpu.bandwidth / 1e12:.2f})",
+            f" (predictions assume {gpu.product / 1e12:.0f})",
+        )
+    )
+    return (
+        f"Measured ceilings: a copy reads and writes {ceilings.copy / 1e12:.2f} TB/s{assumed[0]}, "
+        f"a product in bfloat16 reaches {ceilings.product / 1e12:.0f} TFLOP/s{assumed[1]}."
+    )
+
+
+def layers_table(rows: Sequence[Row], predicted: Predicted) -> str:
+    """Return a table with a row for each layer, and one for all as often as they occur.
+
+    Args:
+        rows: of all layers and ways.
+        predicted: as of :func:`as_markdown`.
+    """
+    ways = list(dict.fromkeys(row.way for row in rows))
+    layers = dict.fromkeys(row.what for row in rows)
+    counts = {row.what: row.count for row in rows}
+    by_way = {way: {row.what: row for row in rows if row.way == way} for way in ways}
+    if len(layers) > 1:
+        for way in ways:
+            by_way[way][WHOLE] = _total(way, [by_way[way].get(x) for x in layers])
+        layers[WHOLE], counts[WHOLE] = None, 1
+    table = []
+    for layer in layers:
+        times = {way: by_way[way].get(layer) for way in ways}
+        cells = {"layer": layer, "times": str(counts[layer])}
+        for way in (CONVOLUTION, ATTENTION):
+            cells[way] = _cell(times.get(way), 1e6)
+        cells["ratio"] = _ratios(times.get(ATTENTION), times.get(CONVOLUTION))
+        if predicted:
+            conv, attn = predicted.get(layer, (None, None))
+            for way, time in ((CONVOLUTION, conv), (ATTENTION, attn)):
+                cells[f"{way}, predicted"] = _cell(_as_row(time), 1e6)
+            cells["ratio, predicted"] = _ratios(_as_row(attn), _as_row(conv))
+        others = [way for way in ways if way not in (CONVOLUTION, ATTENTION)]
+        table.append({**cells, **{way: _cell(times[way], 1e6) for way in others}})
+    return markdown_table(table)
+
+
+def models_table(rows: Sequence[Row]) -> str:
+    """Return a table with a row for each model; ratios are to the first one."""
+    first = rows[0]
+    table = [
+        {"model": row.what, "ms": _cell(row, 1e3, ".2f"), "ratio": _ratios(row, first)}
+        for row in rows
+    ]
+    return markdown_table(table)
+
+
+def _total(way: str, rows: Sequence[Row | None]) -> Row:
+    """Sum a way's times over all layers; what is missing of one of them is missing of all."""
+
+    def total(name: str) -> float | None:
+        times = [None if row is None else getattr(row, name) for row in rows]
+        if None in times:
+            return None
+        return sum(row.count * time for row, time in zip(rows, times, strict=True))
+
+    return Row(WHOLE, way, total("forward"), total("step"))
+
+
+def _as_row(times: Times | None) -> Row | None:
+    return None if times is None else Row("", "", times.forward, times.step)
+
+
+def _cell(row: Row | None, factor: float, form: str = ".0f") -> str:
+    times = (None, None) if row is None else (row.forward, row.step)
+    if times == (None, None):
+        return _NONE
+    return " / ".join("?" if time is None else format(factor * time, form) for time in times)
+
+
+def _ratios(row: Row | None, to: Row | None) -> str:
+    if row is None or to is None:
+        return _NONE
+    pairs = ((row.forward, to.forward), (row.step, to.step))
+    if None in (pairs[0] + pairs[1]):
+        return _NONE
+    return " / ".join(f"{ours / theirs:.2f}" for ours, theirs in pairs)

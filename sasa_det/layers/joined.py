@@ -1,0 +1,64 @@
+"""A layer of local attention on a GPU: one product makes queries, keys and values."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import cuda
+from ..ops.joined_attention import attend_joined
+from ..ops.operator import layout_of
+from .one_piece import biases_of, projections, weights_of
+from .plain import is_plain_pointwise, is_plain_tensor
+
+
+def is_joined(layer: nn.Module, x: Tensor) -> bool:
+    """Tell whether a :class:`LocalSelfAttention2d` is no more than its weights and CUDA kernels.
+
+    In traces and compiled models, the operators of each projection stay apart.
+
+    Args:
+        layer: any of that class.
+        x: its input.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if x.dim() != 4 or not is_plain_tensor(x) or layer.backend not in (None, "cuda"):
+        return False
+    shape = (x.shape[0], layer.out_channels, *x.shape[2:])
+    geometry = (layer.num_heads, layer.kernel_size)
+    if cuda.why_not_like(x.device, _product_dtype(x), shape, *geometry) is not None:
+        return False
+    biases = biases_of(layer)
+    return (
+        layer.position != "absolute"
+        and layer.query_norm is None
+        and layer.key_norm is None
+        and all(map(is_plain_pointwise, projections(layer)))
+        and (layer.rel_rows is None or is_plain_tensor(layer.rel_rows))
+        and len({bias is None for bias in biases}) == 1
+    )
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """Return the type of products with ``x``."""
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+
+
+def attend(layer: nn.Module, x: Tensor) -> Tensor:
+    """Run a layer; pooling is left out.
+
+    Args:
+        layer: of :func:`is_joined`.
+        x: (N, C_in, H, W).
+
+    Returns:
+        (N, C_out, H, W), in the layout of ``x``.
+    """
+    biases = biases_of(layer)
+    weight = torch.cat([weight.flatten(1) for weight in weights_of(layer)])
+    bias = None if biases[0] is None else torch.cat(biases)
+    # Of channels_last, this is a matrix of pixels as it lies in memory.
+    joined = F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+    options = (layer.kernel_size, layer.num_heads, layer.content, layer.border == "mask")
+    output, _ = attend_joined(joined, layer.rel_rows, layer.rel_cols, *options)
+    return output.contiguous(memory_format=layout_of(x))

@@ -1,0 +1,302 @@
+"""The check of the CUDA kernels before their first use on a GPU.
+
+A process of its own compares their results for a small image with those of the loop backend in
+float32, for each type, head width and kernel size: a kernel that reads or writes where it must not
+ends that process, and not the user's. If results differ, or a kernel does not compile, a warning
+says so and the next backend is used. What a check has found is kept on the disk beside the compiled
+kernels, for this source, GPU, driver and PyTorch.
+
+``SASA_DET_SELF_CHECK=0`` uses the kernels unchecked, ``SASA_DET_SELF_CHECK=1`` checks them again.
+"""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ..utils.files import whole_file
+from . import loop
+from .cuda_compiler import CompilerError, cache_folder, source_digest
+from .cuda_kernels import Variant
+from .precision import autocast_disabled
+
+logger = logging.getLogger(__name__)
+
+CHECK_VARIABLE = "SASA_DET_SELF_CHECK"
+
+# Of the largest values of each result, or of 1.
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
+RESULTS = ("output", "grad_query", "grad_key", "grad_value", "grad_rel_rows", "grad_rel_cols")
+
+_SECONDS_TO_START = 120  # of the process: Python, PyTorch and a context on the GPU
+_SECONDS_OF_VARIANT = 60  # most of which are for compiling
+_MARK = "sasa_det check: "
+# What the process runs: without all that importing the package registers, which takes seconds.
+_PROGRAM = f"""
+import sys, types
+package = sys.modules["sasa_det"] = types.ModuleType("sasa_det")
+package.__path__ = [{str(Path(__file__).parents[1])!r}]
+from {__name__} import main
+main()
+"""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check has found.
+
+    Args:
+        errors: the largest error of each result, of the result's largest value or of 1.
+        problem: why the kernels cannot be used, or None.
+    """
+
+    errors: dict[str, float]
+    problem: str | None = None
+
+
+_verdicts: dict[tuple[torch.device, Variant], Verdict] = {}
+
+
+def why_not_correct(device: torch.device, variant: Variant) -> str | None:
+    """Return what a check of kernels has found wrong, or None; it is made at the first call.
+
+    Args:
+        device: a GPU.
+        variant: of the kernels.
+
+    Raises:
+        ValueError: if the environment variable SASA_DET_SELF_CHECK is neither 0 nor 1.
+    """
+    setting = os.environ.get(CHECK_VARIABLE) or None
+    if setting not in (None, "0", "1"):
+        raise ValueError(f"{CHECK_VARIABLE} must be 0 or 1, got {setting!r}.")
+    if setting == "0":
+        return None
+    key = (device, variant)
+    if key not in _verdicts:
+        # A graph that is captured here takes no other work in this process.
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        verdict = _verdicts[key] = _kept_verdict(device, variant, again=setting == "1")
+        if verdict.problem:
+            logger.warning(
+                "local_attention does not use its CUDA kernels for %s, heads of %d channels and "
+                "kernel_size %d: %s. %s=1 checks them again.",
+                *(variant.dtype, variant.head_width, variant.kernel_size),
+                *(verdict.problem.rstrip("."), CHECK_VARIABLE),
+            )
+    return _verdicts[key].problem
+
+
+def _kept_verdict(device: torch.device, variant: Variant, again: bool) -> Verdict:
+    path = cache_folder() / "checks" / f"{_facts_digest(device, variant)}.json"
+    return keep_verdict(path, lambda: check([variant], device)[0], again)
+
+
+def keep_verdict(path: Path, make: Callable[[], Verdict], again: bool = False) -> Verdict:
+    """Read a verdict, or make and keep it. Other processes wait, and read it too.
+
+    Args:
+        path: where it is kept.
+        make: makes it.
+        again: makes it even if there is one.
+    """
+    verdict = None
+    try:
+        with whole_file(path) as part:
+            if not again and path.exists():
+                verdict = Verdict(**json.loads(path.read_text()))
+            if verdict is None:
+                verdict = make()
+            part.write_text(json.dumps(asdict(verdict)))
+    except OSError as error:
+        logger.warning("Checks of CUDA kernels cannot be kept; every run makes them: %s.", error)
+    return make() if verdict is None else verdict
+
+
+def _facts_digest(device: torch.device, variant: Variant) -> str:
+    """Return a name for all that a verdict depends on."""
+    properties = torch.cuda.get_device_properties(device)
+    gpu = (properties.name, properties.major, properties.minor)
+    launchers = [path.read_text() for path in sorted(Path(__file__).parent.glob("cuda*.py"))]
+    facts = (_as_json(variant), *gpu, _driver_version(), torch.__version__, *launchers)
+    return source_digest(*facts)
+
+
+def _driver_version() -> str:
+    known = Path("/proc/driver/nvidia/version")
+    if known.exists():
+        return known.read_text()
+    from cuda.bindings import driver
+
+    return str(driver.cuDriverGetVersion())
+
+
+def check(variants: Sequence[Variant], device: torch.device) -> list[Verdict]:
+    """Compare kernels with the loop backend in processes of their own.
+
+    Where no other process can use the GPU, they are compared in this one.
+
+    Args:
+        variants: of the kernels.
+        device: a GPU.
+
+    Returns:
+        list[Verdict]: one for each variant.
+    """
+    verdicts: list[Verdict] = []
+    while len(verdicts) < len(variants):
+        rest = variants[len(verdicts) :]
+        found = in_other_process(_command(device), rest)
+        if found is None:
+            logger.info("CUDA kernels are checked in this process: no other one can use the GPU.")
+            return verdicts + [verdict_of(variant, device) for variant in rest]
+        verdicts += found
+    return verdicts
+
+
+def _command(device: torch.device) -> list[str] | None:
+    """Return what starts the process, or None where this is not run by a Python interpreter."""
+    if not sys.executable or getattr(sys, "frozen", False):
+        return None
+    return [sys.executable, "-c", _PROGRAM, str(device)]
+
+
+def in_other_process(
+    command: Sequence[str] | None,
+    variants: Sequence[Variant],
+    seconds_to_start: float = _SECONDS_TO_START,
+    seconds_of_variant: float = _SECONDS_OF_VARIANT,
+) -> list[Verdict] | None:
+    """Return verdicts of a process, as many as it came to, at least one; None if it cannot begin.
+
+    Args:
+        command: starts it; see :func:`main`.
+        variants: to check.
+        seconds_to_start, seconds_of_variant: how long it may take to begin, and for each of them.
+    """
+    if command is None:
+        return None
+    paths = os.pathsep.join(path for path in sys.path if path)
+    try:
+        done = subprocess.run(
+            command,
+            input=json.dumps([_as_json(variant) for variant in variants]),
+            env={**os.environ, "PYTHONPATH": paths},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=seconds_to_start + seconds_of_variant * len(variants),
+        )
+        output, end = done.stdout, _describe_end(done.returncode)
+    except subprocess.TimeoutExpired as late:
+        # Bytes, whatever `text` says.
+        output, end = (late.stdout or b"").decode(), f"took more than {late.timeout:.0f} s"
+    except OSError as error:
+        logger.info("No process for the check of CUDA kernels can be started: %s.", error)
+        return None
+    lines = [x.removeprefix(_MARK) for x in output.splitlines() if x.startswith(_MARK)]
+    if not lines:
+        return None
+    verdicts = [Verdict(**json.loads(line)) for line in lines[1:]]  # the first says that it began
+    if len(verdicts) < len(variants) and not (verdicts and verdicts[-1].problem):
+        verdicts.append(Verdict({}, f"the process that compared them {end}"))
+    return verdicts
+
+
+def _describe_end(status: int) -> str:
+    if status >= 0:
+        return f"ended with status {status}"
+    return f"was ended by {signal.Signals(-status).name}"
+
+
+def _as_json(variant: Variant) -> dict[str, object]:
+    return {**asdict(variant), "dtype": str(variant.dtype).removeprefix("torch.")}
+
+
+def main() -> None:
+    """Compare kernels on the GPU that the command line names; variants come from standard input.
+
+    Standard output has a line when the GPU is ready, and one for each variant. The process ends
+    after the first problem, for an error on a GPU leaves a process that cannot use it any more.
+    """
+    device = torch.device(sys.argv[1])
+    torch.zeros(1, device=device).item()
+    print(f"{_MARK}begins", flush=True)
+    for facts in json.load(sys.stdin):
+        variant = Variant(**{**facts, "dtype": getattr(torch, facts["dtype"])})
+        verdict = verdict_of(variant, device)
+        print(f"{_MARK}{json.dumps(asdict(verdict))}", flush=True)
+        if verdict.problem:
+            return
+
+
+def verdict_of(variant: Variant, device: torch.device) -> Verdict:
+    """Compare kernels with the loop backend in this process.
+
+    Args:
+        variant: what to compile them for.
+        device: where to run them.
+    """
+    try:
+        # The first call of a layer may come from within an autocast context.
+        with torch.no_grad(), autocast_disabled(device):
+            errors = errors_of(variant, device)
+    except CompilerError as error:
+        return Verdict({}, str(error))
+    except RuntimeError as error:  # of the GPU
+        return Verdict({}, str(error).partition("\n")[0])
+    worst = max(errors, key=errors.get)
+    if errors[worst] <= TOLERANCE[variant.dtype]:
+        return Verdict(errors)
+    error = f"{errors[worst]:.2g} of its largest value"
+    return Verdict(errors, f"{worst} differs from the loop backend's by {error}")
+
+
+def errors_of(variant: Variant, device: torch.device) -> dict[str, float]:
+    """Run the kernels on a small image, with parts of tiles and of groups of heads.
+
+    Args:
+        variant: what to compile them for.
+        device: where to run them.
+
+    Returns:
+        dict[str, float]: the largest error of each result, of its largest value or of 1.
+    """
+    from . import cuda
+
+    heads = variant.heads_of_block + 1
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, heads * variant.head_width, 11, 19)
+    grad, *images = (
+        torch.randn(shape, generator=generator, device="cpu").to(device, variant.dtype)
+        for _ in range(4)
+    )
+    shape = (heads, variant.head_width // 2, variant.kernel_size)
+    embeddings = [
+        torch.randn(shape, generator=generator, device="cpu").to(device) for _ in range(2)
+    ]
+    if not variant.content:
+        images[1] = None
+    if not variant.position:
+        embeddings = [None, None]
+    options = (variant.kernel_size, heads, variant.mask)
+    inputs = (*images, *embeddings)
+    output, log_sum = cuda.forward(*inputs, *options)
+    actual = [output, *cuda.backward(grad, *inputs, log_sum, *options)]
+    exact = [None if x is None else x.float() for x in inputs]
+    output, log_sum = loop.forward(*exact, *options)
+    expected = [output, *loop.backward(grad.float(), *exact, log_sum, *options)]
+    errors = {}
+    for name, ours, theirs in zip(RESULTS, actual, expected, strict=True):
+        if theirs.numel() > 0:
+            error = (ours.float() - theirs).abs().max() / theirs.abs().max().clamp(min=1)
+            errors[name] = float(error.nan_to_num(torch.inf))
+    return errors

@@ -1,0 +1,57 @@
+"""What is measured on a GPU, run on a CPU where it can be."""
+
+import inspect
+
+import pytest
+import torch
+
+from sasa_det.benchmark.gpu_measure import WAYS, checked_variants, layer_maker
+from sasa_det.ops.gpu_prediction import RETINANET, Layer, layers_by_size
+from sasa_det.ops.gpu_report import main
+
+
+def test_every_layer_is_measured_once_and_counted_as_often_as_it_occurs():
+    layers = layers_by_size()
+    assert len({layer.name for layer in layers}) == len(layers)
+    assert {layer.name for layer in layers} == {layer.name for layer in RETINANET}
+    assert sum(layer.count for layer in layers) == sum(layer.count for layer in RETINANET)
+    (layer,) = (layer for layer in layers if layer.name == "256@40")
+    assert layer.count == 5 + 1 + 8  # backbone, FPN, heads
+
+
+def test_variants_are_measured_once():
+    variants = [variant for variant, _ in checked_variants()]
+    assert len(set(variants)) == len(variants) == 13
+
+
+@pytest.mark.parametrize("name", ["convolution", "attention", "HaloAttn (timm)"])
+def test_all_ways_do_the_same_work(name):
+    if "timm" in name:
+        pytest.importorskip("timm")
+    layer = Layer(16, 8, batch=2)
+    output = layer_maker(layer, WAYS[name], False, "cpu")()()
+    assert output.shape == (2, 16, 8, 8) and output.dtype == torch.bfloat16
+    assert not output.requires_grad
+    grad_input, *gradients = layer_maker(layer, WAYS[name], True, "cpu")()()
+    assert grad_input.shape == output.shape
+    assert all(x.isfinite().all() and x.any() for x in (grad_input, *gradients))
+
+
+def test_two_copies_share_no_memory():
+    addresses = []
+    for _ in range(2):
+        run = layer_maker(Layer(16, 8), WAYS["attention"], True, "cpu")()
+        held = inspect.getclosurevars(run).nonlocals
+        addresses.append({x.data_ptr() for x in (*held["inputs"], held["grad"])})
+    assert len(addresses[0]) == 7 and not addresses[0] & addresses[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_report_says_that_nothing_was_measured(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sasa_det.ops.gpu_report.disassembler", lambda: None)
+    monkeypatch.setattr("sasa_det.ops.gpu_report.resources", lambda *_: [{"kernel": "forward"}])
+    main([])
+    out = capsys.readouterr().out
+    assert out.endswith("\n\nNothing was measured, as PyTorch finds no GPU.\n")
+    assert not list(tmp_path.iterdir())

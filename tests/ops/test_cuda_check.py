@@ -1,0 +1,138 @@
+"""The check of the CUDA kernels in a process of its own, which may end in any way."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sasa_det.ops import cuda_check
+from sasa_det.ops.cuda_check import Verdict, in_other_process, keep_verdict, why_not_correct
+from sasa_det.ops.cuda_kernels import Variant
+
+VARIANTS = [Variant(torch.bfloat16, 32, 7), Variant(torch.float16, 8, 5, mask=False)]
+GPU = torch.device("cuda:0")
+
+
+def process(code):
+    """A process that says that it begins, as the real one does, and then runs ``code``."""
+    begin = f"import json, os, sys; say = lambda x: print({cuda_check._MARK!r} + x, flush=True)"
+    return [sys.executable, "-c", f"{begin}; say('begins'); {code}"]
+
+
+def verdict_line(**facts):
+    return f"say({json.dumps(facts)!r})"
+
+
+def test_variants_reach_the_process_and_verdicts_come_back():
+    # Its verdict is what it was given.
+    code = (
+        "say(json.dumps({'errors': {x['dtype']: x['head_width'] for x in json.load(sys.stdin)}}))"
+    )
+    (verdict,) = in_other_process(process(code), VARIANTS)[:1]
+    assert verdict == Verdict({"bfloat16": 32, "float16": 8})
+
+
+def test_a_process_that_crashes_is_a_problem_of_its_variant():
+    first = verdict_line(errors={"output": 0.001})
+    verdicts = in_other_process(process(f"{first}; os.abort()"), VARIANTS)
+    problem = "the process that compared them was ended by SIGABRT"
+    assert verdicts == [Verdict({"output": 0.001}), Verdict({}, problem)]
+
+
+def test_a_process_that_stops_after_a_problem_has_said_enough():
+    line = verdict_line(errors={}, problem="CUDA error: an illegal memory access was encountered")
+    verdicts = in_other_process(process(f"{line}; sys.exit(1)"), VARIANTS)
+    assert verdicts == [Verdict({}, "CUDA error: an illegal memory access was encountered")]
+
+
+def test_a_process_that_does_not_end_is_ended():
+    limits = {"seconds_to_start": 2, "seconds_of_variant": 0}
+    (verdict,) = in_other_process(process("import signal; signal.pause()"), VARIANTS[:1], **limits)
+    assert verdict.problem == "the process that compared them took more than 2 s"
+
+
+@pytest.mark.parametrize("command", [None, ["/nowhere/python"], [sys.executable, "-c", "1 / 0"]])
+def test_a_process_that_does_not_begin_has_no_verdict(command):
+    assert in_other_process(command, VARIANTS) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_real_process_lacks_nothing_but_a_gpu():
+    command = cuda_check._command(GPU)
+    done = subprocess.run(command, input="[]", capture_output=True, text=True, check=False)
+    assert not done.stdout
+    assert "cuda_check.py" in done.stderr and "NVIDIA driver" in done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_the_real_process_compares_the_kernels():
+    verdicts = cuda_check.check(VARIANTS, GPU)
+    assert [verdict.problem for verdict in verdicts] == [None, None]
+    assert all(set(verdict.errors) == set(cuda_check.RESULTS) for verdict in verdicts)
+
+
+def test_a_verdict_is_kept(tmp_path):
+    path = tmp_path / "checks" / "x.json"
+    kept = Verdict({"output": 0.01}, "output differs")
+    assert keep_verdict(path, lambda: kept) == kept
+    assert keep_verdict(path, pytest.fail) == kept
+    other = Verdict({"output": 0.001})
+    assert keep_verdict(path, lambda: other, again=True) == other
+    assert keep_verdict(path, pytest.fail) == other
+
+
+def test_where_nothing_can_be_kept_it_says_so(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    verdict = Verdict({})
+    assert keep_verdict(tmp_path / "file" / "x.json", lambda: verdict) == verdict
+    assert "cannot be kept" in caplog.text
+
+
+@pytest.fixture
+def checks(monkeypatch, tmp_path):
+    """The variants that were checked, of a GPU that is not there; heads of 8 channels fail."""
+    checked = []
+
+    def check(variants, device):
+        checked.extend(variants)
+        return [Verdict({}, "it is wrong." if x.head_width == 8 else None) for x in variants]
+
+    monkeypatch.setattr(cuda_check, "check", check)
+    monkeypatch.setattr(cuda_check, "_verdicts", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(cuda_check, "_facts_digest", lambda device, variant: variant.name("x"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(cuda_check.CHECK_VARIABLE, raising=False)
+    return checked
+
+
+def test_a_variant_is_checked_once_for_all_processes(checks, monkeypatch, caplog):
+    good, bad = VARIANTS
+    for _ in range(2):
+        assert why_not_correct(GPU, good) is None
+        assert why_not_correct(GPU, bad) == "it is wrong."
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "local_attention does not use its CUDA kernels for torch.float16, heads of 8 channels and "
+        "kernel_size 5: it is wrong. SASA_DET_SELF_CHECK=1 checks them again."
+    )
+    monkeypatch.setattr(cuda_check, "_verdicts", {})  # as in another process
+    assert why_not_correct(GPU, bad) == "it is wrong."
+    assert checks == VARIANTS
+
+
+def test_the_environment_variable_forces_and_skips_the_check(checks, monkeypatch):
+    monkeypatch.setenv(cuda_check.CHECK_VARIABLE, "0")
+    assert why_not_correct(GPU, VARIANTS[1]) is None and not checks
+    monkeypatch.delenv(cuda_check.CHECK_VARIABLE)
+    assert why_not_correct(GPU, VARIANTS[1]) == "it is wrong."
+    monkeypatch.setenv(cuda_check.CHECK_VARIABLE, "1")
+    monkeypatch.setattr(cuda_check, "_verdicts", {})
+    for _ in range(2):
+        assert why_not_correct(GPU, VARIANTS[1]) == "it is wrong."
+    assert checks == [VARIANTS[1]] * 2
+    monkeypatch.setenv(cuda_check.CHECK_VARIABLE, "yes")
+    with pytest.raises(ValueError, match="^SASA_DET_SELF_CHECK must be 0 or 1, got 'yes'.$"):
+        why_not_correct(GPU, VARIANTS[0])
