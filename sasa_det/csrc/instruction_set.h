@@ -10,6 +10,7 @@ namespace {
 #include "stem_attention_kernels.h"
 #include "product_kernels.h"
 #include "pooled_norm_kernels.h"
+#include "vector_aggregation_kernels.h"
 }  // namespace
 
 extern const Kernels KERNELS = {
@@ -18,6 +19,7 @@ extern const Kernels KERNELS = {
     {stem_tasks, stem_forward, stem_backward, pooled_norm, pooled_norm_backward},
     {groups, group_size, product_tasks, run_product, gradient_parts, gradient_tasks,
      weight_gradient, combination_tasks, combine},
+    {vector_aggregation::tasks, vector_aggregation::forward, vector_aggregation::backward},
 };
 
 }  // namespace sasa_det
