@@ -15,6 +15,8 @@
 #include <vector>
 
 #include "local_attention.h"
+#include "pairwise.h"
+#include "patchwise.h"
 #include "product.h"
 #include "stem_attention.h"
 #include "vector_aggregation.h"
@@ -26,6 +28,8 @@ struct Kernels {
   StemAttentionKernels stem_attention;
   ProductKernels product;
   VectorAggregationKernels vector_aggregation;
+  PatchwiseKernels patchwise;
+  PairwiseKernels pairwise;
 };
 
 extern const Kernels plain_kernels;
