@@ -4,7 +4,8 @@ What :meth:`window_weights` of the layers makes as it stands, several tensors of
 numbers for every pixel and channel of the relation, is computed here in bands of rows, see
 :mod:`sasa_det.layers.bands`. The statistics of a batch norm on relations are found first, from sums
 over windows where there are such, see :mod:`sasa_det.layers.relation_moments`, and else in bands
-too; its scale and shift then become part of queries, keys and matrices.
+too; its scale and shift then become part of queries, keys and matrices. The C++ kernels, which need
+no bands, take CPU tensors of float32 and all relations but products of queries and keys.
 """
 
 import logging
@@ -27,6 +28,7 @@ from .relation_moments import (
     moments_of_products,
     moments_of_sums,
 )
+from .weight_kernels import PairwiseMoments, PairwiseWeights, PatchwiseHidden, has_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ def why_not_in_bands(weights: nn.Sequential, x: Tensor, count: int) -> str | Non
 def say_once(kind: str, reason: str | None) -> None:
     """Log which way the weights of a kind of attention are computed."""
     if reason is None:
-        logger.info("The weights of %s attention are computed in bands of rows.", kind)
+        logger.info("The weights of %s attention are computed without storing its relations.", kind)
     else:
         logger.info(
             "The weights of %s attention are computed from all relations at once, which takes "
@@ -87,16 +89,15 @@ def pairwise_weights(layer: nn.Module, query: Tensor, key: Tensor) -> Tensor:
         relation = _PairwiseRelation(layer, query, key, positions)
         relation.normalize(norm)
         matrix = first.weight.flatten(1).to(dtype)
-        bands = relation.bands(relation.hidden, matrix.shape[0])
+        inputs = relation.inputs
         scale, shift = _affine(
-            next_norm, lambda: bands.moments(*relation.inputs, matrix), relation.count, dtype
+            next_norm, lambda: relation.hidden_moments(inputs, matrix), relation.count, dtype
         )
         # The norm's scale becomes one of the matrix.
         matrix = matrix if scale is None else scale[:, None] * matrix
         shift = matrix.new_zeros(matrix.shape[0]) if shift is None else shift
         outputs = [second.weight.flatten(1).to(dtype), second.bias.to(dtype)]
-        bands = relation.bands(relation.weights, matrix.shape[0])
-        return bands.map(*relation.inputs, matrix, shift, *outputs).to(output_dtype)
+        return relation.weights(inputs, matrix, shift, *outputs).to(output_dtype)
 
 
 class _PairwiseRelation:
@@ -151,25 +152,48 @@ class _PairwiseRelation:
 
     @property
     def inputs(self) -> list[Tensor]:
-        """What :meth:`hidden` takes before its matrix."""
+        """What the mapping takes before its matrices."""
         images = [self.own, *self.given, *self.factors[:1]]
         padded = [reflect(x, self.reach) for x in (self.others, *self.factors[1:])]
         return [*images, *padded, *self.shift]
 
-    def bands(self, function: Callable[..., Tensor], hidden: int) -> Bands:
+    @property
+    def _has_kernels(self) -> bool:
+        return has_kernels(self.own) and not (self.factors or self.given)
+
+    def hidden_moments(self, inputs: list[Tensor], matrix: Tensor) -> Moments:
+        """Return the moments of the mapping's first half, (R,) each."""
+        if self._has_kernels:
+            return PairwiseMoments.apply(*inputs, matrix, self.kernel_size)
+        return self._bands(self._hidden_of_band, matrix.shape[0]).moments(*inputs, matrix)
+
+    def weights(self, inputs: list[Tensor], matrix: Tensor, *others: Tensor) -> Tensor:
+        """Return the weights, (N, G, kernel_size^2, H, W).
+
+        Args:
+            inputs: see :attr:`inputs`.
+            matrix: (R, C), of the first half.
+            others: its shift, (R,), and the matrix, (G, R), and bias, (G,), of the second.
+        """
+        if self._has_kernels:
+            return PairwiseWeights.apply(*inputs, matrix, *others, self.kernel_size)
+        bands = self._bands(self._weights_of_band, matrix.shape[0])
+        return bands.map(*inputs, matrix, *others)
+
+    def _bands(self, function: Callable[..., Tensor], hidden: int) -> Bands:
         """Return bands of a function that takes :attr:`inputs` and parameters."""
         numbers = max(self.own.shape[1], hidden) * self.kernel_size**2 * self.own.shape[3]
         rows = max(NUMBERS_OF_BAND // numbers, 1)
         images = 1 + len(self.given) + len(self.factors[:1])
         return Bands(function, images, 1 + len(self.factors[:1]), self.reach, rows)
 
-    def hidden(self, own: Tensor, *inputs: Tensor) -> Tensor:
+    def _hidden_of_band(self, own: Tensor, *inputs: Tensor) -> Tensor:
         """Multiply the relations of a band behind norm and ReLU: (1, r, kernel_size^2, rows, W)."""
         *inputs, matrix = inputs
         hidden = self._multiply(own, *inputs, matrix)
         return hidden.view(1, -1, self.kernel_size**2, *own.shape[2:])
 
-    def weights(self, own: Tensor, *inputs: Tensor) -> Tensor:
+    def _weights_of_band(self, own: Tensor, *inputs: Tensor) -> Tensor:
         """Map the relations of a band to weights: (1, g, kernel_size^2, rows, W)."""
         *inputs, matrix, shift, next_matrix, bias = inputs
         hidden = self._multiply(own, *inputs, matrix, shift).relu_()
@@ -233,6 +257,11 @@ def _concatenated(layer: nn.Module, query: Tensor, key: Tensor) -> Tensor:
         scale, shift = matrix.new_ones(matrix.shape[1]), matrix.new_zeros(matrix.shape[1])
     own = (query * scale[:channels, None, None] + shift[:channels, None, None]).relu()
 
+    own = torch.einsum("gc,nchw->nghw", matrix[:, :channels], own)
+    inputs = (padded, scale[channels:], shift[channels:], matrix[:, channels:])
+    if has_kernels(padded):
+        return own + PatchwiseHidden.apply(*inputs, kernel_size)
+
     def hidden(keys: Tensor, scale: Tensor, shift: Tensor, matrix: Tensor) -> Tensor:
         windows = Windows.apply(keys, kernel_size)
         scale, shift = (x.view(-1, kernel_size, kernel_size, 1, 1) for x in (scale, shift))
@@ -242,8 +271,7 @@ def _concatenated(layer: nn.Module, query: Tensor, key: Tensor) -> Tensor:
 
     numbers = channels * kernel_size**2 * query.shape[3]
     bands = Bands(hidden, 0, 1, kernel_size // 2, max(NUMBERS_OF_BAND // numbers, 1))
-    of_keys = bands.map(padded, scale[channels:], shift[channels:], matrix[:, channels:])
-    return torch.einsum("gc,nchw->nghw", matrix[:, :channels], own) + of_keys
+    return own + bands.map(*inputs)
 
 
 def _cliques(layer: nn.Module, query: Tensor, key: Tensor) -> Tensor:

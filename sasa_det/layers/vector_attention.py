@@ -263,9 +263,11 @@ class PatchwiseAttention2d(_VectorAttention2d):
     def window_weights_in_bands(self, query: Tensor, key: Tensor) -> Tensor:
         """See :func:`sasa_det.layers.banded_weights.patchwise_hidden`."""
         if self.relation == "star_product":
-            weights = self.weights(window_product(query, key, self.kernel_size))
+            relation = self.weights[:2](window_product(query, key, self.kernel_size))
+            (hidden,) = project(relation, (self.weights[2],))
         else:
-            weights = self.weights[3:](patchwise_hidden(self, query, key))
+            hidden = patchwise_hidden(self, query, key)
+        (weights,) = project(self.weights[3:5](hidden), (self.weights[5],))
         return weights.unflatten(1, (self.groups, -1))
 
     def _relate(self, query: Tensor, keys: Tensor) -> Tensor:

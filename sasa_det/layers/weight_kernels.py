@@ -1,0 +1,91 @@
+"""The C++ kernels of vector attention's weights, with their gradients.
+
+They keep their inputs for the backward pass, which computes everything in between again.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from ..ops.product import has_products
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Tell whether the kernels take tensors like ``x``; counters could not see into them."""
+    return has_products(x) and _get_current_dispatch_mode() is None
+
+
+class PairwiseMoments(torch.autograd.Function):
+    """Mean and variance of ``matrix relu(own_i + other_j)`` over pixels i and places j, of float64.
+
+    The arguments are own, (N, C, H, W), other, (N, C, H + k - 1, W + k - 1), matrix, (R, C), and k.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, own: Tensor, other: Tensor, matrix: Tensor, kernel_size: int
+    ) -> tuple[Tensor, Tensor]:
+        mean, var = torch.ops.sasa_det_cpu.pairwise_moments(own, other, matrix, kernel_size, "")
+        ctx.kernel_size = kernel_size
+        ctx.save_for_backward(own, other, matrix, mean)
+        return mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
+        own, other, matrix, mean = ctx.saved_tensors
+        count = own[:, 0].numel() * ctx.kernel_size**2
+        slope = 2 * grad_var / count
+        start = grad_mean / count - slope * mean
+        gradients = torch.ops.sasa_det_cpu.pairwise_moments_backward(
+            start, slope, own, other, matrix, ctx.kernel_size, ""
+        )
+        return *gradients, None
+
+
+class PairwiseWeights(torch.autograd.Function):
+    """Softmax over j of ``next_matrix relu(matrix relu(own_i + other_j) + shift) + bias``.
+
+    The arguments are those of :class:`PairwiseMoments` with shift, (R,), next_matrix, (G, R), and
+    bias, (G,), before the last; the result is (N, G, k^2, H, W).
+    """
+
+    @staticmethod
+    def forward(ctx, *arguments) -> Tensor:
+        weights = torch.ops.sasa_det_cpu.pairwise_weights(*arguments, "")
+        *tensors, bias, ctx.kernel_size = arguments
+        ctx.save_for_backward(weights, *tensors)
+        return weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        own, other, matrix, shift, next_matrix, bias = (
+            torch.ops.sasa_det_cpu.pairwise_weights_backward(
+                grad, *ctx.saved_tensors, ctx.kernel_size, ""
+            )
+        )
+        return own, other, matrix, shift, next_matrix, bias, None
+
+
+class PatchwiseHidden(torch.autograd.Function):
+    """``matrix relu(scale x + shift)``, where x are the keys of a pixel's window.
+
+    The arguments are the padded keys, (N, C, H + k - 1, W + k - 1), scale and shift, (C k^2,),
+    matrix, (G, C k^2), and k; the result is (N, G, H, W).
+    """
+
+    @staticmethod
+    def forward(ctx, *arguments) -> Tensor:
+        *tensors, ctx.kernel_size = arguments
+        ctx.save_for_backward(*tensors)
+        return torch.ops.sasa_det_cpu.patchwise_hidden(*arguments, "")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = torch.ops.sasa_det_cpu.patchwise_hidden_backward(
+            grad, *ctx.saved_tensors, ctx.kernel_size, ""
+        )
+        return *gradients, None
