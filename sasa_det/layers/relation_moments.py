@@ -2,17 +2,31 @@
 
 The relations of an image are kernel_size^2 times as many as its pixels, but their sums fall apart
 into sums over windows, which are cheap. Everything is in float64: variances are differences here.
+The backward pass computes it again from the arguments, which take less memory.
 """
+
+import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..ops.aggregation import reflect, reflected
 
 Moments = tuple[Tensor, Tensor]  # mean and biased variance, (C,) each
 
 
+def _computed_again(function: Callable[..., Moments]) -> Callable[..., Moments]:
+    @functools.wraps(function)
+    def wrapped(*arguments):
+        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+    return wrapped
+
+
+@_computed_again
 def moments_of_sums(own: Tensor, others: Tensor, kernel_size: int) -> Moments:
     """Return the moments of own_i + others_j over all pixels i and the places j of their windows.
 
@@ -29,6 +43,7 @@ def moments_of_sums(own: Tensor, others: Tensor, kernel_size: int) -> Moments:
     return own_mean + others_mean, own_var + others_var + 2 * covariance
 
 
+@_computed_again
 def moments_of_products(own: Tensor, others: Tensor, kernel_size: int) -> Moments:
     """Return the moments of own_i * others_j, see :func:`moments_of_sums`."""
     own, others = own.double(), others.double()
@@ -37,6 +52,7 @@ def moments_of_products(own: Tensor, others: Tensor, kernel_size: int) -> Moment
     return mean, (squares.mean((0, 2, 3)) - mean.square()).clamp(min=0)
 
 
+@_computed_again
 def moments_by_place(padded: Tensor, kernel_size: int) -> Moments:
     """Return the moments of what stands at each place of all windows, (C kernel_size^2,) each.
 

@@ -111,11 +111,22 @@ class _VectorAttention2d(nn.Module):
             weights = self.window_weights(query, key)
             return torch.ops.sasa_det.vector_aggregation(weights, value, self.kernel_size)
         else:
-            query, key, value = project(x, (self.query, self.key, self.value))
-            reason = why_not_in_bands(self.weights, query, self._count(query))
-            say_once(f"{self.kind} ({self.relation})", reason)
-            weigh = self.window_weights if reason else self.window_weights_in_bands
-            return vector_aggregation(weigh(query, key), value, self.kernel_size)
+            return self.attend(*project(x, (self.query, self.key, self.value)))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Do what the layer does with its projections.
+
+        Args:
+            query, key: (N, relation_channels, H, W).
+            value: (N, out_channels, H, W).
+
+        Returns:
+            (N, out_channels, H, W).
+        """
+        reason = why_not_in_bands(self.weights, query, self._count(query))
+        say_once(f"{self.kind} ({self.relation})", reason)
+        weigh = self.window_weights if reason else self.window_weights_in_bands
+        return vector_aggregation(weigh(query, key), value, self.kernel_size)
 
     def window_weights(self, query: Tensor, key: Tensor) -> Tensor:
         """Return the weights, (N, out_channels / share_channels, kernel_size^2, H, W).
