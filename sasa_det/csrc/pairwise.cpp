@@ -8,9 +8,12 @@ using Tensors = std::vector<at::Tensor>;
 
 // The tensors of a call, contiguous and alive until it ends.
 struct Arguments {
-  Arguments(const at::Tensor& own_, const at::Tensor& other_, const at::Tensor& matrix_,
+  Arguments(const at::Tensor& own_, const at::Tensor& other_, const Optional& matrix_,
             int64_t kernel_size)
-      : own(floats(own_)), other(floats(other_)), matrix(floats(matrix_)), call() {
+      : own(floats(own_)),
+        other(floats(other_)),
+        matrix(matrix_ ? floats(*matrix_) : at::Tensor()),
+        call() {
     TORCH_CHECK_VALUE(own.dim() == 4 && kernel_size > 0, "own must be (N, C, H, W), got ",
                       own.sizes(), ".");
     call.batch = own.size(0);
@@ -23,11 +26,13 @@ struct Arguments {
                                            call.width + kernel_size - 1};
     TORCH_CHECK_VALUE(other.sizes() == at::IntArrayRef(padded), "other must be ",
                       at::IntArrayRef(padded), ", got ", other.sizes(), ".");
+    call.own = own.const_data_ptr<float>();
+    call.other = other.const_data_ptr<float>();
+    call.hidden = call.channels;
+    if (!matrix.defined()) return;
     TORCH_CHECK_VALUE(matrix.dim() == 2 && matrix.size(1) == call.channels,
                       "matrix must have ", call.channels, " columns, got ", matrix.sizes(), ".");
     call.hidden = matrix.size(0);
-    call.own = own.const_data_ptr<float>();
-    call.other = other.const_data_ptr<float>();
     call.matrix = matrix.const_data_ptr<float>();
   }
   void map_on(const at::Tensor& shift_, const at::Tensor& next_matrix_) {
@@ -51,9 +56,9 @@ const PairwiseKernels& kernels(const std::string& instructions) {
   return choose_kernels(instructions).pairwise;
 }
 
-// Mean and biased variance of hidden, of float64.
+// Mean and biased variance of hidden, or of own_i + other_j without a matrix, of float64.
 std::tuple<at::Tensor, at::Tensor> pairwise_moments(const at::Tensor& own, const at::Tensor& other,
-                                                    const at::Tensor& matrix, int64_t kernel_size,
+                                                    const Optional& matrix, int64_t kernel_size,
                                                     const std::string& instructions) {
   Arguments a(own, other, matrix, kernel_size);
   const PairwiseKernels& chosen = kernels(instructions);
@@ -92,7 +97,8 @@ at::Tensor pairwise_weights(const at::Tensor& own, const at::Tensor& other,
   return weights;
 }
 
-// Gradients of own, other and matrix, and with weights those of shift, next_matrix and bias.
+// Gradients of own, other and matrix, empty for none, and with weights those of shift, next_matrix
+// and bias.
 Tensors gradients(Arguments& a, const std::string& instructions) {
   Pairwise& call = a.call;
   const PairwiseKernels& chosen = kernels(instructions);
@@ -119,7 +125,7 @@ Tensors gradients(Arguments& a, const std::string& instructions) {
     const int64_t top = task % bands * band, count = std::min(rows, height - top);
     other[task / bands].narrow(1, top, count).add_(others[task].narrow(1, 0, count));
   }
-  Tensors results = {own, other, matrix.sum(0)};
+  Tensors results = {own, other, call.matrix ? matrix.sum(0) : at::empty({0}, own.options())};
   if (call.slope == nullptr)
     for (const at::Tensor& x : {shift, next_matrix, bias}) results.push_back(x.sum(0));
   return results;
@@ -128,7 +134,7 @@ Tensors gradients(Arguments& a, const std::string& instructions) {
 // The gradients of own, other and matrix, where that of hidden is start + slope hidden.
 Tensors pairwise_moments_backward(const at::Tensor& start, const at::Tensor& slope,
                                   const at::Tensor& own, const at::Tensor& other,
-                                  const at::Tensor& matrix, int64_t kernel_size,
+                                  const Optional& matrix, int64_t kernel_size,
                                   const std::string& instructions) {
   Arguments a(own, other, matrix, kernel_size);
   TORCH_CHECK_VALUE(start.numel() == a.call.hidden && slope.numel() == a.call.hidden,
@@ -160,12 +166,12 @@ Tensors pairwise_weights_backward(const at::Tensor& grad, const at::Tensor& weig
 TORCH_LIBRARY_FRAGMENT(sasa_det_cpu, library) {
   const auto cpu = c10::DispatchKey::CPU;
   library.def(
-      "pairwise_moments(Tensor own, Tensor other, Tensor matrix, int kernel_size, "
+      "pairwise_moments(Tensor own, Tensor other, Tensor? matrix, int kernel_size, "
       "str instructions) -> (Tensor, Tensor)",
       torch::dispatch(cpu, pairwise_moments));
   library.def(
       "pairwise_moments_backward(Tensor start, Tensor slope, Tensor own, Tensor other, "
-      "Tensor matrix, int kernel_size, str instructions) -> Tensor[]",
+      "Tensor? matrix, int kernel_size, str instructions) -> Tensor[]",
       torch::dispatch(cpu, pairwise_moments_backward));
   library.def(
       "pairwise_weights(Tensor own, Tensor other, Tensor matrix, Tensor shift, "

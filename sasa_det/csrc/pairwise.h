@@ -14,6 +14,7 @@ struct Pairwise {
   const float *own, *other, *matrix, *shift, *next_matrix, *bias;
   float* weights;
   // Moments only: of every task the sums of hidden - center and of its squares, (tasks, 2, hidden).
+  // Without a matrix they are those of own_i + other_j, and so are the gradients of moments.
   const float* center;
   float* sums;
   // Backward only. The gradient of hidden is that of `grad_weights`, which needs `old_weights`, or

@@ -146,14 +146,21 @@ class Band {
         f();
       }
   }
-  // The relations (channels, SPAN) at a place.
-  INLINE const float* relate(int place) {
+  // Call f(channel, vector, own_i + other_j) for a place.
+  template <typename F>
+  INLINE void each_sum(int place, F f) const {
     for (int c = 0; c < g_.channels; ++c) {
       const float* other = others_ + c * plane_ + offset(place);
 #pragma GCC unroll 3
-      for (int v = 0; v < SPAN; v += LANES)
-        store(relation_ + c * SPAN + v, rectified(load(own_ + c * SPAN + v) + load(other + v)));
+      for (int v = 0; v < VECTORS; ++v)
+        f(c, v, load(own_ + c * SPAN + v * LANES) + load(other + v * LANES));
     }
+  }
+  // The relations (channels, SPAN) at a place.
+  INLINE const float* relate(int place) {
+    each_sum(place, [&](int c, int v, Vec x) {
+      store(relation_ + c * SPAN + v * LANES, rectified(x));
+    });
     return relation_;
   }
   // Where the tile's pixels at a place lie in a channel's rows, which are `stride` floats long.
@@ -194,20 +201,24 @@ int64_t tasks(const Pairwise& a) { return a.batch * Geometry(a).bands; }
 void moments(const Pairwise& a, int64_t first_task, int64_t last_task) {
   const Geometry g(a);
   Scratch scratch;
-  const Packed matrix(a.matrix, g.hidden, g.channels, false, scratch);
+  const Packed matrix(a.matrix, a.matrix ? g.hidden : 0, g.channels, false, scratch);
   Band band(a, g, scratch);
   float* sums = scratch.take(2 * g.hidden * LANES);
+  const auto add = [&](int row, int v, Vec hidden) {
+    const Vec x = band.inside(v) ? hidden - a.center[row] : Vec{};
+    float* sum = sums + 2 * row * LANES;
+    store(sum, load(sum) + x);
+    store(sum + LANES, load(sum + LANES) + x * x);
+  };
   for (int64_t task = first_task; task < last_task; ++task) {
     band.open(task);
     std::memset(sums, 0, 2 * g.hidden * LANES * 4);
     band.each_tile([&] {
       for (int place = 0; place < g.window; ++place)
-        matrix.times(band.relate(place), nullptr, [&](int row, int v, Vec hidden) {
-          const Vec x = band.inside(v) ? hidden - a.center[row] : Vec{};
-          float* sum = sums + 2 * row * LANES;
-          store(sum, load(sum) + x);
-          store(sum + LANES, load(sum + LANES) + x * x);
-        });
+        if (a.matrix)
+          matrix.times(band.relate(place), nullptr, add);
+        else
+          band.each_sum(place, add);
     });
     for (int row = 0; row < g.hidden; ++row)
       for (int i = 0; i < 2; ++i)
@@ -261,8 +272,8 @@ void backward(const Pairwise& a, int64_t first_task, int64_t last_task) {
   Scratch scratch;
   const bool of_weights = a.slope == nullptr;
   const int wide_hidden = round_up(g.hidden, LANES);
-  const Packed matrix(a.matrix, g.hidden, g.channels, false, scratch);
-  const Packed matrix_transposed(a.matrix, g.channels, g.hidden, true, scratch);
+  const Packed matrix(a.matrix, a.matrix ? g.hidden : 0, g.channels, false, scratch);
+  const Packed matrix_transposed(a.matrix, a.matrix ? g.channels : 0, g.hidden, true, scratch);
   const int groups = of_weights ? g.groups : 0;
   const Packed next_transposed(a.next_matrix, of_weights ? g.hidden : 0, groups, true, scratch);
   Band band(a, g, scratch);
@@ -307,6 +318,20 @@ void backward(const Pairwise& a, int64_t first_task, int64_t last_task) {
       }
       std::memset(grad_own, 0, g.channels * SPAN * 4);
       for (int place = 0; place < g.window; ++place) {
+        const int64_t offset = band.offset(place);
+        const auto pass_on = [&](int channel, int v, Vec grad) {
+          const int at = channel * SPAN + v * LANES;
+          store(grad_own + at, load(grad_own + at) + grad);
+          float* to = grad_other + channel * plane + offset + v * LANES;
+          store(to, load(to) + grad);
+        };
+        if (!a.matrix) {
+          band.each_sum(place, [&](int channel, int v, Vec x) {
+            const Vec grad = x * a.slope[channel] + a.start[channel];
+            pass_on(channel, v, band.inside(v) ? grad : Vec{});
+          });
+          continue;
+        }
         const float* relation = band.relate(place);
         if (of_weights) {
           matrix.times(relation, a.shift, [&](int row, int v, Vec x) {
@@ -329,13 +354,8 @@ void backward(const Pairwise& a, int64_t first_task, int64_t last_task) {
         }
         transpose_tile(grad_hidden, wide_hidden, columns);
         add_outer(relation, g.channels, columns, wide_hidden, grad_matrix);
-        const int64_t offset = band.offset(place);
         matrix_transposed.times(grad_hidden, nullptr, [&](int channel, int v, Vec x) {
-          const int at = channel * SPAN + v * LANES;
-          const Vec here = load(relation + at) > 0.0f ? x : Vec{};
-          store(grad_own + at, load(grad_own + at) + here);
-          float* to = grad_other + channel * plane + offset + v * LANES;
-          store(to, load(to) + here);
+          pass_on(channel, v, load(relation + channel * SPAN + v * LANES) > 0.0f ? x : Vec{});
         });
       }
       for (int c = 0; c < g.channels; ++c)

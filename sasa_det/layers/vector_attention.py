@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..ops import vector_aggregation, window_product
+from ..ops import vector_aggregation
 from ..ops.aggregation import reflect
 from ..ops.arguments import check_choice, check_kernel_size
 from ..ops.precision import accumulation_dtype, autocast_disabled
-from .banded_weights import pairwise_weights, patchwise_hidden, say_once, why_not_in_bands
+from .mapping import Mapping, say_once, why_not
+from .pairwise_mapping import pairwise_mapping
+from .patchwise_mapping import patchwise_mapping
 from .projection import project
 
 # The first one of each is that of the paper's models.
@@ -123,10 +125,11 @@ class _VectorAttention2d(nn.Module):
         Returns:
             (N, out_channels, H, W).
         """
-        reason = why_not_in_bands(self.weights, query, self._count(query))
+        reason = why_not(self.weights, query, self._count(query))
         say_once(f"{self.kind} ({self.relation})", reason)
-        weigh = self.window_weights if reason else self.window_weights_in_bands
-        return vector_aggregation(weigh(query, key), value, self.kernel_size)
+        if reason is None:
+            return self.mapping(query, key).aggregate(value, self.kernel_size)
+        return vector_aggregation(self.window_weights(query, key), value, self.kernel_size)
 
     def window_weights(self, query: Tensor, key: Tensor) -> Tensor:
         """Return the weights, (N, out_channels / share_channels, kernel_size^2, H, W).
@@ -138,8 +141,8 @@ class _VectorAttention2d(nn.Module):
         """
         raise NotImplementedError
 
-    def window_weights_in_bands(self, query: Tensor, key: Tensor) -> Tensor:
-        """Do what :meth:`window_weights` does without all relations in memory."""
+    def mapping(self, query: Tensor, key: Tensor) -> Mapping:
+        """Return how to do what :meth:`window_weights` does without storing relations."""
         raise NotImplementedError
 
     def _count(self, query: Tensor) -> int:
@@ -199,9 +202,9 @@ class PairwiseAttention2d(_VectorAttention2d):
         weights = weights.softmax(2, dtype=accumulation_dtype(weights.dtype))
         return weights.unflatten(3, (height, width))
 
-    def window_weights_in_bands(self, query: Tensor, key: Tensor) -> Tensor:
-        """See :func:`sasa_det.layers.banded_weights.pairwise_weights`."""
-        return pairwise_weights(self, query, key)
+    def mapping(self, query: Tensor, key: Tensor) -> Mapping:
+        """See :func:`sasa_det.layers.pairwise_mapping.pairwise_mapping`."""
+        return pairwise_mapping(self, query, key)
 
     def _count(self, query: Tensor) -> int:
         return query.numel() // query.shape[1] * self.kernel_size**2
@@ -271,15 +274,9 @@ class PatchwiseAttention2d(_VectorAttention2d):
         relation = self._relate(query, self._windows(key)).unflatten(2, query.shape[2:])
         return self.weights(relation).unflatten(1, (self.groups, -1))
 
-    def window_weights_in_bands(self, query: Tensor, key: Tensor) -> Tensor:
-        """See :func:`sasa_det.layers.banded_weights.patchwise_hidden`."""
-        if self.relation == "star_product":
-            relation = self.weights[:2](window_product(query, key, self.kernel_size))
-            (hidden,) = project(relation, (self.weights[2],))
-        else:
-            hidden = patchwise_hidden(self, query, key)
-        (weights,) = project(self.weights[3:5](hidden), (self.weights[5],))
-        return weights.unflatten(1, (self.groups, -1))
+    def mapping(self, query: Tensor, key: Tensor) -> Mapping:
+        """See :func:`sasa_det.layers.patchwise_mapping.patchwise_mapping`."""
+        return patchwise_mapping(self, query, key)
 
     def _relate(self, query: Tensor, keys: Tensor) -> Tensor:
         """Describe all windows, (N, C, H W), by queries (N, r, H, W) and keys (N, r, k^2, H W)."""

@@ -20,11 +20,12 @@ class PairwiseMoments(torch.autograd.Function):
     """Mean and variance of ``matrix relu(own_i + other_j)`` over pixels i and places j, of float64.
 
     The arguments are own, (N, C, H, W), other, (N, C, H + k - 1, W + k - 1), matrix, (R, C), and k.
+    Without a matrix they are the mean and variance of ``own_i + other_j``.
     """
 
     @staticmethod
     def forward(
-        ctx, own: Tensor, other: Tensor, matrix: Tensor, kernel_size: int
+        ctx, own: Tensor, other: Tensor, matrix: Tensor | None, kernel_size: int
     ) -> tuple[Tensor, Tensor]:
         mean, var = torch.ops.sasa_det_cpu.pairwise_moments(own, other, matrix, kernel_size, "")
         ctx.kernel_size = kernel_size
@@ -38,10 +39,10 @@ class PairwiseMoments(torch.autograd.Function):
         count = own[:, 0].numel() * ctx.kernel_size**2
         slope = 2 * grad_var / count
         start = grad_mean / count - slope * mean
-        gradients = torch.ops.sasa_det_cpu.pairwise_moments_backward(
+        own, other, grad_matrix = torch.ops.sasa_det_cpu.pairwise_moments_backward(
             start, slope, own, other, matrix, ctx.kernel_size, ""
         )
-        return *gradients, None
+        return own, other, None if matrix is None else grad_matrix, None
 
 
 class PairwiseWeights(torch.autograd.Function):

@@ -89,6 +89,18 @@ def check_pairwise(sizes, instructions):
     found = OPS.pairwise_moments_backward(start, slope, own, other, matrix, *options)
     assert_close(found, gradients)
 
+    # Those of the sums, without a matrix.
+    exact = exact[:2]
+    sums = exact[0].flatten(2).unsqueeze(2) + windows(exact[1], kernel_size)
+    moments = OPS.pairwise_moments(own, other, None, *options)
+    assert_close(moments, [sums.mean(dims), sums.var(dims, correction=0)])
+    start, slope = randn(own.shape[1]), randn(own.shape[1])
+    grad = (start.view(-1, 1, 1) + slope.view(-1, 1, 1) * sums).detach()
+    gradients = torch.autograd.grad(sums, exact, grad)
+    *found, none = OPS.pairwise_moments_backward(start, slope, own, other, None, *options)
+    assert_close(found, gradients)
+    assert none.numel() == 0
+
 
 @pytest.mark.parametrize("instructions", cpu.instruction_sets())
 @pytest.mark.parametrize("sizes", PAIRWISE_SIZES)

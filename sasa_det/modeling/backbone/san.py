@@ -19,7 +19,7 @@ from ...ops.arguments import check_choice
 from ..attention_options import check_norm
 from ..normed_products import normed_products
 from ..pointwise import use_products
-from ..pooled_stem import pooled_stem
+from ..pooled import pooled_product, pooled_stem
 from .attention_fpn import build_fpn, build_retinanet_fpn
 
 ATTENTIONS = {"pairwise": PairwiseAttention2d, "patchwise": PatchwiseAttention2d}
@@ -89,7 +89,10 @@ class _Stage(CNNBlockBase):
         self.norm = norm(out_channels) if is_stem else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.transition(self._pool(x))
+        if torch.jit.is_scripting() or self.conv is not None:
+            x = self.transition(self._pool(x))
+        else:
+            x = pooled_product(x, self.transition)
         return F.relu(self.out_norm(self.blocks(x)))
 
     def _pool(self, x: Tensor) -> Tensor:
