@@ -55,7 +55,8 @@ class _Relation:
         self.count = query[:, 0].numel() * self.kernel_size**2
         self.factors: list[Tensor] = []
         self.given: list[Tensor] = []
-        self.shift: list[Tensor] = []  # of the products
+        self.start: list[Tensor] = []  # what is added to the products
+        self.affine: list[Tensor] = []  # scale and shift of the sums
         own, others = [positions], [-positions]
         if layer.relation == "hadamard_product":
             self.factors = [query, key]
@@ -68,27 +69,26 @@ class _Relation:
             own = [query, *own]
             others = [-key if layer.relation == "subtraction" else key, *others]
         self.own, self.others = torch.cat(own, 1), torch.cat(others, 1)
+        self.padded = reflect(self.others, self.kernel_size // 2)
 
     def normalize(self, norm: nn.Module) -> None:
         """Let a norm's scale and shift become part of the relation."""
         scale, shift = normed_affine(norm, self._moments, self.count, self.own.dtype)
         leading = sum(x.shape[1] for x in self.given or self.factors[:1])
-        if self.factors:
-            self.shift = [self.own.new_zeros(leading) if shift is None else shift[:leading]]
         if scale is None or shift is None:
-            return
-        scale, shift = scale[:, None, None], shift[:, None, None]
+            channels = leading + self.own.shape[1]
+            scale, shift = self.own.new_ones(channels), self.own.new_zeros(channels)
         if self.factors:
-            self.factors[0] = scale[:leading] * self.factors[0]
+            self.factors[0] = scale[:leading, None, None] * self.factors[0]
+            self.start = [shift[:leading]]
         elif self.given:
-            self.given = [scale[:leading, None] * self.given[0] + shift[:leading, None]]
-        self.own = scale[leading:] * self.own + shift[leading:]
-        self.others = scale[leading:] * self.others
+            given_scale, given_shift = (x[:leading, None, None, None] for x in (scale, shift))
+            self.given = [given_scale * self.given[0] + given_shift]
+        self.affine = [scale[leading:], shift[leading:]]
 
     def _moments(self) -> Moments:
         if self.form().has_kernels(self.own):
-            others = reflect(self.others, self.kernel_size // 2)
-            return PairwiseMoments.apply(self.own, others, None, self.kernel_size)
+            return PairwiseMoments.apply(self.own, self.padded, None, None, None, self.kernel_size)
         moments = [moments_of_sums(self.own, self.others, self.kernel_size)]
         if self.factors:
             moments.insert(0, moments_of_products(*self.factors, self.kernel_size))
@@ -102,8 +102,8 @@ class _Relation:
     def inputs(self) -> list[Tensor]:
         """Return what the mapping takes before its matrices; images first, then padded ones."""
         images = [self.own, *self.given, *self.factors[:1]]
-        padded = [reflect(x, self.kernel_size // 2) for x in (self.others, *self.factors[1:])]
-        return [*images, *padded, *self.shift]
+        padded = [self.padded, *(reflect(x, self.kernel_size // 2) for x in self.factors[1:])]
+        return [*images, *padded, *self.start, *self.affine]
 
     def form(self) -> "_Form":
         return _Form(self.kernel_size, bool(self.given), bool(self.factors))
@@ -135,7 +135,9 @@ class _Form:
         """
         if self.has_kernels(tensors[0]):
             return PairwiseMoments.apply(*tensors, self.kernel_size)
-        return self._bands(self._hidden_of_band, tensors[0], tensors[-1]).moments(*tensors)
+        *inputs, matrix = tensors
+        bands = self._bands(self._hidden_of_band, inputs[0], matrix)
+        return bands.moments(*self._normalize(inputs), matrix)
 
     def weights(self, *tensors: Tensor) -> Tensor:
         """Return the weights, (N, G, kernel_size^2, H, W).
@@ -144,9 +146,20 @@ class _Form:
             tensors: the relation's inputs; the matrix, (R, C), and shift, (R,), of the mapping's
                 first half, and the matrix, (G, R), and bias, (G,), of its second.
         """
-        if self.has_kernels(tensors[0]):
-            return PairwiseWeights.apply(*tensors, self.kernel_size)
-        return self._bands(self._weights_of_band, tensors[0], tensors[-4]).map(*tensors)
+        *inputs, matrix, shift, next_matrix, bias = tensors
+        matrices = (matrix, shift, next_matrix, bias)
+        inputs = self._normalize(inputs)
+        if self.has_kernels(inputs[0]):
+            return PairwiseWeights.apply(*inputs, *matrices, self.kernel_size)
+        return self._bands(self._weights_of_band, inputs[0], matrix).map(*inputs, *matrices)
+
+    def _normalize(self, inputs: list[Tensor]) -> list[Tensor]:
+        """Apply scale and shift, the last of the inputs, to own and others."""
+        *inputs, scale, shift = inputs
+        others = 1 + self.given + self.product
+        inputs[0] = scale[:, None, None] * inputs[0] + shift[:, None, None]
+        inputs[others] = scale[:, None, None] * inputs[others]
+        return inputs
 
     def _bands(self, function: Callable[..., Tensor], own: Tensor, matrix: Tensor) -> Bands:
         numbers_of_row = max(matrix.shape) * self.kernel_size**2 * own.shape[3]

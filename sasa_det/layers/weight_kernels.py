@@ -17,32 +17,56 @@ def has_kernels(x: Tensor) -> bool:
 
 
 class PairwiseMoments(torch.autograd.Function):
-    """Mean and variance of ``matrix relu(own_i + other_j)`` over pixels i and places j, of float64.
+    """Mean and variance of ``matrix relu(scale (own_i + other_j) + shift)``, of float64.
 
-    The arguments are own, (N, C, H, W), other, (N, C, H + k - 1, W + k - 1), matrix, (R, C), and k.
-    Without a matrix they are the mean and variance of ``own_i + other_j``.
+    They are over all pixels i and places j. The arguments are own, (N, C, H, W), other, (N, C,
+    H + k - 1, W + k - 1), scale and shift, (C,), matrix, (R, C), and k. Without the tensors behind
+    other they are the mean and variance of ``own_i + other_j``.
     """
 
     @staticmethod
     def forward(
-        ctx, own: Tensor, other: Tensor, matrix: Tensor | None, kernel_size: int
+        ctx,
+        own: Tensor,
+        other: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        matrix: Tensor | None,
+        kernel_size: int,
     ) -> tuple[Tensor, Tensor]:
-        mean, var = torch.ops.sasa_det_cpu.pairwise_moments(own, other, matrix, kernel_size, "")
+        mean, var = torch.ops.sasa_det_cpu.pairwise_moments(
+            *_normalized(own, other, scale, shift), matrix, kernel_size, ""
+        )
         ctx.kernel_size = kernel_size
-        ctx.save_for_backward(own, other, matrix, mean)
+        ctx.save_for_backward(own, other, scale, shift, matrix, mean)
         return mean, var
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
-        own, other, matrix, mean = ctx.saved_tensors
+        own, other, scale, shift, matrix, mean = ctx.saved_tensors
         count = own[:, 0].numel() * ctx.kernel_size**2
         slope = 2 * grad_var / count
         start = grad_mean / count - slope * mean
-        own, other, grad_matrix = torch.ops.sasa_det_cpu.pairwise_moments_backward(
-            start, slope, own, other, matrix, ctx.kernel_size, ""
+        grad_own, grad_other, grad_matrix = torch.ops.sasa_det_cpu.pairwise_moments_backward(
+            start, slope, *_normalized(own, other, scale, shift), matrix, ctx.kernel_size, ""
         )
-        return own, other, None if matrix is None else grad_matrix, None
+        if scale is None:
+            return grad_own, grad_other, None, None, None, None
+        dims = (0, 2, 3)
+        grad_scale = (grad_own * own).sum(dims) + (grad_other * other).sum(dims)
+        grad_shift = grad_own.sum(dims)
+        grad_own, grad_other = (grad * scale[:, None, None] for grad in (grad_own, grad_other))
+        return grad_own, grad_other, grad_scale, grad_shift, grad_matrix, None
+
+
+def _normalized(
+    own: Tensor, other: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if scale is None or shift is None:
+        return own, other
+    scale, shift = scale[:, None, None], shift[:, None, None]
+    return torch.addcmul(shift, scale, own), scale * other
 
 
 class PairwiseWeights(torch.autograd.Function):

@@ -76,13 +76,14 @@ def test_a_normed_product_with_a_residual():
 def test_pooled_stem(norm, size, monkeypatch):
     monkeypatch.setattr("sasa_det.modeling.pooled._NUMBERS_OF_BAND", 4 * 5 * 6 * 3)
     torch.manual_seed(0)
-    modules = randomize(nn.ModuleList([nn.Conv2d(3, 5, 1, bias=False), norm(5)]))
+    convolutions = [nn.Conv2d(3, 5, 1, bias=False), nn.Conv2d(5, 4, 1, bias=False)]
+    modules = randomize(nn.ModuleList([convolutions[0], norm(5), convolutions[1]]))
     x = 3 + torch.randn(2, 3, *size)
     assert_same(
         modules,
         x,
         lambda m, x: [pooled_stem(x, *m)],
-        lambda m, x: [F.max_pool2d(F.relu(m[1](m[0](x))), 2, ceil_mode=True)],
+        lambda m, x: [m[2](F.max_pool2d(F.relu(m[1](m[0](x))), 2, ceil_mode=True))],
     )
 
 

@@ -89,20 +89,21 @@ class _Stage(CNNBlockBase):
         self.norm = norm(out_channels) if is_stem else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting() or self.conv is not None:
-            x = self.transition(self._pool(x))
+        if torch.jit.is_scripting():
+            if self.conv is not None and self.norm is not None:
+                x = F.relu(self.norm(self.conv(x)))
+            x = self.transition(F.max_pool2d(x, 2, ceil_mode=True))
         else:
-            x = pooled_product(x, self.transition)
+            x = self._enter(x)
         return F.relu(self.out_norm(self.blocks(x)))
 
-    def _pool(self, x: Tensor) -> Tensor:
-        if self.conv is not None and self.norm is not None:
-            if not torch.jit.is_scripting():
-                pooled = pooled_stem(x, self.conv, self.norm)
-                if pooled is not None:
-                    return pooled
+    def _enter(self, x: Tensor) -> Tensor:
+        if self.conv is not None:
+            entered = pooled_stem(x, self.conv, self.norm, self.transition)
+            if entered is not None:
+                return entered
             x = F.relu(self.norm(self.conv(x)))
-        return F.max_pool2d(x, 2, ceil_mode=True)
+        return pooled_product(x, self.transition)
 
 
 class SAN(Backbone):
