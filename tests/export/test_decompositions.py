@@ -89,6 +89,7 @@ def test_the_table_has_every_operator_of_inference():
         "mixed_values",
         "stem_attention",
         "stem_attention_pooled",
+        "vector_aggregation",
     }
 
 
