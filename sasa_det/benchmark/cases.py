@@ -18,8 +18,9 @@ GROUPS = {
     "kernel_size": "operators",
     "image_size": "operators",
     "trainer": "training",
+    "san": "san",
 }
-_NEED_DETECTRON2 = ("models", "training")
+_NEED_DETECTRON2 = ("models", "training", "san")
 
 
 def choose_groups(words: str | None) -> list[str]:

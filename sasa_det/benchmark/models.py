@@ -57,7 +57,7 @@ def _as_built(model: nn.Module) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class _Way:
+class Way:
     """A way to run the model of a config.
 
     Attributes:
@@ -75,22 +75,22 @@ class _Way:
     dtype: torch.dtype | None = None
 
 
-def _ways(training: bool, bfloat16: bool) -> list[_Way]:
+def _ways(training: bool, bfloat16: bool) -> list[Way]:
     """Return the ways to run twins, that of detectron2 as it is first.
 
     Models of this project use products as they are built.
     """
     ways = [
-        _Way(_CONVOLUTIONAL, _CONVOLUTIONAL, stock),
-        _Way(_TUNED, _CONVOLUTIONAL, use_products if training else _fused),
-        _Way(_ATTENTIONAL, _ATTENTIONAL, _as_built),
+        Way(_CONVOLUTIONAL, _CONVOLUTIONAL, stock),
+        Way(_TUNED, _CONVOLUTIONAL, use_products if training else _fused),
+        Way(_ATTENTIONAL, _ATTENTIONAL, _as_built),
     ]
     if not training:
-        ways.append(_Way(f"{_ATTENTIONAL}, fused", _ATTENTIONAL, _fused))
+        ways.append(Way(f"{_ATTENTIONAL}, fused", _ATTENTIONAL, _fused))
     if bfloat16:
         rival = f"{_CONVOLUTIONAL}, bfloat16"
         for kind, prepare in ((_CONVOLUTIONAL, stock), (_ATTENTIONAL, _as_built)):
-            ways.append(_Way(f"{kind}, bfloat16", kind, prepare, rival, torch.bfloat16))
+            ways.append(Way(f"{kind}, bfloat16", kind, prepare, rival, torch.bfloat16))
     return ways
 
 
@@ -135,7 +135,7 @@ def _backbone_cases(settings: Settings) -> list[Case]:
         cfg = twin_config(settings, _RETINANET_50[kind])
         return _Last(build_backbone(cfg, ShapeSpec(channels=3)).bottom_up)
 
-    def contender(way: _Way, training: bool) -> Contender:
+    def contender(way: Way, training: bool) -> Contender:
         return module_contender(
             *(settings, way.name, lambda: way.prepare(build(way.kind)), 3, size, training),
             counted=partial(build, way.kind),
@@ -165,16 +165,16 @@ def _detector_cases(
 ) -> list[Case]:
     size = settings.image_size
 
-    def ways(training: bool) -> list[_Way]:
+    def ways(training: bool) -> list[Way]:
         others = [kind for kind in configs if kind not in (_CONVOLUTIONAL, _ATTENTIONAL)]
-        own = [_Way(kind, kind, _as_built) for kind in others]
+        own = [Way(kind, kind, _as_built) for kind in others]
         return _ways(training, settings.bfloat16) + own
 
     def contenders(training: bool) -> list[Contender]:
         return [
             Contender(
                 way.name,
-                partial(_detection, settings, configs[way.kind], way, training),
+                partial(detection, settings, configs[way.kind], way, training),
                 rival=way.rival,
                 flops=partial(_detector_flops, settings, configs[way.kind], training),
                 dtype=way.dtype,
@@ -198,10 +198,25 @@ def _image_flops(settings: Settings, config: str) -> int:
     return total(count_config(twin_config(settings, config), size, size)).flops
 
 
-def _detection(settings: Settings, config: str, way: _Way, training: bool) -> Run:
+def detection(
+    settings: Settings,
+    config: str,
+    way: Way,
+    training: bool,
+    size: tuple[int, int] | None = None,
+) -> Run:
+    """Return a step or an inference of a detector.
+
+    Args:
+        settings: of the run.
+        config: name of the detector's config.
+        way: to run it.
+        training: whether it is a step.
+        size: height and width of the images; squares of ``settings.image_size`` if None.
+    """
     cfg = twin_config(settings, config)
     model = build_model(cfg).to(memory_format=settings.layout)
-    inputs = _detection_inputs(settings)
+    inputs = _detection_inputs(settings, size or (settings.image_size,) * 2)
     dtype = way.dtype or (None if settings.dtype == torch.float32 else settings.dtype)
     if not training:
         model = way.prepare(model.eval())
@@ -226,15 +241,15 @@ def _detection(settings: Settings, config: str, way: _Way, training: bool) -> Ru
     return step
 
 
-def _detection_inputs(settings: Settings) -> list[dict]:
+def _detection_inputs(settings: Settings, size: tuple[int, int]) -> list[dict]:
     """Noise with five boxes an image."""
-    size = settings.image_size
+    shorter = min(size)
     inputs = []
     for _ in range(settings.batch):
-        corner = torch.rand(5, 2) * size / 2
-        boxes = torch.cat([corner, corner + size / 8 + torch.rand(5, 2) * size / 4], 1)
-        instances = Instances((size, size), gt_boxes=Boxes(boxes), gt_classes=torch.arange(5))
-        inputs.append({"image": torch.rand(3, size, size) * 255, "instances": instances})
+        corner = torch.rand(5, 2) * shorter / 2
+        boxes = torch.cat([corner, corner + shorter / 8 + torch.rand(5, 2) * shorter / 4], 1)
+        instances = Instances(size, gt_boxes=Boxes(boxes), gt_classes=torch.arange(5))
+        inputs.append({"image": torch.rand(3, *size) * 255, "instances": instances})
     return inputs
 
 

@@ -10,6 +10,9 @@ namespace {
 #include "stem_attention_kernels.h"
 #include "product_kernels.h"
 #include "pooled_norm_kernels.h"
+#include "vector_aggregation_kernels.h"
+#include "patchwise_kernels.h"
+#include "pairwise_kernels.h"
 }  // namespace
 
 extern const Kernels KERNELS = {
@@ -18,6 +21,9 @@ extern const Kernels KERNELS = {
     {stem_tasks, stem_forward, stem_backward, pooled_norm, pooled_norm_backward},
     {groups, group_size, product_tasks, run_product, gradient_parts, gradient_tasks,
      weight_gradient, combination_tasks, combine},
+    {vector_aggregation::tasks, vector_aggregation::forward, vector_aggregation::backward},
+    {patchwise::forward_tasks, patchwise::forward, patchwise::backward_tasks, patchwise::backward},
+    {pairwise::band, pairwise::tasks, pairwise::moments, pairwise::forward, pairwise::backward},
 };
 
 }  // namespace sasa_det

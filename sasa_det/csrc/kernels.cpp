@@ -57,6 +57,18 @@ const StemAttentionKernels& choose_kernels(const std::string& name, const StemAt
   return widest;
 }
 
+const VectorAggregationKernels& choose_kernels(const std::string& name,
+                                               const VectorAggregation& call) {
+  const Kernels& widest = choose_kernels(name);
+#if defined(__x86_64__)
+  // Rows that leave most of a last vector of 16 empty.
+  if (name.empty() && &widest == &avx512_kernels &&
+      (call.width + 7) / 8 * 4 <= (call.width + 15) / 16 * 5)
+    return avx2_kernels.vector_aggregation;
+#endif
+  return widest.vector_aggregation;
+}
+
 TORCH_LIBRARY(sasa_det_cpu, library) {
   library.def("instruction_sets", [] { return instruction_sets(); });
 }

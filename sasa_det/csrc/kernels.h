@@ -15,8 +15,11 @@
 #include <vector>
 
 #include "local_attention.h"
+#include "pairwise.h"
+#include "patchwise.h"
 #include "product.h"
 #include "stem_attention.h"
+#include "vector_aggregation.h"
 
 namespace sasa_det {
 
@@ -24,6 +27,9 @@ struct Kernels {
   LocalAttentionKernels local_attention;
   StemAttentionKernels stem_attention;
   ProductKernels product;
+  VectorAggregationKernels vector_aggregation;
+  PatchwiseKernels patchwise;
+  PairwiseKernels pairwise;
 };
 
 extern const Kernels plain_kernels;
@@ -41,5 +47,7 @@ const Kernels& choose_kernels(const std::string& name);
 // The same, but without a name those of the instruction set that suits a call best.
 const LocalAttentionKernels& choose_kernels(const std::string& name, const LocalAttention& call);
 const StemAttentionKernels& choose_kernels(const std::string& name, const StemAttention& call);
+const VectorAggregationKernels& choose_kernels(const std::string& name,
+                                               const VectorAggregation& call);
 
 }  // namespace sasa_det

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..ops.aggregation import aggregate
 from ..ops.block_attention import place_matrices
 from ..ops.precision import accumulation_dtype
 from ..ops.stem_attention import STEM_BLOCK, relative_embedding
@@ -321,6 +322,11 @@ def _stem_attention_pooled(
     return blocks.join_pooled(F.relu(pooled + shift.float())).to(x.dtype)
 
 
+def _vector_aggregation(weight, value, kernel_size) -> Tensor:
+    with Decompose({}):  # its functions, which are not replaced in a stand-in
+        return aggregate(value, weight, kernel_size=kernel_size)
+
+
 _OPERATORS = torch.ops.sasa_det
 
 DECOMPOSITIONS: dict[Callable, Callable] = {
@@ -329,6 +335,7 @@ DECOMPOSITIONS: dict[Callable, Callable] = {
     _OPERATORS.mixed_values.default: _mixed_values,
     _OPERATORS.stem_attention.default: _stem_attention,
     _OPERATORS.stem_attention_pooled.default: _stem_attention_pooled,
+    _OPERATORS.vector_aggregation.default: _vector_aggregation,
 }
 
 # Of fewer operators, which take more memory at a time.

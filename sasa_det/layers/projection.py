@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -65,6 +66,18 @@ def can_multiply(x: Tensor, layer: nn.Conv2d) -> bool:
 def multiply(x: Tensor, layer: nn.Conv2d) -> Tensor:
     """Multiply a layer's weight with (N, C_in, H, W) and add its bias, see :func:`project`."""
     return _multiply(x, [layer])[0]
+
+
+def multiply_by(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply a 1x1 convolution's weight with (N, C_in, H, W) and add its bias, if there is one.
+
+    The kernels do where they can; the weight is that of a layer that is no more than it.
+    """
+    if not runs_products(x):
+        return F.conv2d(x, weight, bias)
+    if torch.is_grad_enabled():
+        return _Products.apply(x, weight, bias)[0]
+    return products(Operand(x), [weight], [bias])[0]
 
 
 def _multiply(x: Tensor, layers: Sequence[nn.Conv2d]) -> tuple[Tensor, ...]:

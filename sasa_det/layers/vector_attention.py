@@ -12,9 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..ops.aggregation import aggregate, reflect
+from ..ops import vector_aggregation
+from ..ops.aggregation import reflect
 from ..ops.arguments import check_choice, check_kernel_size
 from ..ops.precision import accumulation_dtype, autocast_disabled
+from .mapping import Mapping, say_once, why_not
+from .pairwise_mapping import pairwise_mapping
+from .patchwise_mapping import patchwise_mapping
+from .projection import project
 
 # The first one of each is that of the paper's models.
 PAIRWISE_RELATIONS = (
@@ -28,6 +33,7 @@ PATCHWISE_RELATIONS = ("concatenation", "star_product", "clique_product")
 
 
 class _VectorAttention2d(nn.Module):
+    kind: str
     relations: tuple[str, ...]
 
     def __init__(
@@ -102,16 +108,46 @@ class _VectorAttention2d(nn.Module):
         Returns:
             (N, out_channels, H, W).
         """
-        weights = self.window_weights(self.query(x), self.key(x))
-        return aggregate(self.value(x), weights, kernel_size=self.kernel_size)
+        if torch.jit.is_scripting():  # which passes no modules to functions
+            query, key, value = self.query(x), self.key(x), self.value(x)
+            weights = self.window_weights(query, key)
+            return torch.ops.sasa_det.vector_aggregation(weights, value, self.kernel_size)
+        else:
+            return self.attend(*project(x, (self.query, self.key, self.value)))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Do what the layer does with its projections.
+
+        Args:
+            query, key: (N, relation_channels, H, W).
+            value: (N, out_channels, H, W).
+
+        Returns:
+            (N, out_channels, H, W).
+        """
+        reason = why_not(self.weights, query, self._count(query))
+        say_once(f"{self.kind} ({self.relation})", reason)
+        if reason is None:
+            return self.mapping(query, key).aggregate(value, self.kernel_size)
+        return vector_aggregation(self.window_weights(query, key), value, self.kernel_size)
 
     def window_weights(self, query: Tensor, key: Tensor) -> Tensor:
         """Return the weights, (N, out_channels / share_channels, kernel_size^2, H, W).
+
+        All relations are in memory, several times.
 
         Args:
             query, key: (N, relation_channels, H, W).
         """
         raise NotImplementedError
+
+    def mapping(self, query: Tensor, key: Tensor) -> Mapping:
+        """Return how to do what :meth:`window_weights` does without storing relations."""
+        raise NotImplementedError
+
+    def _count(self, query: Tensor) -> int:
+        """Return how many values of a channel of the relation the norm in front of gamma sees."""
+        return query.numel() // query.shape[1]
 
     def _windows(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, kernel_size^2, H W), borders reflected."""
@@ -133,6 +169,7 @@ class PairwiseAttention2d(_VectorAttention2d):
     position, normalized over the window by a softmax: a set operator.
     """
 
+    kind = "pairwise"
     relations = PAIRWISE_RELATIONS
 
     def __init__(self, *args: Any, position_size: int = 0, **options: Any):
@@ -165,6 +202,13 @@ class PairwiseAttention2d(_VectorAttention2d):
         weights = weights.softmax(2, dtype=accumulation_dtype(weights.dtype))
         return weights.unflatten(3, (height, width))
 
+    def mapping(self, query: Tensor, key: Tensor) -> Mapping:
+        """See :func:`sasa_det.layers.pairwise_mapping.pairwise_mapping`."""
+        return pairwise_mapping(self, query, key)
+
+    def _count(self, query: Tensor) -> int:
+        return query.numel() // query.shape[1] * self.kernel_size**2
+
     def _relate(self, query: Tensor, keys: Tensor) -> Tensor:
         """Compare queries (N, r, 1, P) and keys (N, r, kernel_size^2, P)."""
         if self.relation == "subtraction":
@@ -178,6 +222,12 @@ class PairwiseAttention2d(_VectorAttention2d):
 
     def _relative_positions(self, height: int, width: int, like: Tensor) -> Tensor:
         """Return p_i - p_j for the places j of every pixel's window, (1, 2, kernel_size^2, H W)."""
+        positions = self.positions(height, width, like)
+        positions = positions.flatten(2).unsqueeze(2) - self._windows(positions)
+        return positions.to(like.dtype)
+
+    def positions(self, height: int, width: int, like: Tensor) -> Tensor:
+        """Return the linear map of the places of all pixels, (1, 2, H, W), in float32 at least."""
         # Half precision cannot tell the positions of neighbours apart.
         dtype = accumulation_dtype(like.dtype)
         cols = self._coordinates(width, dtype, like.device).expand(height, width)
@@ -190,8 +240,7 @@ class PairwiseAttention2d(_VectorAttention2d):
             weights = {name: weight.to(dtype) for name, weight in self.position.named_parameters()}
             with autocast_disabled(like.device):
                 positions = functional_call(self.position, weights, grid)
-        positions = positions.flatten(2).unsqueeze(2) - self._windows(positions)
-        return positions.to(like.dtype)
+        return positions
 
     def _coordinates(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         if not self.position_size:
@@ -209,6 +258,7 @@ class PatchwiseAttention2d(_VectorAttention2d):
     with every key, or the clique_product of all queries with all keys.
     """
 
+    kind = "patchwise"
     relations = PATCHWISE_RELATIONS
 
     def _weight_channels(self) -> tuple[int, int, int]:
@@ -223,6 +273,10 @@ class PatchwiseAttention2d(_VectorAttention2d):
     def window_weights(self, query: Tensor, key: Tensor) -> Tensor:
         relation = self._relate(query, self._windows(key)).unflatten(2, query.shape[2:])
         return self.weights(relation).unflatten(1, (self.groups, -1))
+
+    def mapping(self, query: Tensor, key: Tensor) -> Mapping:
+        """See :func:`sasa_det.layers.patchwise_mapping.patchwise_mapping`."""
+        return patchwise_mapping(self, query, key)
 
     def _relate(self, query: Tensor, keys: Tensor) -> Tensor:
         """Describe all windows, (N, C, H W), by queries (N, r, H, W) and keys (N, r, k^2, H W)."""

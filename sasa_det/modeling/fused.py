@@ -60,11 +60,12 @@ def can_fuse(
         and all(map(_is_known, modules))
         and all(norm_kind(norm) is not None for norm in norms)
         # Of a single value batch norm refuses to make statistics.
-        and (x.shape[0] > 1 or max(x.shape[2:]) > stride or not _uses_batch(norms))
+        and (x.shape[0] > 1 or max(x.shape[2:]) > stride or not uses_batch(norms))
     )
 
 
-def _uses_batch(norms: Sequence[nn.Module | None]) -> bool:
+def uses_batch(norms: Sequence[nn.Module | None]) -> bool:
+    """Tell whether one of some norms takes the statistics of its batch."""
     return any(norm_kind(norm) == "batch" for norm in norms)
 
 
@@ -76,7 +77,8 @@ def _is_known(module: nn.Module) -> bool:
     return known and is_one_piece(module)
 
 
-def _norm_parameters(norm: nn.Module | None) -> list[Tensor | None]:
+def norm_parameters(norm: nn.Module | None) -> list[Tensor | None]:
+    """Return weight and bias of a norm, None where there is none."""
     return [getattr(norm, "weight", None), getattr(norm, "bias", None)]
 
 
@@ -88,7 +90,8 @@ def _pool_backward(attention: LocalSelfAttention2d, grad: Tensor, size: torch.Si
     )
 
 
-def _normalize(norm: nn.Module | None, x: Tensor) -> Affine | None:
+def normalize(norm: nn.Module | None, x: Tensor) -> Affine | None:
+    """Return what a norm does to a map; it takes note of its batch."""
     if norm_kind(norm) != "batch":
         return constant_affine(norm)
     return batch_affine(norm, *channel_moments(x), x.numel() // x.shape[1])
@@ -103,15 +106,17 @@ def _product_and_norm(
     return result, batch_affine(norm, mean, var, result.numel() // result.shape[1])
 
 
-def _terms(affine: Affine | None) -> list[Tensor]:
+def terms_of(affine: Affine | None) -> list[Tensor]:
+    """Return a norm's terms of an :class:`Operand`."""
     return [] if affine is None else affine.terms
 
 
-def _center(affine: Affine | None) -> Tensor | None:
+def center_of(affine: Affine | None) -> Tensor | None:
+    """Return what a norm subtracts, (C,), if there is a norm."""
     return None if affine is None else affine.mean
 
 
-def _norm_backward(
+def norm_backward(
     affine: Affine | None, grad: Tensor, total: Tensor | None, moments: list[Tensor], x: Tensor
 ) -> tuple[Operand, Tensor | None, Tensor | None]:
     """Take the norm's moment off the list; see :meth:`Affine.backward`."""
@@ -142,18 +147,18 @@ def bottleneck(x: Tensor, block: nn.Module) -> Tensor | None:
         return None
     if not can_fuse(x, [*convolutions, block.attention], norms, block.stride):
         return None
-    if not torch.is_grad_enabled() and not _uses_batch(norms):
+    if not torch.is_grad_enabled() and not uses_batch(norms):
         return _infer_bottleneck(x, block)
     if any(layer.bias is not None for layer in convolutions + projections(block.attention)):
         return None
     parameters = [
         block.conv1.weight,
-        *_norm_parameters(block.conv1.norm),
+        *norm_parameters(block.conv1.norm),
         *parameters_of(block.attention),
-        *_norm_parameters(block.norm),
+        *norm_parameters(block.norm),
     ]
     for layer in convolutions[1:]:
-        parameters += [layer.weight, *_norm_parameters(layer.norm)]
+        parameters += [layer.weight, *norm_parameters(layer.norm)]
     return _Bottleneck.apply(x, block, *parameters)
 
 
@@ -166,7 +171,7 @@ def _infer_bottleneck(x: Tensor, block: nn.Module) -> Tensor:
     residual = x
     if block.shortcut is not None:
         residual = convolve(Operand(take_strided(x, block.shortcut.stride)), block.shortcut)
-    inner = Operand(attended, _terms(constant_affine(block.norm)), relu=True)
+    inner = Operand(attended, terms_of(constant_affine(block.norm)), relu=True)
     return convolve(inner, block.conv3, residual, relu=True)
 
 
@@ -177,18 +182,18 @@ class _Bottleneck(torch.autograd.Function):
     def forward(ctx, x: Tensor, block: nn.Module, *parameters: Tensor | None) -> Tensor:
         weights = _BottleneckParameters(block, parameters)
         first, norm1 = _product_and_norm(Operand(x), weights.conv1, block.conv1.norm)
-        inner = Operand(first, _terms(norm1), relu=True)
+        inner = Operand(first, terms_of(norm1), relu=True)
         attended, kept = attend_and_keep(block.attention, inner, weights.attention)
         attended = block.attention.pool(attended)
-        norm2 = _normalize(block.norm, attended)
-        outer = Operand(attended, _terms(norm2), relu=True)
+        norm2 = normalize(block.norm, attended)
+        outer = Operand(attended, terms_of(norm2), relu=True)
         third, norm3 = _product_and_norm(outer, weights.conv3, block.conv3.norm)
         shortcut, norm_s, residual = None, None, Operand(x)
         if block.shortcut is not None:
             strided = Operand(take_strided(x, block.shortcut.stride))
             shortcut, norm_s = _product_and_norm(strided, weights.shortcut, block.shortcut.norm)
-            residual = Operand(shortcut, _terms(norm_s))
-        output = add(Operand(third, _terms(norm3)), residual, relu=True)
+            residual = Operand(shortcut, terms_of(norm_s))
+        output = add(Operand(third, terms_of(norm3)), residual, relu=True)
         ctx.block, ctx.norms, ctx.count = block, (norm1, norm2, norm3, norm_s), len(parameters)
         ctx.save_for_backward(*parameters, x, first, attended, third, shortcut, output, *kept)
         return output
@@ -205,27 +210,27 @@ class _Bottleneck(torch.autograd.Function):
         grad, total, moments = masked_gradient(
             grad.contiguous(), output, [y for y, _ in normed], [mean for _, mean in normed]
         )
-        grad_third, *grads3 = _norm_backward(norm3, grad, total, moments, third)
-        outer = Operand(attended, _terms(norm2), relu=True)
+        grad_third, *grads3 = norm_backward(norm3, grad, total, moments, third)
+        outer = Operand(attended, terms_of(norm2), relu=True)
         grads3.insert(0, weight_gradient(grad_third, outer, weights.conv3))
         # The attention between its norms.
-        between = masked_input_gradient([grad_third], [weights.conv3], outer, _center(norm2))
-        grad_attended, *grads2 = _norm_backward(norm2, *between, attended)
+        between = masked_input_gradient([grad_third], [weights.conv3], outer, center_of(norm2))
+        grad_attended, *grads2 = norm_backward(norm2, *between, attended)
         grad_attended = materialize(grad_attended)
         grad_attended = _pool_backward(attention, grad_attended, kept[0].shape)
-        inner = Operand(first, _terms(norm1), relu=True)
+        inner = Operand(first, terms_of(norm1), relu=True)
         maps, grads_attention = attend_backward(
             attention, grad_attended, inner, weights.attention, kept
         )
         del between, grad_attended
         # conv1, its norm and the shortcut.
-        between = masked_input_gradient(maps, weights.attention.weights, inner, _center(norm1))
+        between = masked_input_gradient(maps, weights.attention.weights, inner, center_of(norm1))
         del maps
-        grad_first, *grads1 = _norm_backward(norm1, *between, first)
+        grad_first, *grads1 = norm_backward(norm1, *between, first)
         grads1.insert(0, weight_gradient(grad_first, Operand(x), weights.conv1))
         needs_x, grads_shortcut, residual = ctx.needs_input_grad[0], [], grad
         if shortcut is not None:
-            grad_s, *grads_shortcut = _norm_backward(norm_s, grad, total, moments, shortcut)
+            grad_s, *grads_shortcut = norm_backward(norm_s, grad, total, moments, shortcut)
             strided = Operand(take_strided(x, block.shortcut.stride))
             grads_shortcut.insert(0, weight_gradient(grad_s, strided, weights.shortcut))
             residual = input_gradient([grad_s], [weights.shortcut]) if needs_x else None
@@ -276,17 +281,17 @@ def tower(
         return None
     if any(attention.stride != 1 for attention in attentions):
         return None
-    if not torch.is_grad_enabled() and not _uses_batch(norms):
+    if not torch.is_grad_enabled() and not uses_batch(norms):
         operand = Operand(x)
         for attention, norm in zip(attentions, norms, strict=True):
             attended = infer(attention, operand)
-            operand = Operand(attended, _terms(constant_affine(norm)), relu=True)
+            operand = Operand(attended, terms_of(constant_affine(norm)), relu=True)
         return materialize(operand)
     if any(layer.bias is not None for a in attentions for layer in projections(a)):
         return None
     parameters = []
     for attention, norm in zip(attentions, norms, strict=True):
-        parameters += [*parameters_of(attention), *_norm_parameters(norm)]
+        parameters += [*parameters_of(attention), *norm_parameters(norm)]
     return _Tower.apply(x, attentions, norms, *parameters)
 
 
@@ -299,8 +304,8 @@ class _Tower(torch.autograd.Function):
         ctx.kept_counts = []
         for attention, norm in zip(attentions, norms, strict=True):
             attended, kept = attend_and_keep(attention, operand, _take_layer(attention, rest))
-            affines.append(_normalize(norm, attended))
-            operand = Operand(attended, _terms(affines[-1]), relu=True)
+            affines.append(normalize(norm, attended))
+            operand = Operand(attended, terms_of(affines[-1]), relu=True)
             maps += [*kept, attended]
             ctx.kept_counts.append(len(kept))
         output = materialize(operand)
@@ -322,14 +327,14 @@ class _Tower(torch.autograd.Function):
         for i in reversed(range(len(layers))):
             attended = maps.pop()
             kept = [maps.pop() for _ in range(ctx.kept_counts[i])][::-1]
-            grad_attended, *grads_norm = _norm_backward(ctx.affines[i], *between, attended)
-            below = Operand(x) if i == 0 else Operand(maps[-1], _terms(ctx.affines[i - 1]), True)
+            grad_attended, *grads_norm = norm_backward(ctx.affines[i], *between, attended)
+            below = Operand(x) if i == 0 else Operand(maps[-1], terms_of(ctx.affines[i - 1]), True)
             grad_maps, grads_layer = attend_backward(
                 ctx.attentions[i], materialize(grad_attended), below, layers[i], kept
             )
             gradients = [*grads_layer, *grads_norm, *gradients]
             if i > 0:
-                center = _center(ctx.affines[i - 1])
+                center = center_of(ctx.affines[i - 1])
                 between = masked_input_gradient(grad_maps, layers[i].weights, below, center)
         needs_x = ctx.needs_input_grad[0]
         grad_x = input_gradient(grad_maps, layers[0].weights) if needs_x else None

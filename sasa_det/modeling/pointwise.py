@@ -5,11 +5,24 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d
 from torch import Tensor, nn
 
-from ..layers import AttentionStem, LocalSelfAttention2d
+from ..layers import (
+    AttentionStem,
+    LocalSelfAttention2d,
+    PairwiseAttention2d,
+    PatchwiseAttention2d,
+)
 from ..layers.norm import constant_affine, norm_kind
 from ..layers.plain import is_plain_pointwise
 from ..layers.projection import can_multiply, multiply
 from ..ops.product import Operand, product
+
+# These multiply with the weights of their projections themselves.
+_MULTIPLY_THEMSELVES = (
+    LocalSelfAttention2d,
+    AttentionStem,
+    PairwiseAttention2d,
+    PatchwiseAttention2d,
+)
 
 
 class PointwiseConv2d(nn.Conv2d):
@@ -102,8 +115,7 @@ def use_products(module: nn.Module) -> nn.Module:
     for kind, pointwise in ((nn.Conv2d, PointwiseConv2d), (Conv2d, NormedPointwiseConv2d)):
         if is_plain_pointwise(module, kind, strided=True):
             module.__class__ = pointwise
-    # These multiply with the weights of their projections themselves.
-    if not isinstance(module, (LocalSelfAttention2d, AttentionStem)):
+    if not isinstance(module, _MULTIPLY_THEMSELVES):
         for child in module.children():
             use_products(child)
     return module

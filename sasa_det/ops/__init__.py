@@ -11,6 +11,7 @@ from .stem_attention import (
     relative_embedding,
     stem_attention,
 )
+from .vector_aggregation import vector_aggregation, window_product
 from .weights import attention_weights, block_attention_weights
 
 __all__ = [
@@ -27,4 +28,6 @@ __all__ = [
     "pooled_stem_attention",
     "relative_embedding",
     "stem_attention",
+    "vector_aggregation",
+    "window_product",
 ]

@@ -1,4 +1,7 @@
-"""Weighted sums over windows in which groups of channels share their weights."""
+"""Weighted sums over windows in which groups of channels share their weights, in plain PyTorch.
+
+It is the reference of :func:`sasa_det.ops.vector_aggregation`, and what traces and exports contain.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +28,13 @@ def reflect(x: Tensor, padding: int) -> Tensor:
     # A size that a trace or an exported program leaves open is not a number to decide on.
     if isinstance(height, int) and isinstance(width, int) and padding < min(height, width):
         return F.pad(x, [padding] * 4, mode="reflect")
-    rows = _reflected(height, padding, x.device)
-    cols = _reflected(width, padding, x.device)
+    rows = reflected(height, padding, x.device)
+    cols = reflected(width, padding, x.device)
     return x.index_select(2, rows).index_select(3, cols)
 
 
-def _reflected(size: int, padding: int, device: torch.device) -> Tensor:
-    """Return the index of the pixel that stands at each place of a padded side."""
+def reflected(size: int, padding: int, device: torch.device) -> Tensor:
+    """Return the index of the pixel at each place of a padded side, (size + 2 padding,)."""
     last = size - 1
     if torch.jit.is_scripting():
         period = max(2 * last, 1)
@@ -69,7 +72,8 @@ def aggregate(value: Tensor, weights: Tensor, *, kernel_size: int) -> Tensor:
     """
     # TorchScript knows no formatting of shapes.
     if not torch.jit.is_scripting():
-        _check(value, weights, kernel_size)
+        check_kernel_size(kernel_size)
+        check_aggregation(value, weights, kernel_size)
     channels, height, width = value.shape[1:]
     groups = weights.shape[1]
     dtype = accumulation_dtype(value.dtype)
@@ -84,8 +88,10 @@ def aggregate(value: Tensor, weights: Tensor, *, kernel_size: int) -> Tensor:
     return output.flatten(1, 2).to(value.dtype)
 
 
-def _check(value: Tensor, weights: Tensor, kernel_size: int) -> None:
-    check_kernel_size(kernel_size)
+def check_aggregation(value: Tensor, weights: Tensor, kernel_size: int) -> None:
+    """Raise ValueError unless the shapes are those of an aggregation."""
+    if value.ndim != 4:
+        raise ValueError(f"value must be (N, C, H, W), got shape {tuple(value.shape)}.")
     n, channels, height, width = value.shape
     groups = weights.shape[1] if weights.ndim == 5 else 0
     if not groups or channels % groups:

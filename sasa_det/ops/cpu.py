@@ -15,7 +15,7 @@ except ImportError as error:
     MISSING = f"the C++ kernels do not fit this PyTorch, reinstall sasa_det ({error})"
 else:
     MISSING = None
-    if not hasattr(torch.ops.sasa_det, "local_attention"):
+    if not hasattr(torch.ops.sasa_det_cpu, "vector_aggregation"):
         MISSING = "the C++ kernels are those of an older sasa_det, reinstall it"
 
 SUMMARY = "C++, vectorised over pixels, for CPU tensors of float32 or bfloat16"

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import block_attention, joined_attention, operator  # noqa: F401  (they define the operators)
+# They define the operators.
+from . import block_attention, joined_attention, operator, vector_aggregation  # noqa: F401
 from .stem_attention import STEM_BLOCK
 
 Shape = Sequence[int]
@@ -53,6 +54,14 @@ def _stem_attention_macs(
     return 2 * projection + values + attention
 
 
+def _vector_aggregation_macs(value: Shape, kernel_size: int, **_) -> int:
+    return kernel_size**2 * prod(value)
+
+
+def _window_product_macs(query: Shape, kernel_size: int, **_) -> int:
+    return kernel_size**2 * prod(query)
+
+
 _FORWARD = {
     "local_attention": _local_attention_macs,
     "joined_attention": _joined_attention_macs,
@@ -61,6 +70,8 @@ _FORWARD = {
     "stem_attention": _stem_attention_macs,
     "stem_attention_normalized": _stem_attention_macs,
     "stem_attention_pooled": _stem_attention_macs,
+    "vector_aggregation": _vector_aggregation_macs,
+    "window_product": _window_product_macs,
 }
 
 

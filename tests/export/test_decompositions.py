@@ -5,7 +5,12 @@ import torch
 
 from sasa_det.export import DECOMPOSITIONS, Decompose
 from sasa_det.export.decompositions import SHORT_DECOMPOSITIONS
-from sasa_det.layers import AttentionStem, LocalSelfAttention2d
+from sasa_det.layers import (
+    AttentionStem,
+    LocalSelfAttention2d,
+    PairwiseAttention2d,
+    PatchwiseAttention2d,
+)
 
 
 class Operators(torch.utils._python_dispatch.TorchDispatchMode):
@@ -84,4 +89,20 @@ def test_the_table_has_every_operator_of_inference():
         "mixed_values",
         "stem_attention",
         "stem_attention_pooled",
+        "vector_aggregation",
     }
+
+
+@pytest.mark.parametrize("size", [(9, 11), (2, 3), (1, 1)])
+@pytest.mark.parametrize("kind", [PairwiseAttention2d, PatchwiseAttention2d])
+@pytest.mark.parametrize("stand_ins", [DECOMPOSITIONS, SHORT_DECOMPOSITIONS])
+def test_vector_attention_is_that_of_the_operators(stand_ins, kind, size):
+    torch.manual_seed(0)
+    layer = kind(8, 16).double().eval()
+    x = torch.randn(2, 8, *size, dtype=torch.float64)
+    with torch.no_grad():
+        expected = layer(x)
+        with Decompose(stand_ins), Operators() as operators:
+            found = layer(x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    assert operators.names == {"aten"}

@@ -16,9 +16,14 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(ROOT.glob("configs/COCO-*/*.yaml"))
 
 
-def test_all_rows_of_table_2_and_a_mask_rcnn_are_there():
+SAN = [f"SAN{depth}_{kind}" for depth in (10, 15, 19) for kind in ("pairwise", "patchwise")]
+
+
+def test_all_rows_of_table_2_a_mask_rcnn_and_detectors_on_san_are_there():
     assert [path.stem for path in CONFIGS] == [
+        *(f"faster_rcnn_{name}_FPN" for name in SAN),
         "retinanet_R_50",
+        *(f"retinanet_{name}" for name in SAN),
         "retinanet_SASA_R_50_backbone",
         "retinanet_SASA_R_50_convstem_backbone",
         "retinanet_SASA_R_50_convstem_full",

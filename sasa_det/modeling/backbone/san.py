@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import CNNBlockBase, ShapeSpec, get_norm
@@ -15,9 +16,12 @@ from torch import Tensor, nn
 from ...config.defaults import check_has_keys
 from ...config.recipe import recipe_keys
 from ...layers import PairwiseAttention2d, PatchwiseAttention2d
+from ...layers.plain import is_plain_call
 from ...ops.arguments import check_choice
 from ..attention_options import check_norm
+from ..normed_products import normed_products
 from ..pointwise import use_products
+from ..pooled import pooled_product, pooled_stem
 from .attention_fpn import build_fpn, build_retinanet_fpn
 from .training_warnings import WarnsInTraining
 
@@ -43,8 +47,23 @@ class _Block(nn.Module):
         self.project = nn.Conv2d(width, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.attention(F.relu(self.norm1(x)))
-        return x + self.project(F.relu(self.norm2(out)))
+        if torch.jit.is_scripting():
+            out = self.attention(F.relu(self.norm1(x)))
+            return x + self.project(F.relu(self.norm2(out)))
+        else:
+            return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        attention, projected = self.attention, None
+        if is_plain_call(attention):
+            projections = (attention.query, attention.key, attention.value)
+            projected = normed_products(x, self.norm1, projections)
+        if projected is None:
+            out = attention(F.relu(self.norm1(x)))
+        else:
+            out = attention.attend(*projected)
+        projected = normed_products(out, self.norm2, (self.project,), residual=x)
+        return x + self.project(F.relu(self.norm2(out))) if projected is None else projected[0]
 
 
 class _Stage(CNNBlockBase):
@@ -73,10 +92,21 @@ class _Stage(CNNBlockBase):
         self.norm = norm(out_channels) if is_stem else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.conv is not None and self.norm is not None:
-            x = F.relu(self.norm(self.conv(x)))
-        x = self.transition(F.max_pool2d(x, 2, ceil_mode=True))
+        if torch.jit.is_scripting():
+            if self.conv is not None and self.norm is not None:
+                x = F.relu(self.norm(self.conv(x)))
+            x = self.transition(F.max_pool2d(x, 2, ceil_mode=True))
+        else:
+            x = self._enter(x)
         return F.relu(self.out_norm(self.blocks(x)))
+
+    def _enter(self, x: Tensor) -> Tensor:
+        if self.conv is not None:
+            entered = pooled_stem(x, self.conv, self.norm, self.transition)
+            if entered is not None:
+                return entered
+            x = F.relu(self.norm(self.conv(x)))
+        return pooled_product(x, self.transition)
 
 
 class SAN(WarnsInTraining, Backbone):

@@ -1,0 +1,187 @@
+// Pairwise attention's weights for CPU tensors: tensors to pointers, and tasks to threads.
+#include "tensors.h"
+
+namespace sasa_det {
+namespace {
+
+using Tensors = std::vector<at::Tensor>;
+
+// The tensors of a call, contiguous and alive until it ends.
+struct Arguments {
+  Arguments(const at::Tensor& own_, const at::Tensor& other_, const Optional& matrix_,
+            int64_t kernel_size)
+      : own(floats(own_)),
+        other(floats(other_)),
+        matrix(matrix_ ? floats(*matrix_) : at::Tensor()),
+        call() {
+    TORCH_CHECK_VALUE(own.dim() == 4 && kernel_size > 0, "own must be (N, C, H, W), got ",
+                      own.sizes(), ".");
+    call.batch = own.size(0);
+    call.channels = own.size(1);
+    call.height = own.size(2);
+    call.width = own.size(3);
+    call.kernel = kernel_size;
+    const std::array<int64_t, 4> padded = {call.batch, call.channels,
+                                           call.height + kernel_size - 1,
+                                           call.width + kernel_size - 1};
+    TORCH_CHECK_VALUE(other.sizes() == at::IntArrayRef(padded), "other must be ",
+                      at::IntArrayRef(padded), ", got ", other.sizes(), ".");
+    call.own = own.const_data_ptr<float>();
+    call.other = other.const_data_ptr<float>();
+    call.hidden = call.channels;
+    if (!matrix.defined()) return;
+    TORCH_CHECK_VALUE(matrix.dim() == 2 && matrix.size(1) == call.channels,
+                      "matrix must have ", call.channels, " columns, got ", matrix.sizes(), ".");
+    call.hidden = matrix.size(0);
+    call.matrix = matrix.const_data_ptr<float>();
+  }
+  void map_on(const at::Tensor& shift_, const at::Tensor& next_matrix_) {
+    shift = floats(shift_);
+    next_matrix = floats(next_matrix_);
+    TORCH_CHECK_VALUE(shift.numel() == call.hidden && next_matrix.dim() == 2 &&
+                          next_matrix.size(1) == call.hidden,
+                      "shift and next_matrix must have ", call.hidden, " columns.");
+    call.groups = next_matrix.size(0);
+    call.shift = shift.const_data_ptr<float>();
+    call.next_matrix = next_matrix.const_data_ptr<float>();
+  }
+  std::array<int64_t, 5> weight_shape() const {
+    return {call.batch, call.groups, call.kernel * call.kernel, call.height, call.width};
+  }
+  at::Tensor own, other, matrix, shift, next_matrix;
+  Pairwise call;
+};
+
+const PairwiseKernels& kernels(const std::string& instructions) {
+  return choose_kernels(instructions).pairwise;
+}
+
+// Mean and biased variance of hidden, or of own_i + other_j without a matrix, of float64.
+std::tuple<at::Tensor, at::Tensor> pairwise_moments(const at::Tensor& own, const at::Tensor& other,
+                                                    const Optional& matrix, int64_t kernel_size,
+                                                    const std::string& instructions) {
+  Arguments a(own, other, matrix, kernel_size);
+  const PairwiseKernels& chosen = kernels(instructions);
+  const int64_t tasks = chosen.tasks(a.call), band = chosen.band(a.call);
+  const at::Tensor sums = empty_result({tasks, 2, a.call.hidden});
+  a.call.sums = sums.mutable_data_ptr<float>();
+  // The mean of one band lies so near that of all that differences from it lose no digits.
+  const at::Tensor zeros = at::zeros({a.call.hidden}, a.own.options());
+  a.call.center = zeros.const_data_ptr<float>();
+  const int64_t middle = tasks / 2, bands = tasks / a.call.batch;
+  chosen.moments(a.call, middle, middle + 1);
+  const int64_t rows = std::min(band, a.call.height - middle % bands * band);
+  const double places = double(a.call.kernel * a.call.kernel * a.call.width);
+  const at::Tensor center = (sums[middle][0] / (places * rows)).contiguous();
+  a.call.center = center.const_data_ptr<float>();
+  run(tasks, a.call, chosen.moments);
+  const double count = places * a.call.height * a.call.batch;
+  const at::Tensor means = sums.sum(0, false, at::kDouble) / count;
+  const at::Tensor mean = means[0], squares = means[1];
+  return {mean + center, squares - mean.square()};
+}
+
+at::Tensor pairwise_weights(const at::Tensor& own, const at::Tensor& other,
+                            const at::Tensor& matrix, const at::Tensor& shift,
+                            const at::Tensor& next_matrix, const at::Tensor& bias,
+                            int64_t kernel_size, const std::string& instructions) {
+  Arguments a(own, other, matrix, kernel_size);
+  a.map_on(shift, next_matrix);
+  const at::Tensor contiguous_bias = floats(bias);
+  TORCH_CHECK_VALUE(bias.numel() == a.call.groups, "bias must have ", a.call.groups, " numbers.");
+  a.call.bias = contiguous_bias.const_data_ptr<float>();
+  const at::Tensor weights = empty_result(a.weight_shape());
+  a.call.weights = weights.mutable_data_ptr<float>();
+  const PairwiseKernels& chosen = kernels(instructions);
+  run(chosen.tasks(a.call), a.call, chosen.forward);
+  return weights;
+}
+
+// Gradients of own, other and matrix, empty for none, and with weights those of shift, next_matrix
+// and bias.
+Tensors gradients(Arguments& a, const std::string& instructions) {
+  Pairwise& call = a.call;
+  const PairwiseKernels& chosen = kernels(instructions);
+  const int64_t tasks = chosen.tasks(call), band = chosen.band(call), bands = tasks / call.batch;
+  const int64_t rows = band + call.kernel - 1, padded = call.width + call.kernel - 1;
+  const at::Tensor own = empty_result(a.own.sizes());
+  const at::Tensor others = empty_result({tasks, call.channels, rows, padded});
+  const at::Tensor matrix = empty_result({tasks, call.hidden, call.channels});
+  const at::Tensor shift = empty_result({tasks, call.hidden});
+  const at::Tensor next_matrix = empty_result({tasks, call.groups, call.hidden});
+  const at::Tensor bias = empty_result({tasks, call.groups});
+  call.grad_own = own.mutable_data_ptr<float>();
+  call.grad_other = others.mutable_data_ptr<float>();
+  call.grad_matrix = matrix.mutable_data_ptr<float>();
+  call.grad_shift = shift.mutable_data_ptr<float>();
+  call.grad_next_matrix = next_matrix.mutable_data_ptr<float>();
+  call.grad_bias = bias.mutable_data_ptr<float>();
+  run(tasks, call, chosen.backward);
+  // Bands overlap by what windows reach.
+  const at::Tensor other = empty_result(a.other.sizes());
+  other.zero_();
+  const int64_t height = a.other.size(2);
+  for (int64_t task = 0; task < tasks; ++task) {
+    const int64_t top = task % bands * band, count = std::min(rows, height - top);
+    other[task / bands].narrow(1, top, count).add_(others[task].narrow(1, 0, count));
+  }
+  Tensors results = {own, other, call.matrix ? matrix.sum(0) : at::empty({0}, own.options())};
+  if (call.slope == nullptr)
+    for (const at::Tensor& x : {shift, next_matrix, bias}) results.push_back(x.sum(0));
+  return results;
+}
+
+// The gradients of own, other and matrix, where that of hidden is start + slope hidden.
+Tensors pairwise_moments_backward(const at::Tensor& start, const at::Tensor& slope,
+                                  const at::Tensor& own, const at::Tensor& other,
+                                  const Optional& matrix, int64_t kernel_size,
+                                  const std::string& instructions) {
+  Arguments a(own, other, matrix, kernel_size);
+  TORCH_CHECK_VALUE(start.numel() == a.call.hidden && slope.numel() == a.call.hidden,
+                    "start and slope must have ", a.call.hidden, " numbers.");
+  const at::Tensor contiguous_start = floats(start), contiguous_slope = floats(slope);
+  a.call.start = contiguous_start.const_data_ptr<float>();
+  a.call.slope = contiguous_slope.const_data_ptr<float>();
+  return gradients(a, instructions);
+}
+
+Tensors pairwise_weights_backward(const at::Tensor& grad, const at::Tensor& weights,
+                                  const at::Tensor& own, const at::Tensor& other,
+                                  const at::Tensor& matrix, const at::Tensor& shift,
+                                  const at::Tensor& next_matrix, int64_t kernel_size,
+                                  const std::string& instructions) {
+  Arguments a(own, other, matrix, kernel_size);
+  a.map_on(shift, next_matrix);
+  const auto shape = a.weight_shape();
+  TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(shape) && weights.sizes() == grad.sizes(),
+                    "grad and weights must be ", at::IntArrayRef(shape), ".");
+  const at::Tensor contiguous_grad = floats(grad), contiguous_weights = floats(weights);
+  a.call.grad_weights = contiguous_grad.const_data_ptr<float>();
+  a.call.old_weights = contiguous_weights.const_data_ptr<float>();
+  return gradients(a, instructions);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(sasa_det_cpu, library) {
+  const auto cpu = c10::DispatchKey::CPU;
+  library.def(
+      "pairwise_moments(Tensor own, Tensor other, Tensor? matrix, int kernel_size, "
+      "str instructions) -> (Tensor, Tensor)",
+      torch::dispatch(cpu, pairwise_moments));
+  library.def(
+      "pairwise_moments_backward(Tensor start, Tensor slope, Tensor own, Tensor other, "
+      "Tensor? matrix, int kernel_size, str instructions) -> Tensor[]",
+      torch::dispatch(cpu, pairwise_moments_backward));
+  library.def(
+      "pairwise_weights(Tensor own, Tensor other, Tensor matrix, Tensor shift, "
+      "Tensor next_matrix, Tensor bias, int kernel_size, str instructions) -> Tensor",
+      torch::dispatch(cpu, pairwise_weights));
+  library.def(
+      "pairwise_weights_backward(Tensor grad, Tensor weights, Tensor own, Tensor other, "
+      "Tensor matrix, Tensor shift, Tensor next_matrix, int kernel_size, str instructions) "
+      "-> Tensor[]",
+      torch::dispatch(cpu, pairwise_weights_backward));
+}
+
+}  // namespace sasa_det

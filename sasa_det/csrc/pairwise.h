@@ -1,0 +1,35 @@
+// What the tensor side and the kernels of pairwise attention's weights agree on.
+#pragma once
+
+#include <cstdint>
+
+namespace sasa_det {
+
+// For a pixel i and a place j of its window: relation = relu(own_i + other_j), (channels), hidden =
+// matrix relation + shift, (width of the mapping), weights = softmax over the places of next_matrix
+// relu(hidden) + bias, (groups). Tensors are contiguous and of float: own (N, channels, H, W), other
+// (N, channels, H + kernel - 1, W + kernel - 1), weights (N, groups, kernel^2, H, W).
+struct Pairwise {
+  int64_t batch, channels, hidden, groups, height, width, kernel;
+  const float *own, *other, *matrix, *shift, *next_matrix, *bias;
+  float* weights;
+  // Moments only: of every task the sums of hidden - center and of its squares, (tasks, 2, hidden).
+  // Without a matrix they are those of own_i + other_j, and so are the gradients of moments.
+  const float* center;
+  float* sums;
+  // Backward only. The gradient of hidden is that of `grad_weights`, which needs `old_weights`, or
+  // start + slope hidden where `slope` is set. Those of other and of parameters are for each task:
+  // (tasks, channels, band + kernel - 1, W + kernel - 1), (tasks, hidden, channels) and so on.
+  const float *grad_weights, *old_weights, *start, *slope;
+  float *grad_own, *grad_other, *grad_matrix, *grad_shift, *grad_next_matrix, *grad_bias;
+};
+
+struct PairwiseKernels {
+  int64_t (*band)(const Pairwise&);  // rows of a task of an image
+  int64_t (*tasks)(const Pairwise&);
+  void (*moments)(const Pairwise&, int64_t first_task, int64_t last_task);
+  void (*forward)(const Pairwise&, int64_t first_task, int64_t last_task);
+  void (*backward)(const Pairwise&, int64_t first_task, int64_t last_task);
+};
+
+}  // namespace sasa_det

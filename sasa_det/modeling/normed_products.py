@@ -1,0 +1,88 @@
+"""Pointwise layers behind a norm and a ReLU, whose result is never stored.
+
+Pre-activation blocks normalize a map as wide as the block and multiply it with weights of few
+channels. Products of the C++ kernels normalize the map when they read it, forward and backward.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..layers.norm import norm_kind
+from ..layers.one_piece import wanted
+from ..layers.plain import is_plain_pointwise
+from ..layers.projection import runs_products
+from ..ops.product import (
+    Operand,
+    masked_input_gradient,
+    materialize,
+    product,
+    products,
+    weight_gradients,
+)
+from .fused import center_of, norm_backward, norm_parameters, normalize, terms_of, uses_batch
+from .pointwise import PointwiseConv2d
+
+
+def normed_products(
+    x: Tensor, norm: nn.Module, layers: Sequence[nn.Module], residual: Tensor | None = None
+) -> tuple[Tensor, ...] | None:
+    """Apply pointwise layers to ``relu(norm(x))``.
+
+    Args:
+        x: (N, C, H, W).
+        norm: any norm.
+        layers: 1x1 convolutions, at most three.
+        residual: is added to the output of a single layer.
+
+    Returns:
+        (N, C_out, H, W) of each layer; None where the kernels cannot stand for norm and layers.
+    """
+    if not (runs_products(x) and x.numel() > 0 and norm_kind(norm) is not None):
+        return None
+    if not all(
+        is_plain_pointwise(layer) or is_plain_pointwise(layer, PointwiseConv2d) for layer in layers
+    ):
+        return None
+    if uses_batch([norm]) and x.numel() == x.shape[1]:  # which batch norm refuses
+        return None
+    parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
+    if torch.is_grad_enabled():
+        return _NormedProducts.apply(x, norm, residual, *norm_parameters(norm), *parameters)
+    operand = Operand(x, terms_of(normalize(norm, x)), relu=True)
+    return tuple(_multiply(operand, parameters, residual))
+
+
+def _multiply(
+    x: Operand, parameters: Sequence[Tensor | None], residual: Tensor | None
+) -> list[Tensor]:
+    weights, biases = parameters[::2], parameters[1::2]
+    if residual is not None:
+        return [product(x, weights[0], shift=biases[0], residual=residual)]
+    return products(x, weights, biases)
+
+
+class _NormedProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, norm, residual, norm_weight, norm_bias, *parameters) -> tuple[Tensor, ...]:
+        ctx.affine = normalize(norm, x)
+        ctx.save_for_backward(x, *parameters[::2])
+        operand = Operand(x, terms_of(ctx.affine), relu=True)
+        return tuple(_multiply(operand, parameters, residual))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        operand = Operand(x, terms_of(ctx.affine), relu=True)
+        maps = [Operand(grad.contiguous()) for grad in grads]
+        gradients: list[Tensor | None] = []
+        for grad, of_weight in zip(maps, weight_gradients(maps, operand, weights), strict=True):
+            gradients += [of_weight, grad.data.sum((0, 2, 3))]
+        between = masked_input_gradient(maps, weights, operand, center_of(ctx.affine))
+        grad_x, *of_norm = norm_backward(ctx.affine, *between, x)
+        needs = ctx.needs_input_grad
+        residual = grads[0] if needs[2] else None
+        return materialize(grad_x), None, residual, *wanted(needs[3:], [*of_norm, *gradients])

@@ -1,0 +1,106 @@
+"""What of SAN runs without keeping its maps, beside the modules that it stands for."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from detectron2.layers import FrozenBatchNorm2d
+from torch import nn
+
+from sasa_det.modeling.backbone.san import SAN
+from sasa_det.modeling.normed_products import normed_products
+from sasa_det.modeling.pooled import pooled_product, pooled_stem
+from sasa_det.ops import cpu
+
+pytestmark = pytest.mark.skipif(bool(cpu.MISSING), reason=str(cpu.MISSING))
+
+NORMS = [nn.BatchNorm2d, FrozenBatchNorm2d, lambda channels: nn.Identity()]
+
+
+def randomize(module):
+    for parameter in module.parameters():
+        nn.init.uniform_(parameter, -1, 1.5)
+    return module
+
+
+def assert_same(modules, x, ours, expected):
+    """Compare outputs, gradients and buffers of two functions of modules and an input."""
+    torch.manual_seed(0)
+    twins, x_twin = copy.deepcopy(modules).double(), x.double().requires_grad_()
+    x = x.clone().requires_grad_()
+    outputs, exact = ours(modules, x), expected(twins, x_twin)
+    assert all(output is not None for output in outputs)
+    for output, other in zip(outputs, exact, strict=True):
+        torch.testing.assert_close(output.double(), other, rtol=1e-4, atol=1e-4)
+    grads = [torch.randn_like(output) for output in outputs]
+    torch.autograd.backward(outputs, grads)
+    torch.autograd.backward(exact, [grad.double() for grad in grads])
+    torch.testing.assert_close(x.grad.double(), x_twin.grad, rtol=1e-3, atol=1e-3)
+    pairs = zip(modules.parameters(), twins.parameters(), strict=True)
+    for parameter, twin in pairs:
+        torch.testing.assert_close(parameter.grad.double(), twin.grad, rtol=1e-3, atol=1e-3)
+    for buffer, twin in zip(modules.buffers(), twins.buffers(), strict=True):
+        torch.testing.assert_close(buffer.double(), twin.double(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("training", [True, False])
+def test_normed_products(norm, training):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(6, 4, 1), nn.Conv2d(6, 5, 1, bias=False), nn.Conv2d(6, 3, 1)]
+    modules = randomize(nn.ModuleList([norm(6), *layers]).train(training))
+    x = 1 + 2 * torch.randn(2, 6, 5, 7)
+
+    def expected(m, x):
+        x = F.relu(m[0](x))
+        return [layer(x) for layer in m[1:]]
+
+    assert_same(modules, x, lambda m, x: normed_products(x, m[0], m[1:]), expected)
+
+
+def test_a_normed_product_with_a_residual():
+    torch.manual_seed(0)
+    modules = randomize(nn.ModuleList([nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1)]))
+    x = torch.randn(2, 6, 5, 7)
+    assert_same(
+        modules,
+        x,
+        lambda m, x: normed_products(x, m[0], m[1:], residual=x),
+        lambda m, x: [x + m[1](F.relu(m[0](x)))],
+    )
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("size", [(6, 8), (7, 5), (1, 2), (1, 1), (40, 33)])
+def test_pooled_stem(norm, size, monkeypatch):
+    monkeypatch.setattr("sasa_det.modeling.pooled._NUMBERS_OF_BAND", 4 * 5 * 6 * 3)
+    torch.manual_seed(0)
+    convolutions = [nn.Conv2d(3, 5, 1, bias=False), nn.Conv2d(5, 4, 1, bias=False)]
+    modules = randomize(nn.ModuleList([convolutions[0], norm(5), convolutions[1]]))
+    x = 3 + torch.randn(2, 3, *size)
+    assert_same(
+        modules,
+        x,
+        lambda m, x: [pooled_stem(x, *m)],
+        lambda m, x: [m[2](F.max_pool2d(F.relu(m[1](m[0](x))), 2, ceil_mode=True))],
+    )
+
+
+def test_pooled_product():
+    modules = nn.ModuleList([nn.Conv2d(3, 5, 1, bias=False)])
+    assert_same(
+        modules,
+        torch.randn(2, 3, 7, 9),
+        lambda m, x: [pooled_product(x, m[0])],
+        lambda m, x: [m[0](F.max_pool2d(x, 2, ceil_mode=True))],
+    )
+
+
+def test_hooks_see_what_they_are_on():
+    model, seen = SAN(out_features=["stem", "res2"]).eval(), []
+    block = model.res2.blocks[0]
+    for module in (block.norm1, block.attention, block.project, model.stem.conv):
+        module.register_forward_hook(lambda *arguments: seen.append(1))
+    model(torch.randn(1, 3, 20, 24))
+    assert len(seen) == 4
