@@ -45,6 +45,11 @@ CHECKPOINTS: dict[str, Weights] = {
         "3668df696629ddc8045149f60bd37b67a76bda4c22947713c63dc423d4a02174",
         "weights/Digits/retinanet_SASA/samples",
     ),
+    "Digits/retinanet_SASA_conv_stem": Weights(
+        "weights/Digits/retinanet_SASA_conv_stem/model.safetensors",
+        "352f33f79a22033cab2e95d036772a9df3f91c3b560c840e6a55e21ca73abe06",
+        "weights/Digits/retinanet_SASA/samples",
+    ),
     "Digits/retinanet_conv": Weights(
         "weights/Digits/retinanet_conv/model.safetensors",
         "61f10cd8acf249e1791151a057752412a9b7e055f0f7ed40ff85ff9af370b065",
