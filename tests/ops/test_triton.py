@@ -87,8 +87,9 @@ def test_wide_heads(head_width):
 
 
 def test_many_tiles_share_a_program(monkeypatch):
-    monkeypatch.setattr("sasa_det.ops.triton_kernels._PROGRAMS_OF_PLANE", 2)
-    inputs, grad = make(1, 1, 4, 9, 17, 3)  # 2 x 3 tiles
+    monkeypatch.setattr("sasa_det.ops.triton_kernels._PROGRAMS", 1)
+    monkeypatch.setattr("sasa_det.ops.triton_kernels._MOST_STEPS", 2)
+    inputs, grad = make(1, 1, 4, 9, 10, 3)  # 5 x 2 tiles
     assert_equals_reference(inputs, grad, kernel_size=3, num_heads=1)
 
 
