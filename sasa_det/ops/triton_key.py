@@ -79,7 +79,7 @@ def key_kernel(
             k = load_tile(key + start, (y * width + x) * stride, channels, inside, DEPTH)
         key_sums = tl.zeros([M, D], tl.float32)
         value_sums = tl.zeros([M, D], tl.float32)
-        for chunk in tl.static_range(CHUNKS):
+        for chunk in range(CHUNKS):
             place_y, place_x = chunk * CHUNK + n // HALO_COLS, n % HALO_COLS
             row, col = top - REACH + place_y, left - REACH + place_x
             q = load_halo(

@@ -105,8 +105,8 @@ def query_kernel(
             col_table, x, 0, left - REACH, width, HALO_COLS, KERNEL, MASK, RELATIVE
         )
         means = tl.zeros([M], tl.float32)
-        for chunk in tl.static_range(CHUNKS):
-            weights, products, k = _weights_and_products(
+        for chunk in range(CHUNKS):
+            weights, products, _ = _weights_and_products(
                 key, value, q, g, norm, row_table, col_terms, chunk,
                 start, y, top, left, channels, height, width, stride,
                 DEPTH, D, KERNEL, M, HALO_COLS, CHUNK, CONTENT, RELATIVE, MASK, PRECISION,
@@ -115,13 +115,12 @@ def query_kernel(
         sums = tl.zeros([M, D], tl.float32)
         by_row = tl.zeros([M, K], tl.float32)
         by_col = tl.zeros([M, HALO_COLS], tl.float32)
-        for chunk in tl.static_range(CHUNKS):
-            if CHUNKS > 1:
-                weights, products, k = _weights_and_products(
-                    key, value, q, g, norm, row_table, col_terms, chunk,
-                    start, y, top, left, channels, height, width, stride,
-                    DEPTH, D, KERNEL, M, HALO_COLS, CHUNK, CONTENT, RELATIVE, MASK, PRECISION,
-                )  # fmt: skip
+        for chunk in range(CHUNKS):
+            weights, products, k = _weights_and_products(
+                key, value, q, g, norm, row_table, col_terms, chunk,
+                start, y, top, left, channels, height, width, stride,
+                DEPTH, D, KERNEL, M, HALO_COLS, CHUNK, CONTENT, RELATIVE, MASK, PRECISION,
+            )  # fmt: skip
             slopes = weights * (products - means[:, None])
             if CONTENT:
                 sums = multiply(slopes.to(k.dtype), k, sums, PRECISION)
