@@ -83,7 +83,7 @@ def kernel_constants(
         "D": width,
         "KERNEL": kernel_size,
         "K": max(8, triton.next_power_of_2(kernel_size)),
-        **Tiling.of(kernel_size, _most_pairs(kernel, dtype, width)).constants(),
+        **Tiling.of(kernel_size, _most_pairs(kernel, dtype, width, precision)).constants(),
         "CONTENT": content,
         "RELATIVE": relative,
         "PRECISION": precision,
@@ -91,11 +91,12 @@ def kernel_constants(
     return constants if kernel == "key" else {**constants, "MASK": mask}
 
 
-def _most_pairs(kernel: str, dtype: torch.dtype, width: int) -> int:
-    """Return how many pixels fit into the registers of a warp at once."""
-    if dtype == torch.float32:
-        return 64 if width <= 16 else 32
-    return 128
+def _most_pairs(kernel: str, dtype: torch.dtype, width: int, precision: str) -> int:
+    """Return how many pixels of the halo, of ``width`` channels, a warp's registers can take."""
+    budget = 8192  # bytes, found by compiling
+    if dtype == torch.float32 and kernel != "forward":
+        budget = 2048 if kernel == "key" and precision == "tf32x3" else 4096
+    return min(128, budget // (width * dtype.itemsize))
 
 
 def forward(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask):
