@@ -8,18 +8,22 @@ embeddings and one for keys and values: both gather, so that nothing is added at
 run gives the same bits.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
+from . import triton as triton_backend
 from .triton_forward import forward_kernel
 from .triton_key import key_kernel
 from .triton_query import query_kernel
 
-# Elements of a row of pixels, of which those of a tile and its halo are counted with 32 bits.
-LARGEST_ROW = 2**31 // 64
+KERNELS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel}
+# Options of Triton's compiler. Loops are not pipelined, as registers are what is short.
+OPTIONS = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
 
 _PIXELS = 16  # of a tile, as tensor cores take
 _HALO_COLS = 16
@@ -42,13 +46,18 @@ class Tiling:
     def of(cls, kernel_size: int, most_pairs: int) -> "Tiling":
         """Return the tiling for a kernel size, with chunks of ``most_pairs`` pixels at most."""
         around = kernel_size - 1
-        cols = 8 if 8 + around <= _HALO_COLS or 4 + around > _HALO_COLS else 4
-        rows = _PIXELS // cols
+        rows, cols = cls.tile_of(kernel_size)
         halo_cols = triton.next_power_of_2(cols + around)
         # A chunk takes time as another row does. Of equals, the largest.
         sizes = [2**i for i in range(8) if 2**i * halo_cols <= max(most_pairs, halo_cols)]
         chunk = min(reversed(sizes), key=lambda x: triton.cdiv(rows + around, x) * (x + 1))
         return cls(rows, cols, halo_cols, chunk, triton.cdiv(rows + around, chunk))
+
+    @staticmethod
+    def tile_of(kernel_size: int) -> tuple[int, int]:
+        """Return the rows and columns of a tile."""
+        cols = 4 if 4 <= _HALO_COLS - kernel_size + 1 < 8 else 8
+        return _PIXELS // cols, cols
 
     def constants(self) -> dict[str, int]:
         return {
@@ -72,11 +81,15 @@ def kernel_constants(
     tf32: bool = False,
 ) -> dict[str, int | bool | str]:
     """Return what a kernel ("forward", "query" or "key") is compiled for."""
-    narrowest, precision = 16, "ieee"
+    # Of products of the images' type, and of those with a float32 factor.
+    precision, exact = "ieee", "tf32x3"
     if dtype == torch.float32:
-        narrowest, precision = 8, "tf32" if tf32 else "tf32x3"
+        precision = "tf32" if tf32 else "tf32x3"
+    if torch.version.hip:
+        precision, exact = "ieee", "ieee"
     if triton.knobs.runtime.interpret:
-        precision = "interpreted"
+        precision, exact = "interpreted", "interpreted"
+    narrowest = 32 // dtype.itemsize  # that tensor cores take
     width = max(narrowest, triton.next_power_of_2(head_width))
     constants = {
         "DEPTH": head_width,
@@ -86,89 +99,63 @@ def kernel_constants(
         **Tiling.of(kernel_size, _most_pairs(kernel, dtype, width, precision)).constants(),
         "CONTENT": content,
         "RELATIVE": relative,
+        "MASK": mask,
         "PRECISION": precision,
+        "EXACT": exact,
     }
-    return constants if kernel == "key" else {**constants, "MASK": mask}
+    return {name: x for name, x in constants.items() if name in KERNELS[kernel].arg_names}
 
 
 def _most_pairs(kernel: str, dtype: torch.dtype, width: int, precision: str) -> int:
-    """Return how many pixels of the halo, of ``width`` channels, a warp's registers can take."""
-    budget = 8192  # bytes, found by compiling
-    if dtype == torch.float32 and kernel != "forward":
-        budget = 2048 if kernel == "key" and precision == "tf32x3" else 4096
+    """Return how many pixels of the halo, of ``width`` channels, a warp takes at once."""
+    # Bytes, found by compiling: more of them take fewer instructions, until registers spill.
+    budget = 4096 if kernel == "key" else 8192
+    if precision == "tf32x3" and kernel != "forward":
+        budget //= 2
     return min(128, budget // (width * dtype.itemsize))
 
 
 def forward(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask):
     """See :func:`sasa_det.ops.operator.attend`; log_sum is to base 2."""
-    dtype = query.dtype
+    constants_of = _constants_of(query, key, rel_rows, kernel_size, num_heads, mask)
     query, key, value = _with_one_stride(query, key, value)
     batch, height, width, channels = query.shape
     output = query.new_empty(query.shape)
     log_sum = query.new_empty((batch, num_heads, height, width), dtype=torch.float32)
     if batch > 0:
-        constants = kernel_constants(
-            "forward",
-            dtype,
-            channels // num_heads,
-            kernel_size,
-            mask=mask,
-            content=key is not None,
-            relative=rel_rows is not None,
-            tf32=_tf32_is_wanted(),
-        )
-        grid, steps = _grid(query, num_heads, constants)
-        forward_kernel[grid](
-            *(query, key, value, _exact(rel_rows), _exact(rel_cols), output, log_sum),
-            *(height, width, num_heads, steps, _pixel_stride(query), channels),
-            **constants,
-            num_warps=1,
-        )
+        grid, sizes = _grid_and_sizes(query, num_heads, kernel_size)
+        tensors = (query, key, value, _exact(rel_rows), _exact(rel_cols), output, log_sum)
+        forward_kernel[grid](*tensors, *sizes, **constants_of("forward"), **OPTIONS)
     return output.permute(0, 3, 1, 2), log_sum
 
 
 def backward(grad, query, key, value, rel_rows, rel_cols, log_sum, kernel_size, num_heads, mask):
     """See :func:`sasa_det.ops.operator.attend_backward`."""
-    dtype = query.dtype
-    (grad,) = _with_one_stride(grad.to(dtype).contiguous(memory_format=torch.channels_last))
+    constants_of = _constants_of(query, key, rel_rows, kernel_size, num_heads, mask)
+    grad = grad.to(query.dtype).permute(0, 2, 3, 1).contiguous()
     query, key, value = _with_one_stride(query, key, value)
-    batch, height, width, channels = query.shape
-    width_of_head = channels // num_heads
-    constants = {
-        kernel: kernel_constants(
-            kernel,
-            dtype,
-            width_of_head,
-            kernel_size,
-            mask=mask,
-            content=key is not None,
-            relative=rel_rows is not None,
-            tf32=_tf32_is_wanted(),
-        )
-        for kernel in ("query", "key")
-    }
-    grid, steps = _grid(query, num_heads, constants["query"])
+    grid, sizes = _grid_and_sizes(query, num_heads, kernel_size)
     grad_query, grad_value = (query.new_empty(query.shape) for _ in range(2))
     grad_key = None if key is None else query.new_empty(query.shape)
     mean = torch.empty_like(log_sum)
     sums = None
     if rel_rows is not None:
-        shape = (*reversed(grid), constants["query"]["D"], constants["query"]["K"])
+        constants = constants_of("query")
+        shape = (*reversed(grid), constants["D"], constants["K"])
         sums = query.new_empty(shape, dtype=torch.float32)
-    if batch > 0:
-        inputs = (grad, query, key, value, _exact(rel_rows), _exact(rel_cols), log_sum)
-        sizes = (height, width, num_heads, steps, _pixel_stride(query), channels)
-        query_kernel[grid](
-            *inputs, grad_query, mean, sums, *sizes, **constants["query"], num_warps=1
-        )
-        key_kernel[grid](*inputs, mean, grad_key, grad_value, *sizes, **constants["key"], num_warps=1)
+    if query.shape[0] > 0:
+        tensors = (grad, query, key, value, _exact(rel_rows), _exact(rel_cols), log_sum)
+        results = (grad_query, mean, sums)
+        query_kernel[grid](*tensors, *results, *sizes, **constants_of("query"), **OPTIONS)
+        results = (mean, grad_key, grad_value)
+        key_kernel[grid](*tensors, *results, *sizes, **constants_of("key"), **OPTIONS)
     grad_rows, grad_cols = query.new_empty(0), query.new_empty(0)
     if rel_rows is not None:
-        # A program's number is that of a column of tiles, times heads, plus the head.
+        # Programs are numbered by column of tiles, then by head.
         by_head = sums.unflatten(2, (-1, num_heads)).sum((0, 1, 2))[..., :kernel_size]
-        half = width_of_head // 2
+        half = rel_rows.shape[1]
         grad_rows = by_head[:, :half].to(rel_rows.dtype).contiguous()
-        grad_cols = by_head[:, half:width_of_head].to(rel_cols.dtype).contiguous()
+        grad_cols = by_head[:, half : 2 * half].to(rel_cols.dtype).contiguous()
     images = (
         query.new_empty(0) if x is None else x.permute(0, 3, 1, 2)
         for x in (grad_query, grad_key, grad_value)
@@ -176,26 +163,41 @@ def backward(grad, query, key, value, rel_rows, rel_cols, log_sum, kernel_size, 
     return (*images, grad_rows, grad_cols)
 
 
-def _grid(images: Tensor, num_heads: int, constants: dict) -> tuple[tuple[int, int, int], int]:
-    """Return the grid of programs, and how many tiles each takes."""
-    batch, height, width, _ = images.shape
-    columns = triton.cdiv(width, constants["TILE_COLS"]) * num_heads
-    rows = triton.cdiv(height, constants["TILE_ROWS"])
+def _constants_of(query, key, rel_rows, kernel_size, num_heads, mask) -> Callable[[str], dict]:
+    return functools.partial(
+        kernel_constants,
+        dtype=query.dtype,
+        head_width=query.shape[1] // num_heads,
+        kernel_size=kernel_size,
+        mask=mask,
+        content=key is not None,
+        relative=rel_rows is not None,
+        tf32=_tf32_is_wanted(),
+    )
+
+
+def _grid_and_sizes(images: Tensor, num_heads: int, kernel_size: int) -> tuple[tuple, tuple]:
+    """Return the grid of programs, and the integers that every kernel takes."""
+    batch, height, width, channels = images.shape
+    tile_rows, tile_cols = Tiling.tile_of(kernel_size)
+    columns = triton.cdiv(width, tile_cols) * num_heads
+    rows = triton.cdiv(height, tile_rows)
     steps = max(1, min(batch * columns * rows // _PROGRAMS, _MOST_STEPS))
-    return (columns, triton.cdiv(rows, steps), batch), steps
+    sizes = (height, width, num_heads, steps, pixel_stride(images), channels)
+    return (columns, triton.cdiv(rows, steps), batch), sizes
 
 
 def _with_one_stride(*images: Tensor | None) -> list[Tensor | None]:
     """(N, C, H, W) to (N, H, W, C), copied unless pixels of all are equally far from each other."""
     channels_last = [None if x is None else x.permute(0, 2, 3, 1) for x in images]
-    strides = {_pixel_stride(x) for x in channels_last if x is not None}
+    strides = {pixel_stride(x) for x in channels_last if x is not None}
     if len(strides) == 1 and (stride := strides.pop()) is not None:
-        if stride * channels_last[0].shape[2] <= LARGEST_ROW:
+        if stride * channels_last[0].shape[2] <= triton_backend.LARGEST_ROW:
             return channels_last
     return [None if x is None else x.contiguous() for x in channels_last]
 
 
-def _pixel_stride(x: Tensor) -> int | None:
+def pixel_stride(x: Tensor) -> int | None:
     """Return the elements from one pixel of (N, H, W, C) to the next, or None if it does not fit.
 
     The kernels take channels, and rows and images of pixels, without gaps between them.
@@ -213,4 +215,7 @@ def _exact(embedding: Tensor | None) -> Tensor | None:
 
 
 def _tf32_is_wanted() -> bool:
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    """Return what PyTorch's convolutions do: their own setting, or what it is inherited from."""
+    backends = torch.backends
+    settings = (backends.cudnn.conv, backends.cudnn, backends)
+    return next((x for x in (s.fp32_precision for s in settings) if x != "none"), "") == "tf32"

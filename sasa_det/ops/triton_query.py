@@ -58,6 +58,7 @@ def query_kernel(
     TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, HALO_COLS: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     CONTENT: tl.constexpr, RELATIVE: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of ``steps`` tiles of queries, one below the other, and of embeddings, summed.
 
@@ -66,8 +67,6 @@ def query_kernel(
     """
     REACH: tl.constexpr = KERNEL // 2
     M: tl.constexpr = TILE_ROWS * TILE_COLS
-    # Of products with one float32 factor.
-    EXACT: tl.constexpr = "interpreted" if PRECISION == "interpreted" else "tf32x3"
     head = tl.program_id(0) % heads
     left = tl.program_id(0) // heads * TILE_COLS
     image = tl.program_id(2)
