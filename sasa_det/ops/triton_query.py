@@ -126,9 +126,7 @@ def query_kernel(
             if RELATIVE:
                 by_place = tl.reshape(slopes, [M, CHUNK, HALO_COLS])
                 by_col += tl.sum(by_place, 1)
-                by_row += sums_by_offset(
-                    tl.sum(by_place, 2), y, chunk * CHUNK, CHUNK, KERNEL, K
-                )
+                by_row += sums_by_offset(tl.sum(by_place, 2), y, chunk * CHUNK, CHUNK, KERNEL, K)
         if RELATIVE:
             by_col = sums_by_offset(by_col, x, 0, HALO_COLS, KERNEL, K)
             transposed = tl.trans(embeddings)

@@ -163,7 +163,7 @@ def spoiled_pixels(x):
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_a_nan_stays_in_its_window(index):
     inputs, grad = make(1, 1, 4, 5, 10, 3)
-    inputs[index][0, 1, *PLACE] = float("nan")
+    inputs[index][0, 1][PLACE] = float("nan")
     output, *gradients = run(inputs, grad, "triton", kernel_size=3, num_heads=1)
     seen = torch.zeros(5, 10, dtype=torch.bool)
     if index == 0:
@@ -181,7 +181,7 @@ def test_a_nan_stays_in_its_window(index):
 
 def test_a_nan_gradient_stays_in_its_window():
     inputs, grad = make(1, 1, 4, 5, 10, 3)
-    grad[0, 1, *PLACE] = float("nan")
+    grad[0, 1][PLACE] = float("nan")
     _, query, key, value, _, _ = run(inputs, grad, "triton", kernel_size=3, num_heads=1)
     own = torch.zeros(5, 10, dtype=torch.bool)
     own[PLACE] = True
@@ -195,7 +195,7 @@ def test_a_nan_gradient_stays_in_its_window():
 @pytest.mark.parametrize("border", ["mask", "zero"])
 def test_an_infinite_value_stays_in_its_window(border):
     inputs, _ = make(1, 1, 4, 5, 10, 3)
-    inputs[2][0, 1, *PLACE], inputs[2][0, 2, *PLACE] = float("inf"), float("-inf")
+    inputs[2][0, 1][PLACE], inputs[2][0, 2][PLACE] = float("inf"), float("-inf")
     options = {"kernel_size": 3, "num_heads": 1, "border": border}
     expected = local_attention(*inputs, **options, backend="reference")
     actual = local_attention(*inputs, **options, backend="triton")
