@@ -1,4 +1,4 @@
-"""Local attention in Triton: what the kernels are compiled for and started with.
+"""Local attention in Triton: how the kernels are started.
 
 Images are (N, H, W, C), and query, key and value may be slices of one tensor. A program has a warp
 and takes tiles of 16 pixels of one head, one below the other. The whole halo of a tile, or a few
@@ -10,109 +10,17 @@ run gives the same bits.
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
-from . import triton as triton_backend
-from .triton_forward import forward_kernel
-from .triton_key import key_kernel
-from .triton_query import query_kernel
+from .triton import LARGEST_ROW
+from .triton_constants import KERNELS, OPTIONS, Tiling, kernel_constants
 
-KERNELS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel}
-# Options of Triton's compiler. Loops are not pipelined, as registers are what is short.
-OPTIONS = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
-
-_PIXELS = 16  # of a tile, as tensor cores take
-_HALO_COLS = 16
 # Programs that keep a GPU busy, and tiles of a program at most.
 _PROGRAMS = 8192
 _MOST_STEPS = 8
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How a kernel goes over an image: tiles of pixels, and chunks of the rows around them."""
-
-    rows: int
-    cols: int
-    halo_cols: int
-    chunk: int
-    chunks: int
-
-    @classmethod
-    def of(cls, kernel_size: int, most_pairs: int) -> "Tiling":
-        """Return the tiling for a kernel size, with chunks of ``most_pairs`` pixels at most."""
-        around = kernel_size - 1
-        rows, cols = cls.tile_of(kernel_size)
-        halo_cols = triton.next_power_of_2(cols + around)
-        # A chunk takes time as another row does. Of equals, the largest.
-        sizes = [2**i for i in range(8) if 2**i * halo_cols <= max(most_pairs, halo_cols)]
-        chunk = min(reversed(sizes), key=lambda x: triton.cdiv(rows + around, x) * (x + 1))
-        return cls(rows, cols, halo_cols, chunk, triton.cdiv(rows + around, chunk))
-
-    @staticmethod
-    def tile_of(kernel_size: int) -> tuple[int, int]:
-        """Return the rows and columns of a tile."""
-        cols = 4 if 4 <= _HALO_COLS - kernel_size + 1 < 8 else 8
-        return _PIXELS // cols, cols
-
-    def constants(self) -> dict[str, int]:
-        return {
-            "TILE_ROWS": self.rows,
-            "TILE_COLS": self.cols,
-            "HALO_COLS": self.halo_cols,
-            "CHUNK": self.chunk,
-            "CHUNKS": self.chunks,
-        }
-
-
-def kernel_constants(
-    kernel: str,
-    dtype: torch.dtype,
-    head_width: int,
-    kernel_size: int,
-    *,
-    mask: bool = True,
-    content: bool = True,
-    relative: bool = True,
-    tf32: bool = False,
-) -> dict[str, int | bool | str]:
-    """Return what a kernel ("forward", "query" or "key") is compiled for."""
-    # Of products of the images' type, and of those with a float32 factor.
-    precision, exact = "ieee", "tf32x3"
-    if dtype == torch.float32:
-        precision = "tf32" if tf32 else "tf32x3"
-    if torch.version.hip:
-        precision, exact = "ieee", "ieee"
-    if triton.knobs.runtime.interpret:
-        precision, exact = "interpreted", "interpreted"
-    narrowest = 32 // dtype.itemsize  # that tensor cores take
-    width = max(narrowest, triton.next_power_of_2(head_width))
-    constants = {
-        "DEPTH": head_width,
-        "D": width,
-        "KERNEL": kernel_size,
-        "K": max(8, triton.next_power_of_2(kernel_size)),
-        **Tiling.of(kernel_size, _most_pairs(kernel, dtype, width, precision)).constants(),
-        "CONTENT": content,
-        "RELATIVE": relative,
-        "MASK": mask,
-        "PRECISION": precision,
-        "EXACT": exact,
-    }
-    return {name: x for name, x in constants.items() if name in KERNELS[kernel].arg_names}
-
-
-def _most_pairs(kernel: str, dtype: torch.dtype, width: int, precision: str) -> int:
-    """Return how many pixels of the halo, of ``width`` channels, a warp takes at once."""
-    # Bytes, found by compiling: more of them take fewer instructions, until registers spill.
-    budget = 4096 if kernel == "key" else 8192
-    if precision == "tf32x3" and kernel != "forward":
-        budget //= 2
-    return min(128, budget // (width * dtype.itemsize))
 
 
 def forward(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask):
@@ -125,7 +33,7 @@ def forward(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask)
     if batch > 0:
         grid, sizes = _grid_and_sizes(query, num_heads, kernel_size)
         tensors = (query, key, value, _exact(rel_rows), _exact(rel_cols), output, log_sum)
-        forward_kernel[grid](*tensors, *sizes, **constants_of("forward"), **OPTIONS)
+        KERNELS["forward"][grid](*tensors, *sizes, **constants_of("forward"), **OPTIONS)
     return output.permute(0, 3, 1, 2), log_sum
 
 
@@ -146,9 +54,9 @@ def backward(grad, query, key, value, rel_rows, rel_cols, log_sum, kernel_size, 
     if query.shape[0] > 0:
         tensors = (grad, query, key, value, _exact(rel_rows), _exact(rel_cols), log_sum)
         results = (grad_query, mean, sums)
-        query_kernel[grid](*tensors, *results, *sizes, **constants_of("query"), **OPTIONS)
+        KERNELS["query"][grid](*tensors, *results, *sizes, **constants_of("query"), **OPTIONS)
         results = (mean, grad_key, grad_value)
-        key_kernel[grid](*tensors, *results, *sizes, **constants_of("key"), **OPTIONS)
+        KERNELS["key"][grid](*tensors, *results, *sizes, **constants_of("key"), **OPTIONS)
     grad_rows, grad_cols = query.new_empty(0), query.new_empty(0)
     if rel_rows is not None:
         # Programs are numbered by column of tiles, then by head.
@@ -192,7 +100,7 @@ def _with_one_stride(*images: Tensor | None) -> list[Tensor | None]:
     channels_last = [None if x is None else x.permute(0, 2, 3, 1) for x in images]
     strides = {pixel_stride(x) for x in channels_last if x is not None}
     if len(strides) == 1 and (stride := strides.pop()) is not None:
-        if stride * channels_last[0].shape[2] <= triton_backend.LARGEST_ROW:
+        if stride * channels_last[0].shape[2] <= LARGEST_ROW:
             return channels_last
     return [None if x is None else x.contiguous() for x in channels_last]
 
@@ -215,7 +123,5 @@ def _exact(embedding: Tensor | None) -> Tensor | None:
 
 
 def _tf32_is_wanted() -> bool:
-    """Return what PyTorch's convolutions do: their own setting, or what it is inherited from."""
-    backends = torch.backends
-    settings = (backends.cudnn.conv, backends.cudnn, backends)
-    return next((x for x in (s.fp32_precision for s in settings) if x != "none"), "") == "tf32"
+    """Return whether PyTorch's convolutions compute with TF32."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"

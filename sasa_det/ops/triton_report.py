@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from .gpu_report import disassembler
-from .triton_kernels import KERNELS, OPTIONS, kernel_constants
+from .triton_constants import KERNELS, OPTIONS, kernel_constants
 
 HEAD_WIDTHS = (8, 16, 32, 64)
 # Type of the images, and whether products of float32 are TF32.
@@ -45,7 +45,7 @@ _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 def compile_kernel(
     kernel: str, type_name: str, head_width: int, kernel_size: int, capability: int
 ) -> CompiledKernel:
-    """Compile a kernel of :data:`~sasa_det.ops.triton_kernels.KERNELS`.
+    """Compile a kernel of :data:`~sasa_det.ops.triton_constants.KERNELS`.
 
     Args:
         kernel: its name.
