@@ -44,7 +44,7 @@ def why_not(query: Tensor, num_heads: int, kernel_size: int, forced: bool = Fals
             return reason
     # Fake tensors stand for any size while a compiler traces.
     if type(query) in (Tensor, torch.nn.Parameter):
-        if batch > _MOST_PROGRAMS or height > 2 * _MOST_PROGRAMS:
+        if batch > _MOST_PROGRAMS or height > 2 * _MOST_PROGRAMS or height * width >= 2**31:
             return f"it does not take {batch} images of {height} x {width}"
         if width * channels > LARGEST_ROW:
             return f"it does not take rows of {width} pixels of {channels} channels"

@@ -133,7 +133,7 @@ def test_memory_layout_does_not_matter():
 
 
 def test_slices_of_one_tensor_are_not_copied():
-    from sasa_det.ops.triton_kernels import _with_one_stride
+    from sasa_det.ops.triton_kernels import _with_one_stride, forward
 
     together = torch.randn(2, 3, 5, 24)
     slices = [x.permute(0, 3, 1, 2) for x in together.split(8, 3)]
@@ -142,6 +142,8 @@ def test_slices_of_one_tensor_are_not_copied():
     # Rows apart from each other, and images of which only some are slices, are copied.
     for images in ([x[..., :4] for x in slices], [slices[0], slices[1].contiguous()]):
         assert all(x.is_contiguous() for x in _with_one_stride(*images))
+    output, _ = forward(*(x[:1].to(DEVICE) for x in slices), None, None, 1, 1, True)
+    assert output.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_large_logits_do_not_overflow():
