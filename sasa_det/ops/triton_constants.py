@@ -12,8 +12,6 @@ from .triton_key import key_kernel
 from .triton_query import query_kernel
 
 KERNELS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel}
-# Options of Triton's compiler. Loops are not pipelined, as registers are what is short.
-OPTIONS = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
 
 _PIXELS = 16  # of a tile, as tensor cores take
 _HALO_COLS = 16
@@ -93,13 +91,26 @@ def kernel_constants(
     return {name: x for name, x in constants.items() if name in KERNELS[kernel].arg_names}
 
 
+def compile_options(kernel: str, dtype: torch.dtype, head_width: int) -> dict[str, int | bool]:
+    """Return options of Triton's compiler. Registers are too few for loops to be pipelined."""
+    return {
+        "num_warps": _num_warps(kernel, dtype, head_width),
+        "num_stages": 1,
+        "enable_fp_fusion": True,
+    }
+
+
+def _num_warps(kernel: str, dtype: torch.dtype, width: int) -> int:
+    return 2 if width > 32 and (kernel == "key" or dtype == torch.float32) else 1
+
+
 def _most_pairs(kernel: str, dtype: torch.dtype, width: int, precision: str) -> int:
-    """Return how many pixels of the halo, of ``width`` channels, a warp takes at once."""
+    """Return how many pixels of the halo, of ``width`` channels, a program takes at once."""
     # Bytes, found by compiling: more of them take fewer instructions, until registers spill.
     budget = 4096 if kernel == "key" else 8192
     if precision == "tf32x3" and kernel != "forward":
         budget //= 2
-    return min(128, budget // (width * dtype.itemsize))
+    return min(128, budget * _num_warps(kernel, dtype, width) // (width * dtype.itemsize))
 
 
 def _narrowest_float32() -> int:

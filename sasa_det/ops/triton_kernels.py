@@ -1,14 +1,13 @@
 """Local attention in Triton: how the kernels are started.
 
-Images are (N, H, W, C), and query, key and value may be slices of one tensor. A program has a warp
-and takes tiles of 16 pixels of one head, one below the other. The whole halo of a tile, or a few
-rows of it at a time, meets the tile in matrix products. q.r and masks are sums of a term by row and
-one by column, with which the products begin. The backward pass has one kernel for queries and
-embeddings and one for keys and values: both gather, so that nothing is added atomically and every
-run gives the same bits.
+Images are (N, H, W, C), and query, key and value may be slices of one tensor. A program takes tiles
+of 16 pixels of one head, one below the other. The whole halo of a tile, or a few rows of it at a
+time, meets the tile in matrix products. q.r and masks are sums of a term by row and one by column,
+with which the products begin. The backward pass has one kernel for queries and embeddings and one
+for keys and values: both gather, so that nothing is added atomically and every run gives the same
+bits.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -16,7 +15,7 @@ import triton
 from torch import Tensor
 
 from .triton import LARGEST_ROW
-from .triton_constants import KERNELS, OPTIONS, Tiling, kernel_constants
+from .triton_constants import KERNELS, Tiling, compile_options, kernel_constants
 
 # Programs that keep a GPU busy, and tiles of a program at most.
 _PROGRAMS = 8192
@@ -25,7 +24,7 @@ _MOST_STEPS = 8
 
 def forward(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask):
     """See :func:`sasa_det.ops.operator.attend`; log_sum is to base 2."""
-    constants_of = _constants_of(query, key, rel_rows, kernel_size, num_heads, mask)
+    keywords = _keywords_of(query, key, rel_rows, kernel_size, num_heads, mask)
     query, key, value = _with_one_stride(query, key, value)
     batch, height, width, channels = query.shape
     output = query.new_empty(query.shape)
@@ -33,13 +32,13 @@ def forward(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask)
     if batch > 0:
         grid, sizes = _grid_and_sizes(query, num_heads, kernel_size)
         tensors = (query, key, value, _exact(rel_rows), _exact(rel_cols), output, log_sum)
-        KERNELS["forward"][grid](*tensors, *sizes, **constants_of("forward"), **OPTIONS)
+        KERNELS["forward"][grid](*tensors, *sizes, **keywords("forward"))
     return output.permute(0, 3, 1, 2), log_sum
 
 
 def backward(grad, query, key, value, rel_rows, rel_cols, log_sum, kernel_size, num_heads, mask):
     """See :func:`sasa_det.ops.operator.attend_backward`."""
-    constants_of = _constants_of(query, key, rel_rows, kernel_size, num_heads, mask)
+    keywords = _keywords_of(query, key, rel_rows, kernel_size, num_heads, mask)
     grad = grad.to(query.dtype).permute(0, 2, 3, 1).contiguous()
     query, key, value = _with_one_stride(query, key, value)
     grid, sizes = _grid_and_sizes(query, num_heads, kernel_size)
@@ -48,15 +47,15 @@ def backward(grad, query, key, value, rel_rows, rel_cols, log_sum, kernel_size, 
     mean = torch.empty_like(log_sum)
     sums = None
     if rel_rows is not None:
-        constants = constants_of("query")
+        constants = keywords("query")
         shape = (*reversed(grid), constants["D"], constants["K"])
         sums = query.new_empty(shape, dtype=torch.float32)
     if query.shape[0] > 0:
         tensors = (grad, query, key, value, _exact(rel_rows), _exact(rel_cols), log_sum)
         results = (grad_query, mean, sums)
-        KERNELS["query"][grid](*tensors, *results, *sizes, **constants_of("query"), **OPTIONS)
+        KERNELS["query"][grid](*tensors, *results, *sizes, **keywords("query"))
         results = (mean, grad_key, grad_value)
-        KERNELS["key"][grid](*tensors, *results, *sizes, **constants_of("key"), **OPTIONS)
+        KERNELS["key"][grid](*tensors, *results, *sizes, **keywords("key"))
     grad_rows, grad_cols = query.new_empty(0), query.new_empty(0)
     if rel_rows is not None:
         # Programs are numbered by column of tiles, then by head.
@@ -71,17 +70,22 @@ def backward(grad, query, key, value, rel_rows, rel_cols, log_sum, kernel_size, 
     return (*images, grad_rows, grad_cols)
 
 
-def _constants_of(query, key, rel_rows, kernel_size, num_heads, mask) -> Callable[[str], dict]:
-    return functools.partial(
-        kernel_constants,
-        dtype=query.dtype,
-        head_width=query.shape[1] // num_heads,
-        kernel_size=kernel_size,
-        mask=mask,
-        content=key is not None,
-        relative=rel_rows is not None,
-        tf32=_tf32_is_wanted(),
-    )
+def _keywords_of(query, key, rel_rows, kernel_size, num_heads, mask) -> Callable[[str], dict]:
+    """Return a function that returns what a kernel is compiled for, by the kernel's name."""
+    dtype, head_width = query.dtype, query.shape[1] // num_heads
+    content, relative, tf32 = key is not None, rel_rows is not None, _tf32_is_wanted()
+
+    def keywords(kernel: str) -> dict:
+        constants = kernel_constants(
+            *(kernel, dtype, head_width, kernel_size),
+            mask=mask,
+            content=content,
+            relative=relative,
+            tf32=tf32,
+        )
+        return {**constants, **compile_options(kernel, dtype, head_width)}
+
+    return keywords
 
 
 def _grid_and_sizes(images: Tensor, num_heads: int, kernel_size: int) -> tuple[tuple, tuple]:

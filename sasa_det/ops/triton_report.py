@@ -1,8 +1,8 @@
 """What the Triton kernels take of a GPU; no GPU is needed.
 
 ``python -m sasa_det.ops.triton_report`` compiles the kernels for NVIDIA's GPUs and prints a table
-of registers, bytes of stack, shared memory, and the instructions that a warp executes before its
-first tile and for each tile, which has 16 queries (or keys) of a head.
+of registers, bytes of stack, shared memory, and the instructions that a program executes, with all
+of its warps: before its first tile, and for a tile, which has 16 queries (or keys) of a head.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from .gpu_report import disassembler
-from .triton_constants import KERNELS, OPTIONS, kernel_constants
+from .triton_constants import KERNELS, compile_options, kernel_constants
 
 HEAD_WIDTHS = (8, 16, 32, 64)
 # Type of the images, and whether products of float32 are TF32.
@@ -70,11 +70,13 @@ def compile_kernel(
         signature[name] = "i32" if name in _STRIDES else pointer
         attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=OPTIONS)
+    target = GPUTarget("cuda", capability, 32)
+    options = compile_options(kernel, dtype, head_width)
+    return triton.compile(source, target=target, options=options)
 
 
 def resources(compiled: CompiledKernel) -> SimpleNamespace:
-    """Return ``registers`` and ``stack`` (bytes) of a thread, and ``shared`` bytes of a warp."""
+    """Return ``registers`` and ``stack`` (bytes) of a thread, and ``shared`` bytes of a program."""
     found = re.search(r"REG:(\d+) STACK:(\d+)", _printed("cuobjdump", "-res-usage", compiled))
     shared = compiled.metadata.shared
     return SimpleNamespace(registers=int(found[1]), stack=int(found[2]), shared=shared)
@@ -111,8 +113,9 @@ def count_instructions(listing: str, chunks: int) -> tuple[int, int]:
     loops = [(to, at) for at, targets in enumerate(following) for to in targets if to < at]
     tiles = max(loops, key=lambda loop: loop[1] - loop[0])
     way = _shortest_way(following, *tiles)
-    inner = [loop for loop in loops if loop != tiles and {*loop} <= {*way} and loop[0] > tiles[0]]
-    repeated = [at for loop in inner for at in _shortest_way(following, *loop)]
+    rounds = [_shortest_way(following, *loop) for loop in loops if loop[0] in way[1:]]
+    # What leads back only through the next tile is no loop, but code that was moved out of the way.
+    repeated = [at for x in rounds if tiles[0] not in x for at in x]
     start = _shortest_way(following, 0, tiles[0])[:-1]
     start, tile = (
         sum(code[at][1] != "NOP" for at in x) for x in (start, [*way, *repeated * (chunks - 1)])
@@ -123,19 +126,24 @@ def count_instructions(listing: str, chunks: int) -> tuple[int, int]:
 def _following(code: list[tuple], labels: dict[str, int], at: int) -> list[int]:
     """Return where the code can go on after an instruction."""
     predicate, name, operands = code[at]
-    conditional = predicate or _CONDITION.match(operands) or name.startswith("BRA.DIV")
+    uniform = name.startswith(("BRA.DIV", "BRA.CONV"))  # if all threads are there
+    conditional = predicate or _CONDITION.match(operands) or uniform
     on = [at + 1] if at + 1 < len(code) else []
-    if name.startswith("BRA"):
-        return [labels[_TARGET.search(operands)[1]], *(on if conditional else [])]
+    # A call is a branch, too, but for those of functions, which come back.
+    if name.startswith(("BRA", "CALL")) and (target := _TARGET.search(operands)):
+        return [labels[target[1]], *(on if conditional else [])]
     if name.startswith("EXIT"):
         return on if predicate else []
     return on
 
 
 def _shortest_way(following: list[list[int]], start: int, end: int) -> list[int]:
+    """Return the instructions from one to another, both included."""
     previous = {start: None}
     front = [start]
     while end not in previous:
+        if not front:
+            raise RuntimeError("the disassembler's listing has instructions that nothing leads to.")
         targets = [(to, at) for at in front for to in following[at]]
         front = []
         for to, at in targets:
@@ -156,17 +164,19 @@ def measure(
     taken = resources(compiled)
     dtype, tf32 = TYPES[type_name]
     chunks = kernel_constants(kernel, dtype, head_width, kernel_size, tf32=tf32)["CHUNKS"]
+    warps = compiled.metadata.num_warps
     start, tile = count_instructions(_printed("nvdisasm", "-c", compiled), chunks)
     return {
         "architecture": f"sm_{capability}",
         "type": type_name,
         "kernel": kernel,
         "head width": head_width,
+        "warps": warps,
         "registers": taken.registers,
         "stack bytes": taken.stack,
         "shared KiB": round(taken.shared / 1024, 1),
-        "instructions before": start,
-        "of a tile": tile,
+        "instructions before": warps * start,
+        "of a tile": warps * tile,
     }
 
 
@@ -174,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m sasa_det.ops.triton_report",
         description="Compile the Triton kernels of local attention and print what they take of a "
-        "GPU, and the instructions that a warp executes for 16 queries of a head.",
+        "GPU, and the instructions that are executed for 16 queries of a head.",
     )
     parser.add_argument("--capabilities", nargs="+", type=int, default=[90], metavar="XY")
     parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES))
