@@ -1,4 +1,4 @@
-"""The Triton kernels go through the compiler for a data-centre GPU, which takes no GPU."""
+"""The Triton kernels go through the compiler for GPUs of data centres, which takes no GPU."""
 
 import os
 import subprocess
@@ -6,59 +6,72 @@ import sys
 
 import pytest
 
-from sasa_det.ops import available_backends
+from sasa_det.ops import available_backends, triton
+from sasa_det.ops.gpu_report import disassembler
 
-# Without detectron2, which kernels do not need and which takes seconds to import.
-COMPILE = """
-import importlib.util
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+pytestmark = [
+    pytest.mark.skipif("triton" not in available_backends(), reason="Triton is not installed"),
+    pytest.mark.skipif(disassembler() is None, reason="nvdisasm is not installed"),
+]
 
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *a: None if name == "detectron2" else find(name, *a)
-from sasa_det.ops import triton_kernels as kernels
+# Instructions of a tile, by type, head width and kernel.
+INSTRUCTIONS = {
+    "bfloat16": {
+        8: {"forward": 1250, "query": 1700, "key": 1650},
+        16: {"forward": 1250, "query": 1700, "key": 1650},
+        32: {"forward": 1500, "query": 2000, "key": 2000},
+        64: {"forward": 2200, "query": 4200, "key": 3000},
+    },
+    "tf32": {32: {"forward": 2000, "query": 4000, "key": 3400}},
+    "float32": {
+        8: {"forward": 2000, "query": 3000, "key": 3400},
+        32: {"forward": 3500, "query": 7200, "key": 7200},
+    },
+}
+# What the 8 warps of an SM can keep in its cache.
+STACK_BYTES = {8: 128, 16: 128, 32: 256, 64: 512}
 
-def compile_kernel(name, dtype, depth, kernel=7, capability=90):
-    pointers = {
-        "query": dtype, "key": dtype, "value": dtype, "output": dtype, "grad": dtype,
-        "grad_query": dtype, "grad_key": dtype, "grad_value": dtype,
-    }
-    options = {
-        "DEPTH": depth, "D": max(16, triton.next_power_of_2(depth)), "KERNEL": kernel,
-        "K": max(16, triton.next_power_of_2(kernel)),
-        "COLS": max(16, triton.next_power_of_2(8 + kernel - 1)), "TILE": 8,
-        "CONTENT": True, "RELATIVE": True, "MASK": True, "PRECISION": "ieee", "EXACT": "ieee",
-    }
-    function = getattr(kernels, name)
-    constants = {k: v for k, v in options.items() if k in function.arg_names}
-    signature = {}
-    for argument in function.arg_names:
-        if argument in constants:
-            signature[argument] = "constexpr"
-        elif argument in ("height", "width", "heads", "programs"):
-            signature[argument] = "i32"
-        else:
-            signature[argument] = "*" + pointers.get(argument, "fp32")
-    source = ASTSource(function, signature, constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-    assert compiled.asm["cubin"], name
-    print(name, dtype, "mma" in compiled.asm["ptx"], compiled.metadata.shared)
 
-for dtype, depth in (("bf16", 32), ("fp32", 8)):
-    for name in ("_forward_kernel", "_query_kernel", "_key_kernel"):
-        compile_kernel(name, dtype, depth)
-"""
+def check(capability, type_name, *head_widths, kernel_size=7):
+    """Compile in a process of its own: in this one, Triton may be an interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    options = ["--capabilities", capability, "--types", type_name, "--kernel-size", kernel_size]
+    command = [sys.executable, "-m", "sasa_det.ops.triton_report", *options, "--head-widths"]
+    command = [*map(str, command), *map(str, head_widths)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    names, _, *rows = ([c.strip() for c in x.split("|")[1:-1]] for x in done.stdout.splitlines())
+    rows = [dict(zip(names, row, strict=True)) for row in rows]
+    assert len(rows) == 3 * len(head_widths)
+    for row in rows:
+        width = int(row["head width"])
+        assert float(row["shared KiB"]) * 1024 <= triton.SHARED_BYTES
+        if kernel_size == 7:
+            count, limit = int(row["of a tile"]), INSTRUCTIONS[type_name][width][row["kernel"]]
+            # Less than half of it would be code that does nothing.
+            assert limit / 2 <= count <= limit
+            assert int(row["stack bytes"]) <= STACK_BYTES[width]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("triton" not in available_backends(), reason="Triton is not installed")
-def test_kernels_compile():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [line.split() for line in done.stdout.splitlines()]
-    kernels = ["_forward_kernel", "_query_kernel", "_key_kernel"]
-    assert [line[:2] for line in lines] == [[k, t] for t in ("bf16", "fp32") for k in kernels]
-    assert all(line[2] == "True" for line in lines if line[1] == "bf16"), "no tensor cores"
+@pytest.mark.parametrize(
+    "capability,type_name,head_width",
+    [
+        (80, "bfloat16", 8),
+        (90, "bfloat16", 16),
+        (90, "bfloat16", 32),
+        (100, "bfloat16", 64),
+        (90, "tf32", 32),
+        (80, "float32", 8),
+        (90, "float32", 32),
+    ],
+)
+def test_kernels_stay_within_their_limits(capability, type_name, head_width):
+    check(capability, type_name, head_width)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel_size", [1, 11, triton.WIDEST_KERNEL])
+@pytest.mark.parametrize("type_name", ["float16", "float32"])
+def test_other_windows_fit_the_shared_memory(type_name, kernel_size):
+    check(80, type_name, triton.WIDEST_HEAD, kernel_size=kernel_size)
