@@ -14,7 +14,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST_HEAD = 64
 WIDEST_KERNEL = 25
 # More than any kernel was seen to need, see tests/ops/test_triton_compiles.py.
-SHARED_BYTES = 48 * 1024
+SHARED_BYTES = 64 * 1024
 _CAPABILITY = (8, 0)
 _MOST_PROGRAMS = 65535  # of a grid's second and third dimension
 LARGEST_ROW = 2**31 // 64  # elements, as those of a tile and its halo are counted with 32 bits

@@ -238,7 +238,7 @@ def test_small_gpus_are_refused():
     older = SimpleNamespace(major=7, minor=5, shared_memory_per_block_optin=65536)
     assert "compute capability 8.0 and higher, not 7.5" in triton.why_not_on(older)
     smaller = SimpleNamespace(major=9, minor=0, shared_memory_per_block_optin=32768)
-    assert "may need 49152 bytes of shared memory" in triton.why_not_on(smaller)
+    assert "may need 65536 bytes of shared memory" in triton.why_not_on(smaller)
 
 
 def test_too_large_windows_and_rows_are_refused():
