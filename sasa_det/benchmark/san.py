@@ -89,7 +89,7 @@ def _cases(settings: Settings) -> list[Case]:
             for way in ways
         )
         title = f"{name}, {settings.batch}x3x{height}x{width}"
-        cases.append(Case("san", name, title, contenders, memory=True))
+        cases.append(Case("san", name, title, contenders, memory=True, waits=True))
     return cases
 
 

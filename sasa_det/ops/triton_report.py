@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from .gpu_report import disassembler
+from .gpu_instructions import disassembler
 from .triton_constants import KERNELS, compile_options, kernel_constants
 
 HEAD_WIDTHS = (8, 16, 32, 64)

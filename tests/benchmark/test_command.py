@@ -125,7 +125,7 @@ def test_operators_layers_and_stems_run_without_detectron2(tmp_path):
     words = [sys.executable, "-c", WITHOUT_DETECTRON2, tmp_path / "out"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 2, done.stderr
-    left_out = "Left out without detectron2: backbone, retinanet, digits, trainer."
+    left_out = "Left out without detectron2: backbone, retinanet, digits, trainer, san."
     assert left_out in (tmp_path / "out" / "results.md").read_text()
     assert done.stderr.strip().splitlines()[-1] == (
         "error: --cases backbone,digits needs detectron2, which is not installed."

@@ -10,7 +10,7 @@ from torch import nn
 from sasa_det.analysis.complexity import count_config
 from sasa_det.benchmark.cases import make_cases
 from sasa_det.benchmark.measure import Settings
-from sasa_det.benchmark.models import _DIGITS, _config
+from sasa_det.benchmark.models import _DIGITS, twin_config
 from sasa_det.benchmark.operators import convolutional_stem
 from sasa_det.benchmark.peak import count_flops, has_bfloat16, peak_rate
 from sasa_det.layers import AttentionStem, LocalSelfAttention2d
@@ -78,7 +78,7 @@ def test_flops_of_models(flops):
     assert inference["convolutional"] == inference["convolutional, tuned"]
     # Eight images of 128 x 128, whatever the settings.
     settings = Settings("cpu", torch.float32, 2, 64, CONFIGS)
-    parts = count_config(_config(settings, _DIGITS["attentional"]), 128, 128)
+    parts = count_config(twin_config(settings, _DIGITS["attentional"]), 128, 128)
     assert flops["digits RetinaNet training step", "attentional"] == 3 * 8 * sum(
         p.flops for p in parts
     )
