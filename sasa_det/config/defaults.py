@@ -81,8 +81,8 @@ def add_sasa_config(cfg: CfgNode) -> None:
     # Whether each prediction layer has another pointwise layer, of the width of the tower, that
     # mixes the attention heads before the pointwise layer that produces the outputs.
     sasa.HEAD_MIXING_LAYER = False
-    # For MODEL.BACKBONE.NAME "build_on_sasa_resnet": the registered backbone of another project,
-    # such as its FPN, whose ResNet is replaced by the attention ResNet.
+    # For MODEL.BACKBONE.NAME "build_other_backbone_with_sasa_resnet": the registered backbone of
+    # another project, such as its FPN, whose ResNet is replaced by the attention ResNet.
     sasa.BUILDER = ""
     # Backend of local attention, one of sasa_det.ops.available_backends(); "" selects the fastest.
     sasa.BACKEND = ""

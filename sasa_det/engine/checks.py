@@ -106,7 +106,10 @@ def check_metrics(options: RunOptions) -> None:
     """
     # A data set that is named twice has its results once.
     tests = list(dict.fromkeys(options.test))
-    if any(MetadataCatalog.get(name).evaluator_type not in _KNOWN_METRICS for name in tests):
+    if any(
+        MetadataCatalog.get(name).get("evaluator_type", "coco") not in _KNOWN_METRICS
+        for name in tests
+    ):
         return
     classes = {name: MetadataCatalog.get(name).thing_classes for name in tests}
     metrics = {name: task_of(options).metrics(classes[name]) for name in tests}

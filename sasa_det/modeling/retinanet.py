@@ -7,8 +7,8 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import CycleBatchNormList, ShapeSpec, get_norm
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
-from detectron2.structures import ImageList
 from detectron2.utils import comm
 from torch import Tensor, nn
 
@@ -203,14 +203,18 @@ class AttentionRetinaNet(RetinaNet):
             options["head"] = RetinaNetHead(**head)
         return options
 
-    _infer = RetinaNet.forward_inference  # TorchScript has no super()
-
-    def forward_inference(
-        self, images: ImageList, features: list[Tensor], predictions: list[list[Tensor]]
-    ):
-        # Of a model in half precision; anchors are float32, and NMS takes one type.
-        predictions = [[prediction.float() for prediction in level] for level in predictions]
-        return self._infer(images, features, predictions)
+    def _transpose_dense_predictions(
+        self, predictions: list[list[Tensor]], dims_per_anchor: list[int]
+    ) -> list[list[Tensor]]:
+        # TorchScript has no super(), and its lists no strict zip().
+        transposed: list[list[Tensor]] = []
+        for i, size in enumerate(dims_per_anchor):
+            levels = predictions[i]
+            if not self.training:
+                # Of a model in half precision: anchors are float32, and NMS takes one type.
+                levels = [level.float() for level in levels]
+            transposed.append([permute_to_N_HWA_K(level, size) for level in levels])
+        return transposed
 
     def losses(self, anchors, pred_logits, gt_labels, *args) -> dict[str, Tensor]:
         labels = torch.stack(gt_labels)

@@ -326,7 +326,7 @@ def test_counts_classes_and_histogram(write, content):
     report = validate_coco(*write(content))
     assert (report.num_images, report.num_annotations, report.num_crowds) == (2, 3, 1)
     assert report.num_unannotated == 1
-    assert report.categories == ((5, "ant", 2), (9, "cup", 0))
+    assert report.categories == ((5, "ant", 2, ()), (9, "cup", 0, ()))
 
 
 def test_all_problems_are_kept_or_the_first_ones_and_all_are_counted(write, content):

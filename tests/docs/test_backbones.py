@@ -67,7 +67,7 @@ def assert_trains_and_detects(model):
 def test_the_page_has_the_detectors():
     names = {Path(name).name.partition("_R_50")[0] for name in CONFIGS}
     assert names == {"faster_rcnn", "mask_rcnn", "cascade_mask_rcnn"}
-    assert len(YAML) == 2 and len(PYTHON) == 2
+    assert len(YAML) == 3 and len(PYTHON) == 3
 
 
 @pytest.mark.parametrize("name", CONFIGS)

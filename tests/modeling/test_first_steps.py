@@ -135,7 +135,7 @@ def test_an_fpn_of_another_project_stands_on_our_resnet():
     )
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     cfg.MODEL.BACKBONE.NAME, cfg.MODEL.SASA.BUILDER = (
-        "build_on_sasa_resnet",
+        "build_other_backbone_with_sasa_resnet",
         "build_resnet_fpn_backbone",
     )
     backbone = build_backbone(cfg)

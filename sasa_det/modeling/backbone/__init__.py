@@ -4,7 +4,7 @@ from .attention_fpn import (
     build_retinanet_sasa_resnet_fpn_backbone,
     build_sasa_resnet_fpn_backbone,
 )
-from .other_projects import build_on_sasa_resnet
+from .other_projects import build_other_backbone_with_sasa_resnet
 from .san import (
     SAN,
     build_retinanet_san_fpn_backbone,
@@ -19,7 +19,7 @@ __all__ = [
     "LastLevelP6P7Attention",
     "SAN",
     "SASAResNet",
-    "build_on_sasa_resnet",
+    "build_other_backbone_with_sasa_resnet",
     "build_retinanet_san_fpn_backbone",
     "build_retinanet_sasa_resnet_fpn_backbone",
     "build_san_backbone",

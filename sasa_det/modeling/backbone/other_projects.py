@@ -14,7 +14,7 @@ _CALLED = "build_resnet_backbone"
 
 
 @BACKBONE_REGISTRY.register()
-def build_on_sasa_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+def build_other_backbone_with_sasa_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """Build a backbone of another project on a :class:`SASAResNet`.
 
     ``MODEL.SASA.BUILDER`` names its builder, which calls detectron2's ``build_resnet_backbone`` for
@@ -29,14 +29,14 @@ def build_on_sasa_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     if name not in known:
         raise UsageError(
             "MODEL.SASA.BUILDER must be the name of a registered backbone for "
-            f"build_on_sasa_resnet, got {name!r}{nearest(name, known)}"
+            f"build_other_backbone_with_sasa_resnet, got {name!r}{nearest(name, known)}"
         )
     builder = BACKBONE_REGISTRY.get(name)
     code, module = getattr(builder, "__code__", None), getattr(builder, "__globals__", {})
     if code is None or _CALLED not in code.co_names or _CALLED not in module:
         raise UsageError(
-            f"MODEL.SASA.BUILDER {name} does not call {_CALLED}, which build_on_sasa_resnet stands "
-            "in for."
+            f"MODEL.SASA.BUILDER {name} does not call {_CALLED}, in place of which "
+            "build_other_backbone_with_sasa_resnet puts the attention ResNet."
         )
     replaced = module[_CALLED]
     module[_CALLED] = build_sasa_resnet_backbone

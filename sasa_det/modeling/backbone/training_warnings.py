@@ -48,7 +48,8 @@ class _Watch:
     def __call__(self, backbone: nn.Module, inputs: Any) -> None:
         self._handle.remove()
         frozen = [m for m in backbone.modules() if isinstance(m, FrozenBatchNorm2d)]
-        if backbone.training and frozen and all(map(_has_no_statistics, frozen)):
+        has_values = not any(module.running_mean.is_meta for module in frozen)
+        if backbone.training and has_values and frozen and all(map(_has_no_statistics, frozen)):
             logger.warning(
                 "The frozen batch norms of the backbone have no statistics of a training and do "
                 "not normalize, so that losses begin at hundreds and more: start from pretrained "
