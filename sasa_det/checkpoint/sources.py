@@ -48,11 +48,11 @@ def locate(weights: str | os.PathLike) -> Source:
         CheckpointError: if the name is none of these, the digest differs, or a download fails.
         UsageError: if the model zoo has no weights of a config.
     """
-    from ..model_zoo.published import find_weights  # which builds models, and they load weights
-
     weights = os.fspath(weights)
     if os.path.exists(weights):  # whatever characters its name has
         return Source(Path(weights))
+    from ..model_zoo.published import find_weights  # which builds models, and they load weights
+
     weights = os.fspath(find_weights(weights))
     try:
         parts = urlsplit(weights)

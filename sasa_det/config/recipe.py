@@ -7,6 +7,8 @@ a recipe would be lost without a word.
 import logging
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from functools import cache
+from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
 
@@ -26,16 +28,22 @@ def recipe_keys(cfg: CfgNode) -> list[str]:
     Args:
         cfg: a config; one without sasa_det's keys has none.
     """
-    ours, theirs = flatten(default_config()), flatten(get_cfg())
     values = flatten(cfg)
-    keys = [
-        key
-        for key, default in ours.items()
-        if key not in theirs and values.get(key, default) != default
-    ]
+    keys = [key for key, default in _defaults().items() if values.get(key, default) != default]
     if not values.get("INPUT.JITTER.ENABLED"):
         keys = [key for key in keys if not key.startswith("INPUT.JITTER.")]
-    return [key for key in keys if not any(fnmatchcase(key, each) for each in _OF_THE_MODEL)]
+    return keys
+
+
+@cache  # it is asked for whenever a model is built
+def _defaults() -> dict[str, Any]:
+    """Return the defaults of this project's keys that the model is not built from."""
+    theirs = flatten(get_cfg())
+    return {
+        key: default
+        for key, default in flatten(default_config()).items()
+        if key not in theirs and not any(fnmatchcase(key, each) for each in _OF_THE_MODEL)
+    }
 
 
 def warn_of_unread(keys: Iterable[str]) -> None:

@@ -18,7 +18,7 @@ from ..config.keys import flatten
 from ..config.load import BUILD_ERRORS, explain_build_error
 from ..config.options import RunOptions
 from ..config.values import check_schedule
-from ..data.catalog import check_same_classes, num_classes_of
+from ..data.catalog import check_same_classes, metadata_of, num_classes_of
 from ..data.loader import check_shares
 from ..errors import UsageError, nearest
 from ..evaluation.validation_loss import validation_losses
@@ -106,11 +106,6 @@ def check_metrics(options: RunOptions) -> None:
     """
     # A data set that is named twice has its results once.
     tests = list(dict.fromkeys(options.test))
-    if any(
-        MetadataCatalog.get(name).get("evaluator_type", "coco") not in _KNOWN_METRICS
-        for name in tests
-    ):
-        return
     classes = {name: MetadataCatalog.get(name).thing_classes for name in tests}
     metrics = {name: task_of(options).metrics(classes[name]) for name in tests}
     if len(tests) == 1:
@@ -348,10 +343,10 @@ def _check_data(options: RunOptions, eval_only: bool) -> None:
     task.check_data(options.test, training=False)
     datasets = [*(() if eval_only else options.train), *options.test]
     key = options.class_key
-    if not key:
-        return
-    found = num_classes_of(datasets)
-    if options.num_classes != found:
+    if not key:  # data sets to segment may have no classes of things
+        datasets = [name for name in datasets if metadata_of(name).get("thing_classes")]
+    found = num_classes_of(datasets) if datasets else None
+    if key and options.num_classes != found:
         raise UsageError(
             f"{key} is {options.num_classes} but {', '.join(datasets)} has {found} classes; set "
             f"{options.setting(key, found)}."
@@ -360,8 +355,8 @@ def _check_data(options: RunOptions, eval_only: bool) -> None:
 
 def _check_evaluation(options: RunOptions) -> None:
     task = task_of(options)
-    for name in options.test:
-        kind = MetadataCatalog.get(name).get("evaluator_type")
+    kinds = {name: MetadataCatalog.get(name).get("evaluator_type") for name in options.test}
+    for name, kind in kinds.items():
         if kind not in task.evaluator_types:
             allowed = " or ".join(map(repr, task.evaluator_types))
             raise UsageError(
@@ -369,4 +364,5 @@ def _check_evaluation(options: RunOptions) -> None:
                 f"{options.meta_architecture}, got {kind!r}: set it in the metadata of the data "
                 "set."
             )
-    check_metrics(options)
+    if all(kind in _KNOWN_METRICS for kind in kinds.values()):
+        check_metrics(options)

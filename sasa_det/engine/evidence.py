@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
@@ -126,49 +127,44 @@ class _Study:
 
     def choose_rates(self) -> dict[str, dict[float, float]]:
         """Choose every model's rates on held-out training data; return what each of them gave."""
-        seed = self._budget.seeds[0]
+        seed, iterations = self._budget.seeds[0], self._budget.tuning_iterations
         classifiers = {
             (model, rate): self._classifier(model, rate, seed, "digit_crops_tuning")
             for model in MODELS
             for rate in CLASSIFIER_RATES
         }
-        results = self._experiments.run(list(classifiers.values()))
-        tried = {}
-        for model in MODELS:
-            values = {r: _last(results[classifiers[model, r].name]) for r in CLASSIFIER_RATES}
-            self._classifier_rates[model] = max(values, key=values.get)
-            tried[f"classifier, {model}"] = values
+        of_classifiers, self._classifier_rates = self._try(classifiers)
         detectors = {
-            (model, start, rate): self._detector(
-                *(model, start, rate, seed, "digits_tuning", self._budget.tuning_iterations, 1),
+            ((model, start), rate): self._detector(
+                *(model, start, rate, seed, "digits_tuning", iterations, 1),
                 after=classifiers[model, self._classifier_rates[model]].name,
             )
             for model in MODELS
             for start in STARTS
             for rate in DETECTOR_RATES
         }
-        results = self._experiments.run(list(detectors.values()))
-        for model in MODELS:
-            for start in STARTS:
-                values = {
-                    rate: _last(results[detectors[model, start, rate].name])
-                    for rate in DETECTOR_RATES
-                }
-                self._detector_rates[model, start] = max(values, key=values.get)
-                tried[f"{model}, {start}"] = values
+        of_detectors, self._detector_rates = self._try(detectors)
         variants = {
-            (variant, rate): self._variant(
-                *(variant, rate, seed, "digits_tuning", self._budget.tuning_iterations, 1)
-            )
+            (variant, rate): self._variant(variant, rate, seed, "digits_tuning", iterations, 1)
             for variant in VARIANTS
             for rate in DETECTOR_RATES
         }
-        results = self._experiments.run(list(variants.values()))
-        for variant in VARIANTS:
-            values = {rate: _last(results[variants[variant, rate].name]) for rate in DETECTOR_RATES}
-            self._variant_rates[variant] = max(values, key=values.get)
-            tried[f"{VARIED}, {variant}"] = values
-        return tried
+        of_variants, self._variant_rates = self._try(variants)
+        return {
+            **{f"classifier, {model}": values for model, values in of_classifiers.items()},
+            **{f"{model}, {start}": values for (model, start), values in of_detectors.items()},
+            **{f"{VARIED}, {variant}": values for variant, values in of_variants.items()},
+        }
+
+    def _try(
+        self, planned: Mapping[tuple[Any, float], Experiment]
+    ) -> tuple[dict[Any, dict[float, float]], dict[Any, float]]:
+        """Run experiments by what they are of and rate; return all results, and the best rates."""
+        results = self._experiments.run(list(planned.values()))
+        tried: dict[Any, dict[float, float]] = {}
+        for (of, rate), experiment in planned.items():
+            tried.setdefault(of, {})[rate] = _last(results[experiment.name])
+        return tried, {of: max(values, key=values.get) for of, values in tried.items()}
 
     def compare(self) -> dict[tuple[str, str, int], Outcome]:
         """Train with the chosen rates; return the outcomes by model, start and seed."""

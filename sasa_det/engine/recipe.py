@@ -1,25 +1,7 @@
 """What a Trainer of detectron2 needs to train with a recipe of this project.
 
-The methods of a DefaultTrainer are one line each::
-
-    cfg = recipe.in_detectron2_keys(cfg)
-
-    class MyTrainer(DefaultTrainer):
-        @classmethod
-        def build_train_loader(cls, cfg):
-            return build_detection_train_loader(cfg, mapper=recipe.build_train_mapper(cfg))
-
-        @classmethod
-        def build_optimizer(cls, cfg, model):
-            return recipe.build_optimizer(cfg, model)
-
-        @classmethod
-        def build_lr_scheduler(cls, cfg, optimizer):
-            return recipe.build_lr_scheduler(cfg, optimizer)
-
-        @classmethod
-        def build_evaluator(cls, cfg, dataset_name):
-            return recipe.build_evaluator(cfg, dataset_name)
+Each method of a DefaultTrainer that is replaced calls one function of this module; docs/training.md
+has such a trainer.
 
 Keys that name something which only the trainer of this project has, such as ``MODEL.EMA.DECAY`` and
 ``SOLVER.ACCUMULATION_STEPS``, are named in a warning when the training begins.

@@ -12,7 +12,6 @@ from torch.autograd.function import once_differentiable
 
 from ..layers.norm import norm_kind
 from ..layers.one_piece import wanted
-from ..layers.plain import is_plain_pointwise
 from ..layers.projection import runs_products
 from ..ops.product import (
     Operand,
@@ -23,7 +22,7 @@ from ..ops.product import (
     weight_gradients,
 )
 from .fused import center_of, norm_backward, norm_parameters, normalize, terms_of, uses_batch
-from .pointwise import PointwiseConv2d
+from .pointwise import is_product
 
 
 def normed_products(
@@ -42,9 +41,7 @@ def normed_products(
     """
     if not (runs_products(x) and x.numel() > 0 and norm_kind(norm) is not None):
         return None
-    if not all(
-        is_plain_pointwise(layer) or is_plain_pointwise(layer, PointwiseConv2d) for layer in layers
-    ):
+    if not all(map(is_product, layers)):
         return None
     if uses_batch([norm]) and x.numel() == x.shape[1]:  # which batch norm refuses
         return None

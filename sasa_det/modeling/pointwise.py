@@ -71,6 +71,11 @@ class NormedPointwiseConv2d(Conv2d):
         return x
 
 
+def is_product(layer: nn.Module) -> bool:
+    """Tell whether a layer is a plain 1x1 convolution without stride, be it a product or not."""
+    return is_plain_pointwise(layer) or is_plain_pointwise(layer, PointwiseConv2d)
+
+
 def convolve(
     x: Operand, layer: Conv2d, residual: Tensor | None = None, relu: bool = False
 ) -> Tensor:

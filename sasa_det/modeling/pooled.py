@@ -10,9 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..layers.bands import Bands
 from ..layers.norm import batch_affine, constant_affine, norm_kind
-from ..layers.plain import is_plain_pointwise
 from ..layers.projection import multiply_by, runs_products
-from .pointwise import PointwiseConv2d
+from .pointwise import is_product
 
 _NUMBERS_OF_BAND = 1 << 19
 
@@ -33,7 +32,7 @@ def pooled_stem(x: Tensor, conv: nn.Module, norm: nn.Module, layer: nn.Module) -
     kind, count = norm_kind(norm), x.numel() // max(x.shape[1], 1)
     if not runs_products(x) or kind is None or count < 2:
         return None
-    if not all(_is_plain(one) and one.bias is None for one in (conv, layer)):
+    if not all(is_product(one) and one.bias is None for one in (conv, layer)):
         return None
     matrix = conv.weight.flatten(1)
     if kind == "batch":
@@ -51,10 +50,6 @@ def pooled_stem(x: Tensor, conv: nn.Module, norm: nn.Module, layer: nn.Module) -
     return Bands(_pooled, 1, 0, 0, rows).map(squares, matrix, shift, layer.weight.flatten(1))
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    return is_plain_pointwise(layer) or is_plain_pointwise(layer, PointwiseConv2d)
-
-
 def pooled_product(x: Tensor, layer: nn.Module) -> Tensor:
     """Compute ``layer(max_pool2d(x, 2, ceil_mode=True))``; the backward pass pools again.
 
@@ -69,7 +64,7 @@ def pooled_product(x: Tensor, layer: nn.Module) -> Tensor:
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return multiply_by(F.max_pool2d(x, 2, ceil_mode=True), weight, bias)
 
-    if not (_is_plain(layer) and runs_products(x) and torch.is_grad_enabled()):
+    if not (is_product(layer) and runs_products(x) and torch.is_grad_enabled()):
         return layer(F.max_pool2d(x, 2, ceil_mode=True))
     options = {"use_reentrant": False, "preserve_rng_state": False}
     return checkpoint(run, x, layer.weight, layer.bias, **options)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .layout import stride_between_pixels
+
 HEAD_WIDTHS = (8, 16, 32, 64)
 WIDEST_KERNEL = 7
 THREADS = 256
@@ -211,13 +213,9 @@ def embedding_gradients(sums: Tensor, variant: Variant) -> tuple[Tensor, Tensor]
 def pixel_stride(x: Tensor) -> int | None:
     """Return the elements from one pixel of (N, H, W, C) to the next, or None if it does not fit.
 
-    The kernels take channels without gaps, rows and images without gaps between pixels, and what is
-    aligned to 16 bytes, such as slices of channels of one tensor.
+    Images must be those of :func:`~sasa_det.ops.layout.stride_between_pixels`, and aligned to
+    16 bytes.
     """
-    _, height, width, channels = x.shape
-    # Each dimension but the channels, and the pixels that its next index is further on.
-    steps = [(d, n) for d, n in ((2, 1), (1, width), (0, height * width)) if x.shape[d] > 1]
-    stride = next((x.stride(d) // n for d, n in steps), channels)
-    fits = all(x.stride(d) == n * stride for d, n in steps)
-    fits = fits and (channels == 1 or x.stride(3) == 1) and stride >= channels
-    return stride if fits and stride % 8 == 0 and x.data_ptr() % 16 == 0 else None
+    stride = stride_between_pixels(x)
+    fits = stride is not None and stride % 8 == 0 and x.data_ptr() % 16 == 0
+    return stride if fits else None

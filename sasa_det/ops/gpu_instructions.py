@@ -9,7 +9,10 @@ from pathlib import Path
 
 from .cuda_compiler import CompiledKernel
 
-_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?(\S+)(.*?)\s*;")
+# Condition, name and operands of an instruction.
+Instruction = tuple[str | None, str, str]
+
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?(\S+)(.*?)\s*;")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _CONDITION = re.compile(r"\s*!?U?P\d")  # of a branch, where it is an operand
 _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
@@ -22,6 +25,54 @@ def disassembler() -> str | None:
         inside = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
         found = str(inside) if inside.exists() else None
     return found
+
+
+def print_code(code: bytes, name: str, tool: str = "nvdisasm", option: str = "-c") -> str:
+    """Return what one of NVIDIA's tools prints of a compiled kernel.
+
+    Args:
+        code: of the kernel, as a cubin.
+        name: of the kernel, for messages.
+        tool: the disassembler, or a tool beside it.
+        option: of the tool.
+
+    Raises:
+        RuntimeError: if the disassembler is not installed, or the tool cannot read the code.
+    """
+    program = disassembler()
+    if program is None:
+        raise RuntimeError("nvdisasm, which Triton brings, is not installed.")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(code)
+        command = [Path(program).with_name(tool), option, path]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{tool} cannot read {name}: {done.stderr.strip()}.")
+    return done.stdout
+
+
+def read_listing(listing: str) -> tuple[list[Instruction], dict[str, int]]:
+    """Return the instructions that the disassembler has printed, and where its labels stand."""
+    code, labels = [], {}
+    for line in listing.splitlines():
+        if match := _INSTRUCTION.match(line):
+            code.append(match.groups())
+        elif match := _LABEL.match(line):
+            labels[match[1]] = len(code)
+    return code, labels
+
+
+def target_of(instruction: Instruction, labels: dict[str, int]) -> int | None:
+    """Return where a branch or call leads, or None if it names no label."""
+    found = _TARGET.search(instruction[2])
+    return labels[found[1]] if found else None
+
+
+def is_conditional(instruction: Instruction) -> bool:
+    """Tell whether an instruction depends on a condition, before its name or as an operand."""
+    predicate, _, operands = instruction
+    return bool(predicate or _CONDITION.match(operands))
 
 
 def instructions_per_head(kernel: CompiledKernel, heads: int, inner: int = 1) -> float:
@@ -38,25 +89,11 @@ def instructions_per_head(kernel: CompiledKernel, heads: int, inner: int = 1) ->
     Raises:
         RuntimeError: if the disassembler is not installed, or cannot read the code.
     """
-    program = disassembler()
-    if program is None:
-        raise RuntimeError("nvdisasm, which Triton brings, is not installed.")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(kernel.code)
-        done = subprocess.run([program, "-c", path], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"nvdisasm cannot read {kernel.name}: {done.stderr.strip()}.")
-    return _executed(done.stdout, heads, inner) / heads
+    return _executed(print_code(kernel.code, kernel.name), heads, inner) / heads
 
 
 def _executed(listing: str, heads: int, inner: int) -> int:
-    code, labels = [], {}
-    for line in listing.splitlines():
-        if match := _INSTRUCTION.match(line):
-            code.append(match.groups()[1:])
-        elif match := _LABEL.match(line):
-            labels[match[1]] = len(code)
+    code, labels = read_listing(listing)
     # Branches back; the loop over heads is the one with the vote.
     limits: dict[int, int] = {}
     rounds: dict[int, int] = {}
@@ -64,13 +101,14 @@ def _executed(listing: str, heads: int, inner: int) -> int:
     count = at = 0
     voted = False
     while True:
-        predicate, name, operands = code[at]
+        instruction = code[at]
+        name = instruction[1]
         count += 1
         at += 1
         if name.startswith("VOTE.ANY"):
             voted = True
         elif name.startswith(("BRA", "EXIT")):
-            target = labels[_TARGET.search(operands)[1]] if name.startswith("BRA") else None
+            target = target_of(instruction, labels)
             if target is not None and target < at:
                 limits[at] = heads if target <= vote < at else inner
                 rounds[at] = rounds.get(at, 0) + 1
@@ -78,8 +116,7 @@ def _executed(listing: str, heads: int, inner: int) -> int:
                 if not taken:
                     rounds[at] = 0
             else:
-                always = predicate is None and not _CONDITION.match(operands)
-                taken = always or voted
+                taken = voted or not is_conditional(instruction)
             voted = False
             if taken and target is None:
                 return count

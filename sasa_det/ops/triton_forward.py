@@ -11,8 +11,9 @@ from .triton_tiles import (
     load_halo,
     load_tile,
     multiply,
-    multiply_exact,
     pair_terms,
+    place_of_program,
+    tables_by_offset,
     terms_by_place,
 )
 from .triton_windows import attend_windows
@@ -31,13 +32,8 @@ def forward_kernel(
     REACH: tl.constexpr = KERNEL // 2
     M: tl.constexpr = TILE_ROWS * TILE_COLS
     N: tl.constexpr = CHUNK * HALO_COLS
-    head = tl.program_id(0) % heads
-    left = tl.program_id(0) // heads * TILE_COLS
-    image = tl.program_id(2)
-    plane = (image * heads + head).to(tl.int64) * height * width
+    image, head, left, plane, y, x = place_of_program(heads, height, width, TILE_ROWS, TILE_COLS)
     channels = tl.arange(0, D)
-    pixel = tl.arange(0, M)
-    y, x = pixel // TILE_COLS, pixel % TILE_COLS
     n = tl.arange(0, N)
     if RELATIVE:
         embeddings = load_embeddings(
@@ -53,10 +49,9 @@ def forward_kernel(
         row_table = tl.zeros([M, K], tl.float32)
         col_table = tl.zeros([M, K], tl.float32)
         if RELATIVE:
-            of_rows = (channels < DEPTH // 2)[None, :]
-            zero = tl.zeros([M, D], q.dtype)
-            row_table = multiply_exact(tl.where(of_rows, q, zero), embeddings, row_table, PRECISION)
-            col_table = multiply_exact(tl.where(of_rows, zero, q), embeddings, col_table, PRECISION)
+            row_table, col_table = tables_by_offset(
+                q, embeddings, channels, M, D, K, DEPTH, PRECISION
+            )
         col_terms = terms_by_place(
             col_table, x, 0, left - REACH, width, HALO_COLS, KERNEL, MASK, RELATIVE
         )

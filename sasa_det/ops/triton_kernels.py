@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .layout import stride_between_pixels
 from .triton import LARGEST_ROW
 from .triton_constants import KERNELS, Tiling, compile_options, kernel_constants
 
@@ -95,31 +96,18 @@ def _grid_and_sizes(images: Tensor, num_heads: int, kernel_size: int) -> tuple[t
     columns = triton.cdiv(width, tile_cols) * num_heads
     rows = triton.cdiv(height, tile_rows)
     steps = max(1, min(batch * columns * rows // _PROGRAMS, _MOST_STEPS))
-    sizes = (height, width, num_heads, steps, pixel_stride(images), channels)
+    sizes = (height, width, num_heads, steps, stride_between_pixels(images), channels)
     return (columns, triton.cdiv(rows, steps), batch), sizes
 
 
 def _with_one_stride(*images: Tensor | None) -> list[Tensor | None]:
     """(N, C, H, W) to (N, H, W, C), copied unless pixels of all are equally far from each other."""
     channels_last = [None if x is None else x.permute(0, 2, 3, 1) for x in images]
-    strides = {pixel_stride(x) for x in channels_last if x is not None}
+    strides = {stride_between_pixels(x) for x in channels_last if x is not None}
     if len(strides) == 1 and (stride := strides.pop()) is not None:
         if stride * channels_last[0].shape[2] <= LARGEST_ROW:
             return channels_last
     return [None if x is None else x.contiguous() for x in channels_last]
-
-
-def pixel_stride(x: Tensor) -> int | None:
-    """Return the elements from one pixel of (N, H, W, C) to the next, or None if it does not fit.
-
-    The kernels take channels, and rows and images of pixels, without gaps between them.
-    """
-    _, height, width, channels = x.shape
-    # Each dimension but the channels, and the pixels that its next index is further on.
-    steps = [(d, n) for d, n in ((2, 1), (1, width), (0, height * width)) if x.shape[d] > 1]
-    stride = next((x.stride(d) // n for d, n in steps), channels)
-    fits = all(x.stride(d) == n * stride for d, n in steps)
-    return stride if fits and (channels == 1 or x.stride(3) == 1) and stride >= channels else None
 
 
 def _exact(embedding: Tensor | None) -> Tensor | None:

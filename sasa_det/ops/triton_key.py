@@ -12,6 +12,7 @@ from .triton_tiles import (
     load_tile,
     multiply,
     multiply_exact,
+    place_of_program,
     within,
 )
 from .triton_windows import key_windows
@@ -52,13 +53,8 @@ def key_kernel(
     REACH: tl.constexpr = KERNEL // 2
     M: tl.constexpr = TILE_ROWS * TILE_COLS
     N: tl.constexpr = CHUNK * HALO_COLS
-    head = tl.program_id(0) % heads
-    left = tl.program_id(0) // heads * TILE_COLS
-    image = tl.program_id(2)
-    plane = (image * heads + head).to(tl.int64) * height * width
+    image, head, left, plane, y, x = place_of_program(heads, height, width, TILE_ROWS, TILE_COLS)
     channels = tl.arange(0, D)
-    pixel = tl.arange(0, M)
-    y, x = pixel // TILE_COLS, pixel % TILE_COLS
     n = tl.arange(0, N)
     if RELATIVE:
         # (2 K, D): row offsets, then column offsets, each 0 in the other's channels.

@@ -10,9 +10,10 @@ from .triton_tiles import (
     load_halo,
     load_tile,
     multiply,
-    multiply_exact,
     pair_terms,
+    place_of_program,
     sums_by_offset,
+    tables_by_offset,
     terms_by_place,
 )
 from .triton_windows import query_windows
@@ -67,13 +68,8 @@ def query_kernel(
     """
     REACH: tl.constexpr = KERNEL // 2
     M: tl.constexpr = TILE_ROWS * TILE_COLS
-    head = tl.program_id(0) % heads
-    left = tl.program_id(0) // heads * TILE_COLS
-    image = tl.program_id(2)
-    plane = (image * heads + head).to(tl.int64) * height * width
+    image, head, left, plane, y, x = place_of_program(heads, height, width, TILE_ROWS, TILE_COLS)
     channels = tl.arange(0, D)
-    pixel = tl.arange(0, M)
-    y, x = pixel // TILE_COLS, pixel % TILE_COLS
     of_rows = channels < DEPTH // 2
     if RELATIVE:
         embeddings = load_embeddings(
@@ -95,11 +91,9 @@ def query_kernel(
         row_table = tl.zeros([M, K], tl.float32)
         col_table = tl.zeros([M, K], tl.float32)
         if RELATIVE:
-            zero = tl.zeros([M, D], q.dtype)
-            upper = tl.where(of_rows[None, :], q, zero)
-            lower = tl.where(of_rows[None, :], zero, q)
-            row_table = multiply_exact(upper, embeddings, row_table, PRECISION)
-            col_table = multiply_exact(lower, embeddings, col_table, PRECISION)
+            row_table, col_table = tables_by_offset(
+                q, embeddings, channels, M, D, K, DEPTH, PRECISION
+            )
         col_terms = terms_by_place(
             col_table, x, 0, left - REACH, width, HALO_COLS, KERNEL, MASK, RELATIVE
         )

@@ -8,10 +8,7 @@ of its warps: before its first tile, and for a tile, which has 16 queries (or ke
 import argparse
 import itertools
 import re
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -19,7 +16,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from .gpu_instructions import disassembler
+from .gpu_instructions import (
+    Instruction,
+    is_conditional,
+    print_code,
+    read_listing,
+    target_of,
+)
 from .triton_constants import KERNELS, compile_options, kernel_constants
 
 HEAD_WIDTHS = (8, 16, 32, 64)
@@ -35,11 +38,6 @@ _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*f
 _FLOAT32 = ("rel_rows", "rel_cols", "log_sum", "mean", "grad_embeddings")
 _INTEGERS = ("height", "width", "heads", "steps")
 _STRIDES = ("stride", "output_stride")  # of 16 elements, as for all usual numbers of channels
-
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?(\S+)(.*?)\s*;")
-_LABEL = re.compile(r"^(\.L_x_\d+):")
-_CONDITION = re.compile(r"\s*!?U?P\d")  # of a branch, where it is an operand
-_TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 
 
 def compile_kernel(
@@ -77,19 +75,10 @@ def compile_kernel(
 
 def resources(compiled: CompiledKernel) -> SimpleNamespace:
     """Return ``registers`` and ``stack`` (bytes) of a thread, and ``shared`` bytes of a program."""
-    found = re.search(r"REG:(\d+) STACK:(\d+)", _printed("cuobjdump", "-res-usage", compiled))
+    printed = print_code(compiled.asm["cubin"], compiled.name, "cuobjdump", "-res-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", printed)
     shared = compiled.metadata.shared
     return SimpleNamespace(registers=int(found[1]), stack=int(found[2]), shared=shared)
-
-
-def _printed(tool: str, option: str, compiled: CompiledKernel) -> str:
-    """Return what one of the tools beside the disassembler prints of a kernel."""
-    program = Path(disassembler()).with_name(tool)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(compiled.asm["cubin"])
-        done = subprocess.run([program, option, path], capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
 
 
 def count_instructions(listing: str, chunks: int) -> tuple[int, int]:
@@ -103,12 +92,7 @@ def count_instructions(listing: str, chunks: int) -> tuple[int, int]:
         (start, tile): their numbers on the shortest ways, with the loops that lie on them. Windows
         are computed one by one on longer ones, where a result is not finite.
     """
-    code, labels = [], {}
-    for line in listing.splitlines():
-        if match := _INSTRUCTION.match(line):
-            code.append(match.groups())
-        elif match := _LABEL.match(line):
-            labels[match[1]] = len(code)
+    code, labels = read_listing(listing)
     following = [_following(code, labels, at) for at in range(len(code))]
     loops = [(to, at) for at, targets in enumerate(following) for to in targets if to < at]
     tiles = max(loops, key=lambda loop: loop[1] - loop[0])
@@ -123,15 +107,16 @@ def count_instructions(listing: str, chunks: int) -> tuple[int, int]:
     return start, tile
 
 
-def _following(code: list[tuple], labels: dict[str, int], at: int) -> list[int]:
+def _following(code: list[Instruction], labels: dict[str, int], at: int) -> list[int]:
     """Return where the code can go on after an instruction."""
-    predicate, name, operands = code[at]
+    predicate, name, _ = code[at]
     uniform = name.startswith(("BRA.DIV", "BRA.CONV"))  # if all threads are there
-    conditional = predicate or _CONDITION.match(operands) or uniform
+    conditional = is_conditional(code[at]) or uniform
     on = [at + 1] if at + 1 < len(code) else []
     # A call is a branch, too, but for those of functions, which come back.
-    if name.startswith(("BRA", "CALL")) and (target := _TARGET.search(operands)):
-        return [labels[target[1]], *(on if conditional else [])]
+    target = target_of(code[at], labels) if name.startswith(("BRA", "CALL")) else None
+    if target is not None:
+        return [target, *(on if conditional else [])]
     if name.startswith("EXIT"):
         return on if predicate else []
     return on
@@ -165,7 +150,8 @@ def measure(
     dtype, tf32 = TYPES[type_name]
     chunks = kernel_constants(kernel, dtype, head_width, kernel_size, tf32=tf32)["CHUNKS"]
     warps = compiled.metadata.num_warps
-    start, tile = count_instructions(_printed("nvdisasm", "-c", compiled), chunks)
+    listing = print_code(compiled.asm["cubin"], compiled.name)
+    start, tile = count_instructions(listing, chunks)
     return {
         "architecture": f"sm_{capability}",
         "type": type_name,

@@ -106,6 +106,33 @@ def load_embeddings(
 
 
 @triton.jit
+def place_of_program(heads, height, width, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr):
+    """Return the program's image, head and left column, where its plane of numbers for every pixel
+    begins, and the rows and columns (M,) of a tile's pixels."""
+    head = tl.program_id(0) % heads
+    left = tl.program_id(0) // heads * TILE_COLS
+    image = tl.program_id(2)
+    plane = (image * heads + head).to(tl.int64) * height * width
+    pixel = tl.arange(0, TILE_ROWS * TILE_COLS)
+    return image, head, left, plane, pixel // TILE_COLS, pixel % TILE_COLS
+
+
+@triton.jit
+def tables_by_offset(
+    q, embeddings, channels,
+    M: tl.constexpr, D: tl.constexpr, K: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return (M, K) twice: q.r of row offsets, from the lower half of channels, and of columns."""
+    of_rows = (channels < DEPTH // 2)[None, :]
+    zero = tl.zeros([M, D], q.dtype)
+    table = tl.zeros([M, K], tl.float32)
+    row_table = multiply_exact(tl.where(of_rows, q, zero), embeddings, table, PRECISION)
+    col_table = multiply_exact(tl.where(of_rows, zero, q), embeddings, table, PRECISION)
+    return row_table, col_table
+
+
+@triton.jit
 def terms_by_place(
     table, own, first, position, extent,
     PLACES: tl.constexpr, KERNEL: tl.constexpr, MASK: tl.constexpr, RELATIVE: tl.constexpr,

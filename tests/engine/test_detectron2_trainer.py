@@ -1,10 +1,10 @@
 """Trainings of our models by detectron2's own DefaultTrainer."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
-from detectron2.data import build_detection_train_loader
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import COCOEvaluator
 
@@ -26,24 +26,14 @@ def cfg(tmp_path, monkeypatch):
     return load_config(CONFIG, [*options.split(), "OUTPUT_DIR", str(tmp_path)])
 
 
-class RecipeTrainer(DefaultTrainer):
-    """The lines of the documentation."""
-
-    @classmethod
-    def build_train_loader(cls, cfg):
-        return build_detection_train_loader(cfg, mapper=recipe.build_train_mapper(cfg))
-
-    @classmethod
-    def build_optimizer(cls, cfg, model):
-        return recipe.build_optimizer(cfg, model)
-
-    @classmethod
-    def build_lr_scheduler(cls, cfg, optimizer):
-        return recipe.build_lr_scheduler(cfg, optimizer)
-
-    @classmethod
-    def build_evaluator(cls, cfg, dataset_name):
-        return recipe.build_evaluator(cfg, dataset_name)
+@pytest.fixture
+def recipe_trainer():
+    """The trainer of the documentation."""
+    text = Path("docs/training.md").read_text().partition("## With detectron2's trainer")[2]
+    code = text.partition("```python\n")[2].partition("```")[0]
+    names = {}
+    exec(code.rpartition("\n\n")[0], names)  # without the line that builds it
+    return names["MyTrainer"]
 
 
 def sizes_of(trainer):
@@ -62,16 +52,16 @@ def test_what_is_lost_is_named_once(cfg, caplog):
     assert type(trainer.optimizer) is torch.optim.SGD and sizes_of(trainer) != {(96, 96)}
 
 
-def test_one_line_each_reads_the_recipe(cfg, caplog):
+def test_one_line_each_reads_the_recipe(cfg, recipe_trainer, caplog):
     with caplog.at_level(logging.WARNING, "sasa_det"):
-        trainer = RecipeTrainer(recipe.in_detectron2_keys(cfg))
+        trainer = recipe_trainer(recipe.in_detectron2_keys(cfg))
     (warning,) = [r.getMessage() for r in caplog.records if "does not read" in r.getMessage()]
     assert warning.startswith("The config sets MODEL.EMA.DECAY, which")
     assert isinstance(trainer.optimizer, torch.optim.AdamW)
     trainer.train()
     assert trainer.iter == 2
     # Not before: release 0.6 cannot iterate over its loader twice.
-    assert sizes_of(RecipeTrainer(recipe.in_detectron2_keys(cfg))) == {(96, 96)}
+    assert sizes_of(recipe_trainer(recipe.in_detectron2_keys(cfg))) == {(96, 96)}
     assert isinstance(trainer.build_evaluator(cfg, "digits_val"), COCOEvaluator)
 
 
