@@ -7,15 +7,19 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import CycleBatchNormList, ShapeSpec, get_norm
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
+from detectron2.modeling.box_regression import _dense_box_regression_loss
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.structures import Boxes
 from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ..config.defaults import check_has_keys
 from ..layers import LocalSelfAttention2d
 from ..ops.local_attention import check_choice
 from .attention_options import PRIMITIVES, attention_options, check_norm
+from .focal_loss import focal_loss
 from .fused import tower
 from .pointwise import PointwiseConv2d, use_products
 
@@ -216,10 +220,38 @@ class AttentionRetinaNet(RetinaNet):
             transposed.append([permute_to_N_HWA_K(level, size) for level in levels])
         return transposed
 
-    def losses(self, anchors, pred_logits, gt_labels, *args) -> dict[str, Tensor]:
+    def losses(
+        self,
+        anchors: list[Boxes],
+        pred_logits: list[Tensor],
+        gt_labels: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        gt_boxes: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """
+        Args:
+            anchors: of each level, R in all.
+            pred_logits: (N, R_l, K) of each level.
+            gt_labels: (R,) of each image, see :func:`focal_loss`.
+            pred_anchor_deltas: (N, R_l, 4) of each level.
+            gt_boxes: (R, 4) of each image.
+
+        Returns:
+            "loss_cls" and "loss_box_reg", scalars, as RetinaNet's.
+        """
         labels = torch.stack(gt_labels)
-        self._num_positive = ((labels >= 0) & (labels != self.num_classes)).sum()
-        return super().losses(anchors, pred_logits, gt_labels, *args)
+        is_object = (labels >= 0) & (labels != self.num_classes)
+        self._num_positive = is_object.sum()
+        num_positive = int(self._num_positive)
+        get_event_storage().put_scalar("num_pos_anchors", num_positive / len(labels))
+        normalizer = self._ema_update("loss_normalizer", max(num_positive, 1), 100)
+        loss_cls = focal_loss(pred_logits, labels, self.focal_loss_alpha, self.focal_loss_gamma)
+        loss_box_reg = _dense_box_regression_loss(
+            *(anchors, self.box2box_transform, pred_anchor_deltas, gt_boxes, is_object),
+            box_reg_loss_type=self.box_reg_loss_type,
+            smooth_l1_beta=self.smooth_l1_beta,
+        )
+        return {"loss_cls": loss_cls / normalizer, "loss_box_reg": loss_box_reg / normalizer}
 
     def _ema_update(
         self, name: str, value: float, initial_value: float, momentum: float = 0.9

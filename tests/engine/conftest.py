@@ -57,8 +57,7 @@ def start(words):
     def begin(*args, launcher=(), tool="tools/train_net.py", data=None, **kwargs):
         # `data` stands for the words about config and data.
         words_ = words(*args, **kwargs) if data is None else [str(w) for w in (*data, *args)]
-        # Where TorchScript specializes functions after some calls, results change by bits.
-        env = {**os.environ, "PYTORCH_JIT": "0", "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
             [sys.executable, *launcher, tool, *words_],
             stdout=subprocess.PIPE,

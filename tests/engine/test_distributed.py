@@ -87,7 +87,7 @@ def test_two_processes_train_as_one_and_save_when_they_are_stopped(
 def test_what_two_processes_do(tmp_path):
     """Saves, errors, evaluation, and models in shards: process_checks.py and sharded_checks.py."""
     script = Path(__file__).with_name("process_checks.py")
-    env = {**os.environ, "PYTORCH_JIT": "0", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     # Where processes wait for one another in vain, this ends it. A launcher ends the others half a
     # minute after the first one has ended.
     result = subprocess.run(

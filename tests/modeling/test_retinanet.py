@@ -1,14 +1,18 @@
 """Attentional FPN and heads: what they are made of and what they compute."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import FPN
+from detectron2.modeling import FPN, RetinaNet, build_model
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.structures import Boxes
+from detectron2.utils.events import EventStorage
 
 import sasa_det  # noqa: F401
+from sasa_det.engine import load_config
 from sasa_det.layers import LocalSelfAttention2d
 from sasa_det.modeling import AttentionFPN, AttentionRetinaNetHead, SASAResNet
 from sasa_det.modeling.backbone import LastLevelP6P7Attention
@@ -115,10 +119,6 @@ def test_fpn_norm_follows_the_attention():
 ])  # fmt: skip
 @pytest.mark.parametrize("norm", ["GN", ""])
 def test_fpn_and_head_are_chosen_apart(fpn, head, norm):
-    from detectron2.modeling import build_model
-
-    from sasa_det.engine import load_config
-
     cfg = load_config(
         "configs/Quick/retinanet_SASA.yaml",
         ["MODEL.SASA.FPN", fpn, "MODEL.SASA.HEAD", head, "MODEL.RETINANET.NORM", norm],
@@ -139,9 +139,25 @@ def test_fpn_and_head_are_chosen_apart(fpn, head, norm):
     ("MODEL.SASA.TOP_BLOCK_IN_FEATURE", "TOP_BLOCK_IN_FEATURE must be one of .*got 'dense'"),
 ])  # fmt: skip
 def test_bad_values_are_named(key, message):
-    from detectron2.modeling import build_model
-
-    from sasa_det.engine import load_config
-
     with pytest.raises(ValueError, match=message):
         build_model(load_config("configs/Quick/retinanet_SASA.yaml", [key, "dense"]))
+
+
+def test_losses_are_those_of_retinanet():
+    model = build_model(
+        load_config("configs/Quick/retinanet_SASA.yaml", ["MODEL.RETINANET.NUM_CLASSES", 3])
+    )
+    anchors = [Boxes(torch.rand(12, 4) * 20 + torch.tensor([0.0, 0.0, 20.0, 20.0]))]
+    labels = [torch.arange(12) % 5 - 1, torch.full((12,), 3)]
+    boxes = [torch.rand(12, 4) * 20 + torch.tensor([0.0, 0.0, 20.0, 20.0]) for _ in labels]
+    logits, deltas = torch.randn(2, 12, 3), torch.randn(2, 12, 4)
+    results = []
+    for losses in (model.losses, partial(RetinaNet.losses, model)):
+        leaves = [x.clone().requires_grad_() for x in (logits, deltas)]
+        model.loss_normalizer = 100
+        with EventStorage() as storage:
+            values = losses(anchors, [leaves[0]], labels, [leaves[1]], boxes)
+        gradients = torch.autograd.grad(sum(values.values()), leaves)
+        assert storage.latest()["num_pos_anchors"][0] == 7 / 2
+        results.append((values, gradients, model.loss_normalizer))
+    torch.testing.assert_close(*results)
