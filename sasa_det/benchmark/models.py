@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from types import MethodType
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, ShapeSpec
-from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling import RetinaNet, build_backbone, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
@@ -39,8 +40,10 @@ _DIGITS_BATCH, _DIGITS_SIZE = 8, 128  # those of the demo
 
 
 def stock(model: nn.Module) -> nn.Module:
-    """Give a model's 1x1 convolutions back to PyTorch; undoes ``use_products``."""
+    """Give a model's 1x1 convolutions back to PyTorch, and a RetinaNet's losses to detectron2."""
     for module in model.modules():
+        if isinstance(module, RetinaNet):
+            module.losses = MethodType(RetinaNet.losses, module)
         if type(module) is PointwiseConv2d:
             module.__class__ = nn.Conv2d
         elif type(module) is NormedPointwiseConv2d:
@@ -78,7 +81,7 @@ class Way:
 def _ways(training: bool, bfloat16: bool) -> list[Way]:
     """Return the ways to run twins, that of detectron2 as it is first.
 
-    Models of this project use products as they are built.
+    Models of this project have its products and its focal loss as they are built.
     """
     ways = [
         Way(_CONVOLUTIONAL, _CONVOLUTIONAL, stock),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.layers import Conv2d
-from detectron2.modeling import build_model
+from detectron2.modeling import RetinaNet, build_model
 from detectron2.modeling.backbone.resnet import BasicStem
 from torch import nn
 
@@ -84,6 +84,7 @@ def test_stock_twin_is_detectron2s():
     assert {type(module) for module in convolutions} == {nn.Conv2d, Conv2d}
     ours = {type(m).__name__ for m in model.modules() if type(m).__module__.startswith("sasa_det")}
     assert ours == {"AttentionRetinaNet", "SASAResNet"}  # which put detectron2's parts together
+    assert model.losses.__func__ is RetinaNet.losses
     pointwise = [module for module in convolutions if module.kernel_size == (1, 1)]
     use_products(model)
     # It would change every one of them.
