@@ -12,8 +12,9 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from ..errors import CheckpointError
+from ..modeling import Classifier
 from ..utils.files import write_text
-from .matching import align_names, check_filled
+from .matching import align_names, check_filled, named_by_ends
 from .reading import check_file, check_finite, iteration_of, read_checkpoint, read_iteration
 from .sharding import full_state, is_sharded
 from .sources import WEIGHTS_KEYS, locate
@@ -73,6 +74,9 @@ class Checkpointer(DetectionCheckpointer):
     def save(self, name: str, *, tag: bool = True, **kwargs: Any) -> None:
         """Save model and checkpointables to a file; all processes do if the model is sharded.
 
+        Weights of a classifier are named as :func:`~sasa_det.checkpoint.matching.named_by_ends`
+        does, and the file says so, so that detectron2 fills a detector's backbone with them.
+
         Args:
             name: name of the file in ``save_dir``, without its suffix.
             tag: whether a resumed run goes on from it.
@@ -94,6 +98,9 @@ class Checkpointer(DetectionCheckpointer):
         if not self.save_to_disk:
             return
         check_finite(data, f"{path} is not saved", self.checkpointables)
+        if isinstance(self.model, Classifier):
+            data["model"] = named_by_ends(data["model"])
+            data["matching_heuristics"] = True
         data.update(kwargs)
         logger.info("Saving checkpoint to %s", path)
         write_checkpoint(data, path)

@@ -18,6 +18,7 @@ from ..config.load import BUILD_ERRORS, WITHOUT_DATA, explain_build_error, load_
 from ..config.yaml_file import parse_config
 from ..errors import CheckpointError, TransferError, UsageError
 from .layouts import recognize
+from .matching import named_by_ends
 from .preprocessing import is_preprocessing, preprocessing_of
 from .reading import category_ids_in, check_finite, classes_in, read_checkpoint
 from .transfer import Report, transfer
@@ -167,6 +168,8 @@ def _averages(ema: Any, weights: dict[str, Tensor], path: Path) -> dict[str, Ten
             f"{path} holds no averaged weights, which a run with a decay of averages "
             "(MODEL.EMA.DECAY, or train.ema.decay in a LazyConfig) saves; convert its raw weights."
         )
+    if not any(name in weights for name in averages):
+        averages = named_by_ends(averages)  # as a classifier's weights are
     for name, average in averages.items():
         weight = weights.get(name)
         if weight is None or not isinstance(average, Tensor) or average.shape != weight.shape:

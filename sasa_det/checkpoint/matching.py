@@ -2,7 +2,7 @@
 
 import fnmatch
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -25,8 +25,9 @@ OPTIONAL = ("*num_batches_tracked", "pixel_mean", "pixel_std", "*anchor_generato
 # detectron2's C4 models keep the backbone's last stage in their RoI head.
 _HEAD = "roi_heads."
 _STAGE_IN_HEAD = f"{_HEAD}res5."
+_BACKBONE = "backbone."
 # A ResNet that classifies has its classifier beside its stages.
-_CLASSIFIER = "backbone.linear.*"
+_CLASSIFIER = f"{_BACKBONE}linear.*"
 
 # Where a run gets ``allow`` from.
 _ALLOW = "allow (MODEL.WEIGHTS_ALLOW, or train.weights_allow in a LazyConfig)"
@@ -65,6 +66,18 @@ def align_names(model: dict[str, torch.Tensor], checkpoint: dict[str, Any]) -> N
         if end is not None and aligned[end].shape != model[key].shape:
             aligned[key] = aligned.pop(end)
     checkpoint["model"] = aligned
+
+
+def named_by_ends(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Name a model's weights without what it puts before those of its backbone.
+
+    A detector may put something else there, ``backbone.bottom_up.`` where it has an FPN, and
+    detectron2's heuristics match a name with all that end with it.
+
+    Args:
+        weights: by name in the model.
+    """
+    return {name.removeprefix(_BACKBONE): weight for name, weight in weights.items()}
 
 
 def backbone_names(model: Collection[str]) -> dict[str, str]:
@@ -171,7 +184,7 @@ def _check_places(known: set[str], found: Collection[str]) -> None:
 
 
 def _backbone_prefixes(model: Iterable[str]) -> tuple[str, ...]:
-    for prefix in ("backbone.bottom_up.", "backbone."):
+    for prefix in (f"{_BACKBONE}bottom_up.", _BACKBONE):
         if any(key.startswith(prefix) for key in model):
             return prefix, _STAGE_IN_HEAD
     return ("",)

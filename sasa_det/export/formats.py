@@ -111,7 +111,7 @@ def exported_program(flat: nn.Module, image: Tensor, dynamic: bool) -> torch.exp
         image = image.new_zeros(image.shape[0], 512, 640)
     sides = [torch.export.Dim.DYNAMIC(min=SMALLEST, max=LARGEST) for _ in range(2)]
     shapes = ({1: sides[0], 2: sides[1]},) if dynamic else None
-    with torch.fx.experimental._config.patch(backed_size_oblivious=True), Decompose({}):
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):
         program = torch.export.export(flat, (image,), dynamic_shapes=shapes, strict=False)
     # The attention operators afterwards: tracing what they are made of once takes half the time.
     return program.run_decompositions(
@@ -131,18 +131,17 @@ def _onnx(flat: nn.Module, image: Tensor, path: str, facts: str, dynamic: bool) 
     axes = {name: {0: "found"} for name in flat.output_names} if flat.kind == "detector" else {}
     if dynamic:
         axes["image"] = {1: "height", 2: "width"}
-    with Decompose():
-        # Through a trace, as detectron2 exports: one way for all models, R-CNNs among them.
-        torch.onnx.export(
-            flat,
-            (image,),
-            path,
-            input_names=["image"],
-            output_names=list(flat.output_names),
-            opset_version=opset,
-            dynamic_axes=axes,
-            dynamo=False,
-        )
+    # Through a trace, as detectron2 exports: one way for all models, R-CNNs among them.
+    torch.onnx.export(
+        flat,
+        (image,),
+        path,
+        input_names=["image"],
+        output_names=list(flat.output_names),
+        opset_version=opset,
+        dynamic_axes=axes,
+        dynamo=False,
+    )
     model = onnx.load(path)
     model.metadata_props.add(key=FACTS, value=facts)
     onnx.checker.check_model(model)

@@ -13,11 +13,15 @@ from ..ops import (
     mixed_values,
     normalized_stem_attention,
     pooled_stem_attention,
+    reference,
     relative_embedding,
+    standard_blocks,
     stem_attention,
 )
 from ..ops.arguments import check_choice, check_heads
+from ..ops.local_attention import check_backend
 from ..ops.operator import prefers_channels_last
+from ..ops.pooling import max_pool_rounding_up
 from .norm import constant_affine, norm_kind, update_running_statistics
 from .plain import is_plain_pointwise
 
@@ -38,6 +42,8 @@ class AttentionStem(nn.Module):
     depend on the pixel's place in the block (equations 8 and 9), shared by the heads.
     """
 
+    __constants__ = ["is_reference"]  # a script compiles what it chooses and nothing else
+
     def __init__(
         self,
         in_channels: int = 3,
@@ -48,6 +54,7 @@ class AttentionStem(nn.Module):
         relative: bool = True,
         block_size: int = 4,
         norm: Callable[[int], nn.Module] | None = nn.BatchNorm2d,
+        backend: str | None = None,
     ):
         """
         Args:
@@ -61,6 +68,8 @@ class AttentionStem(nn.Module):
                 contain it, equation 7 leaves it out.
             block_size: side of a block in pixels, and the stride.
             norm: makes the norm layer from a channel count; None for no norm.
+            backend: "reference" for standard operators of PyTorch alone; of all other backends of
+                :func:`sasa_det.ops.local_attention`, and None, the stem takes what is fastest.
 
         Raises:
             ValueError: naming the argument, its value and what is allowed.
@@ -68,6 +77,7 @@ class AttentionStem(nn.Module):
         super().__init__()
         check_heads(out_channels, num_heads, "out_channels")
         check_choice("values", values, STEM_VALUES)
+        check_backend(backend)
         for name, number in {"num_mixtures": num_mixtures, "block_size": block_size}.items():
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}.")
@@ -77,6 +87,7 @@ class AttentionStem(nn.Module):
         self.values = values
         self.block_size = block_size
         self.stride = block_size
+        self.is_reference = backend == "reference"
         self.query = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         self.key = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         head_width = out_channels // num_heads
@@ -183,7 +194,7 @@ class AttentionStem(nn.Module):
 
     def _pool(self, x: Tensor) -> Tensor:
         # ReLU and the maximum commute, and after it there is a sixteenth of the pixels.
-        return F.relu(F.max_pool2d(self.norm(x), self.block_size, ceil_mode=True))
+        return F.relu(max_pool_rounding_up(self.norm(x), self.block_size))
 
     def _run_fused(self, x: Tensor) -> Tensor:
         tensors, heads, norm = (x, *self._tensors()), self.num_heads, self.norm
@@ -215,29 +226,46 @@ class AttentionStem(nn.Module):
 
     def _is_plain(self) -> bool:
         """Tell whether the projections are no more than the weights that the operators take."""
-        if self.values == "convolution":
+        if self.is_reference or self.values == "convolution":
             return False
         layers = [self.query, self.key] + ([self.value] if self.values == "pointwise" else [])
         return all(is_plain_pointwise(layer) and layer.bias is None for layer in layers)
 
     def _attend(self, x: Tensor) -> Tensor:
-        return block_attention(
-            self.query(x),
-            self.key(x),
-            self._project_values(x),
-            relative_embedding(self.rel_rows, self.rel_cols, self.block_size),
-            block_size=self.block_size,
-            num_heads=self.num_heads,
-        )
+        query, key, value = self.query(x), self.key(x), self._project_values(x)
+        embedding = relative_embedding(self.rel_rows, self.rel_cols, self.block_size)
+        tensors, blocks = (query, key, value, embedding), (self.block_size, self.num_heads)
+        if torch.jit.is_scripting():
+            if self.is_reference:
+                return standard_blocks.block_attention(*tensors, *blocks)
+            else:
+                return torch.ops.sasa_det.block_attention(*tensors, *blocks)
+        elif self.is_reference:
+            return reference.block_attention(*tensors, *blocks)
+        else:
+            size, heads = blocks
+            return block_attention(*tensors, block_size=size, num_heads=heads)
 
     def _project_values(self, x: Tensor) -> Tensor:
         if self.value is None:
-            return mixed_values(x, self.value_weight, self.mixing())
+            return self._mix_values(x)
         if self.values == "convolution":
             # As "same" padding, so that a block's pixels see their surroundings alike.
             before, after = (self.block_size - 1) // 2, self.block_size // 2
             x = F.pad(x, (before, after, before, after))
         return self.value(x)
+
+    def _mix_values(self, x: Tensor) -> Tensor:
+        tensors = (x, self.value_weight, self.mixing())
+        if torch.jit.is_scripting():
+            if self.is_reference:
+                return standard_blocks.mixed_values(*tensors)
+            else:
+                return torch.ops.sasa_det.mixed_values(*tensors)
+        elif self.is_reference:
+            return reference.mixed_values(*tensors)
+        else:
+            return mixed_values(*tensors)
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         if self.values == "mixture":

@@ -89,4 +89,5 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:
     """Return (N, num_heads, head width, H, W) in the type that norms compute in."""
     if x.dtype != torch.float64:
         x = x.float()
-    return x.unflatten(1, [num_heads, x.shape[1] // num_heads])
+    # Not unflatten, which ONNX has since opset 13 alone.
+    return x.reshape(x.shape[0], num_heads, x.shape[1] // num_heads, x.shape[2], x.shape[3])

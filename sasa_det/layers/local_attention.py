@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import local_attention
+from ..ops import local_attention, reference
 from ..ops.arguments import check_choice, check_heads, check_kernel_size
 from ..ops.local_attention import BORDERS, check_backend
+from ..ops.pooling import avg_pool_rounding_up
 from ..ops.product import Operand
 from . import joined
 from .head_norm import HeadRMSNorm, HeadUnitNorm
@@ -40,6 +41,8 @@ class LocalSelfAttention2d(nn.Module):
     attends to the k x k pixels around it (equation 3). A stride of 2 is a 2x2 average pool that
     follows the attention (Section 3.1) and rounds sizes up, like a strided 1x1 convolution.
     """
+
+    __constants__ = ["is_reference"]  # a script compiles what it chooses and nothing else
 
     def __init__(
         self,
@@ -109,6 +112,7 @@ class LocalSelfAttention2d(nn.Module):
         self.border = border
         self.stride = stride
         self.backend = backend
+        self.is_reference = backend == "reference"
         self.qk_norm = qk_norm
         self.scale_logits = scale_logits
         self.query = nn.Conv2d(in_channels, out_channels, 1, bias=False)
@@ -231,13 +235,12 @@ class LocalSelfAttention2d(nn.Module):
                 return self.pool(joined.attend(self, x))
         tensors = (*self.project(x), self.rel_rows, self.rel_cols)
         if torch.jit.is_scripting():  # which takes operators and no keyword-only defaults
-            x = torch.ops.sasa_det.local_attention(
-                *tensors,
-                self.kernel_size,
-                self.num_heads,
-                self.border == "mask",
-                "" if self.backend is None else self.backend,
-            )[0]
+            window = (self.kernel_size, self.num_heads, self.border == "mask")
+            if self.is_reference:
+                x = reference.local_attention_of_script(*tensors, *window)
+            else:
+                backend = "" if self.backend is None else self.backend
+                x = torch.ops.sasa_det.local_attention(*tensors, *window, backend)[0]
         else:
             x = local_attention(
                 *tensors,
@@ -252,7 +255,7 @@ class LocalSelfAttention2d(nn.Module):
     def pool(self, x: Tensor) -> Tensor:
         """Return the 2x2 average pool of a stride of 2, and the input for a stride of 1."""
         if self.stride == 2:
-            x = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
+            x = avg_pool_rounding_up(x, 2)
         return x
 
     @torch.jit.unused

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..ops import vector_aggregation
-from ..ops.aggregation import reflect
+from ..ops.aggregation import aggregate, at_least_one, reflect
 from ..ops.arguments import check_choice, check_kernel_size
+from ..ops.local_attention import check_backend
 from ..ops.precision import accumulation_dtype, autocast_disabled
 from .mapping import Mapping, say_once, why_not
 from .pairwise_mapping import pairwise_mapping
@@ -35,6 +36,7 @@ PATCHWISE_RELATIONS = ("concatenation", "star_product", "clique_product")
 class _VectorAttention2d(nn.Module):
     kind: str
     relations: tuple[str, ...]
+    __constants__ = ["is_reference"]  # a script compiles what it chooses and nothing else
 
     def __init__(
         self,
@@ -45,6 +47,7 @@ class _VectorAttention2d(nn.Module):
         relation_channels: int | None = None,
         share_channels: int = 8,
         norm: Callable[[int], nn.Module] | None = nn.BatchNorm2d,
+        backend: str | None = None,
     ):
         """
         Args:
@@ -56,6 +59,9 @@ class _VectorAttention2d(nn.Module):
             share_channels: output channels that share a weight.
             norm: makes the norm layers of the weights from a channel count; None for no norm. In
                 pairwise attention their inputs are (N, C, kernel_size^2, H W).
+            backend: "reference" for the layer as written, in standard operators of PyTorch alone;
+                of all other backends of :func:`sasa_det.ops.local_attention`, and None, the layer
+                takes what is fastest.
 
         Raises:
             ValueError: naming the argument, its value and what is allowed.
@@ -65,6 +71,7 @@ class _VectorAttention2d(nn.Module):
         if relation is None:
             relation = self.relations[0]
         check_choice("relation", relation, self.relations)
+        check_backend(backend)
         if share_channels < 1 or out_channels % share_channels:
             raise ValueError(
                 f"out_channels {out_channels} must be a multiple of share_channels "
@@ -78,6 +85,7 @@ class _VectorAttention2d(nn.Module):
         self.out_channels = out_channels
         self.kernel_size = kernel_size
         self.relation = relation
+        self.is_reference = backend == "reference"
         self.relation_channels = relation_channels
         self.groups = out_channels // share_channels
         self.query = nn.Conv2d(in_channels, relation_channels, 1)
@@ -111,7 +119,10 @@ class _VectorAttention2d(nn.Module):
         if torch.jit.is_scripting():  # which passes no modules to functions
             query, key, value = self.query(x), self.key(x), self.value(x)
             weights = self.window_weights(query, key)
-            return torch.ops.sasa_det.vector_aggregation(weights, value, self.kernel_size)
+            if self.is_reference:
+                return aggregate(value, weights, kernel_size=self.kernel_size)
+            else:
+                return torch.ops.sasa_det.vector_aggregation(weights, value, self.kernel_size)
         else:
             return self.attend(*project(x, (self.query, self.key, self.value)))
 
@@ -125,6 +136,8 @@ class _VectorAttention2d(nn.Module):
         Returns:
             (N, out_channels, H, W).
         """
+        if self.is_reference:
+            return aggregate(value, self.window_weights(query, key), kernel_size=self.kernel_size)
         reason = why_not(self.weights, query, self._count(query))
         say_once(f"{self.kind} ({self.relation})", reason)
         if reason is None:
@@ -152,7 +165,10 @@ class _VectorAttention2d(nn.Module):
     def _windows(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, kernel_size^2, H W), borders reflected."""
         padded = reflect(x, self.kernel_size // 2)
-        return F.unfold(padded, self.kernel_size).unflatten(1, (x.shape[1], -1))
+        n, channels, height, width = x.shape
+        unfolded = F.unfold(padded, self.kernel_size)
+        # Not unflatten, which ONNX has since opset 13 alone.
+        return unfolded.reshape(n, channels, -1, height * width)
 
     def extra_repr(self) -> str:
         return (
@@ -200,7 +216,7 @@ class PairwiseAttention2d(_VectorAttention2d):
         relation = self._relate(query.flatten(2).unsqueeze(2), self._windows(key))
         weights = self.weights(torch.cat([relation, positions], 1))
         weights = weights.softmax(2, dtype=accumulation_dtype(weights.dtype))
-        return weights.unflatten(3, (height, width))
+        return weights.reshape(n, self.groups, -1, height, width)
 
     def mapping(self, query: Tensor, key: Tensor) -> Mapping:
         """See :func:`sasa_det.layers.pairwise_mapping.pairwise_mapping`."""
@@ -243,10 +259,9 @@ class PairwiseAttention2d(_VectorAttention2d):
         return positions
 
     def _coordinates(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        if not self.position_size:
-            return torch.linspace(-1, 1, size, dtype=dtype, device=device)
-        step = 2 / (self.position_size - 1)
-        return step * torch.arange(size, dtype=dtype, device=device) - 1
+        # Not linspace, which fixes the size in a program, and is NaN for a size of 1 in ONNX.
+        last = self.position_size - 1 if self.position_size else at_least_one(size - 1)
+        return 2 * torch.arange(size, dtype=dtype, device=device) / last - 1
 
 
 class PatchwiseAttention2d(_VectorAttention2d):
@@ -271,8 +286,10 @@ class PatchwiseAttention2d(_VectorAttention2d):
         return channels, self.groups, self.groups * window
 
     def window_weights(self, query: Tensor, key: Tensor) -> Tensor:
-        relation = self._relate(query, self._windows(key)).unflatten(2, query.shape[2:])
-        return self.weights(relation).unflatten(1, (self.groups, -1))
+        n, _, height, width = query.shape
+        relation = self._relate(query, self._windows(key))
+        weights = self.weights(relation.reshape(n, relation.shape[1], height, width))
+        return weights.reshape(n, self.groups, -1, height, width)
 
     def mapping(self, query: Tensor, key: Tensor) -> Mapping:
         """See :func:`sasa_det.layers.patchwise_mapping.patchwise_mapping`."""

@@ -61,6 +61,7 @@ class Classifier(nn.Module):
         self.label_smoothing = label_smoothing
         for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
+        self.register_load_state_dict_pre_hook(_accept_names_of_checkpoints)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -117,3 +118,13 @@ class Classifier(nn.Module):
         else:
             values = torch.stack([torch.as_tensor(sample[key]) for sample in batch])
         return values.to(self.device, non_blocking=True)
+
+
+def _accept_names_of_checkpoints(
+    module: Classifier, state_dict: dict[str, Tensor], prefix: str, *_: Any
+) -> None:
+    """Give weights of the backbone their names where a checkpoint leaves ``backbone.`` out."""
+    for name in module.backbone.state_dict():
+        short, full = f"{prefix}{name}", f"{prefix}backbone.{name}"
+        if short in state_dict and full not in state_dict:
+            state_dict[full] = state_dict.pop(short)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from ..layers.bands import Bands
 from ..layers.norm import batch_affine, constant_affine, norm_kind
 from ..layers.projection import multiply_by, runs_products
+from ..ops.pooling import max_pool_rounding_up
 from .pointwise import is_product
 
 _NUMBERS_OF_BAND = 1 << 19
@@ -62,10 +63,10 @@ def pooled_product(x: Tensor, layer: nn.Module) -> Tensor:
     """
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return multiply_by(F.max_pool2d(x, 2, ceil_mode=True), weight, bias)
+        return multiply_by(max_pool_rounding_up(x, 2), weight, bias)
 
     if not (is_product(layer) and runs_products(x) and torch.is_grad_enabled()):
-        return layer(F.max_pool2d(x, 2, ceil_mode=True))
+        return layer(max_pool_rounding_up(x, 2))
     options = {"use_reentrant": False, "preserve_rng_state": False}
     return checkpoint(run, x, layer.weight, layer.bias, **options)
 

@@ -3,12 +3,12 @@
 from . import flops
 from .aggregation import aggregate
 from .block_attention import block_attention, mixed_values
+from .blocks import relative_embedding
 from .local_attention import available_backends, local_attention
 from .stem_attention import (
     has_stem_kernels,
     normalized_stem_attention,
     pooled_stem_attention,
-    relative_embedding,
     stem_attention,
 )
 from .vector_aggregation import vector_aggregation, window_product

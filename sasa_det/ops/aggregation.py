@@ -36,19 +36,19 @@ def reflect(x: Tensor, padding: int) -> Tensor:
 def reflected(size: int, padding: int, device: torch.device) -> Tensor:
     """Return the index of the pixel at each place of a padded side, (size + 2 padding,)."""
     last = size - 1
-    if torch.jit.is_scripting():
-        period = max(2 * last, 1)
-    else:
-        period = _at_least_one(2 * last)
+    period = at_least_one(2 * last)
     place = torch.arange(-padding, size + padding, device=device).abs() % period
     return last - (place - last).abs()
 
 
-def _at_least_one(size):
-    # In a trace sizes are tensors.
-    if isinstance(size, Tensor):
+def at_least_one(size: int) -> int:
+    """Return ``size``, or 1 if it is 0: a number, or a tensor in a trace."""
+    if torch.jit.is_scripting():
+        return max(size, 1)
+    elif isinstance(size, Tensor):
         return size + (size == 0).to(size.dtype)
-    return torch.sym_max(size, 1)
+    else:
+        return torch.sym_max(size, 1)
 
 
 def aggregate(value: Tensor, weights: Tensor, *, kernel_size: int) -> Tensor:
@@ -78,7 +78,9 @@ def aggregate(value: Tensor, weights: Tensor, *, kernel_size: int) -> Tensor:
     groups = weights.shape[1]
     dtype = accumulation_dtype(value.dtype)
     shared = channels // groups
-    padded = reflect(value.to(dtype), kernel_size // 2).unflatten(1, (shared, groups))
+    # Not unflatten, which ONNX has since opset 13 alone.
+    padded = reflect(value.to(dtype), kernel_size // 2)
+    padded = padded.reshape(padded.shape[0], shared, groups, padded.shape[2], padded.shape[3])
     output = torch.zeros_like(padded[..., :height, :width])
     # Place by place: the unfolded window would be kernel_size^2 times as large as the value.
     for place, weight in enumerate(weights.to(dtype).unsqueeze(1).unbind(3)):

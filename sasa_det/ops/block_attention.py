@@ -7,26 +7,13 @@ their inputs alone and FLOP counters see them as the paper counts them.
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from . import standard_blocks
+from .blocks import cut, join, place_matrices
+from .exporting import is_making_onnx
 from .gradient import define_operator, register_gradient
 from .precision import accumulation_dtype
-
-
-def place_matrices(weight: Tensor, mixing: Tensor) -> Tensor:
-    """Mix the matrices of every place of a block.
-
-    Args:
-        weight: (M, C, C_in), the matrices W_V^m.
-        mixing: (M, b, b), the weights p(a, b, m), in the type of ``weight``.
-
-    Returns:
-        (b * b, C, C_in).
-    """
-    # Not by einsum, which ONNX has since opset 12 alone.
-    matrices = mixing.flatten(1).transpose(0, 1) @ weight.flatten(1)
-    return matrices.reshape(-1, *weight.shape[1:])
 
 
 def mixture_gradients(
@@ -64,7 +51,10 @@ def block_attention(
     Returns:
         (N, C, H, W) in the type of ``value``.
     """
-    return torch.ops.sasa_det.block_attention(query, key, value, embedding, block_size, num_heads)
+    arguments = (query, key, value, embedding, block_size, num_heads)
+    if is_making_onnx():
+        return standard_blocks.block_attention(*arguments)
+    return torch.ops.sasa_det.block_attention(*arguments)
 
 
 def mixed_values(x: Tensor, weight: Tensor, mixing: Tensor) -> Tensor:
@@ -81,39 +71,22 @@ def mixed_values(x: Tensor, weight: Tensor, mixing: Tensor) -> Tensor:
     Returns:
         (N, C, H, W) in the type of ``x``.
     """
+    if is_making_onnx():
+        return standard_blocks.mixed_values(x, weight, mixing)
     return torch.ops.sasa_det.mixed_values(x, weight, mixing)
-
-
-def _to_blocks(x: Tensor, block_size: int) -> Tensor:
-    """(N, C, H, W) to (N * blocks, block_size^2, C), zero-padded at the bottom and the right."""
-    n, channels, height, width = x.shape
-    x = F.pad(x, (0, -width % block_size, 0, -height % block_size))
-    x = x.reshape(
-        n, channels, x.shape[2] // block_size, block_size, x.shape[3] // block_size, block_size
-    )
-    blocks = n * x.shape[2] * x.shape[4]
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(blocks, block_size * block_size, channels)
-
-
-def _from_blocks(blocks: Tensor, shape: tuple[int, ...], block_size: int) -> Tensor:
-    """Invert :func:`_to_blocks` for an image batch of the given shape."""
-    n, channels, height, width = shape
-    rows, cols = -(-height // block_size), -(-width // block_size)
-    x = blocks.reshape(n, rows, cols, block_size, block_size, channels).permute(0, 5, 1, 3, 2, 4)
-    x = x.reshape(n, channels, rows * block_size, cols * block_size)
-    return x[:, :, :height, :width].contiguous()
 
 
 def _heads_first(x: Tensor, block_size: int, num_heads: int, dtype: torch.dtype) -> Tensor:
     """(N, C, H, W) to (num_heads, N * blocks, block_size^2, C // num_heads), contiguous."""
-    blocks = _to_blocks(x.to(dtype), block_size)
+    blocks = cut(x.to(dtype), block_size)
     blocks = blocks.unflatten(2, (num_heads, x.shape[1] // num_heads))
     return blocks.permute(2, 0, 1, 3).contiguous()
 
 
 def _heads_last(x: Tensor, shape: tuple[int, ...], block_size: int) -> Tensor:
     """Invert :func:`_heads_first`."""
-    return _from_blocks(x.permute(1, 2, 0, 3).flatten(2), shape, block_size)
+    blocks = x.permute(1, 2, 0, 3).flatten(2)
+    return join(blocks, shape, block_size).contiguous()
 
 
 def _outside(shape: tuple[int, ...], block_size: int, device: torch.device) -> Tensor | None:
@@ -121,7 +94,7 @@ def _outside(shape: tuple[int, ...], block_size: int, device: torch.device) -> T
     n, _, height, width = shape
     if height % block_size == 0 and width % block_size == 0:
         return None
-    inside = _to_blocks(torch.ones(n, 1, height, width, device=device), block_size)
+    inside = cut(torch.ones(n, 1, height, width, device=device), block_size)
     return inside.squeeze(2) == 0
 
 
@@ -206,9 +179,8 @@ def _mix(x, weight, mixing):
     dtype = accumulation_dtype(x.dtype)
     block_size = mixing.shape[-1]
     matrices = place_matrices(weight.to(dtype), mixing.to(dtype))
-    blocks = torch.einsum("npi,pci->npc", _to_blocks(x.to(dtype), block_size), matrices)
-    shape = (x.shape[0], weight.shape[1], *x.shape[2:])
-    return _from_blocks(blocks, shape, block_size).to(x.dtype)
+    blocks = torch.einsum("npi,pci->npc", cut(x.to(dtype), block_size), matrices)
+    return join(blocks, x.shape, block_size).to(x.dtype).contiguous()
 
 
 @_mix.register_fake
@@ -221,12 +193,12 @@ def _mix_backward(grad, x, weight, mixing):
     dtype = accumulation_dtype(x.dtype)
     block_size = mixing.shape[-1]
     w, p = weight.to(dtype), mixing.to(dtype)
-    g = _to_blocks(grad.to(dtype), block_size)
+    g = cut(grad.to(dtype), block_size)
     grad_x = torch.einsum("npc,pci->npi", g, place_matrices(w, p))
-    grad_matrices = torch.einsum("npc,npi->pci", g, _to_blocks(x.to(dtype), block_size))
+    grad_matrices = torch.einsum("npc,npi->pci", g, cut(x.to(dtype), block_size))
     grad_weight, grad_mixing = mixture_gradients(grad_matrices, w, p)
     return (
-        _from_blocks(grad_x, x.shape, block_size).to(x.dtype),
+        join(grad_x, x.shape, block_size).to(x.dtype).contiguous(),
         grad_weight.to(weight.dtype),
         grad_mixing.to(mixing.dtype),
     )

@@ -14,8 +14,14 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 # They define the operators.
-from . import block_attention, joined_attention, operator, vector_aggregation  # noqa: F401
-from .stem_attention import STEM_BLOCK
+from . import (  # noqa: F401
+    block_attention,
+    joined_attention,
+    operator,
+    stem_attention,
+    vector_aggregation,
+)
+from .blocks import STEM_BLOCK
 
 Shape = Sequence[int]
 

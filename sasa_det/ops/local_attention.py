@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, tiled_attention
 from .arguments import check_arguments, check_choice
+from .exporting import is_making_onnx
 from .operator import BACKENDS
 
 BORDERS = ("mask", "zero")
@@ -69,6 +70,8 @@ def local_attention(
     Returns:
         (N, C, H, W) in the type of ``value``.
 
+    While ``torch.onnx.export`` runs, the result comes from standard operators, which ONNX has.
+
     Raises:
         ValueError: naming the argument, its value and what is allowed.
         RuntimeError: if a backend that was asked for cannot run here, with the reason.
@@ -84,8 +87,12 @@ def local_attention(
     # The operator checks them too, but takes True for an integer, and a compiler would wrap what
     # it raises.
     integers = type(kernel_size) is int and type(num_heads) is int
-    if not integers or backend == "reference" or torch.compiler.is_compiling():
+    making_onnx = is_making_onnx()
+    if not integers or making_onnx or backend == "reference" or torch.compiler.is_compiling():
         check_arguments(*arguments)
+    if making_onnx:
+        at_once = torch.compiler.is_exporting()
+        return tiled_attention.local_attention(*arguments, mask, heads_at_once=at_once)
     if backend == "reference":
         return reference.local_attention(*arguments, mask)
     return _operator(*arguments, mask, backend or "")[0]

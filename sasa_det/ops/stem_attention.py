@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu
-from .block_attention import block_attention, mixed_values, mixture_gradients, place_matrices
+from . import cpu, standard_blocks
+from .block_attention import block_attention, mixed_values, mixture_gradients
+from .blocks import STEM_BLOCK, place_matrices, relative_embedding
+from .exporting import is_making_onnx
 from .gradient import define_operator, register_gradient
-
-# Side of the blocks that the C++ kernels, and with them the operators here, take.
-STEM_BLOCK = 4
+from .pooling import max_pool_rounding_up
 
 
 def stem_attention(
@@ -49,8 +49,11 @@ def stem_attention(
     Returns:
         (N, C, H, W) in the type of ``x``.
     """
+    tensors = (x, query, key, value, mixing, rel_rows, rel_cols)
+    if is_making_onnx() and block_size == STEM_BLOCK:
+        return standard_blocks.stem_attention(*tensors, num_heads)
     if has_stem_kernels(x, block_size):
-        return _attend(x, query, key, value, mixing, rel_rows, rel_cols, num_heads)
+        return _attend(*tensors, num_heads)
     if mixing is None:
         values = F.conv2d(x, value[0, :, :, None, None])
     else:
@@ -94,11 +97,13 @@ def pooled_stem_attention(
     """
     tensors = (x, query, key, value, mixing, rel_rows, rel_cols)
     with torch.no_grad():
+        if is_making_onnx() and block_size == STEM_BLOCK:
+            return standard_blocks.pooled_stem_attention(*tensors, scale, shift, num_heads)
         if has_stem_kernels(x, block_size):
             return _attend_pooled(*tensors, scale, shift, num_heads)
         output = stem_attention(*tensors, block_size=block_size, num_heads=num_heads)
         output = F.relu(output * scale[:, None, None] + shift[:, None, None])
-        return F.max_pool2d(output, block_size, ceil_mode=True)
+        return max_pool_rounding_up(output, block_size)
 
 
 def has_stem_kernels(x: Tensor, block_size: int) -> bool:
@@ -143,29 +148,6 @@ def normalized_stem_attention(
         x, query, key, value, mixing, rel_rows, rel_cols, weight, bias, num_heads, eps
     )
     return output, mean, variance
-
-
-def relative_embedding(
-    rel_rows: Tensor | None, rel_cols: Tensor | None, block_size: int
-) -> Tensor | None:
-    """Spread embeddings over the pairs of a block's pixels.
-
-    Args:
-        rel_rows, rel_cols: (num_heads, width / 2, 2 block_size - 1), or None.
-        block_size: side of a block in pixels.
-
-    Returns:
-        (num_heads, B, B, width) with B = block_size^2 as :func:`block_attention` takes it, or None.
-    """
-    if rel_rows is None or rel_cols is None:
-        return None
-    place = torch.arange(block_size, device=rel_rows.device)
-    offset = place[None, :] - place[:, None] + block_size - 1
-    rows = rel_rows[:, :, offset][:, :, :, None, :, None]
-    cols = rel_cols[:, :, offset][:, :, None, :, None, :]
-    shape = list(rel_rows.shape[:2]) + [block_size] * 4
-    embedding = torch.cat([rows.expand(shape), cols.expand(shape)], 1)
-    return embedding.flatten(4).flatten(2, 3).permute(0, 2, 3, 1)
 
 
 def _mixture(value: Tensor, mixing: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import cpu
 from .aggregation import aggregate, check_aggregation, reflect, reflected
 from .arguments import check_kernel_size
+from .exporting import is_making_onnx
 from .gradient import define_operator, register_gradient
 from .precision import accumulation_dtype
 
@@ -40,6 +41,8 @@ def vector_aggregation(weight: Tensor, value: Tensor, kernel_size: int) -> Tenso
     """
     check_kernel_size(kernel_size)
     check_aggregation(value, weight, kernel_size)
+    if is_making_onnx():
+        return aggregate(value, weight, kernel_size=kernel_size)
     return torch.ops.sasa_det.vector_aggregation(weight, value, kernel_size)
 
 

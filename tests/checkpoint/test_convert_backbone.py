@@ -81,15 +81,15 @@ def test_a_classifier_s_backbone(run, tmp_path, weights):
     assert run.read_bytes() == before
     source = torch.load(run, weights_only=True)
     loaded = torch.load(target, weights_only=True)
-    expected = {k.removeprefix("backbone."): w for k, w in source["model"].items()}
+    expected = dict(source["model"])
     if weights == "ema":
         averages = source["ema"]["weights"]
         expected |= {k.removeprefix("backbone."): w for k, w in averages.items()}
         # What is not trained is not averaged: each step added 1.
         assert torch.equal(loaded["model"]["stem.norm.running_mean"], torch.full((16,), 2.0))
-        trained = source["model"]["backbone.stem.norm.weight"]
+        trained = source["model"]["stem.norm.weight"]
         assert torch.equal(loaded["model"]["stem.norm.weight"], trained - 0.5)
-    others = {"iteration": "state of training", "backbone.linear.weight": "classifier"}
+    others = {"iteration": "state of training", "linear.weight": "classifier"}
     assert others.items() < report.dropped.items()
     assert ("ema" in report.dropped) == (weights == "raw")
     assert all(torch.equal(w, expected[k]) for k, w in loaded["model"].items())
@@ -143,8 +143,8 @@ def test_a_model_of_other_widths(run, tmp_path, tool):
 
 def test_what_is_allowed_by_name(run, tmp_path, tool):
     content = torch.load(run, weights_only=True)
-    del content["model"]["backbone.res5.0.conv1.weight"]
-    del content["model"]["backbone.res5.0.conv3.weight"]
+    del content["model"]["res5.0.conv1.weight"]
+    del content["model"]["res5.0.conv3.weight"]
     source, target = saved(tmp_path / "a.pth", **content), tmp_path / "b.pth"
     words = [source, target, "--allow", "res5.0.conv1.*"]
     refused(tool(*words), "it has no res5.0.conv3.weight;")
@@ -177,7 +177,7 @@ def test_resnets_of_torchvision(tmp_path, tool):
 def wrapped(run, path, prefix, **others):
     """Write the run's weights as a trainer does that puts a prefix before their names."""
     source = torch.load(run, weights_only=True)
-    weights = {prefix + name: weight for name, weight in source["model"].items()}
+    weights = {f"{prefix}backbone.{name}": weight for name, weight in source["model"].items()}
     return saved(path, state_dict={**weights, **others}, config=source["config"])
 
 
@@ -197,7 +197,7 @@ def test_weights_behind_one_prefix(run, tmp_path, tool, prefix):
         torch.nn.init.zeros_(model.backbone.linear.weight)
         Checkpointer(model, strict=True).load(str(path))
         for name, weight in torch.load(run, weights_only=True)["model"].items():
-            assert torch.equal(model.state_dict()[name], weight), name
+            assert torch.equal(model.backbone.state_dict()[name], weight), name
 
 
 def test_a_prefix_that_is_named(run, tmp_path, tool):
@@ -213,7 +213,8 @@ def test_a_prefix_that_is_named(run, tmp_path, tool):
     assert status == 0 and "| dropped | loss.weight" in output
     assert tool(source, tmp_path / "b.pth", "--prefix", "model", "--whole")[0] == 0
     expected = torch.load(run, weights_only=True)["model"]
-    assert read_checkpoint(tmp_path / "b.pth")["model"].keys() == expected.keys()
+    names = {f"backbone.{name}" for name in expected}
+    assert read_checkpoint(tmp_path / "b.pth")["model"].keys() == names
 
 
 def test_without_any_config_all_weights_are_written(run, tmp_path, tool):
@@ -232,10 +233,11 @@ def test_without_any_config_all_weights_are_written(run, tmp_path, tool):
 def test_all_weights_are_written_on_request(run, tmp_path, tool):
     assert tool("--whole", run, tmp_path / "a.pth")[0] == 0
     read = read_checkpoint(tmp_path / "a.pth")
-    assert "backbone.linear.weight" in read["model"]
+    assert "linear.weight" in read["model"]
     # What the weights expect goes with them.
     source = torch.load(run, weights_only=True)
-    assert read.keys() == {"model", "preprocessing", "config", "config_digest"}
+    facts = {"preprocessing", "config", "config_digest", "matching_heuristics"}
+    assert read.keys() == {"model", *facts}
     assert read["config"] == source["config"] and read["preprocessing"]["format"] == "RGB"
     words = ("--whole", run, tmp_path / "b.pth")
     refused(tool(*words, "--config-file", DETECTOR), "--whole takes no --config-file")

@@ -130,6 +130,7 @@ class SAN(WarnsInTraining, Backbone):
         num_classes: int | None = None,
         out_features: list[str] | None = None,
         freeze_at: int = 0,
+        backend: str | None = None,
     ):
         """
         Args:
@@ -147,6 +148,7 @@ class SAN(WarnsInTraining, Backbone):
                 None, linear if there is num_classes and else res5. What none of them needs is not
                 built.
             freeze_at: number of stages to freeze, see :meth:`freeze`.
+            backend: see :class:`PairwiseAttention2d`.
 
         Raises:
             ValueError: naming the argument, its value and what is allowed.
@@ -192,7 +194,11 @@ class SAN(WarnsInTraining, Backbone):
         channels, stride = in_channels, 1
         for i, name in enumerate(self.stage_names):
             stride *= 2
-            options: dict[str, Any] = {"kernel_size": KERNEL_SIZES[i], "relation": relation}
+            options: dict[str, Any] = {
+                "kernel_size": KERNEL_SIZES[i],
+                "relation": relation,
+                "backend": backend,
+            }
             if attention == "pairwise":
                 options["position_size"] = -(-position_size // stride)
             stage = _Stage(
@@ -231,6 +237,7 @@ class SAN(WarnsInTraining, Backbone):
             ),
             "out_features": san.OUT_FEATURES,
             "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
+            "backend": cfg.MODEL.SASA.BACKEND or None,
         }
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:

@@ -262,6 +262,7 @@ class SASAResNet(WarnsInTraining, ResNet):
                 "num_mixtures": sasa.STEM_MIXTURES,
                 "values": sasa.STEM_VALUES,
                 "relative": sasa.STEM_RELATIVE,
+                "backend": sasa.BACKEND or None,
             },
             "in_channels": input_shape.channels,
             "stem_out_channels": resnets.STEM_OUT_CHANNELS,
