@@ -29,6 +29,8 @@ ATTENTIONS = {"pairwise": PairwiseAttention2d, "patchwise": PatchwiseAttention2d
 STAGES = ("stem", "res2", "res3", "res4", "res5")
 CHANNELS = (64, 256, 512, 1024, 2048)
 KERNEL_SIZES = (3, 7, 7, 7, 7)
+# Channels of a layer that share a weight, all of them where the layer has fewer.
+SHARE_CHANNELS = 8
 # Blocks of every stage by depth (Table 1 of the paper).
 NUM_BLOCKS = {10: (2, 1, 2, 4, 1), 15: (3, 2, 3, 5, 2), 19: (3, 3, 4, 6, 3)}
 
@@ -42,7 +44,13 @@ class _Block(nn.Module):
         super().__init__()
         width = channels // 4
         self.norm1 = norm(channels)
-        self.attention = make_attention(channels, width, relation_channels=width // 4, norm=norm)
+        self.attention = make_attention(
+            channels,
+            width,
+            relation_channels=width // 4,
+            share_channels=min(SHARE_CHANNELS, width),
+            norm=norm,
+        )
         self.norm2 = norm(width)
         self.project = nn.Conv2d(width, channels, 1)
 
@@ -125,6 +133,7 @@ class SAN(WarnsInTraining, Backbone):
         attention: str = "pairwise",
         relation: str | None = None,
         position_size: int = 0,
+        width_multiplier: float = 1.0,
         in_channels: int = 3,
         norm: str = "BN",
         num_classes: int | None = None,
@@ -140,6 +149,7 @@ class SAN(WarnsInTraining, Backbone):
                 attention run from -1 to 1, whatever the side of the image at hand; 0 for the
                 latter, as published. The size of the images of pretraining keeps, at any size,
                 the positions that were learned.
+            width_multiplier: factor on the width of every layer, 0.25 or a multiple of 0.5.
             in_channels: channels of the image.
             norm: see :func:`detectron2.layers.get_norm`.
             num_classes: number of outputs of the feature linear, which needs it.
@@ -189,6 +199,7 @@ class SAN(WarnsInTraining, Backbone):
             ("res5" if name == "linear" else name for name in out_features), key=STAGES.index
         )
         self.stage_names = STAGES[: STAGES.index(last) + 1]
+        widths = _widths(width_multiplier)
         channels, stride = in_channels, 1
         for i, name in enumerate(self.stage_names):
             stride *= 2
@@ -197,14 +208,14 @@ class SAN(WarnsInTraining, Backbone):
                 options["position_size"] = -(-position_size // stride)
             stage = _Stage(
                 channels,
-                CHANNELS[i],
+                widths[i],
                 NUM_BLOCKS[depth][i],
                 partial(layer, **options),
                 lambda channels: get_norm(norm, channels) or nn.Identity(),
                 is_stem=name == "stem",
             )
             self.add_module(name, stage)
-            channels = CHANNELS[i]
+            channels = widths[i]
             self._out_feature_channels[name] = channels
             self._out_feature_strides[name] = stride
         self.linear = None
@@ -224,6 +235,7 @@ class SAN(WarnsInTraining, Backbone):
             "attention": san.ATTENTION,
             "relation": san.RELATION or None,
             "position_size": san.POSITION_SIZE,
+            "width_multiplier": san.WIDTH_MULTIPLIER,
             "in_channels": input_shape.channels,
             "norm": san.NORM,
             "num_classes": (
@@ -262,6 +274,16 @@ class SAN(WarnsInTraining, Backbone):
             if freeze_at >= number:
                 getattr(self, name).freeze()
         return self
+
+
+def _widths(factor: float) -> list[int]:
+    """Return the channels of the stages, a sixteenth of which are those of relations."""
+    if factor != 0.25 and not (factor > 0 and factor % 0.5 == 0):
+        raise ValueError(
+            "width_multiplier (MODEL.SAN.WIDTH_MULTIPLIER) must be 0.25 or a positive multiple of "
+            f"0.5, got {factor}."
+        )
+    return [int(channels * factor) for channels in CHANNELS]
 
 
 @BACKBONE_REGISTRY.register()
