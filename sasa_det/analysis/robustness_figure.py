@@ -45,7 +45,7 @@ def draw_robustness(
     axes.set_ylim(0, 100)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.legend(loc="lower left", framealpha=0.9)
+    figure.legend(loc="outside lower center", ncols=4)
     axes.set_title(title, fontsize=9)
     with whole_file(path) as part:
         figure.savefig(part, format="png")

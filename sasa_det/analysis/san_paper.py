@@ -43,6 +43,22 @@ SAN_TABLE = Table(
 )
 
 
+# The paper's ablation of relations; of its numbers, those of its models alone are known here.
+SAN_RELATIONS = Table(
+    "relations of self-attention",
+    (
+        Row("pairwise, subtraction", "san_pairwise_subtraction", None, None, 74.9),
+        Row("pairwise, summation", "san_pairwise_summation", None, None, None),
+        Row("pairwise, concatenation", "san_pairwise_concatenation", None, None, None),
+        Row("pairwise, Hadamard product", "san_pairwise_hadamard_product", None, None, None),
+        Row("pairwise, dot product", "san_pairwise_dot_product", None, None, None),
+        Row("patchwise, concatenation", "san_patchwise_concatenation", None, None, 77.1),
+        Row("patchwise, star product", "san_patchwise_star_product", None, None, None),
+        Row("patchwise, clique product", "san_patchwise_clique_product", None, None, None),
+    ),
+)
+
+
 def _convolution(x: Shape, weight: Shape, bias: Shape | None, *_, out_shape: Shape, **__) -> int:
     multiply_adds = prod(out_shape) * prod(weight[1:])
     return multiply_adds + (0 if bias is None else prod(out_shape))
