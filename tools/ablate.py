@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument(
         "--config-file",
         help="of the small classifier, in the folder of configs; by default that of digits with a "
-        "convolutional stem, and for san_relations that on a SAN",
+        "convolutional stem, and for san_relations that of animals on a SAN",
     )
     add_study_arguments(parser, "output/ablations")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides, KEY VALUE pairs")

@@ -40,9 +40,9 @@ here. KEY VALUE pairs override the configs of the classifiers, or of their train
 """
 _RESULTS = _NUMBERS, _TABLES, _FIGURE = "robustness.json", "robustness.md", "robustness.png"
 
-# What --train trains: the networks of the detectors of digits, and SANs of the same widths.
-_CONFIG = "Digits/classifier_conv.yaml"
+# What --train trains: networks of the same depths and widths. SANs learn at lower rates.
 _SAN = {"MODEL.BACKBONE.NAME": "build_san_backbone"}
+_SAN_RATES = (0.002, 0.004, 0.008)
 CLASSIFIERS = Study(
     "classifier",
     (
@@ -50,8 +50,8 @@ CLASSIFIERS = Study(
         Variant(
             "local attention", {"MODEL.SASA.ATTENTION_STAGES": ["res2", "res3", "res4", "res5"]}
         ),
-        Variant("pairwise attention", {**_SAN, "MODEL.SAN.ATTENTION": "pairwise"}),
-        Variant("patchwise attention", {**_SAN, "MODEL.SAN.ATTENTION": "patchwise"}),
+        Variant("pairwise attention", {**_SAN, "MODEL.SAN.ATTENTION": "pairwise"}, _SAN_RATES),
+        Variant("patchwise attention", {**_SAN, "MODEL.SAN.ATTENTION": "patchwise"}, _SAN_RATES),
     ),
 )
 
@@ -80,9 +80,16 @@ def probe_robustness_parser(description: str | None = None) -> argparse.Argument
     models.add_argument(
         "--train",
         action="store_true",
-        help="instead, train classifiers of digits: convolution, local attention, pairwise and "
-        "patchwise attention, each with the best of three learning rates; what the output folder "
-        "holds already is not run again",
+        help="instead, train classifiers: convolution, local attention, pairwise and patchwise "
+        "attention, each with the best of three learning rates; what the output folder holds "
+        "already is not run again",
+    )
+    parser.add_argument(
+        "--config-file",
+        default="Animals/classifier_conv.yaml",
+        metavar="NAME",
+        help="with --train: convolutional classifier in the folder of configs, %(default)s by "
+        "default; its data set NAME_train has a NAME_tuning_train beside it",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results")
     data = parser.add_mutually_exclusive_group()
@@ -143,7 +150,7 @@ def run_probe_robustness(args: argparse.Namespace) -> None:
     if args.train:
         if args.data or args.dataset or args.overwrite:
             raise UsageError("--data, --dataset and --overwrite need --weights.")
-        files, dataset, notes = _train(output, args.seeds, args.jobs, args.opts)
+        files, dataset, notes = _train(output, args.config_file, args.seeds, args.jobs, args.opts)
         probe = _Probe(dataset, args.every, attacks, keep=True)
     else:
         files, notes = _files(args.weights), []
@@ -188,7 +195,7 @@ def _files(groups: Sequence[Sequence[str]]) -> dict[str, list[Path]]:
 
 
 def _train(
-    output: Path, seeds: Sequence[int], jobs: int, opts: Sequence[str]
+    output: Path, config: str, seeds: Sequence[int], jobs: int, opts: Sequence[str]
 ) -> tuple[dict[str, list[Path]], str, list[str]]:
     """Train classifiers, or find them.
 
@@ -198,11 +205,15 @@ def _train(
     root = CONFIGS.parent
     if not (root / "tools" / "train_imagenet.py").exists():
         raise UsageError("--train needs a checkout of the project, whose tools it runs.")
+    if not (CONFIGS / config).is_file():
+        raise UsageError(f"--config-file {config} does not exist in {CONFIGS}.")
+    cfg = load_config(str(CONFIGS / config), list(opts))
+    check_image_folders((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))  # not in the first training
     experiments = Experiments(root, output, default_device(), jobs)
-    found = run_study(CLASSIFIERS, experiments, _CONFIG, opts, seeds)
+    found = run_study(CLASSIFIERS, experiments, config, opts, seeds)
     files = {name: list(map(experiments.checkpoint, runs)) for name, runs in found.runs.items()}
-    (data,) = load_config(str(CONFIGS / _CONFIG), list(opts)).DATASETS.TRAIN
-    return files, f"{data.removesuffix('_train')}_val", [rates_table(found.tried, "top-1")]
+    data = cfg.DATASETS.TRAIN[0].removesuffix("_train")
+    return files, f"{data}_val", [rates_table(found.tried, "top-1")]
 
 
 class _Probe:

@@ -14,7 +14,7 @@ from PIL import Image
 from sasa_det.config.load import load_config
 from sasa_det.data import register_image_folder, write_digit_crops
 from sasa_det.engine import probe_robustness, studies
-from sasa_det.engine.probe_robustness import CLASSIFIERS, every_nth
+from sasa_det.engine.probe_robustness import CLASSIFIERS, every_nth, probe_robustness_parser
 from sasa_det.engine.robustness_report import robustness_report
 from sasa_det.engine.train import run_train_imagenet, train_imagenet_parser
 from sasa_det.evaluation.robustness import TRANSFORMS, Attack
@@ -115,6 +115,8 @@ def test_mistakes_are_told_before_anything_is_probed(tool, classifiers, crops, t
     told = refused("--weights", "a", files[0], "--data", other)
     assert f"tells 10 classes apart, and {other / 'val'} has 2" in told
     assert "--overwrite need --weights" in refused("--train", "--dataset", "digit_crops_val")
+    told = refused("--train", "--config-file", "Animals/classifier_cnv.yaml")
+    assert "--config-file Animals/classifier_cnv.yaml does not exist in " in told
 
 
 def test_what_was_found_is_kept_with_its_settings(classifiers, crops, tmp_path):
@@ -147,11 +149,12 @@ def test_every_nth_image_over_all_batches():
 
 def test_classifiers_to_train_are_of_equal_widths():
     models = {}
+    config = probe_robustness_parser().get_default("config_file")
     for variant in CLASSIFIERS.variants:
-        planned = studies._experiment(
-            variant, "digit_crops", 0.01, 2, probe_robustness._CONFIG, ("MODEL.DEVICE", "meta")
-        )
-        file = ROOT / "configs" / probe_robustness._CONFIG
+        assert len(variant.rates) == 3
+        opts = ("MODEL.DEVICE", "meta")
+        planned = studies._experiment(variant, "animals", 0.01, 2, config, opts)
+        file = ROOT / "configs" / config
         cfg = load_config(str(file), list(planned.overrides))
         with torch.device("meta"):
             models[variant.name] = build_model(cfg)

@@ -38,19 +38,21 @@ def classifier(depth, attention):
 
 
 @pytest.mark.parametrize("attention", LAYERS)
-@pytest.mark.parametrize("factor", [0.25, 0.5, 1.5])
+@pytest.mark.parametrize("factor", [0.25, 0.75, 1.5])
 def test_width(attention, factor):
     torch.manual_seed(0)
     model = build_backbone(
         config(ATTENTION=attention, WIDTH_MULTIPLIER=factor, OUT_FEATURES=STAGES)
     )
+    with torch.device("meta"):
+        full = dict(SAN(attention=attention).named_children())
     widths = [int(factor * channels) for channels in CHANNELS]
     assert [shape.channels for shape in model.output_shape().values()] == widths
     for name, width in zip(STAGES, widths, strict=True):
         layer = getattr(model, name).blocks[0].attention
         assert layer.out_channels == width // 4 and layer.relation_channels == width // 16
-        # Eight channels share a weight, in the narrowest stem all four.
-        assert layer.groups == max(width // 32, 1)
+        # Windows have as many weights as at full width.
+        assert layer.groups == full[name].blocks[0].attention.groups
     image = torch.randn(2, 3, 40, 33)
     for (name, feature), width in zip(model(image).items(), widths, strict=True):
         stride = model.output_shape()[name].stride
@@ -316,9 +318,9 @@ def test_detectors_train_and_detect(architecture, attention, fpn):
     ({"OUT_FEATURES": ["p2"]}, "MODEL.SAN.OUT_FEATURES.* must be one of .*got 'p2'"),
     ({"OUT_FEATURES": []}, "MODEL.SAN.OUT_FEATURES. must name at least one feature"),
     ({"POSITION_SIZE": 32}, "POSITION_SIZE. must be 0 or more than .* 32, got 32"),
-    ({"WIDTH_MULTIPLIER": 0.75}, "WIDTH_MULTIPLIER. must be 0.25 or a positive .*, got 0.75"),
-    ({"WIDTH_MULTIPLIER": -0.5}, "WIDTH_MULTIPLIER. must be 0.25 or a positive .*, got -0.5"),
-    ({"WIDTH_MULTIPLIER": float("nan")}, "WIDTH_MULTIPLIER. must be 0.25 or .*, got nan"),
+    ({"WIDTH_MULTIPLIER": 0.3}, "WIDTH_MULTIPLIER. must be a positive multiple .*, got 0.3"),
+    ({"WIDTH_MULTIPLIER": -0.5}, "WIDTH_MULTIPLIER. must be a positive multiple .*, got -0.5"),
+    ({"WIDTH_MULTIPLIER": float("nan")}, "WIDTH_MULTIPLIER. must be a positive .*, got nan"),
 ])  # fmt: skip
 def test_bad_values_are_named(change, message):
     with pytest.raises(ValueError, match=message):

@@ -29,8 +29,6 @@ ATTENTIONS = {"pairwise": PairwiseAttention2d, "patchwise": PatchwiseAttention2d
 STAGES = ("stem", "res2", "res3", "res4", "res5")
 CHANNELS = (64, 256, 512, 1024, 2048)
 KERNEL_SIZES = (3, 7, 7, 7, 7)
-# Channels of a layer that share a weight, all of them where the layer has fewer.
-SHARE_CHANNELS = 8
 # Blocks of every stage by depth (Table 1 of the paper).
 NUM_BLOCKS = {10: (2, 1, 2, 4, 1), 15: (3, 2, 3, 5, 2), 19: (3, 3, 4, 6, 3)}
 
@@ -44,13 +42,7 @@ class _Block(nn.Module):
         super().__init__()
         width = channels // 4
         self.norm1 = norm(channels)
-        self.attention = make_attention(
-            channels,
-            width,
-            relation_channels=width // 4,
-            share_channels=min(SHARE_CHANNELS, width),
-            norm=norm,
-        )
+        self.attention = make_attention(channels, width, relation_channels=width // 4, norm=norm)
         self.norm2 = norm(width)
         self.project = nn.Conv2d(width, channels, 1)
 
@@ -149,7 +141,8 @@ class SAN(WarnsInTraining, Backbone):
                 attention run from -1 to 1, whatever the side of the image at hand; 0 for the
                 latter, as published. The size of the images of pretraining keeps, at any size,
                 the positions that were learned.
-            width_multiplier: factor on the width of every layer, 0.25 or a multiple of 0.5.
+            width_multiplier: factor on the width of every layer, a multiple of 0.25. The weights
+                of a window are as many at any width: as many more or fewer channels share one.
             in_channels: channels of the image.
             norm: see :func:`detectron2.layers.get_norm`.
             num_classes: number of outputs of the feature linear, which needs it.
@@ -204,6 +197,8 @@ class SAN(WarnsInTraining, Backbone):
         for i, name in enumerate(self.stage_names):
             stride *= 2
             options: dict[str, Any] = {"kernel_size": KERNEL_SIZES[i], "relation": relation}
+            # As many weights as at full width, where 8 channels share one.
+            options["share_channels"] = int(8 * width_multiplier)
             if attention == "pairwise":
                 options["position_size"] = -(-position_size // stride)
             stage = _Stage(
@@ -278,10 +273,10 @@ class SAN(WarnsInTraining, Backbone):
 
 def _widths(factor: float) -> list[int]:
     """Return the channels of the stages, a sixteenth of which are those of relations."""
-    if factor != 0.25 and not (factor > 0 and factor % 0.5 == 0):
+    if not (factor > 0 and factor % 0.25 == 0):
         raise ValueError(
-            "width_multiplier (MODEL.SAN.WIDTH_MULTIPLIER) must be 0.25 or a positive multiple of "
-            f"0.5, got {factor}."
+            "width_multiplier (MODEL.SAN.WIDTH_MULTIPLIER) must be a positive multiple of 0.25, "
+            f"got {factor}."
         )
     return [int(channels * factor) for channels in CHANNELS]
 
