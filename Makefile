@@ -9,6 +9,8 @@
 # make install      the environment alone, in .venv; the others do it too
 #
 # OUTPUT=folder                       where the demo writes
+# OPTS="KEY VALUE ..."                config overrides of the demo, as a SAN as its backbone:
+#                                     MODEL.BACKBONE.NAME build_retinanet_san_fpn_backbone
 # DETECTRON2=main | 0.6 | existing    which detectron2, else the best that can be had
 # PYTHON=command                      a Python 3.10 to 3.12
 
@@ -29,7 +31,7 @@ INSTALLED := .venv/.installed
 .PHONY: animals demo docs evidence trees test test-fast lint install
 
 demo: install
-	$(VENV_PYTHON) tools/digits_demo.py --output "$(OUTPUT)"
+	$(VENV_PYTHON) tools/digits_demo.py --output "$(OUTPUT)" $(OPTS)
 
 evidence: install
 	$(VENV_PYTHON) tools/evidence.py

@@ -47,6 +47,10 @@ COMMANDS = {
         "sasa_det.engine.analyze_results",
         "Say what detections on a data set got right and wrong.",
     ),
+    "probe-robustness": (
+        "sasa_det.engine.probe_robustness",
+        "Measure how accurate classifiers stay on rotated, flipped and attacked images.",
+    ),
     "visualize-data": (
         "sasa_det.engine.visualize_data",
         "Draw a data set as annotated, or as the model is trained on it.",

@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Repeat the paper's Tables 3 to 7 with a small classifier, and say which findings hold.
 
-The tables "logits" and "optimizers" are not of the paper: what keeps q.k from saturating, and what
-AdamW and Nesterov's accelerated gradient give, each with the best of three learning rates.
+The table "san_relations" is of the second paper: how pixels are compared in pairwise and patchwise
+attention. The tables "logits" and "optimizers" are of neither: what keeps q.k from saturating, and
+what AdamW and Nesterov's accelerated gradient give, each with the best of three learning rates.
 """
 
 import argparse
@@ -24,8 +25,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=positive_int, default=[1, 2, 3])
     parser.add_argument(
         "--config-file",
-        default="Digits/classifier_SASA_conv_stem.yaml",
-        help="of the small classifier, in the folder of configs",
+        help="of the small classifier, in the folder of configs; by default that of digits with a "
+        "convolutional stem, and for san_relations that of animals on a SAN",
     )
     add_study_arguments(parser, "output/ablations")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides, KEY VALUE pairs")

@@ -1,5 +1,9 @@
 #!/usr/bin/env python
-"""Train a convolutional RetinaNet and attentional ones, with either stem, on digits."""
+"""Train a convolutional RetinaNet and attentional ones, with either stem, on digits.
+
+With MODEL.BACKBONE.NAME build_retinanet_san_fpn_backbone, they are RetinaNets on a SAN with
+convolutional and with attentional FPN and heads.
+"""
 
 import argparse
 import os

@@ -1,6 +1,6 @@
 """What the parts of a model cost: parameters and FLOPs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,9 @@ def total(parts: list[Part]) -> Part:
     )
 
 
-def count_config(cfg: CfgNode, height: int, width: int) -> list[Part]:
+def count_config(
+    cfg: CfgNode, height: int, width: int, costs: Mapping[Any, Callable[..., int]] | None = None
+) -> list[Part]:
     """Count the model that a config builds.
 
     The FLOPs of an R-CNN's heads depend on its proposals and are not counted.
@@ -47,6 +49,8 @@ def count_config(cfg: CfgNode, height: int, width: int) -> list[Part]:
     Args:
         cfg: a config of a model with a backbone.
         height, width: size of the image in pixels; padded as the backbone asks.
+        costs: functions of shapes that return what an operator costs, as ``custom_mapping`` of
+            :class:`torch.utils.flop_counter.FlopCounterMode`, for another count than FLOPs.
 
     Returns:
         list[Part]: the children of the backbone, or of what its FPN stands on, by their names;
@@ -65,14 +69,16 @@ def count_config(cfg: CfgNode, height: int, width: int) -> list[Part]:
         divisor = max(1, model.backbone.size_divisibility)
         height, width = (-(-size // divisor) * divisor for size in (height, width))
         image = torch.empty(1, len(cfg.MODEL.PIXEL_MEAN), height, width, device="meta")
-        parts, features = _count_backbone(model.backbone, image)
-        return parts + _count_head(model, features)
+        parts, features = _count_backbone(model.backbone, image, costs)
+        return parts + _count_head(model, features, costs)
     except BUILD_ERRORS as error:
         raise UsageError(explain_build_error(error)) from error
 
 
-def _count_backbone(backbone: nn.Module, image: Tensor) -> tuple[list[Part], dict[str, Tensor]]:
-    flops, features = _flops(backbone, image)
+def _count_backbone(
+    backbone: nn.Module, image: Tensor, costs: Mapping | None
+) -> tuple[list[Part], dict[str, Tensor]]:
+    flops, features = _flops(backbone, image, costs)
     trunk, path = backbone, type(backbone).__name__
     if isinstance(backbone, FPN):
         trunk, path = backbone.bottom_up, f"{path}.bottom_up"
@@ -91,7 +97,7 @@ def _count_backbone(backbone: nn.Module, image: Tensor) -> tuple[list[Part], dic
     return parts, features
 
 
-def _count_head(model: nn.Module, features: dict[str, Tensor]) -> list[Part]:
+def _count_head(model: nn.Module, features: dict[str, Tensor], costs: Mapping | None) -> list[Part]:
     parameters = _parameters(model) - _parameters(model.backbone)
     if isinstance(model, Classifier):
         if model.linear is None:
@@ -102,12 +108,13 @@ def _count_head(model: nn.Module, features: dict[str, Tensor]) -> list[Part]:
         inputs = [features[feature] for feature in model.head_in_features]
     else:
         return [Part("head", parameters, None)]
-    return [Part(name, parameters, _flops(head, inputs)[0][type(head).__name__])]
+    return [Part(name, parameters, _flops(head, inputs, costs)[0][type(head).__name__])]
 
 
-def _flops(module: nn.Module, inputs: Any) -> tuple[dict[str, int], Any]:
+def _flops(module: nn.Module, inputs: Any, costs: Mapping | None) -> tuple[dict[str, int], Any]:
     """Run a module; return the FLOPs of it and of its descendants by path, and its output."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    counter = FlopCounterMode(display=False, custom_mapping=dict(costs or {}))
+    with counter, torch.no_grad():
         output = module(inputs)
     counts = counter.get_flop_counts()
     return {path: sum(operations.values()) for path, operations in counts.items()}, output

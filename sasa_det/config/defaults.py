@@ -92,6 +92,9 @@ def add_sasa_config(cfg: CfgNode) -> None:
     san.ATTENTION = "pairwise"
     # Depth of the backbone: 10, 15 or 19.
     san.DEPTH = 10
+    # Factor by which the width of every layer of the backbone is multiplied, a multiple of 0.25. It
+    # is 1 in the models of the paper.
+    san.WIDTH_MULTIPLIER = 1.0
     # Norm in the blocks and in the attention of the backbone: any kind of batch norm, or "" for
     # none.
     san.NORM = "BN"

@@ -11,6 +11,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from ..analysis.paper_tables import PAPER_TABLES, Row, Table
+from ..analysis.san_paper import SAN_RELATIONS
 from ..config.keys import flatten
 from ..config.load import load_config
 from ..config.yaml_file import read_config_file
@@ -22,10 +23,14 @@ from .defaults import log_to
 from .experiments import Experiment, Experiments, overrides
 from .studies import STUDIES, difference, run_study, standard_error, study_report
 
+# The small classifiers whose keys the rows change. A SAN needs long to tell digits apart.
+_SASA_CONFIG = "Digits/classifier_SASA_conv_stem.yaml"
+_SAN_CONFIG = "Animals/classifier_SAN_pairwise.yaml"
+
 
 @dataclass(frozen=True)
 class Finding:
-    """What the paper concludes from a table: one row is better than another."""
+    """What a paper concludes from a table, or why it chose a row: it is better than another."""
 
     text: str
     better: str
@@ -62,14 +67,26 @@ FINDINGS = {
         Finding("Spatially aware values are better than a spatial convolution for values.",
                 "spatially aware values", "spatial convolution for values"),
     ),
+    "san_relations": (
+        Finding("The paper's patchwise model is better than its pairwise model.",
+                "patchwise, concatenation", "pairwise, subtraction"),
+        *(Finding(f"Subtraction, as in the paper's pairwise models, is better than {other}.",
+                  "pairwise, subtraction", f"pairwise, {other}")
+          for other in ("summation", "concatenation", "Hadamard product", "dot product")),
+        *(Finding(f"Concatenation, as in the paper's patchwise models, is better than {other}.",
+                  "patchwise, concatenation", f"patchwise, {other}")
+          for other in ("star product", "clique product")),
+    ),
 }  # fmt: skip
+
+TABLES = {**PAPER_TABLES, "san_relations": SAN_RELATIONS}
 
 
 def run_ablations(
     root: Path,
     output: Path,
     tables: Sequence[str],
-    config: str,
+    config: str | None,
     opts: Sequence[str],
     seeds: Sequence[int],
     jobs: int,
@@ -80,10 +97,11 @@ def run_ablations(
         root: the project's folder.
         output: folder of the runs; what is there is not run again. It receives ablations.md and
             ablations.json.
-        tables: numbers of tables of the paper, of :data:`FINDINGS`, and names of
+        tables: numbers of tables of the paper, of :data:`FINDINGS`, san_relations, and names of
             :data:`~sasa_det.engine.studies.STUDIES`.
         config: of the small classifier, relative to the folder of configs; a row changes in it
-            what the row's config changes in the paper's model.
+            what the row's config changes in the paper's model. None for a
+            classifier of digits, and for san_relations of silhouettes of animals.
         opts: KEY VALUE pairs for all runs.
         seeds: of the runs of each row.
         jobs: trainings at the same time.
@@ -92,43 +110,67 @@ def run_ablations(
         str: the tables, as written to ablations.md.
 
     Raises:
-        UsageError: if a table is not known or ``output`` holds runs with other settings.
+        UsageError: if a table is not known, the classifier has another backbone than its rows, or
+            ``output`` holds runs with other settings.
         DatasetError, FileNotFoundError: if the config's data are not there or cannot be used.
         RuntimeError: if a training fails.
     """
     log_to(None)
     chosen = [_table(number) for number in tables if number not in STUDIES]
-    data = load_config(str(root / "configs" / config), list(opts)).DATASETS
-    check_image_folders((*data.TRAIN, *data.TEST))  # here, and not in the first training
+    names = [*dict(chosen), *(name for name in tables if name in STUDIES)]
+    configs = {name: config or _default_config(name) for name in names}
+    used = list(dict.fromkeys(configs.values()))
+    for each in used:
+        data = load_config(str(root / "configs" / each), list(opts)).DATASETS
+        check_image_folders((*data.TRAIN, *data.TEST))  # here, and not in the first training
+    for name, table in chosen:
+        _check_backbone(root, name, table, configs[name])
     device = default_device()
     experiments = Experiments(root, output, device, jobs)
-    results = _run_tables(root, chosen, experiments, config, opts, seeds)
+    results = _run_tables(root, chosen, experiments, configs, opts, seeds)
     texts = [_report(name, table, results[name]) for name, table in chosen]
     tried = {}
     for name in tables:
         if name in STUDIES:
-            found = run_study(STUDIES[name], experiments, config, opts, seeds)
+            found = run_study(STUDIES[name], experiments, configs[name], opts, seeds)
             texts.append(study_report(STUDIES[name], found))
             results[name], tried[name] = found.top1, found.tried
-    notes = f"{config}, seeds {', '.join(map(str, seeds))}, on {describe_machine(device)}."
+    notes = f"{', '.join(used)}; seeds {', '.join(map(str, seeds))}, on {describe_machine(device)}."
     text = "\n\n".join([*texts, notes])
     write_text(output / "ablations.md", text + "\n")
-    record = {"config": config, "opts": list(opts), "seeds": list(seeds), "top1": results}
+    record = {"configs": configs, "opts": list(opts), "seeds": list(seeds), "top1": results}
     write_text(output / "ablations.json", json.dumps({**record, "rates": tried}, indent=2))
     return text
+
+
+def _default_config(table: str) -> str:
+    return _SAN_CONFIG if table == "san_relations" else _SASA_CONFIG
+
+
+def _check_backbone(root: Path, name: str, table: Table, config: str) -> None:
+    """Raise UsageError if a classifier does not read the keys that the rows of a table change."""
+    row = root / "configs" / table.folder / f"{table.rows[0].config}.yaml"
+    backbone, needed = (
+        load_config(str(file)).MODEL.BACKBONE.NAME for file in (root / "configs" / config, row)
+    )
+    if backbone != needed:
+        raise UsageError(
+            f"--tables {name.removeprefix('Table ')} needs a classifier with MODEL.BACKBONE.NAME "
+            f"{needed}, and {config} has {backbone}."
+        )
 
 
 def _run_tables(
     root: Path,
     tables: Sequence[tuple[str, Table]],
     experiments: Experiments,
-    config: str,
+    configs: Mapping[str, str],
     opts: Sequence[str],
     seeds: Sequence[int],
 ) -> dict[str, dict[str, list[float]]]:
     """Return the top-1 of the seeds, by table and row."""
     planned = {
-        (name, row.name, seed): _experiment(root, name, table, row, seed, config, opts)
+        (name, row.name, seed): _experiment(root, table, row, seed, configs[name], opts)
         for seed in seeds  # the first seed of all rows first
         for name, table in tables
         for row in table.rows
@@ -142,15 +184,15 @@ def _run_tables(
 
 
 def _table(number: str) -> tuple[str, Table]:
-    name = f"Table {number}"
+    name = f"Table {number}" if number.isdigit() else number
     if name not in FINDINGS:
         known = [*(each.removeprefix("Table ") for each in FINDINGS), *STUDIES]
         raise UsageError(f"--tables {number!r} must be of {', '.join(known)}.")
-    return name, PAPER_TABLES[name]
+    return name, TABLES[name]
 
 
 def _experiment(
-    root: Path, name: str, table: Table, row: Row, seed: int, config: str, opts: Sequence[str]
+    root: Path, table: Table, row: Row, seed: int, config: str, opts: Sequence[str]
 ) -> Experiment:
     folder = root / "configs" / table.folder
     # The rows that are the paper's base say nothing of what the others change.
@@ -173,7 +215,7 @@ def _changed(config: Path) -> set[str]:
 
 def _report(name: str, table: Table, results: Mapping[str, Sequence[float]]) -> str:
     rows = [
-        [row.name, f"{row.accuracy:.1f}", statistics.mean(results[row.name]),
+        [row.name, row.accuracy, statistics.mean(results[row.name]),
          _spread(results[row.name])]
         for row in table.rows
     ]  # fmt: skip

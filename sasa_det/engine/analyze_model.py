@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..analysis.complexity import count_config, default_image_size, parts_report
 from ..analysis.paper import draw_figure_5, paper_report
+from ..analysis.san_paper import san_paper_report
 from ..command_line import positive_int
 from ..config.load import load_config
 from ..config_files import CONFIGS
@@ -22,7 +23,8 @@ def analyze_model_parser(description: str | None = None) -> argparse.ArgumentPar
     what.add_argument(
         "--paper",
         action="store_true",
-        help="tabulate Tables 1 to 7 of the paper, and Figure 5's widths, beside what is counted",
+        help="tabulate Tables 1 to 7 of the paper, Figure 5's widths and the models of SAN's paper "
+        "beside what is counted",
     )
     what.add_argument(
         "--figure",
@@ -77,7 +79,7 @@ def run_analyze_model(args: argparse.Namespace) -> None:
     if not args.figure and (args.results or args.overwrite):
         raise UsageError("--results and --overwrite need --figure.")
     if args.paper:
-        print(paper_report(CONFIGS))
+        print(f"{paper_report(CONFIGS)}\n\n{san_paper_report(CONFIGS)}")
     elif args.figure:
         print(draw_figure_5(CONFIGS, args.output, args.results, overwrite=args.overwrite))
         print(f"\nPicture: {args.output}")

@@ -1,4 +1,4 @@
-"""The demo on handwritten digits: attention, with either stem, and convolution."""
+"""The demo on handwritten digits: attention, with either stem, and convolution, or a SAN."""
 
 import json
 import logging
@@ -29,23 +29,33 @@ from .trainer import Trainer
 
 logger = logging.getLogger("sasa_det")
 
+_BACKBONE = "build_retinanet_sasa_resnet_fpn_backbone"
 _DETECTORS = {
     "convolution": "retinanet_conv.yaml",
     "attention, convolutional stem": "retinanet_SASA_conv_stem.yaml",
     "attention": "retinanet_SASA.yaml",
 }
+# On another backbone, in which stem and stages are what they are.
+_DETECTORS_ON_OTHERS = {
+    "convolutional FPN and heads": "retinanet_conv.yaml",
+    "attentional FPN and heads": "retinanet_SASA.yaml",
+}
 
 
 def run_demo(configs: Path, output: Path, opts: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Train three detectors with the same budget, from scratch, and compare them.
+    """Train detectors with the same budget, from scratch, and compare them.
 
     One is convolutional, one has attention everywhere but in the stem, and one has it everywhere.
+    If ``opts`` names another backbone, there are two on it: FPN and heads of one are convolutional,
+    those of the other attentional.
 
     Args:
         configs: the folder of the configs.
         output: folder to make; it receives results.md, results.json, curves.png and, for each
             model, a folder with the output of training and detections.png.
-        opts: config overrides, KEY VALUE pairs.
+        opts: config overrides, KEY VALUE pairs. ``MODEL.BACKBONE.NAME
+            build_retinanet_san_fpn_backbone`` selects a SAN, which is patchwise with
+            ``MODEL.SAN.ATTENTION patchwise``.
 
     Returns:
         list[dict]: one entry a detector: model, AP, AP50, parameters, flops, seconds (training and
@@ -66,13 +76,13 @@ def run_demo(configs: Path, output: Path, opts: Sequence[str] = ()) -> list[dict
         check_run(options, Trainer)
         return options.config
 
-    runs = {label: config(label, file) for label, file in _DETECTORS.items()}
+    runs = {label: config(label, file) for label, file in _detectors(configs, opts).items()}
     results = [_detector_results(label, cfg) for label, cfg in runs.items()]
     curves = output / "curves.png"
     draw_curves(
         {label: Path(cfg.OUTPUT_DIR, "metrics.json") for label, cfg in runs.items()}, curves
     )
-    summary = f"{comparison_table(results)}\n\n{_conditions(runs['attention'])}\n"
+    summary = f"{comparison_table(results)}\n\n{_conditions(next(iter(runs.values())))}\n"
     write_text(output / "results.md", summary)
     write_text(output / "results.json", json.dumps(results, indent=2))
     print(f"\n{summary}")
@@ -80,6 +90,17 @@ def run_demo(configs: Path, output: Path, opts: Sequence[str] = ()) -> list[dict
     print(f"Detections: {', '.join(pictures)}")
     print(f"Curves: {curves}")
     return results
+
+
+def _detectors(configs: Path, opts: Sequence[str]) -> dict[str, str]:
+    """Return the configs of the detectors to train, by label."""
+    model = load_config(str(configs / _DETECTORS["convolution"]), opts).MODEL
+    if model.BACKBONE.NAME == _BACKBONE:
+        return _DETECTORS
+    name = model.BACKBONE.NAME
+    if "_san_" in name:
+        name = f"{model.SAN.ATTENTION} SAN{model.SAN.DEPTH}"
+    return {f"{name}, {label}": file for label, file in _DETECTORS_ON_OTHERS.items()}
 
 
 def _train(label: str, cfg: CfgNode) -> tuple[Trainer, float]:

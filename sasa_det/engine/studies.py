@@ -106,10 +106,12 @@ class StudyResults:
     Attributes:
         tried: top-1 on held-out training images by variant and learning rate, of the first seed.
         top1: by variant, of the seeds, with the best of these rates.
+        runs: names of the experiments that these are of.
     """
 
     tried: dict[str, dict[float, float]]
     top1: dict[str, list[float]]
+    runs: dict[str, list[str]]
 
 
 def run_study(
@@ -153,15 +155,15 @@ def run_study(
     )
     tried = {v.name: {rate: found[v.name, rate] for rate in v.rates} for v in study.variants}
     best = {name: max(values, key=values.get) for name, values in tried.items()}
-    found = train(
-        {
-            (variant.name, seed): experiment(variant, data, best[variant.name], seed)
-            for seed in seeds  # the first seed of all variants first
-            for variant in study.variants
-        }
-    )
+    compared = {
+        (variant.name, seed): experiment(variant, data, best[variant.name], seed)
+        for seed in seeds  # the first seed of all variants first
+        for variant in study.variants
+    }
+    found = train(compared)
     top1 = {v.name: [found[v.name, seed] for seed in seeds] for v in study.variants}
-    return StudyResults(tried, top1)
+    runs = {v.name: [compared[v.name, seed].name for seed in seeds] for v in study.variants}
+    return StudyResults(tried, top1, runs)
 
 
 def _experiment(

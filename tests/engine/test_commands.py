@@ -126,7 +126,7 @@ ALIKE = {tool for tool in TOOLS if imports(tool) == ["import sys", "from sasa_de
 
 @pytest.mark.slow
 def test_ctrl_c_while_a_command_is_imported(start, read_until):
-    assert len(TOOLS) == 20 and len(ALIKE) == 15
+    assert len(TOOLS) == 21 and len(ALIKE) == 16
     for tool in [*sorted(TOOLS - ALIKE), min(ALIKE)]:
         process = start(launcher=("-X", "importtime"), tool=tool, data=["--help"])
         output = read_until(process, "numpy")
@@ -224,24 +224,46 @@ def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
     assert "SOLVER.MAX_ITER, from 1000000 to " in printed
 
 
-@pytest.mark.slow
-def test_demo_compares_and_draws(tmp_path, capsys):
+@pytest.fixture
+def demo_opts(tmp_path):
+    """Overrides of the demo: a few iterations on a few small images."""
     digits = write_digits(tmp_path / "digits", num_train=4, num_val=4, image_size=64)
     opts = []
     for split, name in (("TRAIN", "train"), ("TEST", "val")):
         opts += [f"DATASETS.{split}_JSON", str(digits / f"{name}.json")]
         opts += [f"DATASETS.{split}_IMAGES", str(digits / name)]
     opts += ["SOLVER.MAX_ITER", "6", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.WARMUP_ITERS", "2"]
-    opts += [
-        "TEST.EVAL_PERIOD",
-        "3",
-        "INPUT.JITTER.CROP_SIZE",
-        "64",
-        "DATALOADER.NUM_WORKERS",
-        "0",
-    ]
-    opts += ["INPUT.MIN_SIZE_TEST", "64", "INPUT.MAX_SIZE_TEST", "64"]
+    opts += ["TEST.EVAL_PERIOD", "3", "INPUT.JITTER.CROP_SIZE", "64", "DATALOADER.NUM_WORKERS", "0"]
+    return [*opts, "INPUT.MIN_SIZE_TEST", "64", "INPUT.MAX_SIZE_TEST", "64"]
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["pairwise", "patchwise"])
+def test_demo_on_a_san(tmp_path, demo_opts, attention):
+    """One KEY VALUE selects the backbone, another one the other kind of it."""
+    opts = [*demo_opts, "MODEL.BACKBONE.NAME", "build_retinanet_san_fpn_backbone"]
+    opts += ["MODEL.SAN.ATTENTION", attention] if attention == "patchwise" else []
+    output = tmp_path / "demo"
+    results = run_demo(Path("configs/Digits"), output, opts)
+    name = f"{attention} SAN10"
+    models = [f"{name}, convolutional FPN and heads", f"{name}, attentional FPN and heads"]
+    assert [result["model"] for result in results] == models
+    convolutional, attentional = results
+    assert attentional["parameters"] < 0.8 * convolutional["parameters"]
+    kind = f"{attention.capitalize()}Attention2d"
+    for model, attends in zip(models, (False, True), strict=True):
+        folder = output / model.replace(", ", "_").replace(" ", "_")
+        log = (folder / "log.txt").read_text()
+        assert kind in log and ("AttentionRetinaNetHead" in log) == attends
+        assert (folder / "detections.png").stat().st_size > 0
+        losses = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+        assert all(loss["total_loss"] < 10 for loss in losses if "total_loss" in loss)
+    assert f"| {models[1]} " in (output / "results.md").read_text()
+
+
+@pytest.mark.slow
+def test_demo_compares_and_draws(tmp_path, capsys, demo_opts):
+    opts = demo_opts
     output = tmp_path / "demo"
     results = run_demo(Path("configs/Digits"), output, opts)
     models = ["convolution", "attention, convolutional stem", "attention"]

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detectron2.modeling import build_model
 from PIL import Image
 
-from sasa_det.analysis.paper_tables import PAPER_TABLES
+from sasa_det.analysis.san_paper import SAN_RELATIONS
 from sasa_det.benchmark.measure import Settings
 from sasa_det.benchmark.models import CASES
 from sasa_det.config.load import load_config
@@ -17,6 +18,7 @@ from sasa_det.engine import ablations, evidence, measured_steps
 from sasa_det.engine.experiments import Experiment, Experiments, overrides
 from sasa_det.engine.measured_steps import measure_steps
 from sasa_det.errors import UsageError
+from sasa_det.layers import PairwiseAttention2d, PatchwiseAttention2d
 
 ROOT = Path(__file__).parents[2]
 TINY = overrides(
@@ -96,22 +98,69 @@ def test_a_refused_experiment_is_named_with_the_reason(tmp_path, tiny):
 
 @pytest.mark.parametrize("name", ablations.FINDINGS)
 def test_rows_change_what_the_papers_models_change(name):
-    table = PAPER_TABLES[name]
+    table = ablations.TABLES[name]
     rows = {row.name for row in table.rows}
     assert {f.better for f in ablations.FINDINGS[name]} <= rows
     assert {f.worse for f in ablations.FINDINGS[name]} <= rows
-    small = "Digits/classifier_SASA_conv_stem.yaml"
+    small = ablations._default_config(name)
     for row in table.rows:
-        experiment = ablations._experiment(ROOT, name, table, row, 3, small, ())
+        experiment = ablations._experiment(ROOT, table, row, 3, small, ())
         cfg = load_config(str(ROOT / "configs" / small), list(experiment.overrides))
         large = load_config(str(ROOT / "configs" / table.folder / f"{row.config}.yaml"))
         for key in ("STEM_VALUES", "ATTENTION_STAGES", "POSITION", "CONTENT"):
             assert cfg.MODEL.SASA[key] == large.MODEL.SASA[key], (row.name, key)
         assert cfg.SEED == 3
+        assert cfg.MODEL.BACKBONE.NAME == large.MODEL.BACKBONE.NAME
+        for key in ("ATTENTION", "RELATION", "DEPTH"):
+            assert cfg.MODEL.SAN[key] == large.MODEL.SAN[key], (row.name, key)
         if name == "Table 4":
             assert cfg.MODEL.SASA.KERNEL_SIZE == large.MODEL.SASA.KERNEL_SIZE
         if name == "Table 7":
             assert cfg.MODEL.SASA.STEM == large.MODEL.SASA.STEM == "attention"
+
+
+def test_san_relations_are_all_that_there_are():
+    small, found = "Digits/classifier_SAN_pairwise.yaml", []
+    for row in SAN_RELATIONS.rows:
+        experiment = ablations._experiment(ROOT, SAN_RELATIONS, row, 1, small, ())
+        words = [*experiment.overrides, "MODEL.DEVICE", "meta"]
+        with torch.device("meta"):
+            model = build_model(load_config(str(ROOT / "configs" / small), words))
+        layers = [
+            m for m in model.modules() if isinstance(m, (PairwiseAttention2d, PatchwiseAttention2d))
+        ]
+        ((kind, relation),) = {(layer.kind, layer.relation) for layer in layers}
+        assert row.name == f"{kind}, {relation.replace('hadamard', 'Hadamard').replace('_', ' ')}"
+        assert len(layers) == 10
+        found.append((kind, relation))
+    assert found == [
+        *(("pairwise", relation) for relation in PairwiseAttention2d.relations),
+        *(("patchwise", relation) for relation in PatchwiseAttention2d.relations),
+    ]
+
+
+def test_a_table_needs_the_backbone_whose_keys_it_changes(tmp_path, tiny):
+    data = tiny("any").overrides[-2:]
+    for tables, config, told in (
+        (["san_relations"], "Quick/classifier_SASA.yaml", "build_san_backbone, and Quick/"),
+        (["5"], "Digits/classifier_SAN_pairwise.yaml", "build_sasa_resnet_backbone, and Digits/"),
+    ):
+        with pytest.raises(UsageError, match=f"--tables {tables[0]} needs .* {told}"):
+            ablations.run_ablations(ROOT, tmp_path / "output", tables, config, data, [1], 1)
+    assert not (tmp_path / "output").exists()
+
+
+def test_report_of_san_relations():
+    results = {row.name: [60.0 + i, 62.0 + i] for i, row in enumerate(SAN_RELATIONS.rows)}
+    report = ablations._report("san_relations", SAN_RELATIONS, results)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines()]
+    assert ["pairwise, subtraction", "74.9", "61.0", "1.4"] in cells
+    assert ["pairwise, summation", "", "62.0", "1.4"] in cells
+    better = "The paper's patchwise model is better than its pairwise model."
+    assert [better, "holds (+5.0 ± 1.4)"] in cells
+    worse = "Subtraction, as in the paper's pairwise models, is better than dot product."
+    assert [worse, "the opposite holds (-4.0 ± 1.4)"] in cells
+    assert len(ablations.FINDINGS["san_relations"]) == 7
 
 
 @pytest.mark.parametrize(

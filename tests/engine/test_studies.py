@@ -96,5 +96,7 @@ def test_variants_are_configs_of_the_classifier(name):
 
 
 def test_the_names_of_all_tables_are_known(tmp_path):
-    with pytest.raises(UsageError, match="'logit' must be of 3, 4, 5, 6, 7, logits, optimizers"):
+    with pytest.raises(
+        UsageError, match="'logit' must be of 3, 4, 5, 6, 7, san_relations, logits, opt"
+    ):
         ablations.run_ablations(ROOT, tmp_path, ["logit"], CONFIG, (), [1], 1)

@@ -8,6 +8,7 @@ import yaml
 
 from sasa_det.analysis.complexity import count_config, total
 from sasa_det.analysis.paper_tables import ABLATIONS, PAPER_TABLES
+from sasa_det.analysis.san_paper import SAN_RELATIONS
 from sasa_det.engine import load_config
 
 FOLDER = Path(__file__).parents[2] / "configs" / ABLATIONS
@@ -90,7 +91,9 @@ def count():
 
 def test_every_row_has_a_config_and_every_config_a_row():
     names = {path.stem for path in FOLDER.glob("*.yaml")} - {"Base-Ablation"}
-    assert names == set(PRINTED) == set(COUNTS)
+    relations = {row.config for row in SAN_RELATIONS.rows}
+    assert names - relations == set(PRINTED) == set(COUNTS)
+    assert relations < names and len(relations) == 8
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -180,3 +183,15 @@ def test_a_config_changes_a_key_or_two(name):
     assert not values
     assert set(model) <= {"RESNETS", "SASA"}
     assert sum(len(section) for section in model.values()) <= 2
+
+
+@pytest.mark.parametrize("row", SAN_RELATIONS.rows, ids=lambda row: row.config)
+def test_a_relation_of_san_is_all_that_its_config_changes(row):
+    cfg = load_config(str(FOLDER / f"{row.config}.yaml"))
+    model = load_config(f"configs/ImageNet/SAN10_{cfg.MODEL.SAN.ATTENTION}.yaml")
+    for each in (cfg, model):
+        each.defrost()
+        each.OUTPUT_DIR = ""
+    assert row.config == f"san_{cfg.MODEL.SAN.ATTENTION}_{cfg.MODEL.SAN.RELATION}"
+    cfg.MODEL.SAN.RELATION = ""
+    assert cfg == model

@@ -1,4 +1,4 @@
-"""Every yaml config of COCO has a LazyConfig of its name that says the same."""
+"""The yaml configs of COCO have LazyConfigs of their names that say the same."""
 
 from collections.abc import Mapping
 from itertools import islice
@@ -19,11 +19,11 @@ from sasa_det.engine import Trainer, load_config
 from sasa_det.engine.schedule import in_iterations, scale_learning_rate
 from sasa_det.engine.trainer import LazyTrainer
 
-# SAN has yaml configs alone.
+# Of the detectors on SANs, which change a value of each other, the RetinaNets on the smallest.
 CONFIGS = sorted(
     path
     for path in Path(__file__).parents[2].glob("configs/COCO-*/*.yaml")
-    if "SAN" not in path.name
+    if "SAN" not in path.name or path.name.startswith("retinanet_SAN10_")
 )
 each_pair = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 
@@ -81,9 +81,9 @@ def holds_modules(value):
     return isinstance(value, (list, tuple)) and any(isinstance(v, nn.Module) for v in value)
 
 
-def test_every_yaml_config_has_a_lazy_twin_and_there_are_no_others():
+def test_these_yaml_configs_have_lazy_twins_and_there_are_no_others():
     lazy = sorted(Path(__file__).parents[2].glob("configs/COCO-*/*.py"))
-    assert [path.with_suffix(".yaml") for path in lazy] == CONFIGS and len(CONFIGS) == 6
+    assert [path.with_suffix(".yaml") for path in lazy] == CONFIGS and len(CONFIGS) == 8
 
 
 def test_every_key_of_a_run_has_a_lazy_key():

@@ -125,6 +125,7 @@ class SAN(WarnsInTraining, Backbone):
         attention: str = "pairwise",
         relation: str | None = None,
         position_size: int = 0,
+        width_multiplier: float = 1.0,
         in_channels: int = 3,
         norm: str = "BN",
         num_classes: int | None = None,
@@ -141,6 +142,8 @@ class SAN(WarnsInTraining, Backbone):
                 attention run from -1 to 1, whatever the side of the image at hand; 0 for the
                 latter, as published. The size of the images of pretraining keeps, at any size,
                 the positions that were learned.
+            width_multiplier: factor on the width of every layer, a multiple of 0.25. The weights
+                of a window are as many at any width: as many more or fewer channels share one.
             in_channels: channels of the image.
             norm: see :func:`detectron2.layers.get_norm`.
             num_classes: number of outputs of the feature linear, which needs it.
@@ -191,6 +194,7 @@ class SAN(WarnsInTraining, Backbone):
             ("res5" if name == "linear" else name for name in out_features), key=STAGES.index
         )
         self.stage_names = STAGES[: STAGES.index(last) + 1]
+        widths = _widths(width_multiplier)
         channels, stride = in_channels, 1
         for i, name in enumerate(self.stage_names):
             stride *= 2
@@ -198,19 +202,21 @@ class SAN(WarnsInTraining, Backbone):
                 "kernel_size": KERNEL_SIZES[i],
                 "relation": relation,
                 "backend": backend,
+                # As many weights as at full width, where 8 channels share one.
+                "share_channels": int(8 * width_multiplier),
             }
             if attention == "pairwise":
                 options["position_size"] = -(-position_size // stride)
             stage = _Stage(
                 channels,
-                CHANNELS[i],
+                widths[i],
                 NUM_BLOCKS[depth][i],
                 partial(layer, **options),
                 lambda channels: get_norm(norm, channels) or nn.Identity(),
                 is_stem=name == "stem",
             )
             self.add_module(name, stage)
-            channels = CHANNELS[i]
+            channels = widths[i]
             self._out_feature_channels[name] = channels
             self._out_feature_strides[name] = stride
         self.linear = None
@@ -230,6 +236,7 @@ class SAN(WarnsInTraining, Backbone):
             "attention": san.ATTENTION,
             "relation": san.RELATION or None,
             "position_size": san.POSITION_SIZE,
+            "width_multiplier": san.WIDTH_MULTIPLIER,
             "in_channels": input_shape.channels,
             "norm": san.NORM,
             "num_classes": (
@@ -269,6 +276,16 @@ class SAN(WarnsInTraining, Backbone):
             if freeze_at >= number:
                 getattr(self, name).freeze()
         return self
+
+
+def _widths(factor: float) -> list[int]:
+    """Return the channels of the stages, a sixteenth of which are those of relations."""
+    if not (factor > 0 and factor % 0.25 == 0):
+        raise ValueError(
+            "width_multiplier (MODEL.SAN.WIDTH_MULTIPLIER) must be a positive multiple of 0.25, "
+            f"got {factor}."
+        )
+    return [int(channels * factor) for channels in CHANNELS]
 
 
 @BACKBONE_REGISTRY.register()

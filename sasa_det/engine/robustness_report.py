@@ -1,0 +1,52 @@
+"""Tables of how accurate classifiers stay on changed images."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from tabulate import tabulate
+
+from ..evaluation.robustness import UNTOUCHED
+from .evidence import mean_and_spread
+from .studies import difference
+
+
+def robustness_report(top1: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Return tables in Markdown: accuracies, the points that each change costs, and rankings.
+
+    Args:
+        top1: accuracies in percent of the seeds, by classifier and by what was done to the images;
+            the first classifier is the one that the others are compared with.
+    """
+    first, *others = top1
+    probes = list(top1[first])
+    lost = {
+        name: {
+            probe: [a - b for a, b in zip(found[UNTOUCHED], found[probe], strict=True)]
+            for probe in probes[1:]
+        }
+        for name, found in top1.items()
+    }
+
+    def table(title: str, rows: list[list[str]], columns: Sequence[str]) -> str:
+        return tabulate(rows, [title, *columns], tablefmt="github", disable_numparse=True)
+
+    rows = [[name, *map(mean_and_spread, found.values())] for name, found in top1.items()]
+    tables = [table("top-1", rows, probes)]
+    rows = [[name, *map(mean_and_spread, found.values())] for name, found in lost.items()]
+    tables.append(table("points lost", rows, probes[1:]))
+    if others:
+        rows = [
+            [name, *(difference(lost[name][probe], lost[first][probe]) for probe in probes[1:])]
+            for name in others
+        ]
+        tables.append(table(f"points lost, minus those of {first}", rows, probes[1:]))
+        tables.append(
+            "After ± is the standard deviation over seeds, in the last table the standard error of "
+            "the difference."
+        )
+        ranks = [
+            [probe, ", ".join(sorted(lost, key=lambda name: statistics.mean(lost[name][probe])))]
+            for probe in probes[1:]
+        ]
+        tables.append(table("images", ranks, ["classifiers, from fewest points lost to most"]))
+    return "\n\n".join(tables)
