@@ -204,11 +204,11 @@ class AttentionStem(nn.Module):
             affine = self._ones_and_zeros() if kind == "nothing" else constant_affine(norm).terms
             if not _needs_gradient(*tensors, *affine):
                 return pooled_stem_attention(*tensors, *affine, **blocks)
-            if has_stem_kernels(x, self.block_size) and x.numel() > 0:
+            if self._has_kernels(x):
                 return normalized_stem_attention(*tensors, *affine, num_heads=heads, eps=None)[0]
         pixels = x.numel() // self.in_channels
         # A norm of a single value is left to PyTorch, which refuses it.
-        if kind == "batch" and pixels > 1 and has_stem_kernels(x, self.block_size):
+        if kind == "batch" and pixels > 1 and self._has_kernels(x):
             one, zero = self._ones_and_zeros()
             weight = one if norm.weight is None else norm.weight
             bias = zero if norm.bias is None else norm.bias
@@ -218,6 +218,10 @@ class AttentionStem(nn.Module):
             update_running_statistics(norm, mean, variance, pixels)
             return output
         return self._pool(stem_attention(*tensors, **blocks))
+
+    def _has_kernels(self, x: Tensor) -> bool:
+        shape = (self.block_size, self.out_channels, self.num_heads)
+        return x.numel() > 0 and has_stem_kernels(x, *shape)
 
     def _ones_and_zeros(self) -> list[Tensor]:
         """Return what stands for a norm without weights, as a scale and a shift."""

@@ -66,11 +66,12 @@ def _blocks(
     for x, gradient in zip(logits, gradients, strict=True):
         num_anchors, num_classes = x.shape[1:]
         length = max(_BLOCK.get(x.device.type, _LARGE_BLOCK) // num_classes, 1)
-        for image in range(x.shape[0]):
-            classes = labels[image, first : first + num_anchors].split(length)
-            rows = x[image].split(length)
-            places = [None] * len(rows) if gradient is None else gradient[image].split(length)
-            yield from zip(rows, classes, places, strict=True)
+        rows = x.flatten(0, 1).split(length)
+        classes = labels[:, first : first + num_anchors].flatten().split(length)
+        places = [None] * len(rows)
+        if gradient is not None:
+            places = gradient.flatten(0, 1).split(length)
+        yield from zip(rows, classes, places, strict=True)
         first += num_anchors
 
 

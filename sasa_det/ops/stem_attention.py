@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu, standard_blocks
+from . import cpu, standard_blocks, stem_cuda
 from .block_attention import block_attention, mixed_values, mixture_gradients
 from .blocks import STEM_BLOCK, place_matrices, relative_embedding
 from .exporting import is_making_onnx
@@ -52,7 +52,7 @@ def stem_attention(
     tensors = (x, query, key, value, mixing, rel_rows, rel_cols)
     if is_making_onnx() and block_size == STEM_BLOCK:
         return standard_blocks.stem_attention(*tensors, num_heads)
-    if has_stem_kernels(x, block_size):
+    if _has_cpu_kernels(x, block_size):
         return _attend(*tensors, num_heads)
     if mixing is None:
         values = F.conv2d(x, value[0, :, :, None, None])
@@ -99,15 +99,31 @@ def pooled_stem_attention(
     with torch.no_grad():
         if is_making_onnx() and block_size == STEM_BLOCK:
             return standard_blocks.pooled_stem_attention(*tensors, scale, shift, num_heads)
-        if has_stem_kernels(x, block_size):
+        if _has_cpu_kernels(x, block_size):
             return _attend_pooled(*tensors, scale, shift, num_heads)
+        if has_stem_kernels(x, block_size, query.shape[0], num_heads):
+            norm = {"num_heads": num_heads, "eps": None}
+            return normalized_stem_attention(*tensors, scale, shift, **norm)[0]
         output = stem_attention(*tensors, block_size=block_size, num_heads=num_heads)
         output = F.relu(output * scale[:, None, None] + shift[:, None, None])
         return max_pool_rounding_up(output, block_size)
 
 
-def has_stem_kernels(x: Tensor, block_size: int) -> bool:
-    """Tell whether the C++ kernels of the stem run for images like ``x``."""
+def has_stem_kernels(x: Tensor, block_size: int, channels: int, num_heads: int) -> bool:
+    """Tell whether kernels run the stem with norm, ReLU and max pool for images like ``x``.
+
+    Args:
+        x: (N, C_in, H, W).
+        block_size: side of a block in pixels.
+        channels: of the output.
+        num_heads: number of heads.
+    """
+    if _has_cpu_kernels(x, block_size):
+        return True
+    return block_size == STEM_BLOCK and stem_cuda.why_not(x, channels, num_heads) is None
+
+
+def _has_cpu_kernels(x: Tensor, block_size: int) -> bool:
     return block_size == STEM_BLOCK and cpu.why_not(x, num_heads=1, kernel_size=1) is None
 
 
@@ -144,6 +160,9 @@ def normalized_stem_attention(
         which is differentiable, and mean and biased variance of each channel over all pixels, (C,)
         in float32, which are not; they are empty for ``eps`` None.
     """
+    if x.device.type == "cuda":
+        matrices = _projections(query, key, value, mixing)
+        return stem_cuda.normalized(x, *matrices, rel_rows, rel_cols, weight, bias, num_heads, eps)
     output, _, mean, variance = _attend_normalized(
         x, query, key, value, mixing, rel_rows, rel_cols, weight, bias, num_heads, eps
     )

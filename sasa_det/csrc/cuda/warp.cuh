@@ -68,6 +68,12 @@ DEVICE void load_shared(u32 (&words)[4], Shared from) {
                : "r"(from)
                : "memory");
 }
+DEVICE void load_shared(float (&values)[4], Shared from) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3])
+               : "r"(from)
+               : "memory");
+}
 DEVICE void load_shared(float (&pair)[2], Shared from) {
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
                : "=f"(pair[0]), "=f"(pair[1])
@@ -83,6 +89,11 @@ DEVICE void load_shared(u16& half, Shared from) {
 DEVICE void store_shared(Shared to, const u32 (&words)[4]) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]), "r"(words[1]),
                "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+DEVICE void store_shared(Shared to, const float (&values)[4]) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(values[0]),
+               "f"(values[1]), "f"(values[2]), "f"(values[3])
                : "memory");
 }
 DEVICE void store_shared(Shared to, u32 first, u32 second) {

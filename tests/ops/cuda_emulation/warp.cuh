@@ -348,6 +348,9 @@ DEVICE u32 held_zero() { return 0; }
 DEVICE void load_shared(u32 (&words)[4], Shared from) {
   memcpy(words, emulation::shared(from, 16), 16);
 }
+DEVICE void load_shared(float (&values)[4], Shared from) {
+  memcpy(values, emulation::shared(from, 16), 16);
+}
 DEVICE void load_shared(float (&pair)[2], Shared from) {
   memcpy(pair, emulation::shared(from, 8), 8);
 }
@@ -357,6 +360,9 @@ DEVICE void load_shared(float& value, Shared from) {
 DEVICE void load_shared(u16& half, Shared from) { memcpy(&half, emulation::shared(from, 2), 2); }
 DEVICE void store_shared(Shared to, const u32 (&words)[4]) {
   memcpy(emulation::shared(to, 16), words, 16);
+}
+DEVICE void store_shared(Shared to, const float (&values)[4]) {
+  memcpy(emulation::shared(to, 16), values, 16);
 }
 DEVICE void store_shared(Shared to, u32 first, u32 second) {
   const u32 pair[2] = {first, second};
