@@ -212,11 +212,47 @@ def embedding_sums_shape(images: Tensor) -> tuple[int, int, int]:
     return (batch * tile_rows * tile_cols, channels, 8)
 
 
-def embedding_gradients(sums: Tensor, variant: Variant) -> tuple[Tensor, Tensor]:
-    """Return the gradients of rel_rows and rel_cols from the tiles' sums."""
-    by_head = sums.sum(0).unflatten(0, (-1, variant.head_width))[..., : variant.kernel_size]
-    rows, cols = by_head.split(variant.head_width // 2, 1)
-    return rows, cols
+EMBEDDINGS_HEADER = "local_attention_embeddings.cuh"
+_EmbeddingArguments = type(
+    "EmbeddingArguments",
+    (ctypes.Structure,),
+    {
+        "_fields_": [
+            *((name, ctypes.c_uint) for name in ("tiles", "channels")),
+            *((x, ctypes.c_void_p) for x in ("grad_embeddings", "grad_rows", "grad_cols")),
+        ]
+    },
+)
+
+
+def embeddings_name(variant: Variant) -> str:
+    """Return the name of the kernel of :func:`launch_of_embeddings`, with template arguments."""
+    return f"local_attention_embeddings<{variant.head_width}, {variant.kernel_size}>"
+
+
+def launch_of_embeddings(
+    variant: Variant, sums: Tensor, grad_rows: Tensor, grad_cols: Tensor
+) -> Launch:
+    """Return how the kernel is started that adds up what there is of each tile.
+
+    Args:
+        variant: what it is compiled for.
+        sums: of :func:`embedding_sums_shape`, float32.
+        grad_rows, grad_cols: (num_heads, C // num_heads // 2, kernel_size), float32, which it
+            writes.
+    """
+    tiles, channels, _ = sums.shape
+    arguments = _EmbeddingArguments(
+        tiles, channels, *(x.data_ptr() for x in (sums, grad_rows, grad_cols))
+    )
+    # A block has 32 of a tile's sums, and a thread four of them in shared memory.
+    return Launch(
+        EMBEDDINGS_HEADER,
+        embeddings_name(variant),
+        (channels * 8 // 32, 1, 1),
+        THREADS * 4 * 4,
+        arguments,
+    )
 
 
 def pixel_stride(x: Tensor) -> int | None:

@@ -118,13 +118,14 @@ DEVICE void copy_pixels(Shared to, const u16* from, u32 stride, const Block& blo
   to += me.warp * ROW_BYTES;
 #pragma unroll
   for (int r = 0; r < ROWS; r += WARPS) {
-    if (r + WARPS > ROWS && me.warp + r >= ROWS) break;
+    const bool in_tile = r + WARPS <= ROWS || me.warp + r < ROWS;
     const bool in_rows = wanted && block.has_row(y + r);
     const u16* chunks = row;
 #pragma unroll
     for (int c = 0; c < COLS; c += STEP) {
       copy_async(to + r * ROW_BYTES + H::at(col + c, chunk), chunks,
-                 in_rows && block.has_col(x + c), c + STEP <= COLS || col + c < COLS);
+                 in_rows && block.has_col(x + c),
+                 in_tile && (c + STEP <= COLS || col + c < COLS));
       chunks += col_step;
     }
     row += row_step;

@@ -57,6 +57,12 @@ template <typename T>
 DEVICE T load(const T* from) {
   return __ldg(from);
 }
+// 16 bytes.
+DEVICE void load(float (&values)[4], const float* from) {
+  asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3])
+               : "l"(from));
+}
 DEVICE void store(u32* to, u32 value) {
   asm volatile("st.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
 }

@@ -348,6 +348,10 @@ DEVICE T load(const T* from) {
   emulation::check_global(from, sizeof(T), false);
   return *from;
 }
+DEVICE void load(float (&values)[4], const float* from) {
+  emulation::check_global(from, 16, false);
+  memcpy(values, from, 16);
+}
 template <typename T>
 DEVICE void store(T* to, T value) {
   emulation::check_global(to, sizeof(T), true);
