@@ -70,13 +70,13 @@ class Variant:
 
     def forward_bytes(self) -> int:
         """Return the shared memory of a block of the forward kernel."""
-        return self._attended_bytes() + 2 * self.own_bytes()
+        return (1 + self.content) * self.tile_bytes() + self.own_bytes() + self.embedding_bytes()
 
     def query_bytes(self) -> int:
         """Return the shared memory of a block of the kernel for gradients of queries."""
         # For heads of 64 channels the sums take the place of the tiles.
         sums = _WARPS * 32 * 8 * 4 if self.position and self.head_width < 64 else 0
-        return self._attended_bytes() + 2 * self.own_bytes() + sums
+        return self.forward_bytes() + self.own_bytes() + sums
 
     def key_bytes(self) -> int:
         """Return the shared memory of a block of the kernel for gradients of keys and values."""
@@ -88,9 +88,6 @@ class Variant:
     def query_terms_of_warp(self) -> int:
         """Return how often a warp of that kernel finds the terms of 16 queries of a head."""
         return -(-(_TILE_COLS + 7) // 8)
-
-    def _attended_bytes(self) -> int:
-        return (1 + self.content) * self.tile_bytes() + self.embedding_bytes()
 
     def _halo_rows(self) -> int:
         return _TILE_ROWS + self.kernel_size - 1
@@ -104,7 +101,6 @@ class _Sizes(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int) for name in ("height", "width", "heads")),
         ("groups_inverse", ctypes.c_uint),
-        ("tiles_of_block", ctypes.c_int),
     )
 
 
@@ -164,15 +160,12 @@ class Launch:
     arguments: ctypes.Structure
 
 
-def launch_of(
-    kernel: str, variant: Variant, tiles_of_block: int = 1, **tensors: Tensor | None
-) -> Launch:
+def launch_of(kernel: str, variant: Variant, **tensors: Tensor | None) -> Launch:
     """Return how a kernel is started.
 
     Args:
         kernel: one of :data:`KERNELS`.
         variant: what it is compiled for.
-        tiles_of_block: how many tiles a block has one below the other; 1 in the backward pass.
         **tensors: what its file names, None for what the variant does not have. Images are
             (N, H, W, C), and :func:`pixel_stride` has a stride of each; embeddings are
             (num_heads, C // num_heads // 2, kernel_size), log_sum and mean (N, num_heads, H, W),
@@ -183,7 +176,7 @@ def launch_of(
     tile_rows, tile_cols = _tiles(height, width)
     arguments = KERNELS[kernel].arguments()
     groups_inverse = -(-(2**32) // groups) % 2**32
-    arguments.sizes = _Sizes(height, width, channels // variant.head_width, groups_inverse, tiles_of_block)
+    arguments.sizes = _Sizes(height, width, channels // variant.head_width, groups_inverse)
     for name, kind in arguments._fields_:
         if kind is ctypes.c_void_p and (x := tensors[name]) is not None:
             setattr(arguments, name, x.data_ptr())
@@ -192,7 +185,7 @@ def launch_of(
     return Launch(
         KERNELS[kernel].header,
         variant.name(kernel),
-        (groups * tile_cols, -(-tile_rows // tiles_of_block), batch),
+        (groups * tile_cols, tile_rows, batch),
         KERNELS[kernel].shared_bytes(variant),
         arguments,
     )

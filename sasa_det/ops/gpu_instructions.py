@@ -75,10 +75,8 @@ def is_conditional(instruction: Instruction) -> bool:
     return bool(predicate or _CONDITION.match(operands))
 
 
-def instructions_per_head(
-    kernel: CompiledKernel, heads: int, inner: int = 1, tiles: int = 1
-) -> float:
-    """Count the instructions that a warp executes in a block, over its heads and tiles.
+def instructions_per_head(kernel: CompiledKernel, heads: int, inner: int = 1) -> float:
+    """Count the instructions that a warp executes in a block, over the heads of the block.
 
     It is the longest way through the code, but for what follows a vote: that is for values that are
     not finite.
@@ -87,32 +85,19 @@ def instructions_per_head(
         kernel: what was compiled.
         heads: number of the block's heads, over which the kernel loops.
         inner: how often a loop inside of that one is run through for a head, if there is one.
-        tiles: number of the block's tiles, if the kernel has a loop over them around that one.
 
     Raises:
         RuntimeError: if the disassembler is not installed, or cannot read the code.
     """
-    listing = print_code(kernel.code, kernel.name)
-    return _executed(listing, heads, inner, tiles) / (heads * tiles)
+    return _executed(print_code(kernel.code, kernel.name), heads, inner) / heads
 
 
-def _executed(listing: str, heads: int, inner: int, tiles: int) -> int:
+def _executed(listing: str, heads: int, inner: int) -> int:
     code, labels = read_listing(listing)
-    # Branches back; the loops over heads and over tiles are those with the vote.
+    # Branches back; the loop over heads is the one with the vote.
     limits: dict[int, int] = {}
     rounds: dict[int, int] = {}
     vote = next(i for i, (_, name, _) in enumerate(code) if name.startswith("VOTE.ANY"))
-    around = sorted(
-        {
-            target
-            for i, instruction in enumerate(code)
-            if instruction[1].startswith("BRA")
-            and (target := target_of(instruction, labels)) is not None
-            and target <= vote < i
-        },
-        reverse=True,
-    )
-    times = dict(zip(around, (heads, tiles), strict=False))
     count = at = 0
     voted = False
     while True:
@@ -125,7 +110,7 @@ def _executed(listing: str, heads: int, inner: int, tiles: int) -> int:
         elif name.startswith(("BRA", "EXIT")):
             target = target_of(instruction, labels)
             if target is not None and target < at:
-                limits[at] = times.get(target, inner)
+                limits[at] = heads if target <= vote < at else inner
                 rounds[at] = rounds.get(at, 0) + 1
                 taken = rounds[at] < limits[at]
                 if not taken:

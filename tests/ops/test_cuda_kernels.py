@@ -125,9 +125,9 @@ class Start(ctypes.Structure):
     ]
 
 
-def run(library, kernel, case, tensors, results, skipped=-1, seed=0, height=None, tiles=1):
+def run(library, kernel, case, tensors, results, skipped=-1, seed=0, height=None):
     """Run a kernel; return what is wrong, "" if nothing, and the number of a thread's barriers."""
-    launch = launch_of(kernel, VARIANTS[case], tiles, **tensors, **results)
+    launch = launch_of(kernel, VARIANTS[case], **tensors, **results)
     if height is not None:
         launch.arguments.sizes.height = height
     ranges = [Range(*memory(x), 0) for x in tensors.values() if x is not None]
@@ -335,30 +335,6 @@ def test_forward_equals_a_formulation_without_embeddings(library):
     assert error_of(expected_of(variant, inputs)[0], expected) <= 1e-12
 
 
-@pytest.mark.parametrize(
-    "case,heads,height,tiles",
-    [
-        ("8", 5, 30, 4),  # four tiles, the last of them in part
-        ("16", 1, 25, 2),
-        ("32", 1, 33, 5),
-        ("32-half", 1, 25, 3),
-        ("64", 1, 17, 7),
-        ("8-half", 4, 17, 3),
-        ("one", 1, 17, 3),
-        ("position", 1, 17, 3),
-        ("content", 1, 17, 3),
-    ],
-)
-def test_blocks_go_down_the_image(library, case, heads, height, tiles):
-    variant = VARIANTS[case]
-    inputs = make(variant, 1, heads, height, 3)
-    output, log_sum, _ = forward(library, case, inputs)
-    again, log_sum_again, barriers = forward(library, case, inputs, tiles=tiles)
-    # Barriers are counted in the last block.
-    assert torch.equal(output, again) and torch.equal(log_sum, log_sum_again)
-    assert error_of(output, expected_of(variant, inputs)[0]) <= TOLERANCE[variant.dtype]
-
-
 @SIZES
 def test_gradients_equal_the_reference(library, case, batch, heads, height, width):
     variant = VARIANTS[case]
@@ -421,9 +397,8 @@ def test_without_a_barrier_it_is_wrong(library, case, heads):
     grad = make_grad(inputs)
     output, log_sum, barriers = forward(library, case, inputs)
     right, (first, second) = backward(library, case, inputs, grad, log_sum)
-    # Two for the keys and values of the first head, and one when the keys of the last are read.
-    assert barriers == (2 if heads == 1 else 3) and first == 2 and second == 2 * heads
-    for barrier in range(2):
+    assert barriers == 1 and first == 2 and second == 2 * heads
+    for barrier in range(barriers):
         wrong, *_ = forward(library, case, inputs, skipped=barrier)
         assert not torch.equal(wrong, output)
     for barrier in range(max(first, second)):
@@ -432,18 +407,6 @@ def test_without_a_barrier_it_is_wrong(library, case, heads):
         # The first kernel makes the gradients of queries and embeddings, the second the others.
         assert barrier >= first or not all(equal[:1] + equal[3:])
         assert barrier >= second or not all(equal[1:3])
-
-
-@pytest.mark.parametrize("case,heads", [("32", 1), ("16-half", 2)])
-def test_without_a_barrier_between_tiles_it_is_wrong(library, case, heads):
-    inputs = make(VARIANTS[case], 1, heads, 24, 16)
-    output, _, barriers = forward(library, case, inputs, tiles=3)
-    assert barriers == (6 if heads == 1 else 9)
-    for barrier in range(barriers):
-        runs = [forward(library, case, inputs, skipped=barrier, seed=i, tiles=3) for i in range(3)]
-        right = all(torch.equal(wrong, output) for wrong, *_ in runs)
-        # After the keys of the last head no others come for the last tile.
-        assert right == (heads > 1 and barrier == barriers - 1), barrier
 
 
 @pytest.mark.parametrize("case,channels", [("8", 24), ("32", 64)])

@@ -16,8 +16,9 @@ struct ForwardArguments {
 };
 
 template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION>
-DEVICE void attend_one_by_one(const ForwardArguments& x, const OwnPixels<DEPTH>& outputs,
-                              const Block& block, const Thread& me, int head) {
+DEVICE void attend_one_by_one(const ForwardArguments& x, Shared keys, Shared values,
+                              const OwnPixels<DEPTH>& outputs, const Block& block,
+                              const Thread& me, int head) {
   const OnePixel<T, DEPTH, KERNEL> pixel(block, me, head);
   if (!pixel.inside) return;
   const u16* query = pixel.of(x.query, x.query_stride, 0);
@@ -26,7 +27,7 @@ DEVICE void attend_one_by_one(const ForwardArguments& x, const OwnPixels<DEPTH>&
 #pragma unroll 1
     for (int d = 0; d < DEPTH; ++d) {
       const float q = T::low(load(query + d));
-      if (CONTENT) sum += q * pixel.of_window(x.key, x.key_stride, row, col, d);
+      if (CONTENT) sum += q * pixel.of_window(keys, row, col, d);
       if (POSITION) sum += q * pixel.embedding(x.rel_rows, x.rel_cols, row, col, d);
     }
     return sum;
@@ -48,8 +49,7 @@ DEVICE void attend_one_by_one(const ForwardArguments& x, const OwnPixels<DEPTH>&
         total += weight;
 #pragma unroll
         for (int d = 0; d < 8; ++d)
-          sums[d] += weight * pixel.of_window(x.value, x.value_stride, i / KERNEL, i % KERNEL,
-                                              8 * chunk + d);
+          sums[d] += weight * pixel.of_window(values, i / KERNEL, i % KERNEL, 8 * chunk + d);
       }
     const float inverse = reciprocal_of(total);
     u32 words[4];
@@ -63,125 +63,95 @@ DEVICE void attend_one_by_one(const ForwardArguments& x, const OwnPixels<DEPTH>&
   }
 }
 
-// A block goes down the image, tile by tile: keys of the next tile are on their way while values of
-// this one are read, and the other way round.
 template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION>
 __global__ void __launch_bounds__(THREADS, DEPTH < 64 ? 3 : 2)
     local_attention_forward(const ForwardArguments x) {
   using H = Heads<DEPTH>;
-  using Own = OwnPixels<DEPTH>;
-  constexpr int ROWS = KERNEL + 1, RING_ROWS = halo_rows(KERNEL);
-  constexpr int TILE = tile_bytes<DEPTH, KERNEL>();
+  constexpr int ROWS = KERNEL + 1;
   const Thread me;
-  Block block = Block::of<DEPTH>(x.sizes);
-  const Shared keys = shared_memory(), values = CONTENT ? keys + TILE : keys;
-  // Queries, then outputs, of this tile and of the next in turn.
-  const Shared queries = values + TILE, embeddings = queries + 2 * Own::BYTES;
-  if (CONTENT) copy_tile<DEPTH, KERNEL>(keys, x.key, x.key_stride, block, me);
-  Own(queries, me).copy(x.query, x.query_stride, block, me);
-  if (POSITION)
-    Embeddings<DEPTH, KERNEL>::template prepare<T>(embeddings, x.rel_rows, x.rel_cols, block, me);
+  const Block block = Block::of<DEPTH>(x.sizes);
+  const Attended<T, DEPTH, KERNEL, CONTENT, POSITION> attended(x, block, me);
+  const OwnPixels<DEPTH>& outputs = attended.queries;  // in their place
+  const Pixels pixels(block, me);
   const Windows windows(me);
-  Ring<DEPTH, KERNEL> ring;
+  Terms<DEPTH, KERNEL, MASK, POSITION> terms(block, me);
+  wait_for_copies();
+  wait_for_block();
 #pragma unroll 1
-  for (int tile = 0; tile < x.sizes.tiles_of_block && block.top < block.height; ++tile) {
-    const Own own(queries + tile % 2 * Own::BYTES, me);
-    const Pixels pixels(block, me);
-    Terms<DEPTH, KERNEL, MASK, POSITION> terms(block, me);
-    const WindowRows<DEPTH, RING_ROWS> rows(ring, me);
-    wait_for_copies();
-    wait_for_block();  // which may still read the last values
-    if (tile == 0)
-      copy_tile<DEPTH, KERNEL>(values, x.value, x.value_stride, block, me);
-    else
-      ring.above().copy_new(values, x.value, x.value_stride, block, me);
-#pragma unroll 1
-    for (int head = 0; head < block.heads; ++head) {
-      u32 a[H::STEPS][4];
-      own.load(a, x.query, x.query_stride, block, pixels, me, head);
-      terms.template find<T>(a, embeddings, head, me);
-      float logits[ROWS / 2][2][4];
-      const PixelsAsColumns<DEPTH, RING_ROWS> keys_as_columns(keys, rows, me, head);
+  for (int head = 0; head < block.heads; ++head) {
+    u32 a[H::STEPS][4];
+    attended.queries.load(a, x.query, x.query_stride, block, pixels, me, head);
+    terms.template find<T>(a, attended.embeddings, head, me);
+    float logits[ROWS / 2][2][4];
+    const PixelsAsColumns<DEPTH> keys_as_columns(attended.keys, me, head);
+#pragma unroll
+    for (int j = 0; j < ROWS; j += 2)
+      window_products<T, CONTENT>(logits[j / 2], a, keys_as_columns, windows, j,
+                                  [&](int r, int i) { return terms.start(j + r, i); });
+    float shift[2], total[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float highest = fmaxf(logits[h / 2][h % 2][2 * h], logits[h / 2][h % 2][2 * h + 1]);
+#pragma unroll
+      for (int o = 1; o < KERNEL; ++o)
+        highest = fmaxf(highest, fmaxf(logits[(o + h) / 2][(o + h) % 2][2 * h],
+                                       logits[(o + h) / 2][(o + h) % 2][2 * h + 1]));
+      highest = fmaxf(highest, of_neighbour(highest, 1));
+      highest = fmaxf(highest, of_neighbour(highest, 2));
+      shift[h] = highest * LOG2_E;
+      total[h] = 0.f;
+    }
+    u32 weights[ROWS / 2][4];
+#pragma unroll
+    for (int j = 0; j < ROWS; ++j)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        u32& word = weights[j / 2][j % 2 * 2 + h];
+        const int offset = j - h;
+        if (offset < 0 || offset >= KERNEL) {
+          word = held_zero();
+          continue;
+        }
+        const float first = exp2_of(logits[j / 2][j % 2][2 * h] * LOG2_E - shift[h]);
+        const float second = exp2_of(logits[j / 2][j % 2][2 * h + 1] * LOG2_E - shift[h]);
+        total[h] += first + second;
+        word = T::pack(first, second);
+      }
+    float inverse[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      total[h] = sum_of_quad(total[h]);
+      inverse[h] = reciprocal_of(total[h]);
+    }
+    const PixelsAsRows<DEPTH> values_as_rows(attended.values, me, head);
+    u32 collected[2] = {0, 0};
+    wait_for_warp();  // whose queries give way to its outputs
+#pragma unroll
+    for (int c = 0; c < H::HEAD_CHUNKS; ++c) {
+      float sum[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
       for (int j = 0; j < ROWS; j += 2)
-        window_products<T, CONTENT>(logits[j / 2], a, keys_as_columns, windows, j,
-                                    [&](int r, int i) { return terms.start(j + r, i); });
-      float shift[2], total[2];
+        values_as_rows.template product<T>(sum, weights[j / 2], windows, j, c);
+      u32 words[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float highest = fmaxf(logits[h / 2][h % 2][2 * h], logits[h / 2][h % 2][2 * h + 1]);
-#pragma unroll
-        for (int o = 1; o < KERNEL; ++o)
-          highest = fmaxf(highest, fmaxf(logits[(o + h) / 2][(o + h) % 2][2 * h],
-                                         logits[(o + h) / 2][(o + h) % 2][2 * h + 1]));
-        highest = fmaxf(highest, of_neighbour(highest, 1));
-        highest = fmaxf(highest, of_neighbour(highest, 2));
-        shift[h] = highest * LOG2_E;
-        total[h] = 0.f;
+        words[h] = T::pack(sum[2 * h] * inverse[h], sum[2 * h + 1] * inverse[h]);
+        collected[h] = T::add_zero_times(words[h], collected[h]);
       }
-      u32 weights[ROWS / 2][4];
-#pragma unroll
-      for (int j = 0; j < ROWS; ++j)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          u32& word = weights[j / 2][j % 2 * 2 + h];
-          const int offset = j - h;
-          if (offset < 0 || offset >= KERNEL) {
-            word = held_zero();
-            continue;
-          }
-          const float first = exp2_of(logits[j / 2][j % 2][2 * h] * LOG2_E - shift[h]);
-          const float second = exp2_of(logits[j / 2][j % 2][2 * h + 1] * LOG2_E - shift[h]);
-          total[h] += first + second;
-          word = T::pack(first, second);
-        }
-      float inverse[2];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        total[h] = sum_of_quad(total[h]);
-        inverse[h] = reciprocal_of(total[h]);
-      }
-      const bool last = head == block.heads - 1;
-      if (head == 0) wait_for_copies();  // of values
-      if (head == 0 || last) wait_for_block();
-      if (last && tile + 1 < x.sizes.tiles_of_block && block.top + TILE_ROWS < block.height) {
-        // No warp reads these keys any more.
-        const Block below = block.below();
-        if (CONTENT) ring.copy_new(keys, x.key, x.key_stride, below, me);
-        Own(queries + (tile + 1) % 2 * Own::BYTES, me)
-            .copy(x.query, x.query_stride, below, me);
-      }
-      const PixelsAsRows<DEPTH, RING_ROWS> values_as_rows(values, rows, me, head);
-      u32 collected[2] = {0, 0};
-      wait_for_warp();  // whose queries give way to its outputs
-#pragma unroll
-      for (int c = 0; c < H::HEAD_CHUNKS; ++c) {
-        float sum[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-        for (int j = 0; j < ROWS; j += 2)
-          values_as_rows.template product<T>(sum, weights[j / 2], windows, j, c);
-        u32 words[2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          words[h] = T::pack(sum[2 * h] * inverse[h], sum[2 * h + 1] * inverse[h]);
-          collected[h] = T::add_zero_times(words[h], collected[h]);
-        }
-        own.put(words, x.output, x.output_stride, block, pixels, me, head, c);
-      }
-      float* log_sum[2];
-      pixels.of_planes(log_sum, x.log_sum, x.sizes, block, head);
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        if (me.t == 0 && pixels.inside[h]) store(log_sum[h], shift[h] + log2_of(total[h]));
-      if (in_any_thread((pixels.inside[0] && not_finite(collected[0])) ||
-                        (pixels.inside[1] && not_finite(collected[1])))) {
-        wait_for_warp();  // whose threads have written what others write again
-        attend_one_by_one<T, DEPTH, KERNEL, MASK, CONTENT, POSITION>(x, own, block, me, head);
-      }
+      outputs.put(words, x.output, x.output_stride, block, pixels, me, head, c);
     }
-    wait_for_warp();
-    own.store_all(x.output, x.output_stride, block, pixels, me);
-    block = block.below();
-    ring = ring.below();
+    float* log_sum[2];
+    pixels.of_planes(log_sum, x.log_sum, x.sizes, block, head);
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      if (me.t == 0 && pixels.inside[h]) store(log_sum[h], shift[h] + log2_of(total[h]));
+    if (in_any_thread((pixels.inside[0] && not_finite(collected[0])) ||
+                      (pixels.inside[1] && not_finite(collected[1])))) {
+      wait_for_warp();  // whose threads have written what others write again
+      attend_one_by_one<T, DEPTH, KERNEL, MASK, CONTENT, POSITION>(
+          x, attended.keys, attended.values, outputs, block, me, head);
+    }
   }
+  wait_for_warp();
+  outputs.store_all(x.output, x.output_stride, block, pixels, me);
 }

@@ -181,7 +181,6 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_key(const KeyArgum
     Embeddings<DEPTH, KERNEL>::template prepare<T>(embeddings, x.rel_rows, x.rel_cols, block, me);
   const Pixels pixels(block, me);
   const Windows windows(me);
-  const WindowRows<DEPTH, 0> rows(me);
   // Tables of the queries in columns 2t and 2t + 1, or 8 further on: terms for the offset of key g,
   // and the others for offset 0.
   Shared terms[2], others[2];
@@ -211,8 +210,8 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_key(const KeyArgum
     }
     Tables::template prepare<T, POSITION>(tables, queries, embeddings, block, head, me);
     wait_for_block();
-    const PixelsAsColumns<DEPTH> queries_as_columns(queries, rows, me, head);
-    const PixelsAsColumns<DEPTH> grads_as_columns(grads, rows, me, head);
+    const PixelsAsColumns<DEPTH> queries_as_columns(queries, me, head);
+    const PixelsAsColumns<DEPTH> grads_as_columns(grads, me, head);
     u32 weights[ROWS / 2][4], slopes[ROWS / 2][4];
 #pragma unroll
     for (int j = 0; j < ROWS; j += 2) {
@@ -256,8 +255,8 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_key(const KeyArgum
         }
       }
     }
-    const PixelsAsRows<DEPTH> queries_as_rows(queries, rows, me, head);
-    const PixelsAsRows<DEPTH> grads_as_rows(grads, rows, me, head);
+    const PixelsAsRows<DEPTH> queries_as_rows(queries, me, head);
+    const PixelsAsRows<DEPTH> grads_as_rows(grads, me, head);
     u32 collected[2] = {0, 0};
 #pragma unroll
     for (int c = 0; c < H::HEAD_CHUNKS; ++c) {

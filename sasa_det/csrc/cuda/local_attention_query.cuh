@@ -133,7 +133,6 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
   const Shared sums = DEPTH < 64 ? attended.end + grads.BYTES : attended.values;
   const Pixels pixels(block, me);
   const Windows windows(me);
-  const WindowRows<DEPTH, 0> rows(me);
   Terms<DEPTH, KERNEL, MASK, POSITION> terms(block, me);
   float shift[2];
   const auto load_shifts = [&](int head) {
@@ -154,8 +153,8 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
     if (head) load_shifts(head);
     terms.template find<T>(a, attended.embeddings, head, me);
     float weights[ROWS / 2][2][4], products[ROWS / 2][2][4];
-    const PixelsAsColumns<DEPTH> keys_as_columns(attended.keys, rows, me, head);
-    const PixelsAsColumns<DEPTH> values_as_columns(attended.values, rows, me, head);
+    const PixelsAsColumns<DEPTH> keys_as_columns(attended.keys, me, head);
+    const PixelsAsColumns<DEPTH> values_as_columns(attended.values, me, head);
 #pragma unroll
     for (int j = 0; j < ROWS; j += 2) {
       window_products<T, CONTENT>(weights[j / 2], a, keys_as_columns, windows, j,
@@ -189,7 +188,7 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
       }
     u32 by_offset[4];
     if (POSITION) sums_by_offset<T, ROWS>(by_offset, slopes, windows, me);
-    const PixelsAsRows<DEPTH> keys_as_rows(attended.keys, rows, me, head);
+    const PixelsAsRows<DEPTH> keys_as_rows(attended.keys, me, head);
     u32 collected[2] = {0, 0};
     wait_for_warp();  // whose queries give way to their gradients
 #pragma unroll

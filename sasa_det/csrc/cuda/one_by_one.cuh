@@ -44,12 +44,6 @@ struct OnePixel {
                           H::at(x + col, head * H::HEAD_CHUNKS + d / 8) + d % 8 * 2);
     return T::low(half);
   }
-  // The same of images in memory, zero outside of them.
-  DEVICE float of_window(const u16* images, u32 stride, int row, int col, int d) const {
-    if (!has(row, col)) return 0.f;
-    const u16* corner = images + (block.corner - static_cast<u32>(block.place(REACH, REACH))) * stride;
-    return T::low(load(corner + block.place(y + row, x + col) * stride + channel() + d));
-  }
   // The head's embedding of an offset; both are (heads, DEPTH / 2, KERNEL).
   DEVICE float embedding(const float* rows, const float* cols, int row, int col, int d) const {
     const int first = channel() / 2 * KERNEL;

@@ -57,11 +57,10 @@ struct Thread {
 struct Sizes {
   int height, width, heads;
   u32 groups_inverse;  // 2^32 over the groups of heads, rounded up; any for one group
-  int tiles_of_block;  // that a block has one below the other
 };
 
 // The tile and the heads of a block. Its grid is the groups of heads times the tiles of a row, the
-// rows of blocks, and the images of a batch, which are (batch, height, width, channels).
+// rows of tiles, and the images of a batch, which are (batch, height, width, channels).
 struct Block {
   int height, width, top, left;
   int first_head, heads;
@@ -77,16 +76,10 @@ struct Block {
     const int tile_col = groups == 1 ? blockIdx.x : product_high(blockIdx.x, sizes.groups_inverse);
     Block block;
     block.height = sizes.height, block.width = sizes.width;
-    block.top = blockIdx.y * sizes.tiles_of_block * TILE_ROWS, block.left = tile_col * TILE_COLS;
+    block.top = blockIdx.y * TILE_ROWS, block.left = tile_col * TILE_COLS;
     block.first_head = (blockIdx.x - tile_col * groups) * COUNT;
     block.heads = min(COUNT, sizes.heads - block.first_head);
     block.corner = static_cast<u64>(blockIdx.z) * block.area() + block.place(block.top, block.left);
-    return block;
-  }
-  // The tile below.
-  DEVICE Block below() const {
-    Block block = *this;
-    block.top += TILE_ROWS, block.corner += static_cast<u32>(TILE_ROWS * width);
     return block;
   }
   DEVICE u32 area() const { return height * width; }
@@ -108,25 +101,34 @@ DEVICE Element* pixel_of(Element* images, u32 stride, const Block& block, int ro
   return held(images + block.corner * stride) + offset;
 }
 
-// If `wanted`, starts to copy `COLS` pixels of a row of the tile, from `REACH` left of it, zeros
-// outside of the image, of images whose pixels lie `stride` elements apart. A row is one warp's.
-template <int DEPTH, int REACH, int COLS>
-DEVICE void copy_row(Shared to, const u16* from, u32 stride, const Block& block, const Thread& me,
-                     int row, bool wanted = true) {
+// Starts to copy `ROWS` x `COLS` pixels, from `REACH` above and left of the tile, zeros outside of
+// the image, of images whose pixels lie `stride` elements apart.
+template <int DEPTH, int REACH, int ROWS, int COLS>
+DEVICE void copy_pixels(Shared to, const u16* from, u32 stride, const Block& block,
+                        const Thread& me) {
   using H = Heads<DEPTH>;
-  constexpr int STEP = 32 / H::CHUNKS;
+  constexpr int STEP = 32 / H::CHUNKS, ROW_BYTES = COLS * H::PIXEL_BYTES;
   const int chunk = me.lane % H::CHUNKS, col = me.lane / H::CHUNKS;
-  const int x = block.left - REACH + col;
-  const bool present = 8 * chunk < block.heads * DEPTH && block.has_row(block.top + row);
+  const int y = block.top - REACH + me.warp, x = block.left - REACH + col;
+  const bool wanted = 8 * chunk < block.heads * DEPTH;
   const u64 corner = block.corner - static_cast<u32>(block.place(REACH, REACH));
-  const u32 offset =
-      block.place(row + REACH, col) * stride + block.first_head * DEPTH + 8 * chunk;
-  const u16* chunks = held(from + corner * stride) + offset;
+  const u32 offset = block.place(me.warp, col) * stride + block.first_head * DEPTH + 8 * chunk;
+  const u16* row = held(from + corner * stride) + offset;
+  const int row_step = WARPS * block.width * stride, col_step = STEP * stride;
+  to += me.warp * ROW_BYTES;
 #pragma unroll
-  for (int c = 0; c < COLS; c += STEP) {
-    copy_async(to + H::at(col + c, chunk), chunks, present && block.has_col(x + c),
-               wanted && (c + STEP <= COLS || col + c < COLS));
-    chunks += static_cast<int>(STEP * stride);
+  for (int r = 0; r < ROWS; r += WARPS) {
+    const bool in_tile = r + WARPS <= ROWS || me.warp + r < ROWS;
+    const bool in_rows = wanted && block.has_row(y + r);
+    const u16* chunks = row;
+#pragma unroll
+    for (int c = 0; c < COLS; c += STEP) {
+      copy_async(to + r * ROW_BYTES + H::at(col + c, chunk), chunks,
+                 in_rows && block.has_col(x + c),
+                 in_tile && (c + STEP <= COLS || col + c < COLS));
+      chunks += col_step;
+    }
+    row += row_step;
   }
 }
 
@@ -134,36 +136,9 @@ DEVICE void copy_row(Shared to, const u16* from, u32 stride, const Block& block,
 template <int DEPTH, int KERNEL>
 DEVICE void copy_tile(Shared to, const u16* from, u32 stride, const Block& block,
                       const Thread& me) {
-  using H = Heads<DEPTH>;
-  constexpr int REACH = KERNEL / 2, ROWS = halo_rows(KERNEL);
-#pragma unroll
-  for (int r = 0; r < ROWS; r += WARPS)
-    copy_row<DEPTH, REACH, H::HALO_COLS>(to + (me.warp + r) * H::ROW_BYTES, from, stride, block, me,
-                                         me.warp + r - REACH,
-                                         r + WARPS <= ROWS || me.warp + r < ROWS);
+  copy_pixels<DEPTH, KERNEL / 2, halo_rows(KERNEL), Heads<DEPTH>::HALO_COLS>(to, from, stride,
+                                                                           block, me);
 }
-
-// The rows of a tile and its halo in shared memory go round when a block goes on to the tile below:
-// those that both have stay, and new ones take the place of the others. `first` is where the
-// topmost row is.
-template <int DEPTH, int KERNEL>
-struct Ring {
-  using H = Heads<DEPTH>;
-  static constexpr int REACH = KERNEL / 2, ROWS = halo_rows(KERNEL);
-  int first = 0;
-
-  DEVICE int place(int row) const {
-    return first + row - (first + row >= ROWS ? ROWS : 0);
-  }
-  // Starts to copy the new rows of the tile below the one that the ring has.
-  DEVICE void copy_new(Shared to, const u16* from, u32 stride, const Block& below,
-                       const Thread& me) const {
-    copy_row<DEPTH, REACH, H::HALO_COLS>(to + place(me.warp) * H::ROW_BYTES, from, stride, below,
-                                         me, me.warp + ROWS - TILE_ROWS - REACH);
-  }
-  DEVICE Ring below() const { return {place(TILE_ROWS % ROWS)}; }
-  DEVICE Ring above() const { return {place(ROWS - TILE_ROWS)}; }
-};
 
 // A warp's 16 pixels: those in row g and g + 8 of products.
 struct Pixels {
@@ -219,8 +194,7 @@ class OwnPixels {
   // Starts to copy operands; they are there as those of copy_tile.
   DEVICE void copy(const u16* images, u32 stride, const Block& block, const Thread& me) const {
     if (STAGED)
-      copy_row<DEPTH, 0, TILE_COLS>(tile_ + me.warp * ROW_BYTES, images, stride, block, me,
-                                    me.warp);
+      copy_pixels<DEPTH, 0, TILE_ROWS, TILE_COLS>(tile_, images, stride, block, me);
   }
 
   // A head's channels of the warp's 16 pixels as left operands.

@@ -18,34 +18,16 @@ struct Windows {
   }
 };
 
-// Where the rows of a warp's windows are, two at a time: below each other, but in a ring of rows.
-template <int DEPTH, int RING_ROWS>
-struct WindowRows {
-  using H = Heads<DEPTH>;
-  int first;
-  DEVICE explicit WindowRows(const Thread& me) : first(me.row()) {}
-  template <int KERNEL>
-  DEVICE WindowRows(const Ring<DEPTH, KERNEL>& ring, const Thread& me) : first(ring.place(me.row())) {}
-  // Of row j, from where row 0 is. An even j and the next one are below each other.
-  DEVICE Shared step(int j) const {
-    const bool around = RING_ROWS > 0 && first + j / 2 * 2 >= RING_ROWS;
-    return j * H::ROW_BYTES - (around ? RING_ROWS * H::ROW_BYTES : 0);
-  }
-};
-
 // Rows of a tile as right operands, transposed: their pixels are the columns of the result.
-template <int DEPTH, int RING_ROWS = 0>
+template <int DEPTH>
 class PixelsAsColumns {
   using H = Heads<DEPTH>;
-  WindowRows<DEPTH, RING_ROWS> rows_;
   Shared near_, far_;  // only near_ below 32 channels
 
  public:
-  DEVICE PixelsAsColumns(Shared tile, const WindowRows<DEPTH, RING_ROWS>& rows, const Thread& me,
-                         int head)
-      : rows_(rows) {
+  DEVICE PixelsAsColumns(Shared tile, const Thread& me, int head) {
     const int pixel = me.lane % 8, matrix = me.lane / 8;
-    Shared row = tile + rows.first * H::ROW_BYTES;
+    Shared row = tile + me.row() * H::ROW_BYTES;
     if (DEPTH == 8)  // the head's chunk, near and far, of two rows
       near_ = row + matrix / 2 * H::ROW_BYTES + H::at(me.col() + matrix % 2 * 8 + pixel, 0);
     else if (DEPTH == 16)  // two chunks, near and far
@@ -63,7 +45,7 @@ class PixelsAsColumns {
                       int j) const {
     if constexpr (DEPTH == 8) {
       u32 b[4];
-      load_matrices(b, near_ + rows_.step(j));
+      load_matrices(b, near_ + j * H::ROW_BYTES);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         T::product(near[r], a[0][0], a[0][1], b[2 * r], near[r]);
@@ -79,7 +61,7 @@ class PixelsAsColumns {
   template <typename T>
   DEVICE void product(float (&near)[4], float (&far)[4], const u32 (&a)[H::STEPS][4], int j) const {
     u32 b[4];
-    const Shared row = rows_.step(j);
+    const Shared row = j * H::ROW_BYTES;
     if constexpr (DEPTH == 16) {
       load_matrices(b, near_ + row);
       T::product(near, a[0][0], a[0][1], a[0][2], a[0][3], b[0], b[1], near);
@@ -100,20 +82,17 @@ class PixelsAsColumns {
 
 // Rows of a tile as right operands of sparse products: their channels are the columns of the
 // result.
-template <int DEPTH, int RING_ROWS = 0>
+template <int DEPTH>
 class PixelsAsRows {
   using H = Heads<DEPTH>;
-  WindowRows<DEPTH, RING_ROWS> rows_;
   Shared first_;
 
  public:
-  DEVICE PixelsAsRows(Shared tile, const WindowRows<DEPTH, RING_ROWS>& rows, const Thread& me,
-                      int head)
-      : rows_(rows) {
+  DEVICE PixelsAsRows(Shared tile, const Thread& me, int head) {
     // Two rows, near and far of columns 0 to 3 and of columns 4 to 7.
     const int number = me.lane % 8, matrix = me.lane / 8;
     const int col = me.col() + matrix % 2 * 4 + number / 2 + number % 2 * 8;
-    first_ = tile + (rows.first + matrix / 2) * H::ROW_BYTES + H::at(col, 0);
+    first_ = tile + (me.row() + matrix / 2) * H::ROW_BYTES + H::at(col, 0);
     first_ ^= head * H::HEAD_CHUNKS << 4;
   }
 
@@ -122,7 +101,7 @@ class PixelsAsRows {
   DEVICE void product(float (&sum)[4], const u32 (&weights)[4], const Windows& windows, int j,
                       int chunk) const {
     u32 b[4];
-    load_matrices_transposed(b, (first_ ^ chunk << 4) + rows_.step(j));
+    load_matrices_transposed(b, (first_ ^ chunk << 4) + j * H::ROW_BYTES);
     T::sparse_product(sum, weights, windows.places, b, sum);
   }
 };
@@ -275,9 +254,9 @@ class Terms {
 
 // Products of the 16 pixels a with those of their windows in rows j and j + 1. They begin with
 // start(r, i) for result i of row j + r.
-template <typename T, bool PRODUCTS, int DEPTH, int RING_ROWS, typename Start>
+template <typename T, bool PRODUCTS, int DEPTH, typename Start>
 DEVICE void window_products(float (&results)[2][4], const u32 (&a)[Heads<DEPTH>::STEPS][4],
-                            const PixelsAsColumns<DEPTH, RING_ROWS>& columns, const Windows& windows, int j,
+                            const PixelsAsColumns<DEPTH>& columns, const Windows& windows, int j,
                             Start start) {
   float near[2][4], far[2][4];
 #pragma unroll
