@@ -16,9 +16,10 @@ struct ForwardArguments {
 };
 
 template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION>
-DEVICE void attend_one_by_one(const ForwardArguments& x, Shared keys, Shared values,
-                              const OwnPixels<DEPTH>& outputs, const Block& block,
-                              const Thread& me, int head) {
+SELDOM void attend_one_by_one(const ForwardArguments x, Shared keys, Shared values, Shared outputs_tile, int head) {
+  const Thread me;
+  const Block block = Block::of<DEPTH>(x.sizes);
+  const OwnPixels<DEPTH> outputs(outputs_tile, me);
   const OnePixel<T, DEPTH, KERNEL> pixel(block, me, head);
   if (!pixel.inside) return;
   const u16* query = pixel.of(x.query, x.query_stride, 0);
@@ -149,7 +150,7 @@ __global__ void __launch_bounds__(THREADS, DEPTH < 64 ? 3 : 2)
                       (pixels.inside[1] && not_finite(collected[1])))) {
       wait_for_warp();  // whose threads have written what others write again
       attend_one_by_one<T, DEPTH, KERNEL, MASK, CONTENT, POSITION>(
-          x, attended.keys, attended.values, outputs, block, me, head);
+          x, attended.keys, attended.values, outputs.tile(), head);
     }
   }
   wait_for_warp();

@@ -109,10 +109,11 @@ struct KeyShared {
 };
 
 template <typename T, int DEPTH, int KERNEL, bool CONTENT>
-DEVICE void key_gradients_one_by_one(const KeyArguments& x, Shared grads, Shared queries,
-                                     Shared tables, const OwnPixels<DEPTH>& grad_keys,
-                                     const OwnPixels<DEPTH>& grad_values, const Block& block,
-                                     const Thread& me, int head) {
+SELDOM void key_gradients_one_by_one(const KeyArguments x, Shared grads, Shared queries, Shared tables, Shared grad_keys_tile, Shared grad_values_tile, int head) {
+  const Thread me;
+  const Block block = Block::of<DEPTH>(x.sizes);
+  const OwnPixels<DEPTH> grad_keys(grad_keys_tile, me);
+  const OwnPixels<DEPTH> grad_values(grad_values_tile, me);
   using Tables = QueryTables<DEPTH, KERNEL>;
   constexpr int LAST = KERNEL - 1;
   const OnePixel<T, DEPTH, KERNEL> pixel(block, me, head);
@@ -284,8 +285,7 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_key(const KeyArgum
     if (in_any_thread((pixels.inside[0] && not_finite(collected[0])) ||
                       (pixels.inside[1] && not_finite(collected[1])))) {
       wait_for_warp();  // whose threads have written what others write again
-      key_gradients_one_by_one<T, DEPTH, KERNEL, CONTENT>(x, grads, queries, tables, keys, values,
-                                                          block, me, head);
+      key_gradients_one_by_one<T, DEPTH, KERNEL, CONTENT>(x, grads, queries, tables, keys.tile(), values.tile(), head);
     }
   }
   wait_for_warp();

@@ -27,9 +27,10 @@ constexpr int embedding_sums_bytes() {
 }
 
 template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION>
-DEVICE void query_gradients_one_by_one(const QueryArguments& x, Shared keys, Shared values,
-                                       const OwnPixels<DEPTH>& results, const Block& block,
-                                       const Thread& me, int head) {
+SELDOM void query_gradients_one_by_one(const QueryArguments x, Shared keys, Shared values, Shared results_tile, int head) {
+  const Thread me;
+  const Block block = Block::of<DEPTH>(x.sizes);
+  const OwnPixels<DEPTH> results(results_tile, me);
   const OnePixel<T, DEPTH, KERNEL> pixel(block, me, head);
   if (!pixel.inside) return;
   const u16* query = pixel.of(x.query, x.query_stride, 0);
@@ -141,7 +142,7 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
 #pragma unroll
     for (int h = 0; h < 2; ++h) shift[h] = pixels.inside[h] ? load(log_sum[h]) : 0.f;
   };
-  load_shifts(0);  // while copies are on their way
+  if (DEPTH >= 32) load_shifts(0);  // while copies are on their way
   wait_for_copies();
   wait_for_block();
 #pragma unroll 1
@@ -150,7 +151,7 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
     attended.queries.load(a, x.query, x.query_stride, block, pixels, me, head);
     grads.load(g, x.grad, x.grad_stride, block, pixels, me, head);
     float mean[2] = {0.f, 0.f};
-    if (head) load_shifts(head);
+    if (DEPTH < 32) load_shifts(head);
     terms.template find<T>(a, attended.embeddings, head, me);
     float weights[ROWS / 2][2][4], products[ROWS / 2][2][4];
     const PixelsAsColumns<DEPTH> keys_as_columns(attended.keys, me, head);
@@ -218,7 +219,7 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
                       (pixels.inside[1] && not_finite(collected[1])))) {
       wait_for_warp();  // whose threads have written what others write again
       query_gradients_one_by_one<T, DEPTH, KERNEL, MASK, CONTENT, POSITION>(
-          x, attended.keys, attended.values, results, block, me, head);
+          x, attended.keys, attended.values, results.tile(), head);
     }
     if (POSITION) {
       // Channels by queries, times queries by offsets.

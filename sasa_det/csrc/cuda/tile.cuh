@@ -191,6 +191,8 @@ class OwnPixels {
                      DEPTH == 8 ? 0 : me.lane / 16)),
         words_(at(me.row(), me.col() + me.g, 0) + 4 * me.t) {}
 
+  DEVICE Shared tile() const { return tile_; }
+
   // Starts to copy operands; they are there as those of copy_tile.
   DEVICE void copy(const u16* images, u32 stride, const Block& block, const Thread& me) const {
     if (STAGED)

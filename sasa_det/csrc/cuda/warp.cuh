@@ -10,6 +10,8 @@
 #pragma once
 
 #define DEVICE __device__ __forceinline__
+// What is seldom called, and shall take no registers from the rest.
+#define SELDOM static __device__ __noinline__
 
 typedef unsigned int u32;
 typedef unsigned short u16;

@@ -18,6 +18,7 @@
 #include <ucontext.h>
 
 #define DEVICE inline
+#define SELDOM inline
 #define __global__ inline
 #define __launch_bounds__(...)
 
