@@ -114,12 +114,14 @@ def _parts(measured: Measured, device: torch.device) -> list[tuple[str, Callable
 
     layers = layers_by_size()
     parts = [("errors", add_errors), ("ceilings", add_ceilings)]
-    parts += [(layer.name, partial(add_layer, layer, WAYS)) for layer in layers]
+    parts += [(layer.name, partial(add_layer, layer, ways_of(layer))) for layer in layers]
     if find_spec("detectron2") is None:
         measured.notes.append("Models were left out, as detectron2 is not installed.")
     else:
         parts += [(name, partial(_add, measured.models, x)) for name, x in _models()]
-    by_work = sorted(layers, key=lambda x: x.count * x.unit, reverse=True)
+    by_work = sorted(
+        filter(lambda x: x.is_plain, layers), key=lambda x: x.count * x.unit, reverse=True
+    )
     parts += [(f"FlexAttention {x.name}", partial(add_layer, x, FLEX)) for x in by_work]
     return parts
 
@@ -162,9 +164,10 @@ def measure_ceilings() -> Ceilings:
     """Measure a large copy and a large product."""
 
     def copy() -> Run:
-        source = torch.zeros(_COPIED_BYTES, dtype=torch.uint8, device="cuda")
+        # By a kernel, as the GPU's engine for copies is slower.
+        source = torch.randn(_COPIED_BYTES // 4, device="cuda")
         target = torch.empty_like(source)
-        return lambda: target.copy_(source)
+        return lambda: torch.neg(source, out=target)
 
     def product() -> Run:
         # Numbers that are not zero, for which a GPU clocks lower.
@@ -178,11 +181,16 @@ def measure_ceilings() -> Ceilings:
 
 
 def _convolution(layer: Layer) -> nn.Module:
-    return nn.Conv2d(layer.channels, layer.channels, 3, padding=1, bias=False)
+    outputs = layer.outputs or layer.channels
+    return nn.Conv2d(layer.channels, outputs, 3, layer.stride, padding=1, bias=False)
 
 
 def _attention(layer: Layer) -> nn.Module:
-    return LocalSelfAttention2d(layer.channels, layer.channels, num_heads=layer.heads)
+    options = {"num_heads": layer.heads, "stride": layer.stride}
+    attention = LocalSelfAttention2d(layer.channels, layer.channels, **options)
+    if layer.outputs is None:
+        return attention
+    return nn.Sequential(attention, nn.Conv2d(layer.channels, layer.outputs, 1, bias=False))
 
 
 def _halo(layer: Layer) -> nn.Module:
@@ -198,6 +206,13 @@ WAYS: dict[str, Build] = {
     ATTENTION: _attention,
     "HaloAttn (timm)": _halo,
 }
+
+
+def ways_of(layer: Layer) -> dict[str, Build]:
+    """Return the ways to do what a layer does; other projects have those of the same size alone."""
+    return WAYS if layer.is_plain else {x: WAYS[x] for x in (CONVOLUTION, ATTENTION)}
+
+
 FLEX: dict[str, Build] = {"FlexAttention in tiles": _flex}
 
 
@@ -235,9 +250,10 @@ def layer_maker(layer: Layer, build: Build, training: bool, device: str) -> Make
 
     def make() -> Run:
         module = build(layer).to(device, _DTYPE, memory_format=torch.channels_last)
-        if isinstance(module, LocalSelfAttention2d):
-            for embedding in (module.rel_rows, module.rel_cols):
-                embedding.data = embedding.data.float()
+        for part in module.modules():
+            if isinstance(part, LocalSelfAttention2d):
+                for embedding in (part.rel_rows, part.rel_cols):
+                    embedding.data = embedding.data.float()
         shape = (layer.batch, layer.channels, layer.size, layer.size)
         x = torch.randn(shape, device=device, dtype=_DTYPE).to(memory_format=torch.channels_last)
         if not training:
@@ -248,7 +264,8 @@ def layer_maker(layer: Layer, build: Build, training: bool, device: str) -> Make
 
             return infer
         inputs = [x.requires_grad_(), *module.parameters()]
-        grad = torch.randn_like(x)
+        with torch.no_grad():
+            grad = torch.randn_like(module(x))
         return lambda: torch.autograd.grad(module(x), inputs, grad)
 
     return make

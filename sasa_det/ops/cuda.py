@@ -19,9 +19,9 @@ from .cuda_kernels import (
     WIDEST_KERNEL,
     Launch,
     Variant,
-    embedding_gradients,
     embedding_sums_shape,
     launch_of,
+    launch_of_embeddings,
     pixel_stride,
 )
 
@@ -172,14 +172,22 @@ def backward(
         _start(launch_of("local_attention_key", variant, **tensors, **written), query)
     grad_rows, grad_cols = query.new_empty(0), query.new_empty(0)
     if has_position:
-        gradients = embedding_gradients(sums, variant)
-        grad_rows = gradients[0].to(rel_rows.dtype).contiguous()
-        grad_cols = gradients[1].to(rel_cols.dtype).contiguous()
+        grad_rows, grad_cols = _embedding_gradients(sums, rel_rows, rel_cols, variant, query)
     images = (
         query.new_empty(0) if x is None else x.permute(0, 3, 1, 2)
         for x in (grad_query, grad_key, grad_value)
     )
     return (*images, grad_rows, grad_cols)
+
+
+def _embedding_gradients(sums, rel_rows, rel_cols, variant, query) -> tuple[Tensor, Tensor]:
+    empty = torch.empty if query.shape[0] > 0 else torch.zeros
+    rows, cols = (
+        empty(x.shape, dtype=torch.float32, device=query.device) for x in (rel_rows, rel_cols)
+    )
+    if query.shape[0] > 0:
+        _start(launch_of_embeddings(variant, sums, rows, cols), query)
+    return rows.to(rel_rows.dtype), cols.to(rel_cols.dtype)
 
 
 def _empty_like(x: Tensor | None) -> Tensor | None:

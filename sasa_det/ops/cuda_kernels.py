@@ -18,8 +18,8 @@ THREADS = 256
 # Elements of a row of pixels, of which those of a tile and its halo are counted with 32 bits.
 LARGEST_ROW = 2**31 // 32
 
-# As in csrc/cuda/tile.cuh.
-_TILE_ROWS, _TILE_COLS, _WARPS = 8, 16, 8
+# As in csrc/cuda/tile.cuh, and in the tables of local_attention_key.cuh.
+_TILE_ROWS, _TILE_COLS, _WARPS, _LINE = 8, 16, 8, 28
 _TYPES = {torch.bfloat16: "Bfloat16", torch.float16: "Float16"}
 
 
@@ -56,8 +56,12 @@ class Variant:
 
     def tile_bytes(self) -> int:
         """Return the bytes of a tile and its halo."""
-        channels = self.heads_of_block * self.head_width
-        return (_TILE_ROWS + self.kernel_size - 1) * (_TILE_COLS + 8) * channels * 2
+        cols = _TILE_COLS + (6 if self.head_width < 64 else 8)
+        return self._halo_rows() * cols * self._pixel_bytes()
+
+    def own_bytes(self) -> int:
+        """Return the bytes of a tile without its halo, where it has a place."""
+        return _TILE_ROWS * _TILE_COLS * self._pixel_bytes() if self.head_width < 64 else 0
 
     def embedding_bytes(self) -> int:
         """Return the bytes of the embeddings of a block's heads."""
@@ -66,25 +70,30 @@ class Variant:
 
     def forward_bytes(self) -> int:
         """Return the shared memory of a block of the forward kernel."""
-        return (1 + self.content) * self.tile_bytes() + self.embedding_bytes()
+        return (1 + self.content) * self.tile_bytes() + self.own_bytes() + self.embedding_bytes()
 
     def query_bytes(self) -> int:
         """Return the shared memory of a block of the kernel for gradients of queries."""
         # For heads of 64 channels the sums take the place of the tiles.
         sums = _WARPS * 32 * 8 * 4 if self.position and self.head_width < 64 else 0
-        return self.forward_bytes() + sums
+        return self.forward_bytes() + self.own_bytes() + sums
 
     def key_bytes(self) -> int:
         """Return the shared memory of a block of the kernel for gradients of keys and values."""
-        # Of each query: 8 terms by column, 8 by row, and the mean.
-        pixels = (_TILE_ROWS + self.kernel_size - 1) * (_TILE_COLS + 8)
-        tables = pixels * 4 * (8 + 8 + 1)
-        return 2 * self.tile_bytes() + tables + self.embedding_bytes()
+        # Of each row: 8 terms by column of each query, lines of terms by row, and means.
+        cols = _TILE_COLS + 7
+        tables = self._halo_rows() * 4 * (8 * cols + 8 * _LINE + cols + 1)
+        return 2 * self.tile_bytes() + 2 * self.own_bytes() + tables + self.embedding_bytes()
 
     def query_terms_of_warp(self) -> int:
-        """Return how often a warp of that kernel finds the terms of 16 queries, at most."""
-        pixels = (_TILE_ROWS + self.kernel_size - 1) * (_TILE_COLS + 8)
-        return -(-pixels // (16 * _WARPS))
+        """Return how often a warp of that kernel finds the terms of 16 queries of a head."""
+        return -(-(_TILE_COLS + 7) // 8)
+
+    def _halo_rows(self) -> int:
+        return _TILE_ROWS + self.kernel_size - 1
+
+    def _pixel_bytes(self) -> int:
+        return 2 * self.heads_of_block * self.head_width
 
 
 class _Sizes(ctypes.Structure):
@@ -203,11 +212,47 @@ def embedding_sums_shape(images: Tensor) -> tuple[int, int, int]:
     return (batch * tile_rows * tile_cols, channels, 8)
 
 
-def embedding_gradients(sums: Tensor, variant: Variant) -> tuple[Tensor, Tensor]:
-    """Return the gradients of rel_rows and rel_cols from the tiles' sums."""
-    by_head = sums.sum(0).unflatten(0, (-1, variant.head_width))[..., : variant.kernel_size]
-    rows, cols = by_head.split(variant.head_width // 2, 1)
-    return rows, cols
+EMBEDDINGS_HEADER = "local_attention_embeddings.cuh"
+_EmbeddingArguments = type(
+    "EmbeddingArguments",
+    (ctypes.Structure,),
+    {
+        "_fields_": [
+            *((name, ctypes.c_uint) for name in ("tiles", "channels")),
+            *((x, ctypes.c_void_p) for x in ("grad_embeddings", "grad_rows", "grad_cols")),
+        ]
+    },
+)
+
+
+def embeddings_name(variant: Variant) -> str:
+    """Return the name of the kernel of :func:`launch_of_embeddings`, with template arguments."""
+    return f"local_attention_embeddings<{variant.head_width}, {variant.kernel_size}>"
+
+
+def launch_of_embeddings(
+    variant: Variant, sums: Tensor, grad_rows: Tensor, grad_cols: Tensor
+) -> Launch:
+    """Return how the kernel is started that adds up what there is of each tile.
+
+    Args:
+        variant: what it is compiled for.
+        sums: of :func:`embedding_sums_shape`, float32.
+        grad_rows, grad_cols: (num_heads, C // num_heads // 2, kernel_size), float32, which it
+            writes.
+    """
+    tiles, channels, _ = sums.shape
+    arguments = _EmbeddingArguments(
+        tiles, channels, *(x.data_ptr() for x in (sums, grad_rows, grad_cols))
+    )
+    # A block has 32 of a tile's sums, and a thread four of them in shared memory.
+    return Launch(
+        EMBEDDINGS_HEADER,
+        embeddings_name(variant),
+        (channels * 8 // 32, 1, 1),
+        THREADS * 4 * 4,
+        arguments,
+    )
 
 
 def pixel_stride(x: Tensor) -> int | None:

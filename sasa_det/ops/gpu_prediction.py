@@ -5,7 +5,7 @@ compared with the first measurement.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .cuda_kernels import Variant, blocks_of
 
@@ -67,35 +67,64 @@ WHOLE = "RetinaNet-50"  # all of its layers
 
 @dataclass(frozen=True)
 class Layer:
-    """A 3x3 convolution or what takes its place: 8 heads, windows of 7x7, square maps."""
+    """A 3x3 convolution and what takes its place: 8 heads, windows of 7x7, square maps.
+
+    Args:
+        channels, size: of the map that it takes.
+        count: how often it occurs.
+        batch, heads: number of images, and of heads.
+        stride: of the convolution. Attention takes all pixels, and pooling follows it.
+        outputs: channels of the result, None for as many as it takes. A 1x1 convolution that makes
+            them follows attention.
+    """
 
     channels: int
     size: int
     count: int = 1
     batch: int = 8
     heads: int = 8
+    stride: int = 1
+    outputs: int | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.channels}@{self.size}"
+        stride = f"/{self.stride}" if self.stride > 1 else ""
+        outputs = f" to {self.outputs}" if self.outputs else ""
+        return f"{self.channels}@{self.size}{stride}{outputs}"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the result is as large as the input."""
+        return self.stride == 1 and self.outputs is None
 
     @property
     def unit(self) -> int:
         """Bytes of the map in bfloat16."""
         return 2 * self.batch * self.size**2 * self.channels
 
+    @property
+    def result(self) -> int:
+        """Bytes of the result."""
+        return self.unit // self.stride**2 // self.channels * (self.outputs or self.channels)
 
-# Those of RetinaNet-50 for images of 640 x 640: backbone, FPN, and the heads on five levels.
+
+_LEVELS = (80, 40, 20, 10, 5)
+# The 71 that RetinaNet-50 has for images of 640 x 640.
 RETINANET = (
+    # Backbone.
     Layer(64, 160, 3),
-    Layer(128, 160),
+    Layer(128, 160, stride=2),
     Layer(128, 80, 3),
-    Layer(256, 80),
+    Layer(256, 80, stride=2),
     Layer(256, 40, 5),
-    Layer(512, 40),
+    Layer(512, 40, stride=2),
     Layer(512, 20, 2),
+    # FPN, P6 and P7.
     *(Layer(256, size) for size in (80, 40, 20)),
-    *(Layer(256, size, 8) for size in (80, 40, 20, 10, 5)),
+    *(Layer(256, size, stride=2) for size in (20, 10)),
+    # Heads.
+    *(Layer(256, size, 8) for size in _LEVELS),
+    *(Layer(256, size, outputs=outputs) for outputs in (720, 36) for size in _LEVELS),
 )
 
 
@@ -118,24 +147,27 @@ class Times:
 
 
 def layers_by_size() -> list[Layer]:
-    """Return the layers of RetinaNet-50 with one for all of the same size, by channels and size."""
-    counts: dict[tuple[int, int], int] = {}
+    """Return the layers of RetinaNet-50 with one for all that are equal, by channels and size."""
+    counts: dict[Layer, int] = {}
     for layer in RETINANET:
-        key = (layer.channels, -layer.size)
-        counts[key] = counts.get(key, 0) + layer.count
-    return [Layer(channels, -size, count) for (channels, size), count in sorted(counts.items())]
+        kind = replace(layer, count=1)
+        counts[kind] = counts.get(kind, 0) + layer.count
+    layers = (replace(kind, count=count) for kind, count in counts.items())
+    return sorted(layers, key=lambda x: (x.channels, x.outputs or 0, -x.size, x.stride))
 
 
 def convolution(layer: Layer, gpu: Gpu) -> Times:
     """Predict the 3x3 convolution."""
-    flops = 9 * layer.channels * layer.unit  # 2 for each product of 9 C inputs
+    flops = 9 * layer.channels * layer.result  # 2 for each product of 9 C inputs
     rate = gpu.convolution[layer.channels]
-    forward = max(flops / rate, 2 * layer.unit / gpu.bandwidth, _SHORTEST)
+    forward = max(flops / rate, (layer.unit + layer.result) / gpu.bandwidth, _SHORTEST)
     return Times(forward, 2 * forward)
 
 
 def attention(layer: Layer, gpu: Gpu, instructions: Callable[[str, int], float]) -> Times:
     """Predict the attention layer: the product that makes query, key and value, and the kernels.
+
+    And what follows it to make the result that a convolution makes.
 
     Args:
         layer: what to predict.
@@ -159,4 +191,17 @@ def attention(layer: Layer, gpu: Gpu, instructions: Callable[[str, int], float])
     # Maps that they read and write.
     forward = kernel("local_attention_forward", 4)
     backward = kernel("local_attention_query", 5) + kernel("local_attention_key", 6)
-    return Times(product + forward, 2 * product + backward)
+    follows = _following(layer, gpu)
+    return Times(product + forward, 2 * product + backward) + follows
+
+
+def _following(layer: Layer, gpu: Gpu) -> Times:
+    """Predict the pooling or 1x1 convolution that follows attention."""
+    if layer.is_plain:
+        return Times(0, 0)
+    memory = (layer.unit + layer.result) / gpu.bandwidth
+    if layer.outputs is None:
+        return Times(memory + _START, memory + _START)
+    flops = layer.channels * layer.result
+    forward = max(flops / gpu.product, memory, _SHORTEST)
+    return Times(forward, 2 * forward)

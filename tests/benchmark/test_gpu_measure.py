@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from sasa_det.benchmark.gpu_measure import WAYS, checked_variants, layer_maker
+from sasa_det.benchmark.gpu_measure import WAYS, checked_variants, layer_maker, ways_of
 from sasa_det.ops.gpu_prediction import RETINANET, Layer, layers_by_size
 from sasa_det.ops.gpu_report import main
 
@@ -17,6 +17,19 @@ def test_every_layer_is_measured_once_and_counted_as_often_as_it_occurs():
     assert sum(layer.count for layer in layers) == sum(layer.count for layer in RETINANET)
     (layer,) = (layer for layer in layers if layer.name == "256@40")
     assert layer.count == 5 + 1 + 8  # backbone, FPN, heads
+    assert {layer.name for layer in layers if not layer.is_plain} >= {"128@160/2", "256@5 to 720"}
+
+
+@pytest.mark.parametrize("options", [{"stride": 2}, {"outputs": 20}], ids=str)
+def test_convolution_and_attention_make_results_of_the_same_size(options):
+    layer = Layer(16, 8, batch=2, **options)
+    shapes = {
+        layer_maker(layer, build, False, "cpu")()().shape for build in ways_of(layer).values()
+    }
+    assert shapes == {(2, 16, 4, 4) if "stride" in options else (2, 20, 8, 8)}
+    for build in ways_of(layer).values():
+        gradients = layer_maker(layer, build, True, "cpu")()()
+        assert all(x.isfinite().all() and x.any() for x in gradients)
 
 
 def test_variants_are_measured_once():

@@ -16,6 +16,7 @@ from sasa_det.benchmark.measure import Settings
 from sasa_det.config_files import CONFIGS
 from sasa_det.layers import attention_stem
 from sasa_det.ops import cuda
+from sasa_det.ops.gpu_prediction import RETINANET
 
 COPIES = ("_to_copy", "clone", "copy_")
 ATTENTION = ("joined_attention", "joined_attention_backward")
@@ -31,6 +32,7 @@ class Trace(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.calls = collections.Counter()
+        self.maps = collections.Counter()  # of attention and 3x3 convolutions, and their channels
         self.layout_copies = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -40,6 +42,12 @@ class Trace(TorchDispatchMode):
         assert all(x.device.type == "meta" or x.dim() == 0 for x in tensors), name
         result = function(*args, **(kwargs or {}))
         self.calls[name] += 1
+        if name == "joined_attention":
+            _, channels, height, _ = args[0].shape
+            self.maps[channels // 3, height] += 1
+        if name == "convolution" and args[1].shape[2] == 3:
+            outputs, channels, *_ = args[1].shape
+            self.maps[channels, args[0].shape[2], args[3][0], outputs] += 1
         if name in COPIES and is_map(result) and order_of(tensors[-1]) != order_of(result):
             self.layout_copies.append((name, tuple(result.shape)))
         if name in TAKE_CHANNELS_LAST:
@@ -102,6 +110,15 @@ def test_attention_of_one_product_copies_no_map(training):
     # A product makes queries, keys and values, and has two gradients.
     assert traced.calls["mm"] == (3 * layers if training else layers)
     assert traced.calls["local_attention"] == 0
+
+
+def test_predictions_are_of_the_layers_that_the_models_have():
+    attention, convolutions = collections.Counter(), collections.Counter()
+    for x in RETINANET:
+        attention[x.channels, x.size] += x.count
+        convolutions[x.channels, x.size, x.stride, x.outputs or x.channels] += x.count
+    assert trace("attentional, convolutional stem", False).maps == attention
+    assert trace("convolutional", False).maps == convolutions
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "step"])

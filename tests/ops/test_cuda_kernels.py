@@ -22,12 +22,14 @@ from sasa_det.layers.joined import is_joined
 from sasa_det.ops import cuda, cuda_check, local_attention, loop
 from sasa_det.ops.cuda_compiler import SOURCES
 from sasa_det.ops.cuda_kernels import (
+    EMBEDDINGS_HEADER,
     KERNELS,
     THREADS,
     Variant,
-    embedding_gradients,
     embedding_sums_shape,
+    embeddings_name,
     launch_of,
+    launch_of_embeddings,
     pixel_stride,
 )
 
@@ -79,18 +81,25 @@ def library(tmp_path_factory):
     return library
 
 
+def kernels_of_library():
+    """Return the names of the library's kernels, and the structures that they take."""
+    structures = ("ForwardArguments", "QueryArguments", "KeyArguments")
+    kernels = {
+        variant.name(kernel): structure
+        for kernel, structure in zip(KERNELS, structures, strict=True)
+        for variant in VARIANTS.values()
+    }
+    positions = [variant for variant in VARIANTS.values() if variant.position]
+    return {**kernels, **dict.fromkeys(map(embeddings_name, positions), "EmbeddingArguments")}
+
+
 def source_of_library():
-    lines = [f"#include <{kernel.header}>" for kernel in KERNELS.values()]
+    headers = [*(kernel.header for kernel in KERNELS.values()), EMBEDDINGS_HEADER]
+    lines = [f"#include <{header}>" for header in headers]
     lines += ["#include <launch.h>", "static const emulation::Kernel kernels[] = {"]
-    for name in KERNELS:
-        structure = {
-            "local_attention_forward": "ForwardArguments",
-            "local_attention_query": "QueryArguments",
-            "local_attention_key": "KeyArguments",
-        }[name]
-        for variant in VARIANTS.values():
-            call = f"{variant.name(name)}(*static_cast<const {structure}*>(x))"
-            lines.append(f"  [](const void* x) {{ {call}; }},")
+    for name, structure in kernels_of_library().items():
+        call = f"{name}(*static_cast<const {structure}*>(x))"
+        lines.append(f"  [](const void* x) {{ {call}; }},")
     lines += [
         "};",
         'extern "C" const char* run(int which, const emulation::Start* start) {',
@@ -128,7 +137,7 @@ def run(library, kernel, case, tensors, results, skipped=-1, seed=0, height=None
 
 def start(library, launch, ranges=(), skipped=-1, seed=0):
     """Start a kernel that may use these ranges of memory, all memory if there are none."""
-    names = [variant.name(kernel) for kernel in KERNELS for variant in VARIANTS.values()]
+    names = list(kernels_of_library())
     arguments = Start(
         ctypes.addressof(launch.arguments),
         launch.grid,
@@ -198,10 +207,22 @@ def backward(library, case, inputs, grad, log_sum, **options):
     results = {"grad_key": grad_key if variant.content else None, "grad_value": grad_value}
     message, second = run(library, "local_attention_key", case, tensors, results, **options)
     assert message == ""
-    gradients = [grad_query, grad_key, grad_value, *embedding_gradients(sums, variant)]
+    gradients = [grad_query, grad_key, grad_value]
+    if variant.position:
+        gradients += embedding_gradients(library, variant, sums, inputs[3:])
     present = [x is not None for x in inputs]
-    gradients = [x for x, wanted in zip(gradients, present, strict=True) if wanted]
+    gradients = [x for x, wanted in zip(gradients, present, strict=False) if wanted]
     return gradients, (first, second)
+
+
+def embedding_gradients(library, variant, sums, embeddings, **options):
+    """Run the kernel that adds up the sums of the tiles."""
+    rows, cols = (nan(*x.shape) for x in embeddings)
+    ranges = [Range(*memory(sums), 0), Range(*memory(rows), 1), Range(*memory(cols), 1)]
+    launch = launch_of_embeddings(variant, sums, rows, cols)
+    message, _ = start(library, launch, ranges, **options)
+    assert message == ""
+    return rows, cols
 
 
 def channels_first(x):
@@ -386,6 +407,19 @@ def test_without_a_barrier_it_is_wrong(library, case, heads):
         # The first kernel makes the gradients of queries and embeddings, the second the others.
         assert barrier >= first or not all(equal[:1] + equal[3:])
         assert barrier >= second or not all(equal[1:3])
+
+
+@pytest.mark.parametrize("case,channels", [("8", 24), ("32", 64)])
+def test_sums_of_tiles_are_added_up(library, case, channels):
+    variant = VARIANTS[case]
+    half = variant.head_width // 2
+    sums = torch.randn(70, channels, 8, generator=torch.Generator().manual_seed(0))
+    embeddings = [torch.empty(channels // half // 2, half, 7) for _ in range(2)]
+    rows, cols = embedding_gradients(library, variant, sums, embeddings)
+    expected = sums.double().sum(0).view(-1, 2, half, 8)[..., :7]
+    assert error_of(rows, expected[:, 0]) <= 1e-6 and error_of(cols, expected[:, 1]) <= 1e-6
+    wrong, _ = embedding_gradients(library, variant, sums, embeddings, skipped=0)
+    assert not torch.equal(wrong, rows)
 
 
 def test_every_order_of_threads_gives_the_same_bits(library):

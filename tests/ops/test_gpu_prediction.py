@@ -2,7 +2,7 @@
 
 import pytest
 
-from sasa_det.ops.gpu_prediction import GPUS, RETINANET, Layer, attention, convolution
+from sasa_det.ops.gpu_prediction import GPUS, Layer, attention, convolution
 
 H100 = GPUS[0]
 
@@ -33,6 +33,15 @@ def test_instructions_are_counted_for_whole_blocks():
     assert microseconds(17) == pytest.approx(issued, rel=1e-3)
 
 
-def test_the_layers_are_those_of_retinanet():
-    # 16 blocks of the backbone, 3 levels of FPN from it, 2 heads of 4 layers on 5 levels.
-    assert sum(layer.count for layer in RETINANET) == 16 + 3 + 2 * 4 * 5
+def test_what_follows_attention_is_counted():
+    def extra(**options):
+        layers = (Layer(256, 80, **options), Layer(256, 80))
+        first, second = (attention(x, H100, lambda *_: 1000) for x in layers)
+        return first.forward - second.forward
+
+    unit = 2 * 8 * 80 * 80 * 256
+    assert extra(stride=2) == pytest.approx(1.25 * unit / 3.0e12 + 3e-6)
+    assert extra(outputs=720) == pytest.approx(2 * 256 * 720 * 8 * 80 * 80 / 550e12, rel=0.1)
+    assert convolution(Layer(256, 80, stride=2), H100).forward == pytest.approx(
+        convolution(Layer(256, 40), H100).forward
+    )

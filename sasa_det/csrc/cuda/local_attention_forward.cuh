@@ -16,8 +16,10 @@ struct ForwardArguments {
 };
 
 template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION>
-DEVICE void attend_one_by_one(const ForwardArguments& x, Shared keys, Shared values,
-                              const Block& block, const Thread& me, int head) {
+SELDOM void attend_one_by_one(const ForwardArguments x, Shared keys, Shared values, Shared outputs_tile, int head) {
+  const Thread me;
+  const Block block = Block::of<DEPTH>(x.sizes);
+  const OwnPixels<DEPTH> outputs(outputs_tile, me);
   const OnePixel<T, DEPTH, KERNEL> pixel(block, me, head);
   if (!pixel.inside) return;
   const u16* query = pixel.of(x.query, x.query_stride, 0);
@@ -51,10 +53,11 @@ DEVICE void attend_one_by_one(const ForwardArguments& x, Shared keys, Shared val
           sums[d] += weight * pixel.of_window(values, i / KERNEL, i % KERNEL, 8 * chunk + d);
       }
     const float inverse = reciprocal_of(total);
-    u16* output = pixel.of(x.output, x.output_stride, chunk);
+    u32 words[4];
 #pragma unroll
-    for (int d = 0; d < 8; d += 2)
-      store(reinterpret_cast<u32*>(output + d), T::pack(sums[d] * inverse, sums[d + 1] * inverse));
+    for (int d = 0; d < 4; ++d)
+      words[d] = T::pack(sums[2 * d] * inverse, sums[2 * d + 1] * inverse);
+    outputs.put(words, x.output, x.output_stride, block, pixel.y, pixel.x, head, chunk);
     if (chunk == 0)
       store(x.log_sum + block.plane(x.sizes, head) + pixel.place(),
             highest * LOG2_E + log2_of(total));
@@ -69,6 +72,7 @@ __global__ void __launch_bounds__(THREADS, DEPTH < 64 ? 3 : 2)
   const Thread me;
   const Block block = Block::of<DEPTH>(x.sizes);
   const Attended<T, DEPTH, KERNEL, CONTENT, POSITION> attended(x, block, me);
+  const OwnPixels<DEPTH>& outputs = attended.queries;  // in their place
   const Pixels pixels(block, me);
   const Windows windows(me);
   Terms<DEPTH, KERNEL, MASK, POSITION> terms(block, me);
@@ -76,11 +80,8 @@ __global__ void __launch_bounds__(THREADS, DEPTH < 64 ? 3 : 2)
   wait_for_block();
 #pragma unroll 1
   for (int head = 0; head < block.heads; ++head) {
-    const int channel = (block.first_head + head) * DEPTH + 2 * me.t;
-    const u16* query[2];
-    pixels.of(query, x.query, x.query_stride, block, channel);
     u32 a[H::STEPS][4];
-    load_operands<DEPTH>(a, query, pixels);
+    attended.queries.load(a, x.query, x.query_stride, block, pixels, me, head);
     terms.template find<T>(a, attended.embeddings, head, me);
     float logits[ROWS / 2][2][4];
     const PixelsAsColumns<DEPTH> keys_as_columns(attended.keys, me, head);
@@ -124,21 +125,21 @@ __global__ void __launch_bounds__(THREADS, DEPTH < 64 ? 3 : 2)
       inverse[h] = reciprocal_of(total[h]);
     }
     const PixelsAsRows<DEPTH> values_as_rows(attended.values, me, head);
-    u16* output[2];
-    pixels.of(output, x.output, x.output_stride, block, channel);
     u32 collected[2] = {0, 0};
+    wait_for_warp();  // whose queries give way to its outputs
 #pragma unroll
     for (int c = 0; c < H::HEAD_CHUNKS; ++c) {
       float sum[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
       for (int j = 0; j < ROWS; j += 2)
         values_as_rows.template product<T>(sum, weights[j / 2], windows, j, c);
+      u32 words[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const u32 word = T::pack(sum[2 * h] * inverse[h], sum[2 * h + 1] * inverse[h]);
-        collected[h] = T::add_zero_times(word, collected[h]);
-        if (pixels.inside[h]) store(reinterpret_cast<u32*>(output[h] + 8 * c), word);
+        words[h] = T::pack(sum[2 * h] * inverse[h], sum[2 * h + 1] * inverse[h]);
+        collected[h] = T::add_zero_times(words[h], collected[h]);
       }
+      outputs.put(words, x.output, x.output_stride, block, pixels, me, head, c);
     }
     float* log_sum[2];
     pixels.of_planes(log_sum, x.log_sum, x.sizes, block, head);
@@ -148,9 +149,10 @@ __global__ void __launch_bounds__(THREADS, DEPTH < 64 ? 3 : 2)
     if (in_any_thread((pixels.inside[0] && not_finite(collected[0])) ||
                       (pixels.inside[1] && not_finite(collected[1])))) {
       wait_for_warp();  // whose threads have written what others write again
-      attend_one_by_one<T, DEPTH, KERNEL, MASK, CONTENT, POSITION>(x, attended.keys,
-                                                                   attended.values, block, me,
-                                                                   head);
+      attend_one_by_one<T, DEPTH, KERNEL, MASK, CONTENT, POSITION>(
+          x, attended.keys, attended.values, outputs.tile(), head);
     }
   }
+  wait_for_warp();
+  outputs.store_all(x.output, x.output_stride, block, pixels, me);
 }

@@ -20,58 +20,78 @@ struct KeyArguments {
 template <int DEPTH, int KERNEL>
 struct QueryTables {
   static constexpr int REACH = KERNEL / 2, ROWS = halo_rows(KERNEL);
+  // Columns that warps read, of which the last is in no window.
+  static constexpr int COLS = TILE_COLS + 7;
   // For each row of queries: its terms by column offset, 8 for each query; log_sum less the terms
-  // by row offset, for each of 8 offsets and each query; the mean of grad.value, for each query.
-  static constexpr int BY_ROW = HALO_COLS * 8 * 4, MEAN = BY_ROW + HALO_COLS * 8 * 4,
-                       ROW_BYTES = MEAN + HALO_COLS * 4, BYTES = ROWS * ROW_BYTES;
+  // by row offset, for each offset and each query, in lines in which a warp that writes meets each
+  // bank once; the mean of grad.value, for each query.
+  static constexpr int LINE = 28, BY_ROW = COLS * 8 * 4, MEAN = BY_ROW + 8 * LINE * 4,
+                       ROW_BYTES = MEAN + (COLS + 1) * 4, BYTES = ROWS * ROW_BYTES;
 
   // Even columns come before odd ones, so that the columns that a warp reads share no bank.
   static DEVICE Shared by_col(int col, int offset) {
     return ((col / 8 * 8 + col % 8 / 2 + col % 2 * 4) * 8 + offset) * 4;
   }
-  static DEVICE Shared by_row(int col, int offset) {
-    return BY_ROW + (offset * HALO_COLS + col) * 4;
-  }
+  static DEVICE Shared by_row(int col, int offset) { return BY_ROW + (offset * LINE + col) * 4; }
   static DEVICE Shared mean(int col) { return MEAN + col * 4; }
+  // log_sum itself, until the terms are there: there are at most 7 offsets.
+  static DEVICE Shared log_sum(int col) { return by_row(col, 7); }
+
+  // Starts to copy log_sum and mean of the queries that `prepare` has in the same warp: of two rows.
+  static DEVICE void copy(Shared to, const KeyArguments& x, const Block& block, int head,
+                          const Thread& me) {
+    if (2 * me.warp >= ROWS) return;
+    const bool first = me.lane < 16;
+    const int row = 2 * me.warp + me.lane / 8 % 2, col = me.lane % 8;
+    const int y = block.top + row - REACH, left = block.left + col - REACH;
+    const u64 plane = block.plane(x.sizes, head) - static_cast<u32>(block.place(REACH, REACH));
+    const float* from =
+        (first ? x.log_sum : x.mean) + plane + static_cast<u32>(block.place(row, col));
+    to += row * ROW_BYTES + (first ? log_sum(col) : mean(col));
+#pragma unroll
+    for (int c = 0; c < COLS; c += 8)
+      copy_async(to + 4 * c, from + c, block.has_row(y) && block.has_col(left + c), c + col < COLS);
+  }
 
   template <typename T, bool POSITION>
-  static DEVICE void prepare(Shared to, const KeyArguments& x, Shared queries, Shared embeddings,
-                             const Block& block, int head, const Thread& me) {
+  static DEVICE void prepare(Shared to, Shared queries, Shared embeddings, const Block& block,
+                             int head, const Thread& me) {
     using H = Heads<DEPTH>;
-    constexpr int EIGHTS = HALO_COLS / 8;
-    const u64 plane = block.plane(x.sizes, head) - static_cast<u32>(block.place(REACH, REACH));
-    const float *log_sums = held(x.log_sum + plane), *means = held(x.mean + plane);
+    if (2 * me.warp >= ROWS) return;
+    to += 2 * me.warp * ROW_BYTES;
+    const int matrix = me.lane / 8, offset = 2 * me.t;
+    const Shared row = queries + (2 * me.warp + matrix % 2) * H::ROW_BYTES;
+    bool in_rows[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) in_rows[h] = block.has_row(block.top + 2 * me.warp + h - REACH);
+    // 16 queries at a time, 8 columns of both rows.
 #pragma unroll 1
-    for (int n = me.warp; n < ROWS / 2 * EIGHTS; n += WARPS) {
-      // 16 queries: 8 columns of two rows.
-      const int first_row = n / EIGHTS * 2, first_col = n % EIGHTS * 8;
+    for (int first = 0; first < COLS; first += 8) {
       float row_terms[4] = {0.f, 0.f, 0.f, 0.f}, col_terms[4] = {0.f, 0.f, 0.f, 0.f};
       if (POSITION) {
-        const int matrix = me.lane / 8;
-        const Shared row = queries + (first_row + matrix % 2) * H::ROW_BYTES;
         u32 a[H::STEPS][4];
 #pragma unroll
         for (int s = 0; s < H::STEPS; ++s) {
           const int chunk = head * H::HEAD_CHUNKS + (DEPTH == 8 ? 0 : 2 * s + matrix / 2);
-          load_matrices(a[s], row + H::at(first_col + me.lane % 8, chunk));
+          load_matrices(a[s], row + H::at(first + me.lane % 8, chunk));
         }
         Embeddings<DEPTH, KERNEL>::template product<T>(row_terms, col_terms, a, embeddings, head,
                                                        me);
       }
-      const int col = first_col + me.g;
+      const int col = first + me.g;
       const bool in_cols = block.has_col(block.left + col - REACH);
+      if (col >= COLS) continue;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const bool inside = in_cols && block.has_row(block.top + first_row + h - REACH);
-        const u32 place = block.place(first_row + h, col);
-        const Shared row = to + (first_row + h) * ROW_BYTES;
+        const Shared table = to + h * ROW_BYTES;
+        float log_sum_of;
+        load_shared(log_sum_of, table + log_sum(col));
         // Queries outside of the image have weights of 0.
-        const float log_sum = inside ? load(log_sums + place) : -LOWEST;
-        store_shared(row + mean(col), inside ? load(means + place) : 0.f);
-        const int offset = 2 * me.t;
-        store_shared(row + by_row(col, offset), log_sum - row_terms[2 * h] * LOG2_E);
-        store_shared(row + by_row(col, offset + 1), log_sum - row_terms[2 * h + 1] * LOG2_E);
-        store_shared(row + by_col(col, offset), offset < KERNEL ? col_terms[2 * h] : LOWEST,
+        if (!in_cols || !in_rows[h]) log_sum_of = -LOWEST;
+        store_shared(table + by_row(col, offset), log_sum_of - row_terms[2 * h] * LOG2_E);
+        if (me.t < 3)
+          store_shared(table + by_row(col, offset + 1), log_sum_of - row_terms[2 * h + 1] * LOG2_E);
+        store_shared(table + by_col(col, offset), offset < KERNEL ? col_terms[2 * h] : LOWEST,
                      offset + 1 < KERNEL ? col_terms[2 * h + 1] : LOWEST);
       }
     }
@@ -82,14 +102,18 @@ struct QueryTables {
 template <int DEPTH, int KERNEL>
 struct KeyShared {
   static constexpr int GRADS = 0, QUERIES = tile_bytes<DEPTH, KERNEL>(),
-                       TABLES = QUERIES + tile_bytes<DEPTH, KERNEL>(),
+                       VALUES = QUERIES + tile_bytes<DEPTH, KERNEL>(),
+                       KEYS = VALUES + OwnPixels<DEPTH>::BYTES,
+                       TABLES = KEYS + OwnPixels<DEPTH>::BYTES,
                        EMBEDDINGS = TABLES + QueryTables<DEPTH, KERNEL>::BYTES;
 };
 
 template <typename T, int DEPTH, int KERNEL, bool CONTENT>
-DEVICE void key_gradients_one_by_one(const KeyArguments& x, Shared grads, Shared queries,
-                                     Shared tables, const Block& block, const Thread& me,
-                                     int head) {
+SELDOM void key_gradients_one_by_one(const KeyArguments x, Shared grads, Shared queries, Shared tables, Shared grad_keys_tile, Shared grad_values_tile, int head) {
+  const Thread me;
+  const Block block = Block::of<DEPTH>(x.sizes);
+  const OwnPixels<DEPTH> grad_keys(grad_keys_tile, me);
+  const OwnPixels<DEPTH> grad_values(grad_values_tile, me);
   using Tables = QueryTables<DEPTH, KERNEL>;
   constexpr int LAST = KERNEL - 1;
   const OnePixel<T, DEPTH, KERNEL> pixel(block, me, head);
@@ -124,14 +148,14 @@ DEVICE void key_gradients_one_by_one(const KeyArguments& x, Shared grads, Shared
         if (CONTENT) to_key[e] += slope * pixel.of_window(queries, row, col, 8 * chunk + e);
       }
     }
-    u16* grad_value = pixel.of(x.grad_value, x.grad_value_stride, chunk);
-    u16* grad_key = grad_value;
-    if (CONTENT) grad_key = pixel.of(x.grad_key, x.grad_key_stride, chunk);
+    u32 words[4];
 #pragma unroll
-    for (int e = 0; e < 8; e += 2) {
-      store(reinterpret_cast<u32*>(grad_value + e), T::pack(to_value[e], to_value[e + 1]));
-      if (CONTENT) store(reinterpret_cast<u32*>(grad_key + e), T::pack(to_key[e], to_key[e + 1]));
-    }
+    for (int e = 0; e < 4; ++e) words[e] = T::pack(to_value[2 * e], to_value[2 * e + 1]);
+    grad_values.put(words, x.grad_value, x.grad_value_stride, block, pixel.y, pixel.x, head, chunk);
+    if (!CONTENT) continue;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) words[e] = T::pack(to_key[2 * e], to_key[2 * e + 1]);
+    grad_keys.put(words, x.grad_key, x.grad_key_stride, block, pixel.y, pixel.x, head, chunk);
   }
 }
 
@@ -148,6 +172,12 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_key(const KeyArgum
   const Shared tables = shared_memory() + S::TABLES, embeddings = shared_memory() + S::EMBEDDINGS;
   copy_tile<DEPTH, KERNEL>(queries, x.query, x.query_stride, block, me);
   copy_tile<DEPTH, KERNEL>(grads, x.grad, x.grad_stride, block, me);
+  // Then their gradients, in their place.
+  const OwnPixels<DEPTH> keys(shared_memory() + S::KEYS, me);
+  const OwnPixels<DEPTH> values(shared_memory() + S::VALUES, me);
+  if (CONTENT) keys.copy(x.key, x.key_stride, block, me);
+  values.copy(x.value, x.value_stride, block, me);
+  Tables::copy(tables, x, block, 0, me);
   if (POSITION)
     Embeddings<DEPTH, KERNEL>::template prepare<T>(embeddings, x.rel_rows, x.rel_cols, block, me);
   const Pixels pixels(block, me);
@@ -166,17 +196,20 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_key(const KeyArgum
   wait_for_block();
 #pragma unroll 1
   for (int head = 0; head < block.heads; ++head) {
-    if (head) wait_for_block();  // which may still read the tables
-    Tables::template prepare<T, POSITION>(tables, x, queries, embeddings, block, head, me);
-    const int channel = (block.first_head + head) * DEPTH + 2 * me.t;
+    if (head) {
+      wait_for_block();  // which may still read the tables
+      Tables::copy(tables, x, block, head, me);
+    }
     u32 k[H::STEPS][4], v[H::STEPS][4];
     if (CONTENT) {
-      const u16 *keys[2], *values[2];
-      pixels.of(keys, x.key, x.key_stride, block, channel);
-      pixels.of(values, x.value, x.value_stride, block, channel);
-      load_operands<DEPTH>(k, keys, pixels);
-      load_operands<DEPTH>(v, values, pixels);
+      keys.load(k, x.key, x.key_stride, block, pixels, me, head);
+      values.load(v, x.value, x.value_stride, block, pixels, me, head);
     }
+    if (head) {
+      wait_for_copies();
+      wait_for_warp();
+    }
+    Tables::template prepare<T, POSITION>(tables, queries, embeddings, block, head, me);
     wait_for_block();
     const PixelsAsColumns<DEPTH> queries_as_columns(queries, me, head);
     const PixelsAsColumns<DEPTH> grads_as_columns(grads, me, head);
@@ -225,9 +258,6 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_key(const KeyArgum
     }
     const PixelsAsRows<DEPTH> queries_as_rows(queries, me, head);
     const PixelsAsRows<DEPTH> grads_as_rows(grads, me, head);
-    u16 *grad_key[2], *grad_value[2];
-    if (CONTENT) pixels.of(grad_key, x.grad_key, x.grad_key_stride, block, channel);
-    pixels.of(grad_value, x.grad_value, x.grad_value_stride, block, channel);
     u32 collected[2] = {0, 0};
 #pragma unroll
     for (int c = 0; c < H::HEAD_CHUNKS; ++c) {
@@ -237,23 +267,28 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_key(const KeyArgum
         grads_as_rows.template product<T>(to_value, weights[j / 2], windows, j, c);
         if (CONTENT) queries_as_rows.template product<T>(to_key, slopes[j / 2], windows, j, c);
       }
+      u32 words[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        u32 word = T::pack(to_value[2 * h], to_value[2 * h + 1]);
-        collected[h] = T::add_zero_times(word, collected[h]);
-        if (pixels.inside[h]) store(reinterpret_cast<u32*>(grad_value[h] + 8 * c), word);
-        if (CONTENT) {
-          word = T::pack(to_key[2 * h], to_key[2 * h + 1]);
-          collected[h] = T::add_zero_times(word, collected[h]);
-          if (pixels.inside[h]) store(reinterpret_cast<u32*>(grad_key[h] + 8 * c), word);
-        }
+        words[h] = T::pack(to_value[2 * h], to_value[2 * h + 1]);
+        collected[h] = T::add_zero_times(words[h], collected[h]);
       }
+      values.put(words, x.grad_value, x.grad_value_stride, block, pixels, me, head, c);
+      if (!CONTENT) continue;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        words[h] = T::pack(to_key[2 * h], to_key[2 * h + 1]);
+        collected[h] = T::add_zero_times(words[h], collected[h]);
+      }
+      keys.put(words, x.grad_key, x.grad_key_stride, block, pixels, me, head, c);
     }
     if (in_any_thread((pixels.inside[0] && not_finite(collected[0])) ||
                       (pixels.inside[1] && not_finite(collected[1])))) {
       wait_for_warp();  // whose threads have written what others write again
-      key_gradients_one_by_one<T, DEPTH, KERNEL, CONTENT>(x, grads, queries, tables, block, me,
-                                                          head);
+      key_gradients_one_by_one<T, DEPTH, KERNEL, CONTENT>(x, grads, queries, tables, keys.tile(), values.tile(), head);
     }
   }
+  wait_for_warp();
+  values.store_all(x.grad_value, x.grad_value_stride, block, pixels, me);
+  if (CONTENT) keys.store_all(x.grad_key, x.grad_key_stride, block, pixels, me);
 }

@@ -27,8 +27,10 @@ constexpr int embedding_sums_bytes() {
 }
 
 template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION>
-DEVICE void query_gradients_one_by_one(const QueryArguments& x, Shared keys, Shared values,
-                                       const Block& block, const Thread& me, int head) {
+SELDOM void query_gradients_one_by_one(const QueryArguments x, Shared keys, Shared values, Shared results_tile, int head) {
+  const Thread me;
+  const Block block = Block::of<DEPTH>(x.sizes);
+  const OwnPixels<DEPTH> results(results_tile, me);
   const OnePixel<T, DEPTH, KERNEL> pixel(block, me, head);
   if (!pixel.inside) return;
   const u16* query = pixel.of(x.query, x.query_stride, 0);
@@ -72,10 +74,10 @@ DEVICE void query_gradients_one_by_one(const QueryArguments& x, Shared keys, Sha
             sums[e] += slope * pixel.embedding(x.rel_rows, x.rel_cols, i / KERNEL, i % KERNEL, d);
         }
       }
-    u16* to = pixel.of(x.grad_query, x.grad_query_stride, chunk);
+    u32 words[4];
 #pragma unroll
-    for (int e = 0; e < 8; e += 2)
-      store(reinterpret_cast<u32*>(to + e), T::pack(sums[e], sums[e + 1]));
+    for (int e = 0; e < 4; ++e) words[e] = T::pack(sums[2 * e], sums[2 * e + 1]);
+    results.put(words, x.grad_query, x.grad_query_stride, block, pixel.y, pixel.x, head, chunk);
   }
 }
 
@@ -125,27 +127,31 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
   const Thread me;
   const Block block = Block::of<DEPTH>(x.sizes);
   const Attended<T, DEPTH, KERNEL, CONTENT, POSITION> attended(x, block, me);
+  const OwnPixels<DEPTH> grads(attended.end, me);
+  grads.copy(x.grad, x.grad_stride, block, me);
+  const OwnPixels<DEPTH>& results = attended.queries;  // in their place
   // Heads of 64 channels leave no room beside the tiles.
-  const Shared sums = DEPTH < 64 ? attended.end : attended.values;
+  const Shared sums = DEPTH < 64 ? attended.end + grads.BYTES : attended.values;
   const Pixels pixels(block, me);
   const Windows windows(me);
   Terms<DEPTH, KERNEL, MASK, POSITION> terms(block, me);
+  float shift[2];
+  const auto load_shifts = [&](int head) {
+    const float* log_sum[2];
+    pixels.of_planes(log_sum, x.log_sum, x.sizes, block, head);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) shift[h] = pixels.inside[h] ? load(log_sum[h]) : 0.f;
+  };
+  if (DEPTH >= 32) load_shifts(0);  // while copies are on their way
   wait_for_copies();
   wait_for_block();
 #pragma unroll 1
   for (int head = 0; head < block.heads; ++head) {
-    const int channel = (block.first_head + head) * DEPTH + 2 * me.t;
-    const u16 *query[2], *grad[2];
-    const float* log_sum[2];
-    pixels.of(query, x.query, x.query_stride, block, channel);
-    pixels.of(grad, x.grad, x.grad_stride, block, channel);
-    pixels.of_planes(log_sum, x.log_sum, x.sizes, block, head);
     u32 a[H::STEPS][4], g[H::STEPS][4];
-    load_operands<DEPTH>(a, query, pixels);
-    load_operands<DEPTH>(g, grad, pixels);
-    float shift[2], mean[2] = {0.f, 0.f};
-#pragma unroll
-    for (int h = 0; h < 2; ++h) shift[h] = pixels.inside[h] ? load(log_sum[h]) : 0.f;
+    attended.queries.load(a, x.query, x.query_stride, block, pixels, me, head);
+    grads.load(g, x.grad, x.grad_stride, block, pixels, me, head);
+    float mean[2] = {0.f, 0.f};
+    if (DEPTH < 32) load_shifts(head);
     terms.template find<T>(a, attended.embeddings, head, me);
     float weights[ROWS / 2][2][4], products[ROWS / 2][2][4];
     const PixelsAsColumns<DEPTH> keys_as_columns(attended.keys, me, head);
@@ -184,9 +190,8 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
     u32 by_offset[4];
     if (POSITION) sums_by_offset<T, ROWS>(by_offset, slopes, windows, me);
     const PixelsAsRows<DEPTH> keys_as_rows(attended.keys, me, head);
-    u16* grad_query[2];
-    pixels.of(grad_query, x.grad_query, x.grad_query_stride, block, channel);
     u32 collected[2] = {0, 0};
+    wait_for_warp();  // whose queries give way to their gradients
 #pragma unroll
     for (int c = 0; c < H::HEAD_CHUNKS; ++c) {
       float sum[4] = {0.f, 0.f, 0.f, 0.f};
@@ -197,12 +202,13 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
       if (POSITION)
         Embeddings<DEPTH, KERNEL>::template product_by_offset<T>(
             sum, by_offset, attended.embeddings, head, c, me);
+      u32 words[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const u32 word = T::pack(sum[2 * h], sum[2 * h + 1]);
-        collected[h] = T::add_zero_times(word, collected[h]);
-        if (pixels.inside[h]) store(reinterpret_cast<u32*>(grad_query[h] + 8 * c), word);
+        words[h] = T::pack(sum[2 * h], sum[2 * h + 1]);
+        collected[h] = T::add_zero_times(words[h], collected[h]);
       }
+      results.put(words, x.grad_query, x.grad_query_stride, block, pixels, me, head, c);
     }
     float* means[2];
     pixels.of_planes(means, x.mean, x.sizes, block, head);
@@ -213,7 +219,7 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
                       (pixels.inside[1] && not_finite(collected[1])))) {
       wait_for_warp();  // whose threads have written what others write again
       query_gradients_one_by_one<T, DEPTH, KERNEL, MASK, CONTENT, POSITION>(
-          x, attended.keys, attended.values, block, me, head);
+          x, attended.keys, attended.values, results.tile(), head);
     }
     if (POSITION) {
       // Channels by queries, times queries by offsets.
@@ -244,6 +250,8 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
       }
     }
   }
+  wait_for_warp();
+  results.store_all(x.grad_query, x.grad_query_stride, block, pixels, me);
   if (POSITION) {
     wait_for_block();
     // The sums of all warps.

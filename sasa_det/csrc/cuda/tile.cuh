@@ -7,7 +7,7 @@
 
 #include <warp.cuh>
 
-constexpr int TILE_ROWS = 8, TILE_COLS = 16, HALO_COLS = TILE_COLS + 8;
+constexpr int TILE_ROWS = 8, TILE_COLS = 16;
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
 
 // Logit of what is outside of the window or the image. Finite, as it may be added to itself.
@@ -19,7 +19,12 @@ template <int DEPTH>
 struct Heads {
   static constexpr int CHANNELS = DEPTH < 32 ? 32 : DEPTH, COUNT = CHANNELS / DEPTH;
   static constexpr int CHUNKS = CHANNELS / 8;  // of 16 bytes
-  static constexpr int PIXEL_BYTES = 2 * CHANNELS, ROW_BYTES = HALO_COLS * PIXEL_BYTES;
+  static constexpr int PIXEL_BYTES = 2 * CHANNELS;
+  // Columns of a tile with its halo. Warps read 24, the last two for nothing: those are in the next
+  // row, or what comes behind the tile, which must be numbers. Heads of 64 channels have nothing
+  // there.
+  static constexpr int HALO_COLS = TILE_COLS + (DEPTH < 64 ? 6 : 8);
+  static constexpr int ROW_BYTES = HALO_COLS * PIXEL_BYTES;
   // Steps of 16 channels of a head, and chunks of it.
   static constexpr int STEPS = DEPTH < 16 ? 1 : DEPTH / 16, HEAD_CHUNKS = DEPTH / 8;
 
@@ -96,13 +101,13 @@ DEVICE Element* pixel_of(Element* images, u32 stride, const Block& block, int ro
   return held(images + block.corner * stride) + offset;
 }
 
-// Starts to copy the tile and its halo, zeros outside of the image, of images whose pixels lie
-// `stride` elements apart.
-template <int DEPTH, int KERNEL>
-DEVICE void copy_tile(Shared to, const u16* from, u32 stride, const Block& block,
-                      const Thread& me) {
+// Starts to copy `ROWS` x `COLS` pixels, from `REACH` above and left of the tile, zeros outside of
+// the image, of images whose pixels lie `stride` elements apart.
+template <int DEPTH, int REACH, int ROWS, int COLS>
+DEVICE void copy_pixels(Shared to, const u16* from, u32 stride, const Block& block,
+                        const Thread& me) {
   using H = Heads<DEPTH>;
-  constexpr int REACH = KERNEL / 2, STEP = 32 / H::CHUNKS, ROWS = halo_rows(KERNEL);
+  constexpr int STEP = 32 / H::CHUNKS, ROW_BYTES = COLS * H::PIXEL_BYTES;
   const int chunk = me.lane % H::CHUNKS, col = me.lane / H::CHUNKS;
   const int y = block.top - REACH + me.warp, x = block.left - REACH + col;
   const bool wanted = 8 * chunk < block.heads * DEPTH;
@@ -110,20 +115,29 @@ DEVICE void copy_tile(Shared to, const u16* from, u32 stride, const Block& block
   const u32 offset = block.place(me.warp, col) * stride + block.first_head * DEPTH + 8 * chunk;
   const u16* row = held(from + corner * stride) + offset;
   const int row_step = WARPS * block.width * stride, col_step = STEP * stride;
-  to += me.warp * H::ROW_BYTES;
+  to += me.warp * ROW_BYTES;
 #pragma unroll
   for (int r = 0; r < ROWS; r += WARPS) {
-    if (r + WARPS > ROWS && me.warp + r >= ROWS) break;
+    const bool in_tile = r + WARPS <= ROWS || me.warp + r < ROWS;
     const bool in_rows = wanted && block.has_row(y + r);
     const u16* chunks = row;
 #pragma unroll
-    for (int c = 0; c < HALO_COLS; c += STEP) {
-      copy_async(to + r * H::ROW_BYTES + H::at(col + c, chunk), chunks,
-                 in_rows && block.has_col(x + c));
+    for (int c = 0; c < COLS; c += STEP) {
+      copy_async(to + r * ROW_BYTES + H::at(col + c, chunk), chunks,
+                 in_rows && block.has_col(x + c),
+                 in_tile && (c + STEP <= COLS || col + c < COLS));
       chunks += col_step;
     }
     row += row_step;
   }
+}
+
+// Starts to copy the tile and its halo.
+template <int DEPTH, int KERNEL>
+DEVICE void copy_tile(Shared to, const u16* from, u32 stride, const Block& block,
+                      const Thread& me) {
+  copy_pixels<DEPTH, KERNEL / 2, halo_rows(KERNEL), Heads<DEPTH>::HALO_COLS>(to, from, stride,
+                                                                           block, me);
 }
 
 // A warp's 16 pixels: those in row g and g + 8 of products.
@@ -151,16 +165,102 @@ struct Pixels {
   }
 };
 
-// A head's channels of the 16 pixels as left operands of products; `from` has the pixels' first
-// channels that are this thread's.
+// The pixels of the tile without halo: operands of the warps' products, and results on their way
+// to the images. Those of up to 32 channels pass through shared memory, where a warp has room for
+// its 16 pixels: so they are read before they are wanted, and all channels of a pixel are read and
+// written at once. Heads of 64 channels leave no room for that.
 template <int DEPTH>
-DEVICE void load_operands(u32 (&a)[Heads<DEPTH>::STEPS][4], const u16* const (&from)[2],
-                          const Pixels& pixels) {
+class OwnPixels {
+  using H = Heads<DEPTH>;
+  static constexpr bool STAGED = DEPTH < 64;
+  static constexpr int ROW_BYTES = TILE_COLS * H::PIXEL_BYTES;
+  // What a thread reads operands from, and writes its words of results to, of the first chunk.
+  Shared tile_, operands_, words_;
+
+  DEVICE static Shared at(int row, int col, int chunk) {
+    return row * ROW_BYTES + H::at(col, chunk);
+  }
+  DEVICE static u32 turned(Shared first, int chunk) { return first ^ chunk << 4; }
+
+ public:
+  static constexpr int BYTES = STAGED ? TILE_ROWS * ROW_BYTES : 0;
+
+  DEVICE OwnPixels(Shared tile, const Thread& me)
+      : tile_(tile),
+        operands_(at(me.row() + me.lane / 8 % 2, me.col() + me.lane % 8,
+                     DEPTH == 8 ? 0 : me.lane / 16)),
+        words_(at(me.row(), me.col() + me.g, 0) + 4 * me.t) {}
+
+  DEVICE Shared tile() const { return tile_; }
+
+  // Starts to copy operands; they are there as those of copy_tile.
+  DEVICE void copy(const u16* images, u32 stride, const Block& block, const Thread& me) const {
+    if (STAGED)
+      copy_pixels<DEPTH, 0, TILE_ROWS, TILE_COLS>(tile_, images, stride, block, me);
+  }
+
+  // A head's channels of the warp's 16 pixels as left operands.
+  DEVICE void load(u32 (&a)[H::STEPS][4], const u16* images, u32 stride, const Block& block,
+                   const Pixels& pixels, const Thread& me, int head) const {
+    if constexpr (STAGED) {
 #pragma unroll
-  for (int s = 0; s < Heads<DEPTH>::STEPS; ++s)
+      for (int s = 0; s < H::STEPS; ++s)
+        load_matrices(a[s], tile_ + turned(operands_, head * H::HEAD_CHUNKS + 2 * s));
+    } else {
+      const u16* from[2];
+      pixels.of(from, images, stride, block, block.first_head * DEPTH + 2 * me.t);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const u32* word = reinterpret_cast<const u32*>(from[e % 2] + 16 * s + e / 2 * 8);
-      a[s][e] = pixels.inside[e % 2] && (DEPTH >= 16 || e < 2) ? load(word) : 0u;
+      for (int s = 0; s < H::STEPS; ++s)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const u32* word = reinterpret_cast<const u32*>(from[e % 2] + 16 * s + e / 2 * 8);
+          a[s][e] = pixels.inside[e % 2] ? ::load(word) : 0u;
+        }
     }
-}
+  }
+
+  // Takes a chunk of the results of a head, as products have them. They take the place of the
+  // head's operands, which all threads of the warp must have loaded.
+  DEVICE void put(const u32 (&words)[2], u16* images, u32 stride, const Block& block,
+                  const Pixels& pixels, const Thread& me, int head, int chunk) const {
+    if constexpr (STAGED) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        store_shared(tile_ + h * ROW_BYTES + turned(words_, head * H::HEAD_CHUNKS + chunk),
+                     words[h]);
+    } else {
+      u16* to[2];
+      pixels.of(to, images, stride, block, block.first_head * DEPTH + 2 * me.t);
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        if (pixels.inside[h]) ::store(reinterpret_cast<u32*>(to[h] + 8 * chunk), words[h]);
+    }
+  }
+
+  // The same of one pixel of the tile.
+  DEVICE void put(const u32 (&words)[4], u16* images, u32 stride, const Block& block, int row,
+                  int col, int head, int chunk) const {
+    if constexpr (STAGED)
+      store_shared(tile_ + at(row, col, head * H::HEAD_CHUNKS + chunk), words);
+    else
+      store(reinterpret_cast<u32*>(pixel_of(images, stride, block, row, col,
+                                            block.first_head * DEPTH + 8 * chunk)),
+            words);
+  }
+
+  // Writes the results of all heads, which all threads of the warp must have put.
+  DEVICE void store_all(u16* images, u32 stride, const Block& block, const Pixels& pixels,
+                        const Thread& me) const {
+    if constexpr (STAGED) {
+      u16* to[2];
+      pixels.of(to, images, stride, block, block.first_head * DEPTH + 8 * me.t);
+      const bool wanted = 8 * me.t < block.heads * DEPTH;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        u32 words[4];
+        load_shared(words, tile_ + at(me.row() + h, pixels.col, me.t));
+        if (pixels.inside[h] && wanted) store(reinterpret_cast<u32*>(to[h]), words);
+      }
+    }
+  }
+};

@@ -10,6 +10,8 @@
 #pragma once
 
 #define DEVICE __device__ __forceinline__
+// What is seldom called, and shall take no registers from the rest.
+#define SELDOM static __device__ __noinline__
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -26,12 +28,22 @@ DEVICE Shared shared_memory() {
 DEVICE void wait_for_block() { __syncthreads(); }
 DEVICE void wait_for_warp() { __syncwarp(); }
 
-// Copies 16 bytes to shared memory, zeros unless `present`; they are there after the wait, for the
-// thread that asked for them, and after a barrier for the others.
-DEVICE void copy_async(Shared to, const void* from, bool present) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(present ? 16 : 0)
-               : "memory");
+// If `wanted`, copies 16 bytes to shared memory, zeros unless `present`; they are there after the
+// wait, for the thread that asked for them, and after a barrier for the others.
+DEVICE void copy_async(Shared to, const u16* from, bool present, bool wanted = true) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.u32 p, %3, 0; @p cp.async.cg.shared.global [%0], [%1], 16, %2;}" ::"r"(
+          to),
+      "l"(from), "r"(present ? 16 : 0), "r"(static_cast<u32>(wanted))
+      : "memory");
+}
+// The same of 4 bytes.
+DEVICE void copy_async(Shared to, const float* from, bool present, bool wanted = true) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.u32 p, %3, 0; @p cp.async.ca.shared.global [%0], [%1], 4, %2;}" ::"r"(
+          to),
+      "l"(from), "r"(present ? 4 : 0), "r"(static_cast<u32>(wanted))
+      : "memory");
 }
 DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
@@ -47,8 +59,19 @@ template <typename T>
 DEVICE T load(const T* from) {
   return __ldg(from);
 }
+// 16 bytes.
+DEVICE void load(float (&values)[4], const float* from) {
+  asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3])
+               : "l"(from));
+}
 DEVICE void store(u32* to, u32 value) {
   asm volatile("st.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+DEVICE void store(u32* to, const u32 (&words)[4]) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words[0]), "r"(words[1]),
+               "r"(words[2]), "r"(words[3])
+               : "memory");
 }
 DEVICE void store(float* to, float value) {
   asm volatile("st.global.f32 [%0], %1;" ::"l"(to), "f"(value) : "memory");
@@ -95,6 +118,9 @@ DEVICE void store_shared(Shared to, const float (&values)[4]) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(values[0]),
                "f"(values[1]), "f"(values[2]), "f"(values[3])
                : "memory");
+}
+DEVICE void store_shared(Shared to, u32 word) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(word) : "memory");
 }
 DEVICE void store_shared(Shared to, u32 first, u32 second) {
   asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(first), "r"(second) : "memory");

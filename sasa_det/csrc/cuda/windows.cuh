@@ -177,20 +177,24 @@ struct Embeddings {
   }
 };
 
-// What the queries of a block attend to, in shared memory: values, keys if logits contain q.k, and
-// embeddings. It is there when the copies have landed and all threads have come so far.
+// The queries of a block and what they attend to, in shared memory: keys if logits contain q.k,
+// values, and embeddings. It is there when the copies have landed and all threads have come so far.
 template <typename T, int DEPTH, int KERNEL, bool CONTENT, bool POSITION>
 struct Attended {
   static constexpr int TILE = tile_bytes<DEPTH, KERNEL>();
-  Shared values, keys, embeddings, end;
+  Shared keys, values;
+  OwnPixels<DEPTH> queries;
+  Shared embeddings, end;
 
   template <typename Arguments>
   DEVICE Attended(const Arguments& x, const Block& block, const Thread& me)
-      : values(shared_memory()),
-        keys(values + TILE),
-        embeddings(CONTENT ? keys + TILE : keys),
-        end(embeddings + Embeddings<DEPTH, KERNEL>::BYTES) {
+      : keys(shared_memory()),
+        values(CONTENT ? keys + TILE : keys),
+        queries(values + TILE, me),
+        embeddings(values + TILE + OwnPixels<DEPTH>::BYTES),
+        end(embeddings + (POSITION ? Embeddings<DEPTH, KERNEL>::BYTES : 0)) {
     if (CONTENT) copy_tile<DEPTH, KERNEL>(keys, x.key, x.key_stride, block, me);
+    queries.copy(x.query, x.query_stride, block, me);
     copy_tile<DEPTH, KERNEL>(values, x.value, x.value_stride, block, me);
     if (POSITION)
       Embeddings<DEPTH, KERNEL>::template prepare<T>(embeddings, x.rel_rows, x.rel_cols, block, me);

@@ -18,6 +18,7 @@
 #include <ucontext.h>
 
 #define DEVICE inline
+#define SELDOM inline
 #define __global__ inline
 #define __launch_bounds__(...)
 
@@ -35,6 +36,7 @@ namespace emulation {
 struct Copy {
   Shared to;
   const void* from;  // null for zeros
+  int bytes;
 };
 
 struct Fiber {
@@ -314,18 +316,26 @@ DEVICE void wait_for_warp() {
   emulation::together("wait", nothing, [](int**) {});
 }
 
-DEVICE void copy_async(Shared to, const void* from, bool present) {
-  emulation::shared(to, 16);
-  emulation::check(reinterpret_cast<uintptr_t>(from) % 16 == 0, "a copy is not aligned");
-  if (present) emulation::check_global(from, 16, false);
-  emulation::fibers[emulation::current].copies.push_back({to, present ? from : nullptr});
+namespace emulation {
+inline void copy_async(Shared to, const void* from, bool present, int bytes) {
+  shared(to, bytes);
+  check(reinterpret_cast<uintptr_t>(from) % bytes == 0, "a copy is not aligned");
+  if (present) check_global(from, bytes, false);
+  fibers[current].copies.push_back({to, present ? from : nullptr, bytes});
+}
+}  // namespace emulation
+DEVICE void copy_async(Shared to, const u16* from, bool present, bool wanted = true) {
+  if (wanted) emulation::copy_async(to, from, present, 16);
+}
+DEVICE void copy_async(Shared to, const float* from, bool present, bool wanted = true) {
+  if (wanted) emulation::copy_async(to, from, present, 4);
 }
 DEVICE void wait_for_copies() {
   for (const emulation::Copy& copy : emulation::fibers[emulation::current].copies)
     if (copy.from)
-      memcpy(&emulation::memory[copy.to], copy.from, 16);
+      memcpy(&emulation::memory[copy.to], copy.from, copy.bytes);
     else
-      memset(&emulation::memory[copy.to], 0, 16);
+      memset(&emulation::memory[copy.to], 0, copy.bytes);
   emulation::fibers[emulation::current].copies.clear();
 }
 
@@ -339,10 +349,18 @@ DEVICE T load(const T* from) {
   emulation::check_global(from, sizeof(T), false);
   return *from;
 }
+DEVICE void load(float (&values)[4], const float* from) {
+  emulation::check_global(from, 16, false);
+  memcpy(values, from, 16);
+}
 template <typename T>
 DEVICE void store(T* to, T value) {
   emulation::check_global(to, sizeof(T), true);
   *to = value;
+}
+DEVICE void store(u32* to, const u32 (&words)[4]) {
+  emulation::check_global(to, 16, true);
+  memcpy(to, words, 16);
 }
 DEVICE u32 held_zero() { return 0; }
 DEVICE void load_shared(u32 (&words)[4], Shared from) {
@@ -364,6 +382,7 @@ DEVICE void store_shared(Shared to, const u32 (&words)[4]) {
 DEVICE void store_shared(Shared to, const float (&values)[4]) {
   memcpy(emulation::shared(to, 16), values, 16);
 }
+DEVICE void store_shared(Shared to, u32 word) { memcpy(emulation::shared(to, 4), &word, 4); }
 DEVICE void store_shared(Shared to, u32 first, u32 second) {
   const u32 pair[2] = {first, second};
   memcpy(emulation::shared(to, 8), pair, 8);
