@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import cuda
-from ..ops.joined_attention import attend_joined
+from ..ops import cuda, joined_attention
 from ..ops.operator import layout_of
 from .one_piece import biases_of, projections, weights_of
 from .plain import is_plain_pointwise, is_plain_tensor
@@ -60,5 +59,5 @@ def attend(layer: nn.Module, x: Tensor) -> Tensor:
     # Of channels_last, this is a matrix of pixels as it lies in memory.
     joined = F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
     options = (layer.kernel_size, layer.num_heads, layer.content, layer.border == "mask")
-    output, _ = attend_joined(joined, layer.rel_rows, layer.rel_cols, *options)
+    output = joined_attention.attend(joined, layer.rel_rows, layer.rel_cols, *options)
     return output.contiguous(memory_format=layout_of(x))

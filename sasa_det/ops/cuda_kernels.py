@@ -6,6 +6,8 @@ Their source is in ``csrc/cuda``; nothing here needs a GPU.
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -171,24 +173,49 @@ def launch_of(kernel: str, variant: Variant, **tensors: Tensor | None) -> Launch
             (num_heads, C // num_heads // 2, kernel_size), log_sum and mean (N, num_heads, H, W),
             all contiguous and float32, and grad_embeddings has :func:`embedding_sums_shape`.
     """
-    batch, height, width, channels = tensors["query"].shape
+    sizes, grid = _sizes_and_grid(variant, tuple(tensors["query"].shape))
+    facts = _facts(kernel, variant)
+    arguments = KERNELS[kernel].arguments()
+    arguments.sizes = sizes
+    for name, stride in facts.pointers:
+        x = tensors[name]
+        if x is not None:
+            setattr(arguments, name, x.data_ptr())
+            if stride:
+                setattr(arguments, stride, pixel_stride(x))
+    return Launch(KERNELS[kernel].header, facts.name, grid, facts.shared_bytes, arguments)
+
+
+class _Facts(NamedTuple):
+    """What all launches of a kernel share."""
+
+    name: str
+    shared_bytes: int
+    pointers: tuple[tuple[str, str], ...]  # names, and those of the strides of images
+
+
+# Both are called for every launch, which is to take less time than the kernel.
+@cache
+def _facts(kernel: str, variant: Variant) -> _Facts:
+    fields = dict(KERNELS[kernel].arguments._fields_)
+    pointers = tuple(
+        (name, f"{name}_stride" if f"{name}_stride" in fields else "")
+        for name, kind in fields.items()
+        if kind is ctypes.c_void_p
+    )
+    return _Facts(variant.name(kernel), KERNELS[kernel].shared_bytes(variant), pointers)
+
+
+@lru_cache(maxsize=1024)
+def _sizes_and_grid(
+    variant: Variant, shape: tuple[int, int, int, int]
+) -> tuple[_Sizes, tuple[int, int, int]]:
+    batch, height, width, channels = shape
     groups = _groups(variant, channels)
     tile_rows, tile_cols = _tiles(height, width)
-    arguments = KERNELS[kernel].arguments()
     groups_inverse = -(-(2**32) // groups) % 2**32
-    arguments.sizes = _Sizes(height, width, channels // variant.head_width, groups_inverse)
-    for name, kind in arguments._fields_:
-        if kind is ctypes.c_void_p and (x := tensors[name]) is not None:
-            setattr(arguments, name, x.data_ptr())
-            if hasattr(arguments, f"{name}_stride"):
-                setattr(arguments, f"{name}_stride", pixel_stride(x))
-    return Launch(
-        KERNELS[kernel].header,
-        variant.name(kernel),
-        (groups * tile_cols, tile_rows, batch),
-        KERNELS[kernel].shared_bytes(variant),
-        arguments,
-    )
+    sizes = _Sizes(height, width, channels // variant.head_width, groups_inverse)
+    return sizes, (groups * tile_cols, tile_rows, batch)
 
 
 def blocks_of(variant: Variant, batch: int, height: int, width: int, channels: int) -> int:

@@ -21,6 +21,7 @@ from . import cuda, standard_blocks
 from .blocks import place_matrices
 from .cuda_check import CHECK_VARIABLE
 from .cuda_compiler import CompilerError, launch, load_kernel
+from .joined_attention import is_looked_at
 from .precision import autocast_disabled
 
 logger = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ def why_not(x: Tensor, channels: int, num_heads: int) -> str | None:
         return f"it takes CUDA tensors, not {x.device.type}"
     if type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "it does not run in traces and compiled models"
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if is_looked_at():
         return "operators are looked at one by one"
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 or float16, not {x.dtype}"
