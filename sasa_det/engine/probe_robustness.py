@@ -35,8 +35,8 @@ from .trained_model import TrainedModel, load_trained_model
 logger = logging.getLogger(__name__)
 
 _EPILOG = """
-The attack's settings are a choice: how often the paper's attack steps, and how far, is not known
-here. KEY VALUE pairs override the configs of the classifiers, or of their trainings.
+The settings of the attack are this project's choice, not the paper's. KEY VALUE pairs override the
+configs of the classifiers, or of their trainings.
 """
 _RESULTS = _NUMBERS, _TABLES, _FIGURE = "robustness.json", "robustness.md", "robustness.png"
 

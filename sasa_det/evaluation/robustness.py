@@ -54,7 +54,8 @@ class Attack:
         return f"attacked by {self.epsilon:g}"
 
     def __str__(self) -> str:
-        return f"PGD of {self.steps} steps of {self.step:g} within {self.epsilon:g} of 255"
+        steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
+        return f"PGD of {steps} of {self.step:g} within {self.epsilon:g} of 255"
 
 
 def attack_images(

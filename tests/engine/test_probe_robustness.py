@@ -183,4 +183,14 @@ def test_report():
     assert ["pair", "11.0 ± 1.4", "50.0 ± 0.0"] in cells
     # Variances of 8 and 2 with two seeds each.
     assert ["pair", "-31.0 ± 2.2", "+40.0 ± 0.0"] in cells
-    assert ["mirrored", "pair, conv"] in cells and ["turned", "conv, pair"] in cells
+    assert ["mirrored", "pair, conv", "pair, conv"] in cells
+    assert ["turned", "conv, pair", "conv, pair"] in cells
+
+
+def test_report_of_a_classifier_that_has_little_to_lose():
+    top1 = {
+        "good": {"untouched": [90.0], "turned": [50.0]},
+        "bad": {"untouched": [12.0], "turned": [9.0]},
+    }
+    assert "| turned   | good, bad" in robustness_report(top1)
+    assert "| bad, good " in robustness_report(top1)
