@@ -3,8 +3,10 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..ops import cuda, joined_attention
+from ..ops.joined_attention import is_looked_at
 from ..ops.operator import layout_of
 from .one_piece import biases_of, projections, weights_of
 from .plain import is_plain_pointwise, is_plain_tensor
@@ -53,11 +55,63 @@ def attend(layer: nn.Module, x: Tensor) -> Tensor:
     Returns:
         (N, C_out, H, W), in the layout of ``x``.
     """
-    biases = biases_of(layer)
-    weight = torch.cat([weight.flatten(1) for weight in weights_of(layer)])
-    bias = None if biases[0] is None else torch.cat(biases)
-    # Of channels_last, this is a matrix of pixels as it lies in memory.
-    joined = F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+    weights, biases = weights_of(layer), biases_of(layer)
     options = (layer.kernel_size, layer.num_heads, layer.content, layer.border == "mask")
-    output = joined_attention.attend(joined, layer.rel_rows, layer.rel_cols, *options)
+    embeddings = (layer.rel_rows, layer.rel_cols)
+    if is_one_node(x):
+        parameters = (*weights, *(bias for bias in biases if bias is not None))
+        output = _Joined.apply(x, *embeddings, _product_dtype(x), options, *parameters)
+    else:
+        weight = torch.cat([weight.flatten(1) for weight in weights])
+        bias = None if biases[0] is None else torch.cat(biases)
+        # Of channels_last, this is a matrix of pixels as it lies in memory.
+        joined = F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+        output, _ = joined_attention.attend_joined(joined, *embeddings, *options)
     return output.contiguous(memory_format=layout_of(x))
+
+
+def is_one_node(x: Tensor) -> bool:
+    """Tell whether projections and attention are one node of autograd for inputs like ``x``."""
+    return x.device.type == "cuda" and not is_looked_at()
+
+
+class _Joined(torch.autograd.Function):
+    """The product and attention in one node of autograd, without the operator.
+
+    A GPU takes less time for a small map than Python for the nodes and the operator.
+    """
+
+    @staticmethod
+    def forward(ctx, x, rel_rows, rel_cols, dtype, options, *parameters):
+        count = 3 if options[2] else 2
+        weight = torch.cat([w.flatten(1) for w in parameters[:count]]).to(dtype)
+        bias = torch.cat(parameters[count:]).to(dtype) if parameters[count:] else None
+        pixels = x.permute(0, 2, 3, 1).to(dtype)
+        joined = F.linear(pixels, weight, bias).permute(0, 3, 1, 2)
+        output, log_sum = joined_attention.forward(joined, rel_rows, rel_cols, *options)
+        ctx.save_for_backward(pixels, weight, joined, rel_rows, rel_cols, log_sum)
+        ctx.options, ctx.count, ctx.input_dtype = options, count, x.dtype
+        ctx.like = [(w.dtype, w.shape) for w in parameters]
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        pixels, weight, *tensors = ctx.saved_tensors
+        needs_input, needs_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[5:])
+        grad_joined, *embeddings = joined_attention.gradients(grad, *tensors, *ctx.options)
+        of_pixels = grad_joined.permute(0, 2, 3, 1).flatten(0, 2)
+        grad_input = None
+        if needs_input:
+            grad_input = (of_pixels @ weight).view(pixels.shape).permute(0, 3, 1, 2)
+            grad_input = grad_input.to(ctx.input_dtype)
+        grads = [None] * len(ctx.like)
+        if needs_weights:
+            grads = list((of_pixels.t() @ pixels.flatten(0, 2)).chunk(ctx.count))
+            if len(ctx.like) > ctx.count:
+                grads += of_pixels.sum(0, dtype=torch.float32).chunk(ctx.count)
+            pairs = zip(grads, ctx.like, strict=True)
+            grads = [g.to(dtype).view(shape) for g, (dtype, shape) in pairs]
+        pairs = zip(embeddings, tensors[1:3], strict=True)
+        embeddings = [None if x is None else g for g, x in pairs]
+        return grad_input, *embeddings, None, None, *grads

@@ -6,7 +6,6 @@ three into one tensor, which is what the gradients of that product are products 
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import cuda
 from .gradient import define_operator, fake_gradients, register_gradient
@@ -31,7 +30,7 @@ def attend_joined(joined, rel_rows, rel_cols, kernel_size, num_heads, content, m
         (output, log_sum): (N, C, H, W) in the layout channels_last, and what the backward pass
         needs.
     """
-    return _forward(joined, rel_rows, rel_cols, kernel_size, num_heads, content, mask)
+    return forward(joined, rel_rows, rel_cols, kernel_size, num_heads, content, mask)
 
 
 @attend_joined.register_fake
@@ -51,7 +50,7 @@ def attend_joined_backward(
 ):
     """Return the gradients of ``joined``, in its layout, and of both embeddings."""
     options = (kernel_size, num_heads, content, mask)
-    return _gradients(grad, joined, rel_rows, rel_cols, log_sum, *options)
+    return gradients(grad, joined, rel_rows, rel_cols, log_sum, *options)
 
 
 register_gradient(attend_joined, attend_joined_backward, num_tensors=3)
@@ -63,54 +62,20 @@ def _(grad, joined, *arguments):
     return torch.empty_like(joined, memory_format=torch.channels_last), *gradients
 
 
-def attend(
-    joined: Tensor,
-    rel_rows: Tensor | None,
-    rel_cols: Tensor | None,
-    kernel_size: int,
-    num_heads: int,
-    content: bool,
-    mask: bool,
-) -> Tensor:
-    """Return the output of :func:`attend_joined`, without the operator where nobody looks for it.
-
-    The Python around an operator takes several times as long as a GPU for a small map.
-    """
-    arguments = (joined, rel_rows, rel_cols, kernel_size, num_heads, content, mask)
-    if joined.device.type != "cuda" or is_looked_at():
-        return attend_joined(*arguments)[0]
-    return _Joined.apply(*arguments)
-
-
 def is_looked_at() -> bool:
     """Tell whether something sees the operators that run, such as a counter or a transform."""
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
 
 
-class _Joined(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, joined, rel_rows, rel_cols, *options):
-        output, log_sum = _forward(joined, rel_rows, rel_cols, *options)
-        ctx.options = options
-        ctx.save_for_backward(joined, rel_rows, rel_cols, log_sum)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        _, rel_rows, rel_cols, _ = ctx.saved_tensors
-        grad_joined, *grads = _gradients(grad, *ctx.saved_tensors, *ctx.options)
-        pairs = zip(grads, (rel_rows, rel_cols), strict=True)
-        return grad_joined, *(None if x is None else g for g, x in pairs), *[None] * 4
-
-
-def _forward(joined, rel_rows, rel_cols, kernel_size, num_heads, content, mask):
+def forward(joined, rel_rows, rel_cols, kernel_size, num_heads, content, mask):
+    """See :func:`attend_joined`, which is this as an operator."""
     say_once("cuda")
     images = _slices(joined, content)
     return cuda.forward(*images, rel_rows, rel_cols, kernel_size, num_heads, mask)
 
 
-def _gradients(grad, joined, rel_rows, rel_cols, log_sum, kernel_size, num_heads, content, mask):
+def gradients(grad, joined, rel_rows, rel_cols, log_sum, kernel_size, num_heads, content, mask):
+    """See :func:`attend_joined_backward`, which is this as an operator."""
     images = _slices(joined, content)
     result = torch.empty_like(joined, memory_format=torch.channels_last)
     slices = [None if x is None else x.permute(0, 2, 3, 1) for x in _slices(result, content)]

@@ -10,6 +10,7 @@ import ctypes
 import math
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sasa_det.layers import LocalSelfAttention2d
+from sasa_det.layers import LocalSelfAttention2d, joined
 from sasa_det.layers.joined import is_joined
+from sasa_det.layers.one_piece import projections
 from sasa_det.ops import cuda, cuda_check, local_attention, loop
 from sasa_det.ops.cuda_compiler import SOURCES
 from sasa_det.ops.cuda_kernels import (
@@ -529,6 +531,34 @@ def test_a_layer_makes_queries_keys_and_values_with_one_product(emulated, option
         assert error_of(ours.detach(), theirs.detach()) <= 2 * TOLERANCE[BF16]
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("options", [{}, {"content": False}], ids=str)
+def test_a_layer_as_one_node_of_autograd(emulated, monkeypatch, options, bias):
+    """As on a GPU, where no operator is seen; weights are float32, as under autocast."""
+    torch.manual_seed(0)
+    layer = LocalSelfAttention2d(24, 64, num_heads=2, **options)
+    if bias:
+        for projection in projections(layer):
+            projection.bias = nn.Parameter(0.1 * torch.randn(64))
+    exact = copy.deepcopy(layer).double()
+    exact.backend = "reference"
+    monkeypatch.setattr(joined, "is_one_node", lambda x: True)
+    monkeypatch.setattr(joined, "_product_dtype", lambda x: BF16)
+    x = torch.randn(2, 24, 5, 6).to(memory_format=torch.channels_last)
+    grad = torch.randn(2, 64, 5, 6)
+    results = []
+    # CPUs would run the layer on their own kernels.
+    for run, module in ((partial(joined.attend, layer), layer), (exact, exact)):
+        leaf = x.to(module.query.weight.dtype).requires_grad_()
+        output = run(leaf)
+        leaves = [leaf, *module.parameters()]
+        results.append((output, *torch.autograd.grad(output, leaves, grad.to(output.dtype))))
+    assert results[0][0].dtype == BF16
+    for ours, theirs in zip(*results, strict=True):
+        assert error_of(ours.detach(), theirs.detach()) <= 2 * TOLERANCE[BF16]
+    assert {x.dtype for x in results[0][1:]} == {torch.float32}
+
+
 class CountedOperators(TorchDispatchMode):
     """Counts calls of operators by name."""
 
@@ -544,16 +574,16 @@ class CountedOperators(TorchDispatchMode):
 def test_layers_that_are_more_than_their_weights_are_called(emulated):
     x = torch.randn(1, 24, 3, 4).to(BF16)
 
-    def joined(change=lambda layer: None, **options):
+    def takes(change=lambda layer: None, **options):
         layer = LocalSelfAttention2d(24, 64, num_heads=2, **options).to(BF16)
         change(layer)
         return is_joined(layer, x)
 
-    assert joined() and joined(position="none")
-    assert not joined(position="absolute") and not joined(qk_norm="RMS")
-    assert not joined(backend="loop")
-    assert not joined(lambda layer: layer.key.register_forward_hook(lambda *_: None))
-    assert not joined(lambda layer: layer.query.register_parameter("bias", nn.Parameter(x[0, 0])))
+    assert takes() and takes(position="none")
+    assert not takes(position="absolute") and not takes(qk_norm="RMS")
+    assert not takes(backend="loop")
+    assert not takes(lambda layer: layer.key.register_forward_hook(lambda *_: None))
+    assert not takes(lambda layer: layer.query.register_parameter("bias", nn.Parameter(x[0, 0])))
 
 
 def test_an_empty_batch_goes_through(emulated):
