@@ -98,6 +98,12 @@ def test_mistakes_about_attention(tool, refused, trained, digits, tmp_path):
         "visualize_attention", "--weights", trained, "--layer", "stem"
     )
     assert not any(tmp_path.iterdir())
+    assert "the model has no attention layers" in refused(
+        "visualize_attention", "--weights", "Digits/retinanet_conv.yaml", "--layer", "list"
+    )
+    assert "model.onnx was exported, and has no layers by name" in refused(
+        "visualize_attention", "--weights", "model.onnx", "--layer", "list"
+    )
     status, text = tool("visualize_attention", "--weights", trained, "--layer", "list")
     assert status == 0 and {"stem", "res3.0", "head.bbox.0@p7"} <= set(text.split())
 
