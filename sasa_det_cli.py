@@ -84,6 +84,16 @@ COMMANDS = {
 _EPILOG = "`%(prog)s COMMAND --help` lists the arguments of a command."
 
 
+def restart_in_utf8() -> None:
+    """Start this program again in Python's UTF-8 mode if the locale is not UTF-8.
+
+    Libraries open text files in the encoding of the locale.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode:
+        os.environ["PYTHONUTF8"] = "1"  # for the processes that it starts
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
 def run(name: str) -> int:
     """Run a command with the arguments in ``sys.argv``.
 
@@ -93,7 +103,8 @@ def run(name: str) -> int:
     Returns:
         int: exit status.
     """
-    # Until run_command takes Ctrl-C over: the imports take seconds.
+    restart_in_utf8()  # before the imports, which take seconds
+    # Until run_command takes Ctrl-C over.
     signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
     module, summary = COMMANDS[name]
     try:

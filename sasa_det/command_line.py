@@ -1,11 +1,12 @@
 """What commands have in common; it needs neither detectron2 nor a model."""
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from sasa_det_cli import restart_in_utf8
 
 from .errors import USAGE_ERRORS, StopTraining, UsageError, print_error
 from .utils.cores import available_cores
@@ -15,8 +16,8 @@ from .utils.files import holds_anything
 def run_command(main: Callable[[], int | None]) -> int:
     """Run the main function of a command in UTF-8 and print usage errors without a traceback.
 
-    In a locale that is not UTF-8 the command starts again in Python's UTF-8 mode, for libraries
-    open text files in the encoding of the locale. Characters that the terminal does not have are
+    In a locale that is not UTF-8 the command starts again, see
+    :func:`sasa_det_cli.restart_in_utf8`. Characters that the terminal does not have are
     printed as escapes.
 
     Args:
@@ -26,9 +27,7 @@ def run_command(main: Callable[[], int | None]) -> int:
         int: the exit status: the one that ``main`` returns, 2 after a usage error, which is printed
         as one sentence, 130 after Ctrl-C, or the status of the signal that stopped a training.
     """
-    if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode:
-        os.environ["PYTHONUTF8"] = "1"  # for the processes that it starts
-        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    restart_in_utf8()  # a program that did not begin in sasa_det_cli
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGINT, signal.default_int_handler)

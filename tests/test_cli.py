@@ -1,6 +1,7 @@
 """``sasa-det`` and the scripts in tools/, which are the same commands."""
 
 import importlib
+import os
 import runpy
 import subprocess
 import sys
@@ -79,6 +80,17 @@ def test_help_lists_the_commands_without_importing_anything(tmp_path):
 def test_a_wrong_command(words, told, monkeypatch, capsys):
     assert call(monkeypatch, *words) == 2
     assert told in capsys.readouterr().err
+
+
+def test_in_another_locale_it_starts_again_before_it_imports_anything():
+    code = """
+import importlib, sys, sasa_det_cli
+importlib.import_module = lambda name: sys.exit(f"{name} in UTF-8 mode: {sys.flags.utf8_mode}")
+sasa_det_cli.run("predict")
+"""
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stderr == "sasa_det.engine.predict in UTF-8 mode: 1\n"
 
 
 def test_without_detectron2_a_command_says_what_to_install():

@@ -118,6 +118,19 @@ def attention_layers(model: nn.Module) -> list[str]:
     ]
 
 
+def require_attention_layers(model: nn.Module) -> list[str]:
+    """Return the names of :func:`attention_layers`, of which there must be some.
+
+    Raises:
+        UsageError: if the model has none.
+    """
+    known = attention_layers(model)
+    if not known:
+        no_layers = "the model has no attention layers."
+        raise UsageError(_SAN if _has_vector_attention(model) else no_layers)
+    return known
+
+
 def find_attention_layer(model: nn.Module, name: str) -> AttentionLayer:
     """Find an attention layer by its name.
 
@@ -131,10 +144,7 @@ def find_attention_layer(model: nn.Module, name: str) -> AttentionLayer:
     """
     base, _, level = name.partition("@")
     modules, levels = _attention_modules(model), _levels(model)
-    known = attention_layers(model)
-    if not known:
-        no_layers = "the model has no attention layers."
-        raise UsageError(_SAN if _has_vector_attention(model) else no_layers)
+    known = require_attention_layers(model)
     if base not in modules:
         raise UsageError(_unknown_layer(model, name, known))
     if not (levels and base.startswith(_SHARED)):

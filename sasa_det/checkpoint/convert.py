@@ -21,6 +21,7 @@ from .layouts import recognize
 from .matching import named_by_ends
 from .preprocessing import is_preprocessing, preprocessing_of
 from .reading import category_ids_in, check_finite, classes_in, read_checkpoint
+from .sources import locate
 from .transfer import Report, transfer
 from .writing import write_checkpoint
 
@@ -56,7 +57,8 @@ def convert_checkpoint(
 
     Args:
         source: a checkpoint of this project or detectron2, of torchvision's or timm's ResNet-50,
-            101 or 152, or of the official SAN release.
+            101 or 152, or of the official SAN release, as :func:`~.sources.locate` takes it: the
+            name of a config whose weights :mod:`sasa_det.model_zoo` has is one too.
         target: the file to write, which ends in ``.pth`` or ``.safetensors``.
         model: whose backbone is to be filled. By default, that of the config that the source
             holds; if it holds none, all its weights are written as they are.
@@ -79,9 +81,10 @@ def convert_checkpoint(
         UsageError: if there is no model for weights that need one, or the source holds a config
             that cannot be parsed.
     """
-    source, target = Path(source), Path(target)
+    target = Path(target)
     if target.suffix not in _SUFFIXES:
         raise CheckpointError(f"the target {target} must end in {' or '.join(_SUFFIXES)}.")
+    source = locate(source).path
     if source.exists() and target.exists() and source.samefile(target):
         raise CheckpointError(f"the target {target} is the source.")
     if os.path.lexists(target) and not overwrite:

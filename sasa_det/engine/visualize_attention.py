@@ -10,14 +10,15 @@ from pathlib import Path
 from ..analysis.attention_figure import check_figure_path, draw_attention
 from ..analysis.attention_maps import (
     AttentionMaps,
-    attention_layers,
     attention_maps,
     find_attention_layer,
+    require_attention_layers,
 )
 from ..command_line import add_config_arguments
 from ..data.images import read_image
 from ..data.mapper import model_input
 from ..errors import UsageError
+from ..export import is_exported
 from .defaults import flush_denormals, log_to
 from .outputs import check_output_file, explained
 from .tasks import task_of
@@ -79,9 +80,14 @@ def run_visualize_attention(args: argparse.Namespace) -> None:
         check_output_file(args.output, overwrite=args.overwrite, inputs=(args.weights, args.input))
         if not os.path.isfile(args.input):
             raise UsageError(f"input {args.input} is not an image file.")
+    if is_exported(args.weights):
+        raise UsageError(
+            f"{args.weights} was exported, and has no layers by name; give the checkpoint it is "
+            "from."
+        )
     trained = load_trained_model(args.weights, config_file=args.config_file, opts=args.opts)
     if listing:
-        print("\n".join(attention_layers(trained.model)))
+        print("\n".join(require_attention_layers(trained.model)))
         return
     # Before the image, so that a wrong name costs no time.
     layer = find_attention_layer(trained.model, args.layer)

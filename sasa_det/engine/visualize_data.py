@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog, detection_utils
-from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 from tqdm import tqdm
 
@@ -21,6 +20,7 @@ from ..config.options import RunOptions
 from ..data.images import read_image
 from ..data_arguments import DataParser
 from ..errors import UsageError
+from ..evaluation.drawing import enlarged, enlarged_visualizer
 from ..utils.files import whole_file
 from ..utils.text import without_formulas
 from .defaults import flush_denormals, log_to
@@ -126,20 +126,21 @@ def draw_record(image: np.ndarray, record: dict[str, Any], metadata: Metadata) -
 
     Args:
         image: (H, W, 3) uint8, RGB.
-        record: of the data set; one without annotations is left as it is.
+        record: of the data set; of one without annotations, the image alone is in the picture.
         metadata: of the data set.
 
     Returns:
-        numpy.ndarray: (H, W, 3) uint8, RGB.
+        numpy.ndarray: (s H, s W, 3) uint8, RGB, with the integer s of
+        :func:`sasa_det.evaluation.drawing.enlarged_visualizer`.
     """
     if not record.get("annotations"):
-        return image
+        return enlarged(image)
     classes = [without_formulas(name) for name in metadata.get("thing_classes", ())]
     shown = Metadata(thing_classes=classes)
     for key in ("keypoint_names", "keypoint_connection_rules"):
         if (value := metadata.get(key)) is not None:
             shown.set(**{key: value})
-    return Visualizer(image, shown).draw_dataset_dict(record).get_image()
+    return enlarged_visualizer(image, shown).draw_dataset_dict(record).get_image()
 
 
 def picture_name(record: dict[str, Any], dataset: str) -> str:
@@ -162,7 +163,7 @@ def _trained_on(task: Any, image_format: str, name: str) -> Iterator[tuple[str, 
         instances = sample["instances"]
         fields = instances.get_fields()
         numbers = instances.gt_classes.tolist()
-        drawn = Visualizer(image, Metadata()).overlay_instances(
+        drawn = enlarged_visualizer(image, Metadata()).overlay_instances(
             labels=[classes[i] if i < len(classes) else str(i) for i in numbers],
             boxes=fields["gt_boxes"],
             masks=fields.get("gt_masks"),

@@ -30,6 +30,9 @@ CELL_GAP = 0.22
 TITLE = 0.28
 FONT_SIZE = 6.5
 
+# Pictures of smaller images are enlarged, so that labels are small beside what they name.
+_LEAST_SIDE = 512
+
 
 def draw_detections(
     samples: Sequence[Mapping[str, Any]],
@@ -102,10 +105,10 @@ def draw_instances(
         class_name: returns the name of a class index.
 
     Returns:
-        numpy.ndarray: (H, W, 3) uint8, RGB.
+        numpy.ndarray: (s H, s W, 3) uint8, RGB, with the integer s of :func:`enlarged_visualizer`.
     """
     if not len(instances):
-        return image
+        return enlarged(image)
     classes = instances.pred_classes.tolist()
     scores = instances.scores.tolist()
     colours = _class_colours(max(classes) + 1)
@@ -120,8 +123,7 @@ def draw_instances(
         without_formulas(f"{class_name(index)} {score:.0%}")
         for index, score in zip(classes, scores, strict=True)
     ]
-    visualizer = Visualizer(image, Metadata())
-    drawn = visualizer.overlay_instances(
+    drawn = enlarged_visualizer(image, Metadata()).overlay_instances(
         boxes=instances.pred_boxes,
         labels=labels,
         assigned_colors=[colours[index] for index in classes],
@@ -129,6 +131,30 @@ def draw_instances(
         **given,
     )
     return drawn.get_image()
+
+
+def enlarged_visualizer(image: np.ndarray, metadata: Metadata) -> Visualizer:
+    """Return detectron2's Visualizer of an image, whose pictures are enlarged if it is small.
+
+    Args:
+        image: (H, W, 3) uint8, RGB.
+        metadata: of the Visualizer.
+
+    Returns:
+        Visualizer: its ``scale`` is the least integer with which the longer side of the picture has
+        512 pixels or more, 1 for images that have as many.
+    """
+    return Visualizer(image, metadata, scale=_picture_scale(image))
+
+
+def enlarged(image: np.ndarray) -> np.ndarray:
+    """Return an image in the size of the pictures of :func:`enlarged_visualizer`."""
+    scale = _picture_scale(image)
+    return image.repeat(scale, 0).repeat(scale, 1) if scale > 1 else image
+
+
+def _picture_scale(image: np.ndarray) -> int:
+    return -(-_LEAST_SIDE // max(image.shape[:2]))
 
 
 def _draw_panel(

@@ -58,7 +58,9 @@ def _choose(name: str, query: Tensor, num_heads: int, kernel_size: int) -> str:
 def say_once(name: str, reasons: str = "") -> None:
     """Log which backend runs, the first time, and why those before it do not."""
     summary = BACKENDS[name].SUMMARY
-    logger.info("local_attention runs on the %s backend (%s)%s.", name, summary, reasons)
+    # Installations without kernels for CPUs are slow, and most programs do not show what is info.
+    level = logging.WARNING if cpu.MISSING and name == "loop" else logging.INFO
+    logger.log(level, "local_attention runs on the %s backend (%s)%s.", name, summary, reasons)
 
 
 @lru_cache(None)

@@ -4,7 +4,7 @@ import errno
 import fcntl
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -72,6 +72,29 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
         staging.mkdir()
         yield staging
         os.rename(staging, path)
+
+
+def write_folder_once(path: str | os.PathLike, write: Callable[[Path], None]) -> bool:
+    """Write a folder as :func:`whole_folder` does, unless another process does so meanwhile.
+
+    Args:
+        path: the folder to write; it must not exist, or be empty.
+        write: writes the files into a folder that it is given.
+
+    Returns:
+        bool: False if another process was first, whose folder is left as it is.
+
+    Raises:
+        OSError: if the folder cannot be written.
+    """
+    try:
+        with whole_folder(path) as staging:
+            write(staging)
+    except OSError:
+        if not holds_anything(path):
+            raise
+        return False
+    return True
 
 
 @contextmanager

@@ -19,6 +19,9 @@ from sasa_det.checkpoint import (
     write_checkpoint,
     writing,
 )
+from sasa_det.checkpoint.sources import locate
+from sasa_det.errors import UsageError
+from sasa_det.model_zoo import get_checkpoint_url
 
 TOOL = "tools/convert_checkpoint.py"
 
@@ -84,6 +87,16 @@ def test_the_target(source, tmp_path, state, expected, assert_same):
     with pytest.raises(CheckpointError, match="must end in .pth or .safetensors"):
         convert(source, tmp_path / "weights.pkl")
     assert_same(read_checkpoint(source), state)
+
+
+def test_published_weights_are_named_by_their_config(tmp_path):
+    convert("Digits/retinanet_SASA.yaml", tmp_path / "weights.pth")
+    published = read_checkpoint(locate(get_checkpoint_url("Digits/retinanet_SASA.yaml")).path)
+    converted = read_checkpoint(tmp_path / "weights.pth")["model"]
+    assert converted.keys() == published["model"].keys()
+    assert all(torch.equal(converted[name], x) for name, x in published["model"].items())
+    with pytest.raises(UsageError, match="no trained weights of Digits/other.yaml"):
+        convert("Digits/other.yaml", tmp_path / "other.pth")
 
 
 def test_sources_that_are_refused(tmp_path, hostile, state):

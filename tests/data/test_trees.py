@@ -1,12 +1,13 @@
 """Photographs from a package: a small wheel in a folder that pip is told to look in."""
 
 import dataclasses
+import threading
 import zipfile
 
 import pytest
 
 from sasa_det.data.trees import DEEPFOREST, fetch_trees
-from sasa_det.data.wheels import Member
+from sasa_det.data.wheels import Member, fetch_members
 from sasa_det.errors import DatasetError
 
 FILES = {"crowns/a.png": b"pixels", "crowns/a.xml": b"<annotation/>", "crowns/model.pt": b"\x80"}
@@ -33,6 +34,27 @@ def test_photographs_are_fetched_once(package, tmp_path, monkeypatch):
     (folder / "train" / "a.png").unlink()
     with pytest.raises(DatasetError, match=r"a\.png is missing, which is a file of tinytrees 1\.5"):
         fetch_trees(folder, package)
+
+
+def test_two_fetches_at_the_same_time_both_have_the_photographs(package, tmp_path, monkeypatch):
+    both_began = threading.Barrier(2, timeout=60)
+
+    def fetch(*arguments):
+        both_began.wait()
+        fetch_members(*arguments)
+
+    monkeypatch.setattr("sasa_det.data.trees.fetch_members", fetch)
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(fetch_trees(tmp_path / "trees", package)))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [tmp_path / "trees"] * 2
+    assert (tmp_path / "trees" / "train" / "a.png").read_bytes() == b"pixels"
 
 
 def test_without_an_index_there_is_one_sentence(package, tmp_path, monkeypatch):

@@ -44,5 +44,5 @@ def test_the_notebook(tmp_path):
     drawn = np.asarray(Image.open(tmp_path / "found.png"), dtype=float)
     shown = np.asarray(Image.open(io.BytesIO(committed)), dtype=float)
     # Labels and lines are drawn a little differently by other versions of matplotlib.
-    assert drawn.shape == shown.shape == (256, 512, 3)
+    assert drawn.shape == shown.shape == (512, 1024, 3)
     assert np.abs(drawn - shown).mean() < 8

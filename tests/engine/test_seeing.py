@@ -11,6 +11,7 @@ from PIL import Image
 
 from sasa_det.command_line import run_command
 from sasa_det.data.images import read_image
+from sasa_det.evaluation.drawing import enlarged
 
 
 @pytest.fixture
@@ -97,6 +98,12 @@ def test_mistakes_about_attention(tool, refused, trained, digits, tmp_path):
         "visualize_attention", "--weights", trained, "--layer", "stem"
     )
     assert not any(tmp_path.iterdir())
+    assert "the model has no attention layers" in refused(
+        "visualize_attention", "--weights", "Digits/retinanet_conv.yaml", "--layer", "list"
+    )
+    assert "model.onnx was exported, and has no layers by name" in refused(
+        "visualize_attention", "--weights", "model.onnx", "--layer", "list"
+    )
     status, text = tool("visualize_attention", "--weights", trained, "--layer", "list")
     assert status == 0 and {"stem", "res3.0", "head.bbox.0@p7"} <= set(text.split())
 
@@ -142,7 +149,7 @@ def test_data_as_annotated(tool, refused, digits, tmp_path):
     for name in names:
         image = read_image(str(digits / "train" / name), 10**6)
         drawn = np.asarray(Image.open(output / name))
-        assert drawn.shape == image.shape and (drawn != image).any()
+        assert drawn.shape == (512, 512, 3) and (drawn != enlarged(image)).any()
     assert len(record["images"]) == 8
     assert "exists already" in refused("visualize_data", *words, *data)
     assert "there is no data set to draw" in refused("visualize_data", *words, "--overwrite")
@@ -158,7 +165,7 @@ def test_data_as_trained_on(tool, refused, digits, tmp_path):
     pictures = [
         Image.open(tmp_path / "pictures" / name) for name in images_in(tmp_path / "pictures")
     ]
-    assert len(pictures) == 5 and {picture.size for picture in pictures} == {(48, 48)}
+    assert len(pictures) == 5 and {picture.size for picture in pictures} == {(528, 528)}
     test = ["--test", digits / "val.json", digits / "val", "--overwrite"]
     assert "give --train, not --test" in refused("visualize_data", *words, *test)
     missing = ["--train", digits / "no.json", digits / "train", "--overwrite"]
@@ -172,14 +179,14 @@ def test_results_beside_annotations(tool, refused, digits, results, tmp_path):
     assert tool("visualize_json_results", *words, *data, "--conf-threshold", 1)[0] == 0
     names = sorted(path.name for path in (digits / "train").iterdir())
     assert images_in(output) == names
-    image = read_image(str(digits / "train" / names[0]), 10**6)
+    image = enlarged(read_image(str(digits / "train" / names[0]), 10**6))
     drawn = np.asarray(Image.open(output / names[0]))
     # Nothing is as sure as that, and the annotations are on the right.
-    assert np.array_equal(drawn[:, :64], image) and (drawn[:, 64:] != image).any()
+    assert np.array_equal(drawn[:, :512], image) and (drawn[:, 512:] != image).any()
     words += [*data, "--conf-threshold", 0.05]
     assert "exists already" in refused("visualize_json_results", *words)
     assert tool("visualize_json_results", *words, "--overwrite")[0] == 0
-    assert (np.asarray(Image.open(output / names[0]))[:, :64] != image).any()
+    assert (np.asarray(Image.open(output / names[0]))[:, :512] != image).any()
     unknown = ["--input", results, "--output", tmp_path / "other", "--dataset", "digits_vall"]
     assert "did you mean digits_val?" in refused("visualize_json_results", *unknown)
     status, text = tool("visualize_json_results", *words[:4], *data, "--conf-threshold", 2)

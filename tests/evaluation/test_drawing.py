@@ -220,12 +220,27 @@ def test_instances_are_drawn_in_the_colours_of_their_classes():
     assert np.array_equal(again[248:253, 100], first)
 
 
+def test_small_images_are_drawn_enlarged():
+    image = np.arange(100 * 128 * 3, dtype=np.uint8).reshape(100, 128, 3)
+    alone = draw_instances(image, instances_of([], []), str)
+    assert np.array_equal(alone, np.kron(image, np.ones((4, 4, 1), np.uint8)))
+    found = draw_instances(image, instances_of([[30, 40, 60, 80]], [1]), str)
+    # One size for all images of a video, whatever is found in them.
+    assert found.shape == alone.shape
+    changed = (found != alone).any(axis=2)
+    assert changed[160:320, 119:122].all() and not changed[:, 260:].any()
+    # Of the object, which has 30 x 40 pixels, the label leaves nearly all to be seen.
+    assert changed[165:315, 125:235].mean() < 0.2
+    large = np.zeros((100, 512, 3), np.uint8)
+    assert draw_instances(large, instances_of([[9, 9, 50, 50]], [1]), str).shape == large.shape
+
+
 def test_masks_are_drawn_and_images_without_instances_stay():
-    image = np.full((90, 120, 3), 90, np.uint8)
+    image = np.full((90, 600, 3), 90, np.uint8)
     assert np.array_equal(draw_instances(image, instances_of([], []), str), image)
-    instances = instances_of([[20, 20, 100, 80]], [1])
+    instances = instances_of([[20, 20, 100, 80]], [1], size=(90, 600))
     plain = draw_instances(image, instances, str)
-    instances.pred_masks = torch.zeros(1, 90, 120, dtype=torch.bool)
+    instances.pred_masks = torch.zeros(1, 90, 600, dtype=torch.bool)
     instances.pred_masks[0, 60:70, 60:70] = True
     masked = draw_instances(image, instances, str)
     changed = (plain != masked).any(axis=2)

@@ -1,8 +1,10 @@
 """The operator as the C++ extension defines it, and as Python does where there is no extension."""
 
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -189,3 +191,26 @@ def test_the_same_with_and_without_the_extension(tmp_path):
     (without,) = absent["log"]
     assert without.startswith(begins.format("loop"))
     assert "; cpu does not: sasa_det was installed without its C++ kernels" in without
+
+
+def test_kernels_that_do_not_load_are_a_warning(tmp_path):
+    """As those of another version of PyTorch."""
+    no_kernels = shutil.ignore_patterns("*.so", "csrc", "weights", "__pycache__")
+    shutil.copytree(PACKAGE, tmp_path / "sasa_det", ignore=no_kernels)
+    extension = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    (tmp_path / "sasa_det" / extension).write_bytes(b"of another world")
+    code = """
+import torch
+from sasa_det.ops import local_attention
+q, rel = torch.ones(1, 4, 5, 5), torch.zeros(1, 2, 3)
+for _ in range(2):
+    y = local_attention(q, q, q, rel, rel, kernel_size=3, num_heads=1)
+torch.testing.assert_close(y, q)
+"""
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("local_attention runs on the loop backend (")
+    assert "the C++ kernels do not fit this PyTorch, reinstall sasa_det (" in line

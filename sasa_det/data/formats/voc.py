@@ -2,6 +2,7 @@
 
 import os
 import re
+from itertools import chain
 from xml.etree.ElementTree import Element
 
 from ...errors import DatasetError
@@ -122,14 +123,23 @@ _CLASS_FLAG = re.compile(r"\s+-?[01]$")
 _Pair = tuple[str, str, str]
 
 
+def _stem(path: str, folder: str) -> str:
+    """Return what the files of an image have in common: the path in a folder without a suffix."""
+    return os.path.splitext(os.path.relpath(path, folder))[0]
+
+
+def _images_by_stem(folder: str) -> dict[str, list[str]]:
+    by_stem: dict[str, list[str]] = {}
+    for path in sorted(files_in(folder, IMAGE_SUFFIXES)):
+        by_stem.setdefault(_stem(path, folder), []).append(path)
+    return by_stem
+
+
 def _listed(
     folder: str, split: str, annotations: str, images: str, xml_files: list[str]
 ) -> list[_Pair]:
-    xml_by_stem = {os.path.relpath(path, annotations)[:-4]: path for path in xml_files}
-    by_stem: dict[str, list[str]] = {}
-    for path in sorted(files_in(images, IMAGE_SUFFIXES)):
-        stem = os.path.splitext(os.path.relpath(path, images))[0]
-        by_stem.setdefault(stem, []).append(path)
+    xml_by_stem = {_stem(path, annotations): path for path in xml_files}
+    by_stem = _images_by_stem(images)
     unlabelled = []
     if split:
         list_file = os.path.join(folder, "ImageSets", "Main", f"{split}.txt")
@@ -161,23 +171,20 @@ def _listed(
 
 
 def _side_by_side(folder: str, roots: dict[str, Element], faults: dict[str, str]) -> list[_Pair]:
-    images = sorted(files_in(folder, IMAGE_SUFFIXES))
-    by_stem: dict[str, list[str]] = {}
-    for path in images:
-        by_stem.setdefault(os.path.splitext(path)[0], []).append(path)
+    by_stem = _images_by_stem(folder)
     pairs, used = [], set()
     for xml_file in sorted([*roots, *faults]):
-        stem = os.path.splitext(xml_file)[0]
         named = ""
         if xml_file in roots:
             named = os.path.basename(roots[xml_file].findtext("filename", "").strip())
         beside = os.path.join(os.path.dirname(xml_file), named)
-        same_stem = by_stem.get(stem, [])
+        same_stem = by_stem.get(_stem(xml_file, folder), [])
         # The file name in it is wrong where files were renamed.
         image = beside if beside in same_stem or not same_stem else same_stem[0]
-        image = image if named or same_stem else f"{stem}.jpg"
+        image = image if named or same_stem else f"{os.path.splitext(xml_file)[0]}.jpg"
         used.add(image)
         pairs.append((image, xml_file, xml_file))
+    images = chain.from_iterable(by_stem.values())
     pairs += [(path, "", "") for path in images if path not in used]
     return sorted(pairs)
 
