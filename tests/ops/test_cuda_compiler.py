@@ -28,7 +28,7 @@ INSTRUCTIONS = {
 # Registers with which as many blocks as planned fit an SM.
 REGISTERS = {FORWARD: {8: 80, 16: 80, 32: 80, 64: 128}}
 MOST_REGISTERS = 128
-SPILLED_BYTES = {8: 64, 16: 64, 32: 64, 64: 128}
+SPILLED_BYTES = {8: 80, 16: 72, 32: 64, 64: 136}
 # All GPUs from compute capability 8.0 on have 99 KiB for a block. The widest heads need more in the
 # backward pass, and twice this is what an SM of 9.0 has.
 SHARED_BYTES = {8: 99 * 1024, 16: 99 * 1024, 32: 99 * 1024, 64: 113 * 1024}
@@ -83,7 +83,7 @@ def test_all_kernels_stay_within_their_limits(architecture, dtype, head_width):
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.skipif(disassembler() is None, reason="nvdisasm is not installed")
-@pytest.mark.parametrize("gpu,forward,step", [(GPUS[0], 1.1, 1.3), (GPUS[1], 0.8, 1.0)])
+@pytest.mark.parametrize("gpu,forward,step", [(GPUS[0], 1.25, 1.45), (GPUS[1], 0.85, 1.0)])
 def test_predicted_times_of_retinanet(gpu, forward, step):
     total = predictions(gpu)[-1]
     assert total["layer"] == "RetinaNet-50"
