@@ -261,7 +261,7 @@ class PairwiseAttention2d(_VectorAttention2d):
     def _coordinates(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         # Not linspace, which fixes the size in a program, and is NaN for a size of 1 in ONNX.
         last = self.position_size - 1 if self.position_size else at_least_one(size - 1)
-        return 2 * torch.arange(size, dtype=dtype, device=device) / last - 1
+        return torch.arange(-last, 2 * size - last, 2, dtype=dtype, device=device) / last
 
 
 class PatchwiseAttention2d(_VectorAttention2d):
