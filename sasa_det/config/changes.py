@@ -90,7 +90,11 @@ def check_changes(options: RunOptions) -> None:
         UsageError: in one sentence that names all keys with their old and new values, or says why
             the stored config cannot be read.
     """
-    refused = [change for change in _changes(options) if not _may_change(change)]
+    changes = _changes(options)
+    # Without a SAN, nothing of the model depends on its section.
+    if "_san_" not in str(_as_stored(options).get("MODEL.BACKBONE.NAME")):
+        changes = [change for change in changes if not change.key.startswith("MODEL.SAN.")]
+    refused = [change for change in changes if not _may_change(change)]
     if refused:
         folder = options.key("output_dir")
         listed = ", ".join(f"{key} (from {old!r} to {new!r})" for key, old, new in refused)

@@ -83,6 +83,7 @@ def test_what_makes_the_checkpoint_meaningless_is_refused(key, value, config, st
         ("MODEL.DEVICE", "cuda"),
         ("MODEL.WEIGHTS", "elsewhere.pth"),
         ("MODEL.SASA.BACKEND", "reference"),
+        ("MODEL.SAN.WIDTH_MULTIPLIER", 0.5),  # there is no SAN
         ("MODEL.COMPILE", True),
         ("MODEL.RETINANET.SCORE_THRESH_TEST", 0.1),
         ("MODEL.RETINANET.TOPK_CANDIDATES_TEST", 10),
@@ -99,6 +100,12 @@ def test_what_may_change_is_logged(key, value, config, stored, caplog):
     assert (
         f"{key}, from " in record.getMessage() and str(value).strip("()',") in record.getMessage()
     )
+
+
+def test_a_san_stays_what_it_is(config, stored):
+    name = "build_san_backbone"
+    with pytest.raises(UsageError, match=r"MODEL.SAN.DEPTH \(from 10 to 15\)"):
+        check_changes(config("MODEL.BACKBONE.NAME", name, "MODEL.SAN.DEPTH", 15))
 
 
 def test_all_refused_keys_are_listed(config, stored):

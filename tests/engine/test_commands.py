@@ -238,7 +238,7 @@ def demo_opts(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ["pairwise", "patchwise"])
+@pytest.mark.parametrize("attention", ["patchwise"])
 def test_demo_on_a_san(tmp_path, demo_opts, attention):
     """One KEY VALUE selects the backbone, another one the other kind of it."""
     opts = [*demo_opts, "MODEL.BACKBONE.NAME", "build_retinanet_san_fpn_backbone"]

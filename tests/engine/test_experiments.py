@@ -84,7 +84,7 @@ def test_experiments_run_once_and_start_from_each_other(tmp_path, tiny):
     learned = [name for name in source if not name.endswith(state)]
     assert len(learned) > 50
     for name in learned:
-        torch.testing.assert_close(started[name.replace(".", ".bottom_up.", 1)], source[name])
+        torch.testing.assert_close(started[f"backbone.bottom_up.{name}"], source[name])
     with pytest.raises(UsageError, match="first holds an experiment with other settings"):
         experiments(tmp_path).run([tiny("first", "SOLVER.BASE_LR", "0.1")])
 
