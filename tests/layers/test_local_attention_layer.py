@@ -1,9 +1,11 @@
 """The attention layer: its parameters, its position encodings, its sizes."""
 
+import itertools
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sasa_det.layers import LocalSelfAttention2d
 from sasa_det.layers.position import sinusoidal_encoding
@@ -126,3 +128,39 @@ def test_heads_start_by_looking_at_their_own_neighbour():
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         LocalSelfAttention2d(**{"in_channels": 8, "out_channels": 8, "num_heads": 2, **options})
+
+
+def shared_and_zero_padded(x, query, key, value, rows, cols, heads):
+    """Attend pixel by pixel of a padded image, with one embedding for all heads; pool by halves."""
+    reach = rows.shape[1] // 2
+    window = 2 * reach + 1
+    q, k, v = (F.conv2d(x, weight) for weight in (query, key, value))
+    k, v = (F.pad(y, [reach] * 4) for y in (k, v))
+    output = torch.empty_like(q)
+    for n, i, j in itertools.product(range(len(x)), range(x.shape[2]), range(x.shape[3])):
+        here = (slice(i, i + window), slice(j, j + window))
+        for channels in torch.arange(q.shape[1]).chunk(heads):
+            own = q[n, channels, i, j]
+            by_row, by_col = (half @ r for half, r in zip(own.chunk(2), (rows, cols), strict=True))
+            logits = (own[:, None, None] * k[n, channels][(slice(None), *here)]).sum(0)
+            weights = (logits + by_row[:, None] + by_col).flatten().softmax(0)
+            output[n, channels, i, j] = v[n, channels][(slice(None), *here)].flatten(1) @ weights
+    return F.avg_pool2d(output, 2)
+
+
+def test_an_embedding_shared_by_heads_and_zeros_around_the_image():
+    """As docs/pretraining.md has it of other implementations."""
+    torch.manual_seed(0)
+    layer = LocalSelfAttention2d(8, 8, kernel_size=5, num_heads=2, border="zero", stride=2)
+    rows, cols = torch.randn(2, 2, 5)
+    weights = [layer.query.weight, layer.key.weight, layer.value.weight]
+    with torch.no_grad():
+        layer.rel_rows.copy_(rows.expand_as(layer.rel_rows))
+        layer.rel_cols.copy_(cols.expand_as(layer.rel_cols))
+        even, odd = torch.randn(2, 8, 6, 8), torch.randn(1, 8, 5, 7)
+        expected = shared_and_zero_padded(even, *weights, rows, cols, 2)
+        torch.testing.assert_close(layer(even), expected, rtol=0, atol=1e-5)
+        # Of odd sizes the last row and column are left out there.
+        expected = shared_and_zero_padded(odd, *weights, rows, cols, 2)
+        assert layer(odd).shape[2:] == (3, 4) and expected.shape[2:] == (2, 3)
+        torch.testing.assert_close(layer(odd)[:, :, :2, :3], expected, rtol=0, atol=1e-5)
