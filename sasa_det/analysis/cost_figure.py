@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
 from ..utils.files import whole_file
+from .palette import COLOURS
 
 Cost = Callable[["CostedModel"], float]
 
@@ -21,8 +22,6 @@ _TITLE = (
 _PRINTED_LABEL = "printed in Table 1, by number of layers"
 _WIDTHS_TITLE = "ResNet-50 by factor on its width, for which the paper prints no numbers"
 
-# Told apart with any kind of colour vision (Okabe and Ito).
-_COLOURS = ("#555555", "#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")
 _OF_NO_SERIES = "#009E73"
 _PRINTED = {"marker": "o", "markersize": 13, "markerfacecolor": "white", "markeredgewidth": 1.5}
 _MEASURED = {"marker": "*", "markersize": 14, "markeredgecolor": "white", "markeredgewidth": 0.8}
@@ -74,7 +73,7 @@ def draw_cost_figure(models: Sequence[CostedModel], path: str | os.PathLike) -> 
     if all(model.printed is None and model.measured is None for model in models):
         raise ValueError("models must hold one with an accuracy, published or measured.")
     series = dict.fromkeys(model.series for model in models if model.series)
-    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(series)}
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(series)}
     figure = Figure(figsize=(12, 6.8), dpi=120, layout="constrained")
     figure.suptitle(_TITLE)
     panels, strips = figure.subplots(2, 2, height_ratios=(4, 1))

@@ -8,9 +8,7 @@ from matplotlib.figure import Figure
 
 from ..utils.files import whole_file
 from ..utils.text import without_formulas
-
-# Told apart with any kind of colour vision (Okabe and Ito).
-_COLOURS = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+from .palette import COLOURS
 
 
 def draw_robustness(
@@ -35,7 +33,7 @@ def draw_robustness(
         left = (number - (len(top1) - 1) / 2) * width
         places = [index + left for index in range(len(probes))]
         means = [statistics.mean(results[probe]) for probe in probes]
-        colour = _COLOURS[number % len(_COLOURS)]
+        colour = COLOURS[number % len(COLOURS)]
         axes.bar(places, means, 0.9 * width, color=colour, label=without_formulas(name))
         for place, probe in zip(places, probes, strict=True):
             values = results[probe]

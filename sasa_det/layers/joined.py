@@ -1,12 +1,14 @@
 """A layer of local attention on a GPU: one product makes queries, keys and values."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..ops import cuda, joined_attention
-from ..ops.joined_attention import is_looked_at
+from ..ops.exporting import is_looked_at
 from ..ops.operator import layout_of
 from .one_piece import biases_of, projections, weights_of
 from .plain import is_plain_pointwise, is_plain_tensor
@@ -55,19 +57,24 @@ def attend(layer: nn.Module, x: Tensor) -> Tensor:
     Returns:
         (N, C_out, H, W), in the layout of ``x``.
     """
-    weights, biases = weights_of(layer), biases_of(layer)
+    weights = weights_of(layer)
+    biases = [bias for bias in biases_of(layer) if bias is not None]
     options = (layer.kernel_size, layer.num_heads, layer.content, layer.border == "mask")
     embeddings = (layer.rel_rows, layer.rel_cols)
     if is_one_node(x):
-        parameters = (*weights, *(bias for bias in biases if bias is not None))
-        output = _Joined.apply(x, *embeddings, _product_dtype(x), options, *parameters)
+        output = _Joined.apply(x, *embeddings, _product_dtype(x), options, *weights, *biases)
     else:
-        weight = torch.cat([weight.flatten(1) for weight in weights])
-        bias = None if biases[0] is None else torch.cat(biases)
+        weight, bias = _stacked(weights, biases)
         # Of channels_last, this is a matrix of pixels as it lies in memory.
         joined = F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
         output, _ = joined_attention.attend_joined(joined, *embeddings, *options)
     return output.contiguous(memory_format=layout_of(x))
+
+
+def _stacked(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Return the weight and bias of the product that makes what all projections make."""
+    weight = torch.cat([weight.flatten(1) for weight in weights])
+    return weight, torch.cat(biases) if biases else None
 
 
 def is_one_node(x: Tensor) -> bool:
@@ -84,8 +91,8 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, rel_rows, rel_cols, dtype, options, *parameters):
         count = 3 if options[2] else 2
-        weight = torch.cat([w.flatten(1) for w in parameters[:count]]).to(dtype)
-        bias = torch.cat(parameters[count:]).to(dtype) if parameters[count:] else None
+        weight, bias = _stacked(parameters[:count], parameters[count:])
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         pixels = x.permute(0, 2, 3, 1).to(dtype)
         joined = F.linear(pixels, weight, bias).permute(0, 3, 1, 2)
         output, log_sum = joined_attention.forward(joined, rel_rows, rel_cols, *options)

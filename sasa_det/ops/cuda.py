@@ -15,7 +15,6 @@ from .cuda_compiler import launch, load_kernel
 from .cuda_kernels import (
     HEAD_WIDTHS,
     LARGEST_ROW,
-    THREADS,
     WIDEST_KERNEL,
     Launch,
     Variant,
@@ -87,11 +86,19 @@ def why_not_like(
     return reason
 
 
-def _why_not_on(device: torch.device, variant: Variant) -> str | None:
+def why_not_capable(device: torch.device) -> str | None:
+    """Return why a GPU is too old for the kernels of csrc/cuda, or None."""
     properties = torch.cuda.get_device_properties(device)
     if (properties.major, properties.minor) < _CAPABILITY:
         capability = f"{properties.major}.{properties.minor}"
         return f"it takes GPUs of compute capability 8.0 and higher, not {capability}"
+    return None
+
+
+def _why_not_on(device: torch.device, variant: Variant) -> str | None:
+    if reason := why_not_capable(device):
+        return reason
+    properties = torch.cuda.get_device_properties(device)
     needed, there = variant.key_bytes(), properties.shared_memory_per_block_optin
     if needed > there:
         return f"it needs {needed} bytes of shared memory for a block, and the GPU has {there}"
@@ -124,7 +131,7 @@ def forward(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask)
         "log_sum": log_sum,
     }
     if batch > 0:
-        _start(launch_of("local_attention_forward", variant, **tensors), query)
+        start(launch_of("local_attention_forward", variant, **tensors), query)
     return output.permute(0, 3, 1, 2), log_sum
 
 
@@ -167,9 +174,9 @@ def backward(
     grad_query, grad_key, grad_value = results
     if query.shape[0] > 0:
         written = {"grad_query": grad_query, "grad_embeddings": sums}
-        _start(launch_of("local_attention_query", variant, **tensors, **written), query)
+        start(launch_of("local_attention_query", variant, **tensors, **written), query)
         written = {"grad_key": grad_key, "grad_value": grad_value}
-        _start(launch_of("local_attention_key", variant, **tensors, **written), query)
+        start(launch_of("local_attention_key", variant, **tensors, **written), query)
     grad_rows, grad_cols = query.new_empty(0), query.new_empty(0)
     if has_position:
         grad_rows, grad_cols = _embedding_gradients(sums, rel_rows, rel_cols, variant, query)
@@ -186,7 +193,7 @@ def _embedding_gradients(sums, rel_rows, rel_cols, variant, query) -> tuple[Tens
         empty(x.shape, dtype=torch.float32, device=query.device) for x in (rel_rows, rel_cols)
     )
     if query.shape[0] > 0:
-        _start(launch_of_embeddings(variant, sums, rows, cols), query)
+        start(launch_of_embeddings(variant, sums, rows, cols), query)
     return rows.to(rel_rows.dtype), cols.to(rel_cols.dtype)
 
 
@@ -216,10 +223,10 @@ def _exact(embedding: Tensor | None) -> Tensor | None:
     return None if embedding is None else embedding.float().contiguous()
 
 
-def _start(start: Launch, query: Tensor) -> None:
-    """Start a kernel on the device of ``query``, in PyTorch's current stream."""
-    with torch.cuda.device_of(query):
-        device = query.device.index
-        function = load_kernel(start.header, start.name, device, start.shared_bytes)
+def start(kernel: Launch, like: Tensor) -> None:
+    """Start a kernel on the device of a tensor, in PyTorch's current stream."""
+    with torch.cuda.device_of(like):
+        device = like.device.index
+        function = load_kernel(kernel.header, kernel.name, device, kernel.shared_bytes)
         stream = torch.cuda.current_stream(device).cuda_stream
-        launch(function, start.grid, THREADS, start.shared_bytes, start.arguments, stream)
+        launch(function, kernel.grid, kernel.threads, kernel.shared_bytes, kernel.arguments, stream)

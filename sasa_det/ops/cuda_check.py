@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..utils.files import whole_file
 from . import loop
@@ -253,11 +254,28 @@ def verdict_of(variant: Variant, device: torch.device) -> Verdict:
         return Verdict({}, str(error))
     except RuntimeError as error:  # of the GPU
         return Verdict({}, str(error).partition("\n")[0])
+    return judge(errors, TOLERANCE[variant.dtype], "the loop backend's")
+
+
+def judge(errors: dict[str, float], tolerance: float, theirs: str) -> Verdict:
+    """Return what errors say of kernels.
+
+    Args:
+        errors: of the results by name, of :func:`largest_error`.
+        tolerance: the largest that rounding makes.
+        theirs: what the results are compared with.
+    """
     worst = max(errors, key=errors.get)
-    if errors[worst] <= TOLERANCE[variant.dtype]:
+    if errors[worst] <= tolerance:
         return Verdict(errors)
     error = f"{errors[worst]:.2g} of its largest value"
-    return Verdict(errors, f"{worst} differs from the loop backend's by {error}")
+    return Verdict(errors, f"{worst} differs from {theirs} by {error}")
+
+
+def largest_error(ours: Tensor, theirs: Tensor) -> float:
+    """Return the largest difference of two results, of the largest value of the second or of 1."""
+    error = (ours.to(theirs.dtype) - theirs).abs().max() / theirs.abs().max().clamp(min=1)
+    return float(error.nan_to_num(torch.inf))
 
 
 def errors_of(variant: Variant, device: torch.device) -> dict[str, float]:
@@ -297,6 +315,5 @@ def errors_of(variant: Variant, device: torch.device) -> dict[str, float]:
     errors = {}
     for name, ours, theirs in zip(RESULTS, actual, expected, strict=True):
         if theirs.numel() > 0:
-            error = (ours.float() - theirs).abs().max() / theirs.abs().max().clamp(min=1)
-            errors[name] = float(error.nan_to_num(torch.inf))
+            errors[name] = largest_error(ours, theirs)
     return errors

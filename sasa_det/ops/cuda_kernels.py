@@ -153,13 +153,14 @@ KERNELS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel and what it is started with, in blocks of :data:`THREADS`."""
+    """A kernel and what it is started with."""
 
     header: str
     name: str
     grid: tuple[int, int, int]
     shared_bytes: int
     arguments: ctypes.Structure
+    threads: int = THREADS  # of a block
 
 
 def launch_of(kernel: str, variant: Variant, **tensors: Tensor | None) -> Launch:

@@ -1,4 +1,4 @@
-"""When a model is read for a file that other programs run."""
+"""Who else sees the operators of a model while it runs: exporters, counters and transforms."""
 
 import torch
 
@@ -11,3 +11,8 @@ def is_making_onnx() -> bool:
 def is_exporting() -> bool:
     """Tell whether ``torch.export`` or ``torch.onnx.export`` is running."""
     return torch.compiler.is_exporting() or is_making_onnx()
+
+
+def is_looked_at() -> bool:
+    """Tell whether something sees operators as they run, such as a counter or a transform."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()

@@ -62,11 +62,6 @@ def _(grad, joined, *arguments):
     return torch.empty_like(joined, memory_format=torch.channels_last), *gradients
 
 
-def is_looked_at() -> bool:
-    """Tell whether something sees the operators that run, such as a counter or a transform."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
-
-
 def forward(joined, rel_rows, rel_cols, kernel_size, num_heads, content, mask):
     """See :func:`attend_joined`, which is this as an operator."""
     say_once("cuda")

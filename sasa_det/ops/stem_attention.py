@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu, standard_blocks, stem_cuda
+from . import cpu, standard_blocks, stem_check, stem_cuda
 from .block_attention import block_attention, mixed_values, mixture_gradients
 from .blocks import STEM_BLOCK, place_matrices, relative_embedding
 from .exporting import is_making_onnx
@@ -120,7 +120,10 @@ def has_stem_kernels(x: Tensor, block_size: int, channels: int, num_heads: int) 
     """
     if _has_cpu_kernels(x, block_size):
         return True
-    return block_size == STEM_BLOCK and stem_cuda.why_not(x, channels, num_heads) is None
+    if block_size != STEM_BLOCK or stem_cuda.why_not(x, channels, num_heads) is not None:
+        return False
+    shape = (x.shape[1], num_heads, channels // num_heads)
+    return stem_check.why_not_correct(x.device, *shape) is None
 
 
 def _has_cpu_kernels(x: Tensor, block_size: int) -> bool:

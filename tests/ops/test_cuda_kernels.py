@@ -1,17 +1,9 @@
-"""The CUDA kernels against the reference, on a CPU that emulates the warps of a GPU.
-
-Their source is compiled for the CPU with tests/ops/cuda_emulation/warp.cuh in place of the one that
-has the GPU's instructions.
-"""
+"""The CUDA kernels against the reference, on a CPU that emulates the warps of a GPU."""
 
 import collections
 import copy
-import ctypes
 import math
-import shutil
-import subprocess
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,11 +14,9 @@ from sasa_det.layers import LocalSelfAttention2d, joined
 from sasa_det.layers.joined import is_joined
 from sasa_det.layers.one_piece import projections
 from sasa_det.ops import cuda, cuda_check, local_attention, loop
-from sasa_det.ops.cuda_compiler import SOURCES
 from sasa_det.ops.cuda_kernels import (
     EMBEDDINGS_HEADER,
     KERNELS,
-    THREADS,
     Variant,
     embedding_sums_shape,
     embeddings_name,
@@ -35,10 +25,6 @@ from sasa_det.ops.cuda_kernels import (
     pixel_stride,
 )
 
-COMPILER = shutil.which("g++")
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
-
-EMULATION = Path(__file__).parent / "cuda_emulation"
 BF16, FP16 = torch.bfloat16, torch.float16
 TOLERANCE = {BF16: 1e-2, FP16: 2e-3}
 
@@ -58,29 +44,11 @@ VARIANTS = {
 }
 
 
-class Range(ctypes.Structure):
-    _fields_ = [
-        ("begin", ctypes.c_void_p),
-        ("bytes", ctypes.c_ulonglong),
-        ("written", ctypes.c_int),
-    ]
-
-
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    """All kernels of all variants, compiled for this CPU."""
-    folder = tmp_path_factory.mktemp("emulation")
-    source = folder / "kernels.cpp"
-    source.write_text(source_of_library())
-    built = folder / "kernels.so"
-    command = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{EMULATION}", f"-I{SOURCES}"]
-    done = subprocess.run(
-        [*command, source, "-o", built], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[:3000]
-    library = ctypes.CDLL(str(built))
-    library.run.restype = ctypes.c_char_p
-    return library
+def library(emulate_kernels):
+    """All kernels of all variants, see conftest.py."""
+    headers = [*(kernel.header for kernel in KERNELS.values()), EMBEDDINGS_HEADER]
+    return emulate_kernels(headers, kernels_of_library())
 
 
 def kernels_of_library():
@@ -95,70 +63,13 @@ def kernels_of_library():
     return {**kernels, **dict.fromkeys(map(embeddings_name, positions), "EmbeddingArguments")}
 
 
-def source_of_library():
-    headers = [*(kernel.header for kernel in KERNELS.values()), EMBEDDINGS_HEADER]
-    lines = [f"#include <{header}>" for header in headers]
-    lines += ["#include <launch.h>", "static const emulation::Kernel kernels[] = {"]
-    for name, structure in kernels_of_library().items():
-        call = f"{name}(*static_cast<const {structure}*>(x))"
-        lines.append(f"  [](const void* x) {{ {call}; }},")
-    lines += [
-        "};",
-        'extern "C" const char* run(int which, const emulation::Start* start) {',
-        "  return emulation::run(kernels[which], *start);",
-        "}",
-    ]
-    return "\n".join(lines)
-
-
-class Start(ctypes.Structure):
-    # As in cuda_emulation/launch.h.
-    _fields_ = [
-        ("arguments", ctypes.c_void_p),
-        ("grid", ctypes.c_int * 3),
-        ("threads", ctypes.c_int),
-        ("shared_bytes", ctypes.c_int),
-        ("skipped", ctypes.c_int),
-        ("seed", ctypes.c_int),
-        ("num_ranges", ctypes.c_int),
-        ("ranges", ctypes.POINTER(Range)),
-        ("bank_conflicts", ctypes.c_int),
-        ("barriers", ctypes.c_int),
-    ]
-
-
 def run(library, kernel, case, tensors, results, skipped=-1, seed=0, height=None):
     """Run a kernel; return what is wrong, "" if nothing, and the number of a thread's barriers."""
     launch = launch_of(kernel, VARIANTS[case], **tensors, **results)
     if height is not None:
         launch.arguments.sizes.height = height
-    ranges = [Range(*memory(x), 0) for x in tensors.values() if x is not None]
-    ranges += [Range(*memory(x), 1) for x in results.values() if x is not None]
-    return start(library, launch, ranges, skipped, seed)
-
-
-def start(library, launch, ranges=(), skipped=-1, seed=0):
-    """Start a kernel that may use these ranges of memory, all memory if there are none."""
-    names = list(kernels_of_library())
-    arguments = Start(
-        ctypes.addressof(launch.arguments),
-        launch.grid,
-        THREADS,
-        launch.shared_bytes,
-        skipped,
-        seed,
-        len(ranges),
-        (Range * len(ranges))(*ranges),
-    )
-    number = names.index(launch.name)
-    message = library.run(number, ctypes.byref(arguments)).decode()
-    assert arguments.bank_conflicts == 0
-    return message, arguments.barriers
-
-
-def memory(x):
-    storage = x.untyped_storage()
-    return storage.data_ptr(), storage.nbytes()
+    read, written = ([x for x in xs.values() if x is not None] for xs in (tensors, results))
+    return library.start(launch, read, written, skipped, seed)
 
 
 def make(variant, batch, heads, height, width, seed=0):
@@ -220,9 +131,8 @@ def backward(library, case, inputs, grad, log_sum, **options):
 def embedding_gradients(library, variant, sums, embeddings, **options):
     """Run the kernel that adds up the sums of the tiles."""
     rows, cols = (nan(*x.shape) for x in embeddings)
-    ranges = [Range(*memory(sums), 0), Range(*memory(rows), 1), Range(*memory(cols), 1)]
     launch = launch_of_embeddings(variant, sums, rows, cols)
-    message, _ = start(library, launch, ranges, **options)
+    message, _ = library.start(launch, [sums], [rows, cols], **options)
     assert message == ""
     return rows, cols
 
@@ -460,10 +370,10 @@ def emulated(library, monkeypatch):
     """The backend "cuda", whose kernels are emulated."""
 
     def emulate(launch, query):
-        message, _ = start(library, launch)
+        message, _ = library.start(launch)
         assert message == ""
 
-    monkeypatch.setattr(cuda, "_start", emulate)
+    monkeypatch.setattr(cuda, "start", emulate)
     monkeypatch.setattr(cuda, "why_not", lambda *arguments, **options: None)
     monkeypatch.setattr(cuda, "why_not_like", lambda *arguments, **options: None)
 

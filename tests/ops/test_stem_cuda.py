@@ -1,12 +1,4 @@
-"""The stem's CUDA kernels against PyTorch, on a CPU that emulates a GPU, and on a GPU.
-
-See test_cuda_kernels.py for the emulation.
-"""
-
-import ctypes
-import shutil
-import subprocess
-from pathlib import Path
+"""The stem's CUDA kernels against PyTorch, on a CPU that emulates the warps of a GPU."""
 
 import pytest
 import torch
@@ -14,12 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from sasa_det.layers import AttentionStem
-from sasa_det.ops import stem_cuda
+from sasa_det.ops import cuda, stem_check, stem_cuda
 from sasa_det.ops.blocks import place_matrices
-from sasa_det.ops.cuda_compiler import SOURCES, compile_kernel, missing
+from sasa_det.ops.cuda_compiler import compile_kernel, missing
+from sasa_det.ops.stem_kernels import HEADER, launch_of
 
-EMULATION = Path(__file__).parent / "cuda_emulation"
-COMPILER = shutil.which("g++")
 # Channels of the image, heads and their width.
 SHAPES = {"usual": (3, 4, 16), "narrow": (3, 8, 8), "one channel": (1, 2, 4), "wide": (4, 2, 32)}
 STRUCTURES = {
@@ -28,68 +19,34 @@ STRUCTURES = {
 }
 
 
-class Start(ctypes.Structure):
-    # As in cuda_emulation/launch.h.
-    _fields_ = [
-        ("arguments", ctypes.c_void_p),
-        ("grid", ctypes.c_int * 3),
-        *((name, ctypes.c_int) for name in ("threads", "shared_bytes", "skipped", "seed")),
-        ("num_ranges", ctypes.c_int),
-        ("ranges", ctypes.c_void_p),
-        *((name, ctypes.c_int) for name in ("bank_conflicts", "barriers")),
-    ]
-
-
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    """The kernels of all shapes, compiled for this CPU, by name."""
-    if COMPILER is None:
-        pytest.skip("g++ is not installed")
-    folder = tmp_path_factory.mktemp("emulation")
-    names = {
+def library(emulate_kernels):
+    """The kernels of all shapes, see conftest.py."""
+    structures = {
         f"{kernel}<{channels}, {width}>": structure
         for kernel, structure in STRUCTURES.items()
         for channels, _, width in SHAPES.values()
     }
-    lines = ["#include <stem_attention.cuh>", "#include <launch.h>"]
-    lines += ["static const emulation::Kernel kernels[] = {"]
-    for name, structure in names.items():
-        call = f"{name}(*static_cast<const {structure}*>(x))"
-        lines.append(f"  [](const void* x) {{ {call}; }},")
-    lines += ["};", 'extern "C" const char* run(int which, const emulation::Start* start) {']
-    lines += ["  return emulation::run(kernels[which], *start);", "}"]
-    source = folder / "kernels.cpp"
-    source.write_text("\n".join(lines))
-    command = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{EMULATION}", f"-I{SOURCES}"]
-    built = folder / "kernels.so"
-    done = subprocess.run([*command, source, "-o", built], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[:3000]
-    library = ctypes.CDLL(str(built))
-    library.run.restype = ctypes.c_char_p
-    return library, list(names)
+    return emulate_kernels([HEADER], structures)
 
 
 @pytest.fixture
 def emulated(library, monkeypatch):
     """Let the kernels run here, in two blocks of threads; return what can skip a barrier."""
-    options = {"skipped": -1, "seed": 0, "barriers": 0}
-    loaded, names = library
+    options = {"skipped": -1, "seed": 0}
 
-    def start(kernel, inputs, grid, **tensors):
+    def launch_with_poison(kernel, inputs, grid, **tensors):
         for name in ("extremes", "moments", "grad_values", "grad_logits"):
             if name in tensors:
                 tensors[name].fill_(torch.nan)
-        launch = stem_cuda.launch_of(kernel, inputs, **tensors)
-        size = (grid, 1, 1)
-        arguments = Start(
-            ctypes.addressof(launch.arguments), size, stem_cuda.THREADS, launch.shared_bytes,
-            options["skipped"], options["seed"],
-        )  # fmt: skip
-        message = loaded.run(names.index(launch.name), ctypes.byref(arguments)).decode()
-        assert message == ""
-        options["barriers"] = arguments.barriers
+        return launch_of(kernel, inputs, grid, **tensors)
 
-    monkeypatch.setattr(stem_cuda, "_start", start)
+    def start(launch, like):
+        message, _ = library.start(launch, **options)
+        assert message == ""
+
+    monkeypatch.setattr(stem_cuda, "launch_of", launch_with_poison)
+    monkeypatch.setattr(cuda, "start", start)
     monkeypatch.setattr(stem_cuda, "_grid", lambda inputs: 2)
     return options
 
@@ -169,14 +126,14 @@ def test_no_barrier_is_superfluous(emulated, skipped):
 
 
 def test_check_before_the_first_use(emulated):
-    errors = stem_cuda.errors_of(torch.device("cpu"), 3, 4, 16)
-    assert len(errors) == 9 and max(errors.values()) <= stem_cuda.TOLERANCE / 10
+    errors = stem_check.errors_of(torch.device("cpu"), 3, 4, 16)
+    assert len(errors) == 9 and max(errors.values()) <= stem_check.TOLERANCE / 10
 
 
 @pytest.mark.skipif(missing() is not None, reason="NVRTC is not installed")
 @pytest.mark.parametrize("kernel,registers", [("forward", 128), ("backward", 255)])
 def test_compiles_without_spills(kernel, registers):
-    compiled = compile_kernel(stem_cuda.HEADER, f"stem_attention_{kernel}<3, 16>", "sm_90")
+    compiled = compile_kernel(HEADER, f"stem_attention_{kernel}<3, 16>", "sm_90")
     assert compiled.resources.spill_bytes == 0
     assert compiled.resources.registers <= registers
 

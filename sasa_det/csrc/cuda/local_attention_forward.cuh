@@ -16,7 +16,8 @@ struct ForwardArguments {
 };
 
 template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION>
-SELDOM void attend_one_by_one(const ForwardArguments x, Shared keys, Shared values, Shared outputs_tile, int head) {
+SELDOM void attend_one_by_one(const ForwardArguments x, Shared keys, Shared values,
+                              Shared outputs_tile, int head) {
   const Thread me;
   const Block block = Block::of<DEPTH>(x.sizes);
   const OwnPixels<DEPTH> outputs(outputs_tile, me);

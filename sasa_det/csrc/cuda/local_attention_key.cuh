@@ -37,7 +37,8 @@ struct QueryTables {
   // log_sum itself, until the terms are there: there are at most 7 offsets.
   static DEVICE Shared log_sum(int col) { return by_row(col, 7); }
 
-  // Starts to copy log_sum and mean of the queries that `prepare` has in the same warp: of two rows.
+  // Starts to copy log_sum and mean of the queries of two rows, which `prepare` has in the same
+  // warp.
   static DEVICE void copy(Shared to, const KeyArguments& x, const Block& block, int head,
                           const Thread& me) {
     if (2 * me.warp >= ROWS) return;
@@ -109,7 +110,9 @@ struct KeyShared {
 };
 
 template <typename T, int DEPTH, int KERNEL, bool CONTENT>
-SELDOM void key_gradients_one_by_one(const KeyArguments x, Shared grads, Shared queries, Shared tables, Shared grad_keys_tile, Shared grad_values_tile, int head) {
+SELDOM void key_gradients_one_by_one(const KeyArguments x, Shared grads, Shared queries,
+                                     Shared tables, Shared grad_keys_tile,
+                                     Shared grad_values_tile, int head) {
   const Thread me;
   const Block block = Block::of<DEPTH>(x.sizes);
   const OwnPixels<DEPTH> grad_keys(grad_keys_tile, me);
@@ -285,7 +288,8 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_key(const KeyArgum
     if (in_any_thread((pixels.inside[0] && not_finite(collected[0])) ||
                       (pixels.inside[1] && not_finite(collected[1])))) {
       wait_for_warp();  // whose threads have written what others write again
-      key_gradients_one_by_one<T, DEPTH, KERNEL, CONTENT>(x, grads, queries, tables, keys.tile(), values.tile(), head);
+      key_gradients_one_by_one<T, DEPTH, KERNEL, CONTENT>(x, grads, queries, tables, keys.tile(),
+                                                          values.tile(), head);
     }
   }
   wait_for_warp();

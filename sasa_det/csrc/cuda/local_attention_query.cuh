@@ -27,7 +27,8 @@ constexpr int embedding_sums_bytes() {
 }
 
 template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION>
-SELDOM void query_gradients_one_by_one(const QueryArguments x, Shared keys, Shared values, Shared results_tile, int head) {
+SELDOM void query_gradients_one_by_one(const QueryArguments x, Shared keys, Shared values,
+                                       Shared results_tile, int head) {
   const Thread me;
   const Block block = Block::of<DEPTH>(x.sizes);
   const OwnPixels<DEPTH> results(results_tile, me);

@@ -3,8 +3,9 @@
 // which the norm, which is monotone, makes the output; nothing of the image's size is stored.
 //
 // Queries and keys are products of few channels of the image, and so are logits: with x_i and x_j
-// of IN channels, q_i . k_j is x_i M x_j with an IN x IN matrix M of each head, and q_i . r a product
-// of x_i with a vector for each head and offset. The host makes these of the weights, to base 2.
+// of IN channels, q_i . k_j is x_i M x_j with an IN x IN matrix M of each head, and q_i . r is the
+// product of x_i with a vector for each head and offset. The host makes these of the weights, to
+// base 2.
 //
 // A block has groups of threads, each with a 4x4 block of the image. In a group, thread
 // 16 head + i is for query i of a head, and in another turn thread c is for channel c.
@@ -167,6 +168,16 @@ struct Stem {
     for (int j = 0; j < PIXELS; ++j) weight[j] *= scale;
   }
 
+  // Goes to a block of the image: its values are in shared memory then, and a query has its
+  // weights.
+  DEVICE void begin(int number, float (&weight)[PIXELS]) {
+    load_pixels(number);
+    wait_for_block();
+    if (is_channel()) make_values();
+    if (is_query()) find_weights(weight);
+    wait_for_block();
+  }
+
   // The channels of a head of a pixel.
   DEVICE Shared of_head(Shared rows, int pixel) const {
     return rows + pixel * row_bytes + 4 * head() * WIDTH;
@@ -200,12 +211,8 @@ __global__ void __launch_bounds__(STEM_THREADS) stem_attention_forward(StemForwa
   // Deviations from the first value of the thread, which lose no digits to a large mean.
   float number = 0.f, pivot = 0.f, sum = 0.f, squares = 0.f;
   for (int first = blockIdx.x * stem.groups; first < a.blocks; first += gridDim.x * stem.groups) {
-    stem.load_pixels(first + stem.group);
-    wait_for_block();
     float weight[PIXELS], output[WIDTH];
-    if (stem.is_channel()) stem.make_values();
-    if (stem.is_query()) stem.find_weights(weight);
-    wait_for_block();
+    stem.begin(first + stem.group, weight);
     if (stem.is_query()) stem.mix_values(output, weight);
     wait_for_block();
     if (stem.is_channel() && stem.present) {
@@ -220,7 +227,8 @@ __global__ void __launch_bounds__(STEM_THREADS) stem_attention_forward(StemForwa
         sum += y - pivot;
         squares += (y - pivot) * (y - pivot);
       }
-      store(f.extremes + (first + stem.group) * static_cast<u64>(a.channels) + stem.thread, extreme);
+      store(f.extremes + (first + stem.group) * static_cast<u64>(a.channels) + stem.thread,
+            extreme);
     }
   }
   if (stem.is_channel()) {
@@ -248,12 +256,8 @@ __global__ void __launch_bounds__(STEM_THREADS) stem_attention_backward(StemBack
   float grad_bilinear[IN][IN] = {};  // and the next two: of a query
   float grad_rows[SIDE][IN] = {}, grad_cols[SIDE][IN] = {};
   for (int first = blockIdx.x * stem.groups; first < a.blocks; first += gridDim.x * stem.groups) {
-    stem.load_pixels(first + stem.group);
-    wait_for_block();
     float weight[PIXELS], output[WIDTH];
-    if (stem.is_channel()) stem.make_values();
-    if (stem.is_query()) stem.find_weights(weight);
-    wait_for_block();
+    stem.begin(first + stem.group, weight);
     if (stem.is_query()) {
       stem.mix_values(output, weight);
 #pragma unroll

@@ -28,22 +28,21 @@ DEVICE Shared shared_memory() {
 DEVICE void wait_for_block() { __syncthreads(); }
 DEVICE void wait_for_warp() { __syncwarp(); }
 
+#define COPY_ASYNC(CACHE, BYTES)                                                             \
+  asm volatile(                                                                              \
+      "{.reg .pred p; setp.ne.u32 p, %3, 0; "                                                \
+      "@p cp.async." CACHE ".shared.global [%0], [%1], " #BYTES ", %2;}" ::"r"(to),          \
+      "l"(from), "r"(present ? BYTES : 0), "r"(static_cast<u32>(wanted))                     \
+      : "memory")
+
 // If `wanted`, copies 16 bytes to shared memory, zeros unless `present`; they are there after the
 // wait, for the thread that asked for them, and after a barrier for the others.
 DEVICE void copy_async(Shared to, const u16* from, bool present, bool wanted = true) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.u32 p, %3, 0; @p cp.async.cg.shared.global [%0], [%1], 16, %2;}" ::"r"(
-          to),
-      "l"(from), "r"(present ? 16 : 0), "r"(static_cast<u32>(wanted))
-      : "memory");
+  COPY_ASYNC("cg", 16);
 }
 // The same of 4 bytes.
 DEVICE void copy_async(Shared to, const float* from, bool present, bool wanted = true) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.u32 p, %3, 0; @p cp.async.ca.shared.global [%0], [%1], 4, %2;}" ::"r"(
-          to),
-      "l"(from), "r"(present ? 4 : 0), "r"(static_cast<u32>(wanted))
-      : "memory");
+  COPY_ASYNC("ca", 4);
 }
 DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
