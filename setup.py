@@ -4,6 +4,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 try:
+    import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError:
     # An isolated build has no torch: what it installs runs on PyTorch alone, and says so.
@@ -25,7 +26,8 @@ def kernels():
         return {}
     sources = Path("sasa_det", "csrc")
     extension = CppExtension(
-        "sasa_det._C",
+        # sasa_det/ops/cpu.py looks for this name: an extension fits the release it is built with.
+        "sasa_det._C_torch" + "_".join(torch.__version__.split(".")[:2]),
         sorted(str(path) for path in sources.glob("*.cpp")),
         depends=sorted(str(path) for path in sources.glob("*.h")),
         extra_compile_args=["-O3", "-g0", "-fopenmp", "-Wall", "-Wno-psabi"],

@@ -6,6 +6,7 @@ torch alone and import without detectron2, as ``sasa_det.benchmark`` does.
 """
 
 import sys
+import warnings
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 
@@ -15,7 +16,10 @@ __version__ = "0.1.0"
 __all__ = ["add_sasa_config", "get_cfg"]
 
 if find_spec("detectron2") is not None:
-    with no_garbage_collection():  # which takes a sixth of the time of these imports
+    # Garbage collection takes a sixth of the time of these imports. Nobody who imports detectron2
+    # and fvcore can change that they call torch.jit.script then.
+    with no_garbage_collection(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
         from . import modeling  # noqa: F401
         from .config import add_sasa_config, get_cfg
         from .data.animals import register_animals
@@ -36,7 +40,7 @@ else:
     )
 
     _PARTS_WITHOUT = (
-        *("_C", "benchmark", "command_line", "config_files", "errors", "layers", "ops", "utils"),
+        *("benchmark", "command_line", "config_files", "errors", "layers", "ops", "utils"),
     )
 
     class _WithoutDetectron2(MetaPathFinder):
@@ -44,7 +48,8 @@ else:
 
         def find_spec(self, name: str, path=None, target=None) -> None:
             package, _, part = name.partition(".")
-            if package == __name__ and part.split(".")[0] not in _PARTS_WITHOUT:
+            known = part.split(".")[0] in _PARTS_WITHOUT or part.startswith("_C_torch")
+            if package == __name__ and not known:
                 raise ImportError(_NO_DETECTRON2, name="detectron2")
 
     sys.meta_path.insert(0, _WithoutDetectron2())

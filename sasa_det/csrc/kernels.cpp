@@ -75,8 +75,12 @@ TORCH_LIBRARY(sasa_det_cpu, library) {
 
 }  // namespace sasa_det
 
+#define JOIN_NAMES(a, b) a##b
+#define INIT_OF(name) JOIN_NAMES(PyInit_, name)
+
 // Importing the module loads the library, and with it the operators of torch.ops.sasa_det_cpu.
-PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+PyMODINIT_FUNC INIT_OF(TORCH_EXTENSION_NAME)() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, C10_STRINGIZE(TORCH_EXTENSION_NAME), nullptr,
+                               -1, nullptr};
   return PyModule_Create(&module);
 }

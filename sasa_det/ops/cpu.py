@@ -1,16 +1,36 @@
 """CPU backend: the C++ kernels of csrc/, built where there was a compiler at installation."""
 
 import importlib
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+# Named after the release of PyTorch that it was built with, as in setup.py: another one may load it
+# and crash.
+_PREFIX = "_C_torch"
+_RELEASE = torch.__version__.split(".")[:2]
+
+
+def _why_absent() -> str:
+    """Return why there is no extension for this PyTorch."""
+    this = ".".join(_RELEASE)
+    files = Path(__file__).parents[1].glob(f"{_PREFIX}*.so")
+    built = {file.name.split(".")[0].removeprefix(_PREFIX).replace("_", ".") for file in files}
+    if others := " and ".join(sorted(built - {this})):
+        return (
+            f"the C++ kernels were built with PyTorch {others}, and this is {this}: "
+            "reinstall sasa_det"
+        )
+    return "sasa_det was installed without its C++ kernels"
+
+
 # Why the kernels are not there, or None.
 try:
     # It registers the operators of csrc/operators.cpp and those of torch.ops.sasa_det_cpu.
-    importlib.import_module("sasa_det._C")
+    importlib.import_module(f"sasa_det.{_PREFIX}{'_'.join(_RELEASE)}")
 except ModuleNotFoundError:
-    MISSING = "sasa_det was installed without its C++ kernels"
+    MISSING = _why_absent()
 except ImportError as error:
     MISSING = f"the C++ kernels do not fit this PyTorch, reinstall sasa_det ({error})"
 else:

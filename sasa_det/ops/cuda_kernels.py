@@ -198,13 +198,18 @@ class _Facts(NamedTuple):
 # Both are called for every launch, which is to take less time than the kernel.
 @cache
 def _facts(kernel: str, variant: Variant) -> _Facts:
-    fields = dict(KERNELS[kernel].arguments._fields_)
+    structure = KERNELS[kernel].arguments
+    names = {name for name, _ in structure._fields_}
     pointers = tuple(
-        (name, f"{name}_stride" if f"{name}_stride" in fields else "")
-        for name, kind in fields.items()
-        if kind is ctypes.c_void_p
+        (name, f"{name}_stride" if f"{name}_stride" in names else "")
+        for name in pointers_of(structure)
     )
     return _Facts(variant.name(kernel), KERNELS[kernel].shared_bytes(variant), pointers)
+
+
+def pointers_of(structure: type[ctypes.Structure]) -> list[str]:
+    """Return the names of the pointers in a kernel's structure of arguments, in their order."""
+    return [name for name, kind in structure._fields_ if kind is ctypes.c_void_p]
 
 
 @lru_cache(maxsize=1024)

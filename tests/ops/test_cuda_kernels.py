@@ -2,8 +2,10 @@
 
 import collections
 import copy
+import ctypes
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sasa_det.layers import LocalSelfAttention2d, joined
 from sasa_det.layers.joined import is_joined
 from sasa_det.layers.one_piece import projections
-from sasa_det.ops import cuda, cuda_check, local_attention, loop
+from sasa_det.ops import cuda, cuda_check, cuda_layer, local_attention, loop
 from sasa_det.ops.cuda_kernels import (
     EMBEDDINGS_HEADER,
     KERNELS,
+    Launch,
     Variant,
     embedding_sums_shape,
     embeddings_name,
@@ -441,33 +444,141 @@ def test_a_layer_makes_queries_keys_and_values_with_one_product(emulated, option
         assert error_of(ours.detach(), theirs.detach()) <= 2 * TOLERANCE[BF16]
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("options", [{}, {"content": False}], ids=str)
-def test_a_layer_as_one_node_of_autograd(emulated, monkeypatch, options, bias):
-    """As on a GPU, where no operator is seen; weights are float32, as under autocast."""
+@pytest.fixture
+def launched(library, emulated, monkeypatch):
+    """Layers as one call of C++, which starts emulated kernels; the names of those that started."""
+    names = []
+
+    def load(header, name, device, shared_bytes):
+        names.append(name)
+        return len(names)
+
+    @LAUNCH_KERNEL
+    def launch(function, x, y, z, threads, _, __, shared_bytes, stream, arguments, ___):
+        name = names[function - 1]
+        structure = structures[name].from_address(arguments[0])
+        started.append(name)
+        message, _ = library.start(
+            Launch("", name, (x, y, z), shared_bytes, structure, threads=threads)
+        )
+        return 0 if message == "" and stream == 5 else 700
+
+    structures = {
+        variant.name(kernel): facts.arguments
+        for kernel, facts in KERNELS.items()
+        for variant in VARIANTS.values()
+    }
+    sums = torch.empty(1, 32, 8)
+    for variant in VARIANTS.values():
+        structure = type(launch_of_embeddings(variant, sums, sums, sums).arguments)
+        structures[embeddings_name(variant)] = structure
+    started = []
+    cuda_layer.plans_of.cache_clear()
+    monkeypatch.setattr(cuda_layer, "load_kernel", load)
+    address = ctypes.cast(launch, ctypes.c_void_p).value
+    monkeypatch.setattr(cuda_layer, "launcher", lambda: address)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=5))
+    # CPUs would run the layer on their own kernels.
+    monkeypatch.setattr(joined, "is_one_node", lambda layer, x: True)
+    monkeypatch.setattr(joined, "_product_dtype", lambda x: BF16)
+    yield started
+    cuda_layer.plans_of.cache_clear()
+
+
+# The driver's cuLaunchKernel.
+_UNSIGNED = [ctypes.c_uint] * 7
+LAUNCH_KERNEL = ctypes.CFUNCTYPE(
+    *(ctypes.c_int, ctypes.c_size_t, *_UNSIGNED),
+    *(ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p),
+)
+
+
+def make_layer(bias=False, **options):
     torch.manual_seed(0)
     layer = LocalSelfAttention2d(24, 64, num_heads=2, **options)
     if bias:
         for projection in projections(layer):
             projection.bias = nn.Parameter(0.1 * torch.randn(64))
+    return layer
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("options", [{}, {"content": False}, {"scale_logits": True}], ids=str)
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_a_layer_as_one_node_of_autograd(launched, options, bias, layout):
+    """As on a GPU, where no operator is seen; weights are float32, as under autocast."""
+    layer = make_layer(bias, **options)
     exact = copy.deepcopy(layer).double()
     exact.backend = "reference"
-    monkeypatch.setattr(joined, "is_one_node", lambda x: True)
-    monkeypatch.setattr(joined, "_product_dtype", lambda x: BF16)
-    x = torch.randn(2, 24, 5, 6).to(memory_format=torch.channels_last)
-    grad = torch.randn(2, 64, 5, 6)
+    x = torch.randn(2, 24, 5, 6).to(memory_format=layout)
+    grad = torch.randn(2, 64, 5, 6).to(memory_format=layout)
     results = []
-    # CPUs would run the layer on their own kernels.
     for run, module in ((partial(joined.attend, layer), layer), (exact, exact)):
         leaf = x.to(module.query.weight.dtype).requires_grad_()
         output = run(leaf)
         leaves = [leaf, *module.parameters()]
         results.append((output, *torch.autograd.grad(output, leaves, grad.to(output.dtype))))
+    assert [name.split("<")[0] for name in launched] == [*KERNELS, "local_attention_embeddings"]
     assert results[0][0].dtype == BF16
+    assert results[0][0].is_contiguous(memory_format=layout)
     for ours, theirs in zip(*results, strict=True):
         # Gradients of biases are sums of what is rounded, and for keys small differences.
         assert error_of(ours.detach(), theirs.detach()) <= 4 * TOLERANCE[BF16]
     assert {x.dtype for x in results[0][1:]} == {torch.float32}
+
+
+@pytest.mark.parametrize("frozen", ["input", "embeddings", "weights", "all but biases"])
+def test_a_node_gives_the_gradients_that_are_wanted(launched, frozen):
+    """They are those that it gives where all are."""
+    layer = make_layer(bias=True)
+    x = torch.randn(2, 24, 5, 6).requires_grad_()
+    leaves = {"input": x, **dict(layer.named_parameters())}
+    joined.attend(layer, x).float().square().sum().backward()
+    whole = {name: leaf.grad for name, leaf in leaves.items()}
+    fixed = {
+        "input": ["input"],
+        "embeddings": ["rel_rows", "rel_cols"],
+        "weights": [name for name in leaves if name.endswith(".weight")],
+        "all but biases": [name for name in leaves if not name.endswith(".bias")],
+    }[frozen]
+    for name, leaf in leaves.items():
+        leaf.grad = None
+        leaf.requires_grad_(name not in fixed)
+    joined.attend(layer, x).float().square().sum().backward()
+    for name, leaf in leaves.items():
+        if name in fixed:
+            assert leaf.grad is None
+        else:
+            torch.testing.assert_close(leaf.grad, whole[name], rtol=0, atol=0)
+
+
+def test_a_node_without_gradients_and_of_no_images(launched):
+    layer = make_layer(content=False)
+    x = torch.randn(2, 24, 5, 6)
+    with torch.no_grad():
+        output = joined.attend(layer, x)
+    trained = joined.attend(layer, x)
+    assert trained.requires_grad and not output.requires_grad
+    torch.testing.assert_close(trained.detach(), output, rtol=0, atol=0)
+    assert len(launched) == 2
+    layer = make_layer()
+    empty = joined.attend(layer, x[:0])
+    assert empty.shape == (0, 64, 5, 6) and len(launched) == 2
+    gradients = torch.autograd.grad(empty.sum(), list(layer.parameters()))
+    assert len(launched) == 2 and not any(map(torch.any, gradients))
+
+
+def test_a_node_is_not_differentiated_twice(launched):
+    x = torch.randn(1, 24, 3, 4).requires_grad_()
+    (grad,) = torch.autograd.grad(joined.attend(make_layer(), x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        grad.sum().backward()
+
+
+def test_a_kernel_that_does_not_start_is_an_error(launched, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+    with pytest.raises(RuntimeError, match="cuLaunchKernel failed with CUDA_ERROR 700"):
+        joined.attend(make_layer(), torch.randn(1, 24, 3, 4))
 
 
 class CountedOperators(TorchDispatchMode):

@@ -133,7 +133,7 @@ importlib.util.find_spec = lambda name, *a: None if name == "detectron2" else fi
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name == "sasa_det._C":
+        if name.startswith("sasa_det._C_torch"):
             raise ModuleNotFoundError(name)
 
 if sys.argv[1] == "absent":
@@ -193,14 +193,24 @@ def test_the_same_with_and_without_the_extension(tmp_path):
     assert "; cpu does not: sasa_det was installed without its C++ kernels" in without
 
 
-def test_kernels_that_do_not_load_are_a_warning(tmp_path):
-    """As those of another version of PyTorch."""
+@pytest.mark.parametrize(
+    ("release", "reason"),
+    [
+        (None, "the C++ kernels do not fit this PyTorch, reinstall sasa_det ("),
+        ("1.13", "the C++ kernels were built with PyTorch 1.13, and this is "),
+    ],
+)
+def test_kernels_that_do_not_fit_are_a_warning(tmp_path, release, reason):
+    """Also those of another PyTorch, which could be loaded by chance."""
+    release = release or ".".join(torch.__version__.split(".")[:2])
     no_kernels = shutil.ignore_patterns("*.so", "csrc", "weights", "__pycache__")
     shutil.copytree(PACKAGE, tmp_path / "sasa_det", ignore=no_kernels)
-    extension = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    extension = f"_C_torch{release.replace('.', '_')}{sysconfig.get_config_var('EXT_SUFFIX')}"
     (tmp_path / "sasa_det" / extension).write_bytes(b"of another world")
     code = """
-import torch
+import sys, torch
+# Of editable installations, which would find the kernels of this one.
+sys.meta_path = [x for x in sys.meta_path if "editable" not in str(x).lower()]
 from sasa_det.ops import local_attention
 q, rel = torch.ones(1, 4, 5, 5), torch.zeros(1, 2, 3)
 for _ in range(2):
@@ -213,4 +223,4 @@ torch.testing.assert_close(y, q)
     assert done.returncode == 0, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("local_attention runs on the loop backend (")
-    assert "the C++ kernels do not fit this PyTorch, reinstall sasa_det (" in line
+    assert reason in line

@@ -1,0 +1,105 @@
+"""A layer of attention on a GPU as one call of C++, and what csrc/gpu_layer.cpp starts for it."""
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache, lru_cache
+
+import torch
+from torch import Tensor
+
+from . import cpu
+from .cuda_compiler import load_kernel
+from .cuda_kernels import (
+    Launch,
+    Variant,
+    embedding_sums_shape,
+    launch_of,
+    launch_of_embeddings,
+    pointers_of,
+)
+from .operator import say_once
+
+# Why the layer is not there, or None: it is in the same extension as the CPU's kernels.
+MISSING = cpu.MISSING
+
+
+def attend(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    rel_rows: Tensor | None,
+    rel_cols: Tensor | None,
+    num_heads: int,
+    variant: Variant,
+) -> Tensor:
+    """Run projections and equation 3 as one node of autograd.
+
+    Args:
+        x: (N, C_in, H, W) on a GPU.
+        weights: of query, key if any, and value, each (C, C_in, 1, 1).
+        biases: of each of them, (C,), or none.
+        rel_rows, rel_cols: (num_heads, C // num_heads // 2, kernel_size) or None.
+        num_heads: of the layer.
+        variant: of the kernels; products have its dtype.
+
+    Returns:
+        (N, C, H, W) of the variant's dtype, in the layout channels_last.
+    """
+    say_once("cuda")
+    shape = (x.shape[0], *x.shape[2:], weights[0].shape[0])
+    trains = torch.is_grad_enabled()
+    tiles, plans = plans_of(x.device.index, variant, shape, trains)
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    return torch.ops.sasa_det_gpu.joined_layer(
+        x, rel_rows, rel_cols, weights, biases, num_heads, variant.dtype, tiles, stream, plans
+    )
+
+
+@lru_cache(maxsize=4096)
+def plans_of(
+    device: int, variant: Variant, shape: tuple[int, int, int, int], trains: bool
+) -> tuple[int, list[Tensor]]:
+    """Return how the kernels of a layer start, whatever the tensors are.
+
+    Args:
+        device: the GPU's number.
+        variant: of the kernels.
+        shape: of the output, (N, H, W, C).
+        trains: whether there are the kernels of the backward pass too.
+
+    Returns:
+        (tiles, plans): the number of sums of :func:`embedding_sums_shape`, and of each kernel the
+        numbers that csrc/gpu_layer.cpp reads.
+    """
+    count = 3 if variant.content else 2
+    joined = torch.empty(*shape[:3], count * shape[3], dtype=variant.dtype, device="meta")
+    query, *key, value = joined.chunk(count, 3)
+    output = torch.empty(shape, dtype=variant.dtype, device="meta")
+    sums = torch.empty(embedding_sums_shape(output), device="meta")
+    # Without addresses: of these, the strides between pixels count.
+    slices = {"query": query, "key": key[0] if key else None, "value": value}
+    gradients = {f"grad_{name}": x for name, x in slices.items()}
+    images = {**slices, **gradients, "output": output, "grad": output}
+    others = dict.fromkeys(("rel_rows", "rel_cols", "log_sum", "mean", "grad_embeddings"))
+    kernels = ["local_attention_forward"]
+    if trains:
+        kernels += ["local_attention_query", "local_attention_key"]
+    launches = [launch_of(name, variant, **images, **others) for name in kernels]
+    if trains and variant.position:
+        launches.append(launch_of_embeddings(variant, sums, sums, sums))
+    return sums.shape[0], [_plan(launch, device) for launch in launches]
+
+
+def _plan(launch: Launch, device: int) -> Tensor:
+    function = load_kernel(launch.header, launch.name, device, launch.shared_bytes)
+    kind = type(launch.arguments)
+    offsets = [getattr(kind, name).offset for name in pointers_of(kind)]
+    words = memoryview(bytes(launch.arguments)).cast("q").tolist()
+    start = [launcher(), int(function), *launch.grid, launch.threads, launch.shared_bytes]
+    return torch.tensor([*start, len(offsets), len(words), *offsets, *words])
+
+
+@cache
+def launcher() -> int:
+    """Return the address of the driver's cuLaunchKernel."""
+    return ctypes.cast(ctypes.CDLL("libcuda.so.1").cuLaunchKernel, ctypes.c_void_p).value
