@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from ..ops.cuda_check import RESULTS
+from ..ops.cuda_check import LAYER, RESULTS
 from ..ops.gpu_prediction import WHOLE, Gpu, Times
 from ..utils.text import markdown_table
 
@@ -132,7 +132,7 @@ def _errors_row(errors: Errors) -> dict[str, str]:
         "kernel size": str(errors.kernel_size),
         "with": errors.options,
     }
-    for name in RESULTS:
+    for name in (*RESULTS, LAYER):
         cells[name] = f"{errors.errors[name]:.1e}" if name in errors.errors else _NONE
     return {**cells, "problem": errors.problem or "none"}
 

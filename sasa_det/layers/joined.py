@@ -80,8 +80,7 @@ def _variant(layer: nn.Module, dtype: torch.dtype) -> Variant:
 def is_one_node(layer: nn.Module, x: Tensor) -> bool:
     """Tell whether projections and attention are one node of autograd, without operators."""
     return (
-        x.device.type == "cuda"
-        and cuda_layer.MISSING is None
+        cuda_layer.is_there(x.device)
         and not is_looked_at()
         # The kernels read queries, keys and values where the product leaves them.
         and x.shape[3] * 3 * layer.out_channels <= LARGEST_ROW

@@ -28,7 +28,7 @@ def _why_absent() -> str:
 # Why the kernels are not there, or None.
 try:
     # It registers the operators of csrc/operators.cpp and those of torch.ops.sasa_det_cpu.
-    importlib.import_module(f"sasa_det.{_PREFIX}{'_'.join(_RELEASE)}")
+    EXTENSION = importlib.import_module(f"sasa_det.{_PREFIX}{'_'.join(_RELEASE)}")
 except ModuleNotFoundError:
     MISSING = _why_absent()
 except ImportError as error:

@@ -15,7 +15,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..utils.files import whole_file
-from . import loop
+from . import cpu, loop
 from .cuda_compiler import CompilerError, cache_folder, source_digest
 from .cuda_kernels import Variant
 from .precision import autocast_disabled
@@ -35,6 +35,7 @@ CHECK_VARIABLE = "SASA_DET_SELF_CHECK"
 # Of the largest values of each result, or of 1.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
 RESULTS = ("output", "grad_query", "grad_key", "grad_value", "grad_rel_rows", "grad_rel_cols")
+LAYER = "layer"  # the same kernels started from C++: the largest error of all results
 
 _SECONDS_TO_START = 120  # of the process: Python, PyTorch and a context on the GPU
 _SECONDS_OF_VARIANT = 60  # most of which are for compiling
@@ -127,7 +128,8 @@ def _facts_digest(device: torch.device, variant: Variant) -> str:
     properties = torch.cuda.get_device_properties(device)
     gpu = (properties.name, properties.major, properties.minor)
     launchers = [path.read_text() for path in sorted(Path(__file__).parent.glob("cuda*.py"))]
-    facts = (_as_json(variant), *gpu, _driver_version(), torch.__version__, *launchers)
+    extension = [] if cpu.MISSING else [*Path(cpu.EXTENSION.__file__).stat()[-4:]]
+    facts = (_as_json(variant), *gpu, _driver_version(), torch.__version__, *launchers, extension)
     return source_digest(*facts)
 
 
@@ -278,6 +280,39 @@ def largest_error(ours: Tensor, theirs: Tensor) -> float:
     return float(error.nan_to_num(torch.inf))
 
 
+def largest_errors(
+    names: Iterable[str], ours: Iterable[Tensor], theirs: Iterable[Tensor]
+) -> dict[str, float]:
+    """Return :func:`largest_error` of results by their names."""
+    compared = zip(names, ours, theirs, strict=True)
+    return {name: largest_error(one, other) for name, one, other in compared}
+
+
+def skips_checks() -> bool:
+    """Tell whether kernels run unchecked now: by the environment, or while a graph is captured."""
+    return os.environ.get(CHECK_VARIABLE) == "0" or torch.cuda.is_current_stream_capturing()
+
+
+def first_use_problem(
+    what: str, errors: Callable[[], dict[str, float]], tolerance: float, theirs: str
+) -> str | None:
+    """Check kernels in this process; return what is wrong, or None, and warn of it.
+
+    Args:
+        what: uses the kernels.
+        errors: runs and compares them.
+        tolerance, theirs: as of :func:`judge`.
+    """
+    try:
+        verdict = judge(errors(), tolerance, theirs)
+    except CompilerError as error:
+        verdict = Verdict({}, str(error))
+    if verdict.problem:
+        problem = verdict.problem.rstrip(".")
+        logger.warning("%s does not use its CUDA kernels: %s.", what, problem)
+    return verdict.problem
+
+
 def errors_of(variant: Variant, device: torch.device) -> dict[str, float]:
     """Run the kernels on a small image, with parts of tiles and of groups of heads.
 
@@ -288,7 +323,7 @@ def errors_of(variant: Variant, device: torch.device) -> dict[str, float]:
     Returns:
         dict[str, float]: the largest error of each result, of its largest value or of 1.
     """
-    from . import cuda
+    from . import cuda, cuda_layer
 
     heads = variant.heads_of_block + 1
     generator = torch.Generator().manual_seed(0)
@@ -312,8 +347,38 @@ def errors_of(variant: Variant, device: torch.device) -> dict[str, float]:
     exact = [None if x is None else x.float() for x in inputs]
     output, log_sum = loop.forward(*exact, *options)
     expected = [output, *loop.backward(grad.float(), *exact, log_sum, *options)]
-    errors = {}
-    for name, ours, theirs in zip(RESULTS, actual, expected, strict=True):
-        if theirs.numel() > 0:
-            errors[name] = largest_error(ours, theirs)
+    compared = zip(RESULTS, actual, expected, strict=True)
+    errors = {name: largest_error(*pair) for name, *pair in compared if pair[1].numel() > 0}
+    if cuda_layer.is_there(device):
+        errors[LAYER] = layer_error(variant, grad, inputs, expected)
     return errors
+
+
+def layer_error(
+    variant: Variant, grad: Tensor, inputs: Sequence[Tensor | None], expected: Sequence[Tensor]
+) -> float:
+    """Run a layer that starts the kernels from C++; return the largest error of its results.
+
+    Args:
+        variant: of the kernels.
+        grad: of the output.
+        inputs: query, key, value and both embeddings, None for what the variant does not have.
+        expected: output and gradients, empty for what the variant does not have.
+    """
+    from . import cuda_layer
+
+    *images, rows, cols = inputs
+    images = [x for x in images if x is not None]
+    channels = grad.shape[1]
+    # Projections that pick queries, keys and values out of an input that has them all.
+    weights = torch.eye(len(images) * channels, device=grad.device)[:, :, None, None]
+    with torch.enable_grad():
+        x = torch.cat(images, 1).requires_grad_()
+        embeddings = [e if e is None else e.clone().requires_grad_() for e in (rows, cols)]
+        heads = channels // variant.head_width
+        output = cuda_layer.attend(x, weights.split(channels), [], *embeddings, heads, variant)
+        leaves = [x, *(e for e in embeddings if e is not None)]
+        of_x, *others = torch.autograd.grad(output, leaves, grad)
+    actual = [output.detach(), *of_x.split(channels, 1), *others]
+    present = [x for x in expected if x.numel() > 0]
+    return max(map(largest_error, actual, present))

@@ -19,8 +19,10 @@ from .cuda_kernels import (
 )
 from .operator import say_once
 
-# Why the layer is not there, or None: it is in the same extension as the CPU's kernels.
-MISSING = cpu.MISSING
+
+def is_there(device: torch.device) -> bool:
+    """Tell whether layers on a device are called from C++, which the CPU's extension has."""
+    return device.type == "cuda" and cpu.MISSING is None
 
 
 def attend(

@@ -5,21 +5,16 @@ differ, or a kernel does not compile, a warning says so and PyTorch's operators 
 """
 
 import functools
-import logging
-import os
 
 import torch
 import torch.nn.functional as F
 
 from . import standard_blocks
 from .blocks import STEM_BLOCK, place_matrices
-from .cuda_check import CHECK_VARIABLE, Verdict, judge, largest_error
-from .cuda_compiler import CompilerError
+from .cuda_check import first_use_problem, largest_errors, skips_checks
 from .precision import autocast_disabled
 from .stem_cuda import normalized
 from .stem_kernels import OFFSETS
-
-logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-3  # of the largest value of each result, or of 1
 
@@ -36,23 +31,13 @@ def why_not_correct(
 
     ``SASA_DET_SELF_CHECK=0`` leaves it out.
     """
-    # A graph that is captured here takes no other work.
-    if os.environ.get(CHECK_VARIABLE) == "0" or torch.cuda.is_current_stream_capturing():
-        return None
-    return _problem(device, in_channels, num_heads, width)
+    return None if skips_checks() else _problem(device, in_channels, num_heads, width)
 
 
 @functools.cache
 def _problem(device: torch.device, in_channels: int, num_heads: int, width: int) -> str | None:
-    try:
-        verdict = judge(errors_of(device, in_channels, num_heads, width), TOLERANCE, "PyTorch's")
-    except CompilerError as error:
-        verdict = Verdict({}, str(error))
-    if verdict.problem:
-        logger.warning(
-            "The attention stem does not use its CUDA kernels: %s.", verdict.problem.rstrip(".")
-        )
-    return verdict.problem
+    errors = functools.partial(errors_of, device, in_channels, num_heads, width)
+    return first_use_problem("The attention stem", errors, TOLERANCE, "PyTorch's")
 
 
 def errors_of(
@@ -98,5 +83,4 @@ def errors_of(
             gradients = torch.autograd.grad(output, parameters, grad.to(dtype))
             results.append((output.detach(), *gradients))
     names = ("output", *(f"the gradient of {name}" for name in list(tensors)[1:]))
-    compared = zip(names, *results, strict=True)
-    return {name: largest_error(ours, theirs) for name, ours, theirs in compared}
+    return largest_errors(names, *results)

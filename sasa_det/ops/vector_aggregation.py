@@ -1,6 +1,7 @@
 """Sums over windows with weights of every pixel, and products over windows, as operators.
 
-CPU tensors run on the C++ kernels, others place by place of the window in PyTorch.
+CPU tensors run on the C++ kernels and CUDA tensors on those of csrc/cuda; others, and what the
+kernels do not take, run in PyTorch, place by place of the window.
 """
 
 import logging
@@ -9,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import cpu
+from . import aggregation_cuda, cpu
 from .aggregation import aggregate, check_aggregation, reflect, reflected
 from .arguments import check_kernel_size
 from .exporting import is_making_onnx
@@ -46,25 +47,26 @@ def vector_aggregation(weight: Tensor, value: Tensor, kernel_size: int) -> Tenso
     return torch.ops.sasa_det.vector_aggregation(weight, value, kernel_size)
 
 
-def _runs_kernels(value: Tensor) -> bool:
-    """Tell whether the C++ kernels take tensors like ``value``; say once what runs."""
-    reason = None
-    if value.device.type != "cpu":
-        reason = f"they take CPU tensors, not {value.device.type}"
-    elif value.dtype == torch.float64:
+def _kernels_for(x: Tensor, groups: int, kernel_size: int) -> str:
+    """Return what takes images like ``x``, "cpu", "cuda" or "", and say once what runs."""
+    if x.device.type == "cuda":
+        reason = aggregation_cuda.why_not(x, groups, kernel_size)
+    elif x.device.type != "cpu":
+        reason = f"they take tensors of CPUs and GPUs, not {x.device.type}"
+    elif x.dtype == torch.float64:
         reason = "they compute in float32, not float64"
-    elif cpu.MISSING:
+    else:
         reason = cpu.MISSING
-    _say_once(reason)
-    return reason is None
+    _say_once(x.device.type, reason)
+    return "" if reason else x.device.type
 
 
 @lru_cache(None)
-def _say_once(reason: str | None) -> None:
+def _say_once(device: str, reason: str | None) -> None:
     if reason is None:
-        logger.info("vector_aggregation runs on the C++ kernels.")
+        logger.info("vector_aggregation runs on its kernels (%s).", device)
     else:
-        logger.info("vector_aggregation runs in PyTorch, not on the C++ kernels: %s.", reason)
+        logger.info("vector_aggregation runs in PyTorch, not on its kernels: %s.", reason)
 
 
 _ARGUMENTS = "Tensor weight, Tensor value, SymInt kernel_size"
@@ -138,8 +140,11 @@ register_gradient(_multiply, _multiply_backward, num_tensors=2)
 
 def _weighted_sums(weight: Tensor, value: Tensor, kernel_size: int) -> Tensor:
     """Aggregate as :func:`vector_aggregation` does, in whatever type."""
-    if _runs_kernels(value):
+    kernels = _kernels_for(value, weight.shape[1], kernel_size)
+    if kernels == "cpu":
         return torch.ops.sasa_det_cpu.vector_aggregation(weight, value, kernel_size, "")
+    if kernels == "cuda":
+        return aggregation_cuda.forward(weight, value, kernel_size)
     return aggregate(value, weight, kernel_size=kernel_size)
 
 
@@ -153,10 +158,13 @@ def _gradients(
         weight, value: see :func:`vector_aggregation`; one of them may be None.
         groups: of the weights.
     """
-    if _runs_kernels(grad):
+    kernels = _kernels_for(grad, groups, kernel_size)
+    if kernels == "cpu":
         return torch.ops.sasa_det_cpu.vector_aggregation_backward(
             grad, weight, value, groups, kernel_size, ""
         )
+    if kernels == "cuda":
+        return aggregation_cuda.gradients(grad, weight, value, groups, kernel_size)
     n, channels, height, width = grad.shape
     reach, shared = kernel_size // 2, (channels // groups, groups)
     dtype = accumulation_dtype(grad.dtype)

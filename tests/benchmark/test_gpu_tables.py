@@ -79,15 +79,15 @@ def test_models_are_compared_with_the_first():
 
 def test_the_whole_report():
     errors = [
-        Errors("bfloat16", 32, 7, "all", {"output": 0.0031, "grad_query": 0.0042}),
+        Errors("bfloat16", 32, 7, "all", {"output": 0.0031, "grad_query": 0.0042, "layer": 0.0051}),
         Errors("float16", 8, 7, "all", {}, "an illegal memory access was encountered"),
     ]
     measured = Measured("Some GPU, 2026-01-01", "cuda", errors, Ceilings(2.9e12, 601e12), LAYERS)
     measured.notes.append("Models were left out, as detectron2 is not installed.")
     text = as_markdown(measured, {}, GPUS[0])
     assert text.startswith("Some GPU, 2026-01-01. Attention ran on the backend `cuda`.\n")
-    assert "| bfloat16 | 32 | 7 | all | 3.1e-03 | 4.2e-03 |  |  |  |  | none |" in text
-    assert "| float16 | 8 | 7 | all |  |  |  |  |  |  | an illegal memory access was " in text
+    assert "| bfloat16 | 32 | 7 | all | 3.1e-03 | 4.2e-03 |  |  |  |  | 5.1e-03 | none |" in text
+    assert "| float16 | 8 | 7 | all |  |  |  |  |  |  |  | an illegal memory access was " in text
     assert "2.90 TB/s (predictions assume 3.00)" in text
     assert "601 TFLOP/s (predictions assume 550)" in text
     missing = "- 256@5, HaloAttn (timm): AssertionError: 5 is odd\n"

@@ -478,8 +478,7 @@ def launched(library, emulated, monkeypatch):
     address = ctypes.cast(launch, ctypes.c_void_p).value
     monkeypatch.setattr(cuda_layer, "launcher", lambda: address)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=5))
-    # CPUs would run the layer on their own kernels.
-    monkeypatch.setattr(joined, "is_one_node", lambda layer, x: True)
+    monkeypatch.setattr(cuda_layer, "is_there", lambda device: True)
     monkeypatch.setattr(joined, "_product_dtype", lambda x: BF16)
     yield started
     cuda_layer.plans_of.cache_clear()
@@ -657,6 +656,16 @@ def test_the_check_at_first_use_finds_what_is_wrong(emulated, monkeypatch, index
         name = {0: "grad_query", 3: "grad_rel_rows"}[index]
         assert verdict.errors[name] > 0.09
         assert verdict.problem.startswith(f"{name} differs from the loop backend's by ")
+
+
+@pytest.mark.parametrize("case", ["8-half", "position", "content"])
+def test_the_check_at_first_use_starts_layers_too(launched, monkeypatch, case):
+    verdict = cuda_check.verdict_of(VARIANTS[case], torch.device("cpu"))
+    assert verdict.problem is None and verdict.errors[cuda_check.LAYER] > 0
+    right = cuda_layer.attend
+    monkeypatch.setattr(cuda_layer, "attend", lambda *inputs: 1.1 * right(*inputs))
+    verdict = cuda_check.verdict_of(VARIANTS[case], torch.device("cpu"))
+    assert verdict.problem.startswith("layer differs from the loop backend's by ")
 
 
 def test_autocast_does_not_change_the_check(emulated):

@@ -72,6 +72,9 @@ DEVICE void store(u32* to, const u32 (&words)[4]) {
                "r"(words[2]), "r"(words[3])
                : "memory");
 }
+DEVICE void store(u16* to, u16 value) {
+  asm volatile("st.global.u16 [%0], %1;" ::"l"(to), "h"(value) : "memory");
+}
 DEVICE void store(float* to, float value) {
   asm volatile("st.global.f32 [%0], %1;" ::"l"(to), "f"(value) : "memory");
 }
