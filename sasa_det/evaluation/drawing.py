@@ -54,7 +54,7 @@ def draw_detections(
         class_names: names by class index.
         score_threshold: detections with a lower score are not drawn.
         columns: cells in a row, at least 1.
-        panel: height and width of each of the two drawings of an image, in inches.
+        panel: width of each of the two drawings of an image, and their largest height, in inches.
         labels: write classes and scores at the boxes; False for very many boxes.
 
     Returns:
@@ -70,8 +70,11 @@ def draw_detections(
     columns = min(columns, len(samples))
     rows = -(-len(samples) // columns)
     cell = 2 * panel + GAP
+    # Less high where all images are wide.
+    shapes = [each["image"].shape for each in samples]
+    high = panel * min(1.0, max(rows_of / cols_of for rows_of, cols_of, _ in shapes))
     width = columns * cell + (columns + 1) * CELL_GAP
-    height = rows * (panel + TITLE) + CELL_GAP
+    height = rows * (high + TITLE) + CELL_GAP
     figure = Figure(figsize=(width, height), dpi=DPI)
     colours = _class_colours(len(class_names))
     for index, sample in enumerate(samples):
@@ -82,9 +85,9 @@ def draw_detections(
         titles = ("Ground truth", f"Detections, score ≥ {score_threshold:g}")
         for side, (title, drawn) in enumerate(zip(titles, (ground_truth, detected), strict=True)):
             left = CELL_GAP + column * (cell + CELL_GAP) + side * (panel + GAP)
-            bottom = height - (row + 1) * (panel + TITLE)
+            bottom = height - (row + 1) * (high + TITLE)
             axes = figure.add_axes(
-                (left / width, bottom / height, panel / width, panel / height), anchor="N"
+                (left / width, bottom / height, panel / width, high / height), anchor="N"
             )
             axes.set_title(title, fontsize=8, pad=3)
             _draw_panel(axes, sample["image"], *drawn, class_names if labels else None, colours)

@@ -77,10 +77,13 @@ def test_threshold_decides_what_is_drawn(tmp_path):
         assert f"{threshold:g}" in axes.get_title()
 
 
-def test_size_of_the_grid(tmp_path):
-    cell, panel = 2 * drawing.PANEL + drawing.GAP, drawing.PANEL + drawing.TITLE
+# Wide images leave no room below them.
+@pytest.mark.parametrize("shape,share", [((60, 80), 0.75), ((80, 80), 1), ((80, 60), 1)])
+def test_size_of_the_grid(tmp_path, shape, share):
+    cell, panel = 2 * drawing.PANEL + drawing.GAP, share * drawing.PANEL + drawing.TITLE
     for count, columns, rows, wide in ((1, 4, 1, 1), (5, 4, 2, 4), (3, 1, 3, 1)):
-        pixels, _ = drawn(tmp_path / f"{count}.png", [sample()] * count, columns=columns)
+        samples = [sample(*shape), *[sample()] * (count - 1)]
+        pixels, _ = drawn(tmp_path / f"{count}.png", samples, columns=columns)
         width = wide * cell + (wide + 1) * drawing.CELL_GAP
         height = rows * panel + drawing.CELL_GAP
         expected = (int(height * drawing.DPI), int(width * drawing.DPI))
