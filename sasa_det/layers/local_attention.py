@@ -276,7 +276,8 @@ class LocalSelfAttention2d(nn.Module):
                 self.in_channels, height, width, dtype=x.dtype, device=x.device
             )
         key: Tensor | None = None
-        if torch.jit.is_scripting():  # which passes no modules to functions
+        if torch.jit.is_scripting() or self.is_reference:
+            # Scripts pass no modules to functions.
             if self.key is not None:
                 key = self.key(placed)
             query, value = self.query(placed), self.value(x)

@@ -112,11 +112,14 @@ def use_products(module: nn.Module) -> nn.Module:
 
     Args:
         module: convolutions in it with groups, padding or parametrizations and subclasses of
-            ``nn.Conv2d`` other than detectron2's are left as they are.
+            ``nn.Conv2d`` other than detectron2's are left as they are, and so is a model with the
+            backend "reference", which is PyTorch's operators throughout.
 
     Returns:
         nn.Module: the same module.
     """
+    if any(getattr(child, "is_reference", False) for child in module.modules()):
+        return module
     for kind, pointwise in ((nn.Conv2d, PointwiseConv2d), (Conv2d, NormedPointwiseConv2d)):
         if is_plain_pointwise(module, kind, strided=True):
             module.__class__ = pointwise

@@ -19,7 +19,7 @@ from ...layers import AttentionStem, LocalSelfAttention2d
 from ...ops.local_attention import check_choice
 from ..attention_options import PRIMITIVES, attention_options, check_norm
 from ..fused import bottleneck
-from ..pointwise import NormedPointwiseConv2d, use_products
+from ..pointwise import use_products
 from .training_warnings import WarnsInTraining
 
 STAGES = ("res2", "res3", "res4", "res5")
@@ -43,7 +43,7 @@ _RESNETS_ONLY = {
 
 
 def _pointwise(in_channels: int, out_channels: int, norm: str, stride: int = 1) -> Conv2d:
-    return NormedPointwiseConv2d(
+    return Conv2d(
         in_channels,
         out_channels,
         kernel_size=1,
@@ -90,6 +90,7 @@ class AttentionBottleneckBlock(CNNBlockBase):
         self.conv3 = _pointwise(bottleneck_channels, out_channels, norm)
         weight_init.c2_msra_fill(self.conv1)
         weight_init.c2_msra_fill(self.conv3)
+        use_products(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """
