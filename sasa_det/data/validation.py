@@ -10,6 +10,7 @@ from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
 from ..errors import ImageError
+from ..utils.files import require_file
 from ..utils.garbage import no_garbage_collection
 from . import coco_entries as problems
 from .coco_entries import (
@@ -160,11 +161,7 @@ def validate_coco(
 
 def check_exists(json_file: str | os.PathLike, image_root: str | os.PathLike) -> None:
     """Raise FileNotFoundError if a json file or its image folder is missing."""
-    local = PathManager.get_local_path(os.fspath(json_file))
-    if not os.path.isfile(local):
-        raise FileNotFoundError(
-            f"json file {json_file} {'is a folder' if os.path.isdir(local) else 'does not exist'}"
-        )
+    require_file("json file", PathManager.get_local_path(os.fspath(json_file)))
     if not os.path.isdir(image_root):
         raise FileNotFoundError(f"image folder {image_root} of {json_file} does not exist")
 

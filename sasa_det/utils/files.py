@@ -46,6 +46,20 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def require_file(what: str, path: str | os.PathLike) -> None:
+    """Raise FileNotFoundError, which names ``what`` and the path, unless a file is there."""
+    if not os.path.isfile(path):
+        problem = "is a folder, and not a file" if os.path.isdir(path) else "does not exist"
+        raise FileNotFoundError(f"{what} {os.fspath(path)} {problem}")
+
+
+def require_folder(what: str, path: str | os.PathLike) -> None:
+    """Raise FileNotFoundError, which names ``what`` and the path, unless a folder is there."""
+    if not os.path.isdir(path):
+        problem = "is a file, and not a folder" if os.path.exists(path) else "does not exist"
+        raise FileNotFoundError(f"{what} {os.fspath(path)} {problem}")
+
+
 def holds_anything(path: str | os.PathLike) -> bool:
     """Return whether :func:`whole_folder` would refuse a path: it exists and is no empty folder."""
     return os.path.exists(path) and (not os.path.isdir(path) or bool(os.listdir(path)))

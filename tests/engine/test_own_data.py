@@ -182,6 +182,9 @@ def test_what_cannot_be_converted_leaves_no_file(tool, tmp_path):
     assert "must be a data.yaml with --from yolo." in refused("yolo", tmp_path)
     assert "must be a folder with --from voc." in refused("voc", tmp_path / "a.json")
     assert "data file none.xml does not exist" in refused("cvat", "none.xml")
+    assert f"data file {tmp_path} is a folder, and not a file" in refused("cvat", tmp_path)
+    wrong = f"data folder {tmp_path / 'a.json'} is a file, and not a folder"
+    assert wrong in refused("labelme", tmp_path / "a.json")
     assert "is not XML" in refused("cvat", tmp_path / "a.json")
     assert "--split is for YOLO and Pascal VOC." in refused("cvat", "none.xml", "--split", "a")
     # The files that are read are not written over.

@@ -5,6 +5,7 @@ import os
 from xml.etree.ElementTree import Element
 
 from ...errors import DatasetError
+from ...utils.files import require_file
 from .. import coco_entries as problems
 from .builder import CocoBuilder, Converted, ImageEntry, number, stated_size
 from .files import progress
@@ -27,8 +28,7 @@ def read_cvat(xml_file: str) -> Converted:
         DatasetError: if the file cannot be used.
         FileNotFoundError: if it does not exist.
     """
-    if not os.path.isfile(xml_file):
-        raise FileNotFoundError(f"data file {xml_file} does not exist")
+    require_file("data file", xml_file)
     root = parse_xml(xml_file)
     if root.tag != "annotations":
         raise DatasetError(f"{xml_file} must hold the <annotations> of CVAT, not <{root.tag}>")

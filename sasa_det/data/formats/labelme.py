@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from ...errors import DatasetError
+from ...utils.files import require_folder
 from .. import coco_entries as problems
 from ..coco_entries import shown
 from ..media import IMAGE_SUFFIXES
@@ -27,8 +28,7 @@ def read_labelme(folder: str) -> Converted:
         DatasetError: if there are none.
         FileNotFoundError: if the folder does not exist.
     """
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"data folder {folder} does not exist")
+    require_folder("data folder", folder)
     contents, faults = {}, {}
     for path in progress(sorted(files_in(folder, {".json"})), "Reading json files", "file"):
         try:

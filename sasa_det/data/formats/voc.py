@@ -6,6 +6,7 @@ from itertools import chain
 from xml.etree.ElementTree import Element
 
 from ...errors import DatasetError
+from ...utils.files import require_folder
 from .. import coco_entries as problems
 from ..media import IMAGE_SUFFIXES
 from .builder import CocoBuilder, Converted, classes_of, number, read_text, split_hint, stated_size
@@ -48,8 +49,7 @@ def read_voc(folder: str, split: str = "") -> Converted:
         DatasetError: if there are no XML files, or there is no such split.
         FileNotFoundError: if the folder does not exist.
     """
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"data folder {folder} does not exist")
+    require_folder("data folder", folder)
     annotations = _subfolder(folder, "Annotations")
     xml_files = sorted(files_in(annotations or folder, {".xml"}))
     if not xml_files:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from ...errors import DatasetError
+from ...utils.files import require_file
 from .. import coco_entries as problems
 from ..coco_entries import described, shown
 from ..media import IMAGE_SUFFIXES
@@ -82,8 +83,7 @@ def label_path(image_path: str) -> str:
 
 
 def _read_yaml(yaml_file: str) -> dict[str, Any]:
-    if not os.path.isfile(yaml_file):
-        raise FileNotFoundError(f"data file {yaml_file} does not exist")
+    require_file("data file", yaml_file)
     try:
         content = yaml.safe_load(read_text(yaml_file))
     except (yaml.YAMLError, RecursionError) as error:
