@@ -93,12 +93,19 @@ def plans_of(
 
 
 def _plan(launch: Launch, device: int) -> Tensor:
-    function = load_kernel(launch.header, launch.name, device, launch.shared_bytes)
     kind = type(launch.arguments)
     offsets = [getattr(kind, name).offset for name in pointers_of(kind)]
     words = memoryview(bytes(launch.arguments)).cast("q").tolist()
-    start = [launcher(), int(function), *launch.grid, launch.threads, launch.shared_bytes]
-    return torch.tensor([*start, len(offsets), len(words), *offsets, *words])
+    kernel = (launcher(), function_of(launch, device))
+    start = [*kernel, *launch.grid, launch.threads, launch.shared_bytes]
+    numbers = [*start, len(offsets), len(words), *offsets, *words]
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
+def function_of(launch: Launch, device: int) -> int:
+    """Return the address of a kernel that is loaded on a GPU."""
+    with torch.cuda.device(device):
+        return int(load_kernel(launch.header, launch.name, device, launch.shared_bytes))
 
 
 @cache

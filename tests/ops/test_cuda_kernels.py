@@ -449,8 +449,8 @@ def launched(library, emulated, monkeypatch):
     """Layers as one call of C++, which starts emulated kernels; the names of those that started."""
     names = []
 
-    def load(header, name, device, shared_bytes):
-        names.append(name)
+    def load(launch, device):
+        names.append(launch.name)
         return len(names)
 
     @LAUNCH_KERNEL
@@ -474,7 +474,7 @@ def launched(library, emulated, monkeypatch):
         structures[embeddings_name(variant)] = structure
     started = []
     cuda_layer.plans_of.cache_clear()
-    monkeypatch.setattr(cuda_layer, "load_kernel", load)
+    monkeypatch.setattr(cuda_layer, "function_of", load)
     address = ctypes.cast(launch, ctypes.c_void_p).value
     monkeypatch.setattr(cuda_layer, "launcher", lambda: address)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=5))
