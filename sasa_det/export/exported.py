@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,10 @@ def _open_torchscript(path: Path, _) -> tuple[Callable, str]:
     import torchvision  # noqa: F401  (it has the operator of NMS)
 
     extra = {FACTS: ""}
-    return torch.jit.load(path, map_location="cpu", _extra_files=extra), _text(extra)
+    with warnings.catch_warnings():
+        # That TorchScript is deprecated, which a file that is there does not change.
+        warnings.simplefilter("ignore", FutureWarning)
+        return torch.jit.load(path, map_location="cpu", _extra_files=extra), _text(extra)
 
 
 def _open_torch_export(path: Path, _) -> tuple[Callable, str]:
