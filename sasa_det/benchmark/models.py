@@ -1,6 +1,6 @@
 """Cases of backbones and detectors, which need detectron2."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from types import MethodType
@@ -207,6 +207,7 @@ def detection(
     way: Way,
     training: bool,
     size: tuple[int, int] | None = None,
+    opts: Sequence[str] = (),
 ) -> Run:
     """Return a step or an inference of a detector.
 
@@ -216,8 +217,10 @@ def detection(
         way: to run it.
         training: whether it is a step.
         size: height and width of the images; squares of ``settings.image_size`` if None.
+        opts: overrides of the config, KEY VALUE pairs.
     """
     cfg = twin_config(settings, config)
+    cfg.merge_from_list(list(opts))
     model = build_model(cfg).to(memory_format=settings.layout)
     inputs = _detection_inputs(settings, size or (settings.image_size,) * 2)
     dtype = way.dtype or (None if settings.dtype == torch.float32 else settings.dtype)

@@ -19,6 +19,7 @@ from .operators import module_contender
 _KERNEL_SIZE, _CHANNELS, _SHARED = 7, 256, 8
 _ASPECT = 1.68  # of a COCO image at 800 x 1344
 _STRIDE = 32
+_IN_PYTORCH = ("MODEL.SASA.BACKEND", "reference")
 
 
 def unfold(model: nn.Module) -> nn.Module:
@@ -77,16 +78,17 @@ def _cases(settings: Settings) -> list[Case]:
         name = f"RetinaNet-SAN10 {kind} training step"
         config = f"COCO-Detection/retinanet_SAN10_{kind}.yaml"
         ways = (
-            Way("all relations at once", kind, unfold),
-            Way("as built", kind, lambda model: model),
+            (Way("plain PyTorch", kind, lambda model: model), _IN_PYTORCH),
+            (Way("all relations at once", kind, unfold), ()),
+            (Way("as built", kind, lambda model: model), ()),
         )
         contenders = tuple(
             Contender(
                 way.name,
-                partial(detection, settings, config, way, True, (height, width)),
+                partial(detection, settings, config, way, True, (height, width), opts),
                 slow=True,
             )
-            for way in ways
+            for way, opts in ways
         )
         title = f"{name}, {settings.batch}x3x{height}x{width}"
         cases.append(Case("san", name, title, contenders, memory=True, waits=True))

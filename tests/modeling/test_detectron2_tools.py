@@ -89,6 +89,7 @@ def test_scripts_of_standard_operators_are_bit_equal(name):
     add_sasa_config(cfg)
     cfg.MODEL.BACKBONE.NAME = f"build_{name}_backbone"
     cfg.MODEL.SASA.BACKEND = "reference"
+    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.SASA.WIDTH_MULTIPLIER = 26, 0.5
     if name.endswith("fpn"):
         cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
         cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
