@@ -121,17 +121,17 @@ class _Last(nn.Module):
         return list(self.backbone(x).values())[-1]
 
 
-def _check_size(settings: Settings, group: str, stride: int) -> None:
+def check_size(settings: Settings, group: str, largest: int) -> None:
     """Refuse images of which the last feature map is one pixel: its norms could not be trained."""
-    if settings.batch == 1 and settings.image_size <= stride:
+    if settings.batch == 1 and settings.image_size <= largest:
         raise UsageError(
-            f"--cases {group} needs --image-size above {stride} with --batch 1, for its norms, got "
+            f"--cases {group} needs --image-size above {largest} with --batch 1, for its norms, got "
             f"{settings.image_size}."
         )
 
 
 def _backbone_cases(settings: Settings) -> list[Case]:
-    _check_size(settings, "backbone", 32)
+    check_size(settings, "backbone", 32)
     size = settings.image_size
 
     def build(kind: str) -> nn.Module:
@@ -153,7 +153,7 @@ def _backbone_cases(settings: Settings) -> list[Case]:
 
 
 def _retinanet_cases(settings: Settings) -> list[Case]:
-    _check_size(settings, "retinanet", 128)
+    check_size(settings, "retinanet", 128)
     return _detector_cases(settings, "retinanet", "RetinaNet-50", _RETINANET_50)
 
 

@@ -13,7 +13,7 @@ from ..modeling import use_products
 from ..ops import vector_aggregation
 from ..ops.aggregation import aggregate
 from .measure import Case, Contender, Run, Settings, cases_of_passes
-from .models import Way, detection
+from .models import Way, check_size, detection
 from .operators import module_contender
 
 _KERNEL_SIZE, _CHANNELS, _SHARED = 7, 256, 8
@@ -67,6 +67,7 @@ def _aggregations(settings: Settings, size: int, training: bool) -> list[Contend
 
 
 def _cases(settings: Settings) -> list[Case]:
+    check_size(settings, "san", 85)  # up to which P7 of an image is one pixel
     size = settings.image_size // 8
     features = f"{settings.batch}x{_CHANNELS}x{size}x{size}"
     title = f"vector aggregation, {{}}, {features}, k {_KERNEL_SIZE}, {_SHARED} channels a weight"

@@ -170,6 +170,7 @@ def test_bad_arguments_are_told(tmp_path, capsys):
         (["op", "--image-size", "31"], "--image-size must be at least 32, got 31."),
         (["retinanet", "--image-size", "128"], "--cases retinanet needs --image-size above 128"),
         (["backbone", "--image-size", "32"], "--cases backbone needs --image-size above 32"),
+        (["san", "--image-size", "85"], "--cases san needs --image-size above 85"),
     ):
         assert status("--output", str(tmp_path / "new"), "--cases", *words) == 2
         assert told in capsys.readouterr().err
