@@ -125,8 +125,8 @@ def check_size(settings: Settings, group: str, largest: int) -> None:
     """Refuse images of which the last feature map is one pixel: its norms could not be trained."""
     if settings.batch == 1 and settings.image_size <= largest:
         raise UsageError(
-            f"--cases {group} needs --image-size above {largest} with --batch 1, for its norms, got "
-            f"{settings.image_size}."
+            f"--cases {group} needs --image-size above {largest} with --batch 1, for its norms, "
+            f"got {settings.image_size}."
         )
 
 
