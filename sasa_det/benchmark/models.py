@@ -7,7 +7,7 @@ from types import MethodType
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.layers import Conv2d, ShapeSpec
+from detectron2.layers import Conv2d, CycleBatchNormList, ShapeSpec
 from detectron2.modeling import RetinaNet, build_backbone, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
@@ -19,6 +19,7 @@ from ..config.read_keys import mark_read
 from ..engine.optimizer import build_optimizer
 from ..errors import UsageError
 from ..modeling import fuse, use_products
+from ..modeling.level_norm import LevelBatchNorm
 from ..modeling.pointwise import NormedPointwiseConv2d, PointwiseConv2d
 from .measure import Case, Contender, Run, Settings, cases_of_passes
 from .operators import module_contender
@@ -40,7 +41,7 @@ _DIGITS_BATCH, _DIGITS_SIZE = 8, 128  # those of the demo
 
 
 def stock(model: nn.Module) -> nn.Module:
-    """Give a model's 1x1 convolutions back to PyTorch, and a RetinaNet's losses to detectron2."""
+    """Give a model's 1x1 convolutions back to PyTorch, and losses and norms to detectron2."""
     for module in model.modules():
         if isinstance(module, RetinaNet):
             module.losses = MethodType(RetinaNet.losses, module)
@@ -48,6 +49,8 @@ def stock(model: nn.Module) -> nn.Module:
             module.__class__ = nn.Conv2d
         elif type(module) is NormedPointwiseConv2d:
             module.__class__ = Conv2d
+        elif type(module) is LevelBatchNorm:
+            module.__class__ = CycleBatchNormList
     return model
 
 

@@ -13,7 +13,7 @@ from ..modeling import use_products
 from ..ops import vector_aggregation
 from ..ops.aggregation import aggregate
 from .measure import Case, Contender, Run, Settings, cases_of_passes
-from .models import Way, check_size, detection
+from .models import Way, check_size, detection, stock
 from .operators import module_contender
 
 _KERNEL_SIZE, _CHANNELS, _SHARED = 7, 256, 8
@@ -79,7 +79,7 @@ def _cases(settings: Settings) -> list[Case]:
         name = f"RetinaNet-SAN10 {kind} training step"
         config = f"COCO-Detection/retinanet_SAN10_{kind}.yaml"
         ways = (
-            (Way("plain PyTorch", kind, lambda model: model), _IN_PYTORCH),
+            (Way("plain PyTorch", kind, stock), _IN_PYTORCH),
             (Way("all relations at once", kind, unfold), ()),
             (Way("as built", kind, lambda model: model), ()),
         )

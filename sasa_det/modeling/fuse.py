@@ -13,6 +13,7 @@ from ..layers import LocalSelfAttention2d
 from ..layers.plain import is_plain_call, is_plain_pointwise
 from .backbone.sasa_resnet import AttentionBottleneckBlock
 from .fused import tower as run_tower
+from .level_norm import LevelBatchNorm
 from .pointwise import NormedPointwiseConv2d, PointwiseConv2d
 from .retinanet import AttentionRetinaNetHead, AttentionTower
 
@@ -88,7 +89,7 @@ def _fused_pair(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
         return None
     if _are_plain(layer, norm):
         return fuse_conv_bn_eval(layer, norm)
-    if type(norm) is CycleBatchNormList and is_plain_call(norm):
+    if type(norm) in (CycleBatchNormList, LevelBatchNorm) and is_plain_call(norm):
         layers = [fuse_conv_bn_eval(layer, _with_affine(part, norm)) for part in norm]
         return _Cycle(layers, norm._pos)
     return None

@@ -21,6 +21,7 @@ from ..ops.local_attention import check_choice
 from .attention_options import PRIMITIVES, attention_options, check_norm
 from .focal_loss import focal_loss
 from .fused import tower
+from .level_norm import join_level_norms
 from .pointwise import PointwiseConv2d, use_products
 
 
@@ -180,6 +181,7 @@ class AttentionRetinaNet(RetinaNet):
         """
         super().__init__(**options)
         use_products(self)
+        join_level_norms(self)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
