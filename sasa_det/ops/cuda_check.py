@@ -128,9 +128,16 @@ def _facts_digest(device: torch.device, variant: Variant) -> str:
     properties = torch.cuda.get_device_properties(device)
     gpu = (properties.name, properties.major, properties.minor)
     launchers = [path.read_text() for path in sorted(Path(__file__).parent.glob("cuda*.py"))]
-    extension = [] if cpu.MISSING else [*Path(cpu.EXTENSION.__file__).stat()[-4:]]
-    facts = (_as_json(variant), *gpu, _driver_version(), torch.__version__, *launchers, extension)
-    return source_digest(*facts)
+    facts = (_as_json(variant), *gpu, _driver_version(), torch.__version__, *launchers)
+    return source_digest(*facts, _extension_facts())
+
+
+def _extension_facts() -> tuple[int, ...]:
+    """Return what tells builds of the extension apart, which starts the kernels of layers."""
+    if cpu.MISSING:
+        return ()
+    built = Path(cpu.EXTENSION.__file__).stat()
+    return built.st_size, built.st_mtime_ns  # and not when it was read
 
 
 def _driver_version() -> str:

@@ -1,8 +1,10 @@
 """The check of the CUDA kernels in a process of its own, which may end in any way."""
 
 import json
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,6 +74,19 @@ def test_the_real_process_compares_the_kernels():
     assert [verdict.problem for verdict in verdicts] == [None, None]
     names = {*cuda_check.RESULTS, *(() if cpu.MISSING else (cuda_check.LAYER,))}
     assert all(set(verdict.errors) == names for verdict in verdicts)
+
+
+@pytest.mark.skipif(bool(cpu.MISSING), reason=str(cpu.MISSING))
+def test_a_verdict_is_of_a_build_of_the_extension(tmp_path, monkeypatch):
+    file = tmp_path / "extension.so"
+    file.write_bytes(b"built")
+    os.utime(file, ns=(10**18, 10**18))
+    monkeypatch.setattr(cpu, "EXTENSION", SimpleNamespace(__file__=str(file)))
+    before = cuda_check._extension_facts()
+    os.utime(file, ns=(2 * 10**18, 10**18))  # as when it is read
+    assert cuda_check._extension_facts() == before
+    os.utime(file, ns=(2 * 10**18, 2 * 10**18))
+    assert cuda_check._extension_facts() != before
 
 
 def test_a_verdict_is_kept(tmp_path):
