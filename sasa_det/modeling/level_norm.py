@@ -24,12 +24,13 @@ class LevelBatchNorm(CycleBatchNormList):
         if not self._affine or torch.compiler.is_compiling():
             return super().forward(x)
         norm = self[self._pos]
-        self._pos = (self._pos + 1) % len(self)
         norm.weight, norm.bias = self.weight, self.bias
         try:
-            return norm(x)
+            normed = norm(x)
         finally:
             norm.weight = norm.bias = None
+        self._pos = (self._pos + 1) % len(self)
+        return normed
 
 
 def join_level_norms(module: nn.Module) -> nn.Module:

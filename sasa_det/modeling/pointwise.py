@@ -118,12 +118,15 @@ def use_products(module: nn.Module) -> nn.Module:
     Returns:
         nn.Module: the same module.
     """
-    if any(getattr(child, "is_reference", False) for child in module.modules()):
-        return module
+    if not any(getattr(child, "is_reference", False) for child in module.modules()):
+        _use_products(module)
+    return module
+
+
+def _use_products(module: nn.Module) -> None:
     for kind, pointwise in ((nn.Conv2d, PointwiseConv2d), (Conv2d, NormedPointwiseConv2d)):
         if is_plain_pointwise(module, kind, strided=True):
             module.__class__ = pointwise
     if not isinstance(module, _MULTIPLY_THEMSELVES):
         for child in module.children():
-            use_products(child)
-    return module
+            _use_products(child)

@@ -80,8 +80,9 @@ def kernel_name(kernel: str, dtype: torch.dtype, kernel_size: int) -> str:
 
 
 def _alike(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Return tensors contiguous and of one type that holds the values of all."""
-    dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors if x is not None))
+    """Return tensors contiguous and of one type: their own, or that of the sums."""
+    dtypes = {x.dtype for x in tensors if x is not None}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     return [None if x is None else x.to(dtype).contiguous() for x in tensors]
 
 

@@ -30,7 +30,9 @@ def attend_joined(joined, rel_rows, rel_cols, kernel_size, num_heads, content, m
         (output, log_sum): (N, C, H, W) in the layout channels_last, and what the backward pass
         needs.
     """
-    return forward(joined, rel_rows, rel_cols, kernel_size, num_heads, content, mask)
+    say_once("cuda")
+    images = _slices(joined, content)
+    return cuda.forward(*images, rel_rows, rel_cols, kernel_size, num_heads, mask)
 
 
 @attend_joined.register_fake
@@ -49,8 +51,13 @@ def attend_joined_backward(
     grad, joined, rel_rows, rel_cols, log_sum, kernel_size, num_heads, content, mask
 ):
     """Return the gradients of ``joined``, in its layout, and of both embeddings."""
-    options = (kernel_size, num_heads, content, mask)
-    return gradients(grad, joined, rel_rows, rel_cols, log_sum, *options)
+    images = _slices(joined, content)
+    result = torch.empty_like(joined, memory_format=torch.channels_last)
+    slices = [None if x is None else x.permute(0, 2, 3, 1) for x in _slices(result, content)]
+    *_, grad_rows, grad_cols = cuda.backward(
+        *(grad, *images, rel_rows, rel_cols, log_sum, kernel_size, num_heads, mask), results=slices
+    )
+    return result, grad_rows, grad_cols
 
 
 register_gradient(attend_joined, attend_joined_backward, num_tensors=3)
@@ -60,24 +67,6 @@ register_gradient(attend_joined, attend_joined_backward, num_tensors=3)
 def _(grad, joined, *arguments):
     _, *gradients = fake_gradients(3)(grad, joined, *arguments)
     return torch.empty_like(joined, memory_format=torch.channels_last), *gradients
-
-
-def forward(joined, rel_rows, rel_cols, kernel_size, num_heads, content, mask):
-    """See :func:`attend_joined`, which is this as an operator."""
-    say_once("cuda")
-    images = _slices(joined, content)
-    return cuda.forward(*images, rel_rows, rel_cols, kernel_size, num_heads, mask)
-
-
-def gradients(grad, joined, rel_rows, rel_cols, log_sum, kernel_size, num_heads, content, mask):
-    """See :func:`attend_joined_backward`, which is this as an operator."""
-    images = _slices(joined, content)
-    result = torch.empty_like(joined, memory_format=torch.channels_last)
-    slices = [None if x is None else x.permute(0, 2, 3, 1) for x in _slices(result, content)]
-    *_, grad_rows, grad_cols = cuda.backward(
-        *(grad, *images, rel_rows, rel_cols, log_sum, kernel_size, num_heads, mask), results=slices
-    )
-    return result, grad_rows, grad_cols
 
 
 def _slices(joined: Tensor, content: bool) -> tuple[Tensor, Tensor | None, Tensor]:
