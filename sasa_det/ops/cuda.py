@@ -17,6 +17,7 @@ from .cuda_kernels import (
     LARGEST_ROW,
     WIDEST_KERNEL,
     Launch,
+    Maps,
     Variant,
     embedding_sums_shape,
     launch_of,
@@ -168,7 +169,7 @@ def backward(
     has_position = rel_rows is not None
     sums = None
     if has_position:
-        sums = query.new_empty(embedding_sums_shape(query), dtype=torch.float32)
+        sums = query.new_empty(embedding_sums_shape(Maps.of(query), query.shape[3]), dtype=torch.float32)
     if results is None:
         results = list(map(_empty_like, (query, key, value)))
     grad_query, grad_key, grad_value = results

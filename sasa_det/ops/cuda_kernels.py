@@ -4,6 +4,7 @@ Their source is in ``csrc/cuda``; nothing here needs a GPU.
 """
 
 import ctypes
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -20,9 +21,37 @@ THREADS = 256
 # Elements of a row of pixels, of which those of a tile and its halo are counted with 32 bits.
 LARGEST_ROW = 2**31 // 32
 
+# Maps of one launch.
+MOST_LEVELS = 8
+
 # As in csrc/cuda/tile.cuh, and in the tables of local_attention_key.cuh.
 _TILE_ROWS, _TILE_COLS, _WARPS, _LINE = 8, 16, 8, 28
 _TYPES = {torch.bfloat16: "Bfloat16", torch.float16: "Float16"}
+
+
+class Maps(NamedTuple):
+    """The maps that one launch takes: a batch of images of one size, or of several levels.
+
+    Their pixels are the rows of one matrix: those of the first level, (batch, height, width), then
+    those of the next.
+
+    Args:
+        batch: number of images N.
+        sizes: (height, width) of each level, at most :data:`MOST_LEVELS`.
+    """
+
+    batch: int
+    sizes: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, images: Tensor) -> "Maps":
+        """Return the only level of images (N, H, W, C)."""
+        return cls(images.shape[0], (tuple(images.shape[1:3]),))
+
+    @property
+    def pixels(self) -> tuple[int, ...]:
+        """The number of pixels of each level."""
+        return tuple(self.batch * height * width for height, width in self.sizes)
 
 
 @dataclass(frozen=True)
@@ -98,11 +127,19 @@ class Variant:
         return 2 * self.heads_of_block * self.head_width
 
 
-class _Sizes(ctypes.Structure):
-    # As in csrc/cuda/tile.cuh.
+class _Level(ctypes.Structure):
+    # As in csrc/cuda/tile.cuh, like the next.
     _fields_ = (
-        *((name, ctypes.c_int) for name in ("height", "width", "heads")),
-        ("groups_inverse", ctypes.c_uint),
+        *((name, ctypes.c_int) for name in ("height", "width")),
+        *((name, ctypes.c_uint) for name in ("first_row", "first_tile", "first_pixel")),
+    )
+
+
+class _Sizes(ctypes.Structure):
+    _fields_ = (
+        ("heads", ctypes.c_int),
+        *((name, ctypes.c_uint) for name in ("groups_inverse", "tiles")),
+        ("levels", _Level * MOST_LEVELS),
     )
 
 
@@ -163,18 +200,23 @@ class Launch:
     threads: int = THREADS  # of a block
 
 
-def launch_of(kernel: str, variant: Variant, **tensors: Tensor | None) -> Launch:
+def launch_of(
+    kernel: str, variant: Variant, maps: Maps | None = None, **tensors: Tensor | None
+) -> Launch:
     """Return how a kernel is started.
 
     Args:
         kernel: one of :data:`KERNELS`.
         variant: what it is compiled for.
-        **tensors: what its file names, None for what the variant does not have. Images are
-            (N, H, W, C), and :func:`pixel_stride` has a stride of each; embeddings are
-            (num_heads, C // num_heads // 2, kernel_size), log_sum and mean (N, num_heads, H, W),
-            all contiguous and float32, and grad_embeddings has :func:`embedding_sums_shape`.
+        maps: of which the pixels are; None for those of images (N, H, W, C).
+        **tensors: what its file names, None for what the variant does not have. Pixels are
+            (N, H, W, C) or (P, C), and :func:`pixel_stride` has a stride of each; embeddings are
+            (num_heads, C // num_heads // 2, kernel_size), log_sum and mean have num_heads numbers
+            of each pixel, as (N, num_heads, H, W) of each level, all contiguous and float32, and
+            grad_embeddings has :func:`embedding_sums_shape`.
     """
-    sizes, grid = _sizes_and_grid(variant, tuple(tensors["query"].shape))
+    query = tensors["query"]
+    sizes, grid = _sizes_and_grid(variant, maps or Maps.of(query), query.shape[-1])
     facts = _facts(kernel, variant)
     arguments = KERNELS[kernel].arguments()
     arguments.sizes = sizes
@@ -214,20 +256,35 @@ def pointers_of(structure: type[ctypes.Structure]) -> list[str]:
 
 @lru_cache(maxsize=1024)
 def _sizes_and_grid(
-    variant: Variant, shape: tuple[int, int, int, int]
+    variant: Variant, maps: Maps, channels: int
 ) -> tuple[_Sizes, tuple[int, int, int]]:
-    batch, height, width, channels = shape
     groups = _groups(variant, channels)
-    tile_rows, tile_cols = _tiles(height, width)
     groups_inverse = -(-(2**32) // groups) % 2**32
-    sizes = _Sizes(height, width, channels // variant.head_width, groups_inverse)
-    return sizes, (groups * tile_cols, tile_rows, batch)
+    levels = [_Level(first_row=2**32 - 1) for _ in range(MOST_LEVELS)]
+    row = tile = pixel = 0
+    for i, ((height, width), pixels) in enumerate(zip(maps.sizes, maps.pixels, strict=True)):
+        levels[i] = _Level(height, width, row, tile, pixel)
+        tile_rows, tile_cols = _tiles(height, width)
+        row, tile, pixel = row + tile_rows, tile + tile_rows * tile_cols, pixel + pixels
+    heads = channels // variant.head_width
+    sizes = _Sizes(heads, groups_inverse, tile, (_Level * MOST_LEVELS)(*levels))
+    most_cols = max(_tiles(*size)[1] for size in maps.sizes)
+    return sizes, (groups * most_cols, row, maps.batch)
 
 
-def blocks_of(variant: Variant, batch: int, height: int, width: int, channels: int) -> int:
-    """Return the number of blocks of a launch."""
-    tile_rows, tile_cols = _tiles(height, width)
-    return batch * tile_rows * tile_cols * _groups(variant, channels)
+def blocks_of(variant: Variant, maps: Maps, channels: int) -> int:
+    """Return the number of blocks of a launch that have a tile."""
+    return tiles_of(maps) * _groups(variant, channels)
+
+
+def tiles_of(maps: Maps) -> int:
+    """Return the number of tiles of all images."""
+    return maps.batch * sum(math.prod(_tiles(*size)) for size in maps.sizes)
+
+
+def tile_rows_of(maps: Maps) -> int:
+    """Return the rows of tiles of an image, of all levels."""
+    return sum(_tiles(*size)[0] for size in maps.sizes)
 
 
 def _groups(variant: Variant, channels: int) -> int:
@@ -238,11 +295,9 @@ def _tiles(height: int, width: int) -> tuple[int, int]:
     return -(-height // _TILE_ROWS), -(-width // _TILE_COLS)
 
 
-def embedding_sums_shape(images: Tensor) -> tuple[int, int, int]:
-    """Return the shape of the tiles' sums for (N, H, W, C): (tiles, C, 8)."""
-    batch, height, width, channels = images.shape
-    tile_rows, tile_cols = _tiles(height, width)
-    return (batch * tile_rows * tile_cols, channels, 8)
+def embedding_sums_shape(maps: Maps, channels: int) -> tuple[int, int, int]:
+    """Return the shape of the tiles' sums: (tiles of all images, C, 8)."""
+    return (tiles_of(maps), channels, 8)
 
 
 EMBEDDINGS_HEADER = "local_attention_embeddings.cuh"
@@ -292,8 +347,10 @@ def pixel_stride(x: Tensor) -> int | None:
     """Return the elements from one pixel of (N, H, W, C) to the next, or None if it does not fit.
 
     Images must be those of :func:`~sasa_det.ops.layout.stride_between_pixels`, and aligned to
-    16 bytes.
+    16 bytes. The same of (P, C).
     """
+    if x.dim() == 2:
+        x = x[None, None]
     stride = stride_between_pixels(x)
     fits = stride is not None and stride % 8 == 0 and x.data_ptr() % 16 == 0
     return stride if fits else None

@@ -11,6 +11,7 @@ from . import cpu
 from .cuda_compiler import load_kernel
 from .cuda_kernels import (
     Launch,
+    Maps,
     Variant,
     embedding_sums_shape,
     launch_of,
@@ -77,7 +78,7 @@ def plans_of(
     joined = torch.empty(*shape[:3], count * shape[3], dtype=variant.dtype, device="meta")
     query, *key, value = joined.chunk(count, 3)
     output = torch.empty(shape, dtype=variant.dtype, device="meta")
-    sums = torch.empty(embedding_sums_shape(output), device="meta")
+    sums = torch.empty(embedding_sums_shape(Maps.of(output), shape[3]), device="meta")
     # Without addresses: of these, the strides between pixels count.
     slices = {"query": query, "key": key[0] if key else None, "value": value}
     gradients = {f"grad_{name}": x for name, x in slices.items()}

@@ -7,7 +7,7 @@ compared with the first measurement.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from .cuda_kernels import Variant, blocks_of
+from .cuda_kernels import Maps, Variant, blocks_of
 
 _ISSUED = 0.6  # of the instructions that the SMs could issue
 _NOT_OVERLAPPED = 0.25  # of the shorter of arithmetic and memory traffic
@@ -181,7 +181,7 @@ def attention(layer: Layer, gpu: Gpu, instructions: Callable[[str, int], float])
     def kernel(name: str, units: int) -> float:
         head_width = layer.channels // layer.heads
         variant = Variant(None, head_width, 7)
-        blocks = blocks_of(variant, layer.batch, layer.size, layer.size, layer.channels)
+        blocks = blocks_of(variant, Maps(layer.batch, ((layer.size, layer.size),)), layer.channels)
         warps = blocks * _WARPS_OF_BLOCK * variant.heads_of_block
         arithmetic = warps * instructions(name, head_width) / gpu.issue / _ISSUED
         memory = units * layer.unit / gpu.bandwidth

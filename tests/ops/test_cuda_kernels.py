@@ -20,12 +20,14 @@ from sasa_det.ops.cuda_kernels import (
     EMBEDDINGS_HEADER,
     KERNELS,
     Launch,
+    Maps,
     Variant,
     embedding_sums_shape,
     embeddings_name,
     launch_of,
     launch_of_embeddings,
     pixel_stride,
+    pointers_of,
 )
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -70,7 +72,7 @@ def run(library, kernel, case, tensors, results, skipped=-1, seed=0, height=None
     """Run a kernel; return what is wrong, "" if nothing, and the number of a thread's barriers."""
     launch = launch_of(kernel, VARIANTS[case], **tensors, **results)
     if height is not None:
-        launch.arguments.sizes.height = height
+        launch.arguments.sizes.levels[0].height = height
     read, written = ([x for x in xs.values() if x is not None] for xs in (tensors, results))
     return library.start(launch, read, written, skipped, seed)
 
@@ -116,7 +118,7 @@ def backward(library, case, inputs, grad, log_sum, **options):
     tensors = {"grad": grad, **dict(zip(NAMES, inputs, strict=True)), "log_sum": log_sum}
     grad_query, grad_key, grad_value = (nan(*query.shape, dtype=variant.dtype) for _ in range(3))
     results = {"grad_query": grad_query, "mean": nan(*log_sum.shape)}
-    results["grad_embeddings"] = sums = nan(*embedding_sums_shape(query))
+    results["grad_embeddings"] = sums = nan(*embedding_sums_shape(Maps.of(query), query.shape[3]))
     message, first = run(library, "local_attention_query", case, tensors, results, **options)
     assert message == ""
     tensors["mean"] = results["mean"]
@@ -220,6 +222,54 @@ def test_forward_equals_the_reference(library, case, batch, heads, height, width
     expected, expected_log_sum = expected_of(variant, inputs)
     assert error_of(output, expected) <= TOLERANCE[variant.dtype]
     assert error_of(log_sum, expected_log_sum) <= 1e-4
+
+
+@pytest.mark.parametrize("case,heads", [("8", 5), ("64", 1)])
+def test_levels_in_one_launch_are_the_same_as_each_in_its_own(library, case, heads):
+    variant, maps = VARIANTS[case], Maps(2, ((5, 9), (9, 17), (1, 2)))
+    channels = heads * variant.head_width
+    joined, rows, cols = make_pixels(variant, sum(maps.pixels), heads)
+    grad = torch.randn(sum(maps.pixels), channels).to(variant.dtype)
+    names = ("output", "grad_query", "grad_key", "grad_value")
+    images = {name: nan(*grad.shape, dtype=variant.dtype) for name in names}
+    planes = {name: nan(sum(maps.pixels) * heads) for name in ("log_sum", "mean")}
+    sums = {"grad_embeddings": nan(*embedding_sums_shape(maps, channels))}
+    inputs = dict(zip(NAMES, (*joined.split(channels, 1), rows, cols), strict=True))
+    start_all(library, case, maps, {**inputs, "grad": grad}, {**images, **planes, **sums})
+    of_levels, first = [], 0
+    for (height, width), count in zip(maps.sizes, maps.pixels, strict=True):
+        part = slice(first, first + count)
+        first += count
+        shape = (maps.batch, height, width, channels)
+        level = {
+            name: x if x.dim() == 3 else x[part].view(shape) for name, x in inputs.items()
+        }
+        output, log_sum, _ = forward(library, case, list(level.values()))
+        grads, _ = backward(library, case, list(level.values()), grad[part].view(shape), log_sum)
+        for name, alone in zip(names, (output, *grads), strict=False):
+            assert torch.equal(images[name][part].view(shape), alone)
+        plane = planes["log_sum"][part.start * heads : part.stop * heads]
+        assert torch.equal(plane.view(log_sum.shape), log_sum)
+        of_levels.append(grads[3:])
+    together = embedding_gradients(library, variant, sums["grad_embeddings"], (rows, cols))
+    for x, alone in zip(together, zip(*of_levels, strict=True), strict=True):
+        assert error_of(x, sum(map(torch.Tensor.double, alone))) <= 1e-6
+
+
+def make_pixels(variant, pixels, heads):
+    """Make (pixels, 3 C) of queries, keys and values, and embeddings."""
+    query, key, value, rows, cols = make(variant, 1, heads, 1, pixels)
+    return torch.cat([query, key, value], 3)[0, 0], rows, cols
+
+
+def start_all(library, case, maps, tensors, results):
+    """Run the three kernels on the maps of several levels."""
+    for kernel, facts in KERNELS.items():
+        names = pointers_of(facts.arguments)
+        known = {**tensors, **results}
+        launch = launch_of(kernel, VARIANTS[case], maps, **{name: known[name] for name in names})
+        message, _ = library.start(launch, list(known.values()), list(results.values()))
+        assert message == ""
 
 
 def test_forward_equals_a_formulation_without_embeddings(library):

@@ -9,10 +9,10 @@
 struct ForwardArguments {
   Sizes sizes;
   u32 query_stride, key_stride, value_stride, output_stride;
-  const u16 *query, *key, *value;    // (batch, height, width, heads * DEPTH)
+  const u16 *query, *key, *value;    // (pixels, heads * DEPTH)
   const float *rel_rows, *rel_cols;  // (heads, DEPTH / 2, KERNEL)
   u16* output;
-  float* log_sum;  // (batch, heads, height, width)
+  float* log_sum;  // (batch, heads, height, width) of each level
 };
 
 template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION>
@@ -60,7 +60,7 @@ SELDOM void attend_one_by_one(const ForwardArguments x, Shared keys, Shared valu
       words[d] = T::pack(sums[2 * d] * inverse, sums[2 * d + 1] * inverse);
     outputs.put(words, x.output, x.output_stride, block, pixel.y, pixel.x, head, chunk);
     if (chunk == 0)
-      store(x.log_sum + block.plane(x.sizes, head) + pixel.place(),
+      store(x.log_sum + block.plane(head) + pixel.place(),
             highest * LOG2_E + log2_of(total));
   }
 }
@@ -72,6 +72,7 @@ __global__ void __launch_bounds__(THREADS, DEPTH < 64 ? 3 : 2)
   constexpr int ROWS = KERNEL + 1;
   const Thread me;
   const Block block = Block::of<DEPTH>(x.sizes);
+  if (!block.is_there()) return;
   const Attended<T, DEPTH, KERNEL, CONTENT, POSITION> attended(x, block, me);
   const OwnPixels<DEPTH>& outputs = attended.queries;  // in their place
   const Pixels pixels(block, me);
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__(THREADS, DEPTH < 64 ? 3 : 2)
       outputs.put(words, x.output, x.output_stride, block, pixels, me, head, c);
     }
     float* log_sum[2];
-    pixels.of_planes(log_sum, x.log_sum, x.sizes, block, head);
+    pixels.of_planes(log_sum, x.log_sum, block, head);
 #pragma unroll
     for (int h = 0; h < 2; ++h)
       if (me.t == 0 && pixels.inside[h]) store(log_sum[h], shift[h] + log2_of(total[h]));

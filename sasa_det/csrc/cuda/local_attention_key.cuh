@@ -10,9 +10,9 @@
 struct KeyArguments {
   Sizes sizes;
   u32 grad_stride, query_stride, key_stride, value_stride, grad_key_stride, grad_value_stride;
-  const u16 *grad, *query, *key, *value;  // (batch, height, width, heads * DEPTH)
+  const u16 *grad, *query, *key, *value;  // (pixels, heads * DEPTH)
   const float *rel_rows, *rel_cols;       // (heads, DEPTH / 2, KERNEL)
-  const float *log_sum, *mean;            // (batch, heads, height, width)
+  const float *log_sum, *mean;            // (batch, heads, height, width) of each level
   u16 *grad_key, *grad_value;
 };
 
@@ -45,7 +45,7 @@ struct QueryTables {
     const bool first = me.lane < 16;
     const int row = 2 * me.warp + me.lane / 8 % 2, col = me.lane % 8;
     const int y = block.top + row - REACH, left = block.left + col - REACH;
-    const u64 plane = block.plane(x.sizes, head) - static_cast<u32>(block.place(REACH, REACH));
+    const u64 plane = block.plane(head) - static_cast<u32>(block.place(REACH, REACH));
     const float* from =
         (first ? x.log_sum : x.mean) + plane + static_cast<u32>(block.place(row, col));
     to += row * ROW_BYTES + (first ? log_sum(col) : mean(col));
@@ -171,6 +171,7 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_key(const KeyArgum
   constexpr int ROWS = KERNEL + 1, LAST = KERNEL - 1;
   const Thread me;
   const Block block = Block::of<DEPTH>(x.sizes);
+  if (!block.is_there()) return;
   const Shared grads = shared_memory() + S::GRADS, queries = shared_memory() + S::QUERIES;
   const Shared tables = shared_memory() + S::TABLES, embeddings = shared_memory() + S::EMBEDDINGS;
   copy_tile<DEPTH, KERNEL>(queries, x.query, x.query_stride, block, me);

@@ -10,9 +10,9 @@
 struct QueryArguments {
   Sizes sizes;
   u32 grad_stride, query_stride, key_stride, value_stride, grad_query_stride;
-  const u16 *grad, *query, *key, *value;  // (batch, height, width, heads * DEPTH)
+  const u16 *grad, *query, *key, *value;  // (pixels, heads * DEPTH)
   const float *rel_rows, *rel_cols;       // (heads, DEPTH / 2, KERNEL)
-  const float* log_sum;                   // (batch, heads, height, width)
+  const float* log_sum;                   // (batch, heads, height, width) of each level
   u16* grad_query;
   float* mean;  // as log_sum
   // (tiles of all images, heads * DEPTH, 8): sums over a tile for each channel and offset, of rows
@@ -36,7 +36,7 @@ SELDOM void query_gradients_one_by_one(const QueryArguments x, Shared keys, Shar
   if (!pixel.inside) return;
   const u16* query = pixel.of(x.query, x.query_stride, 0);
   const u16* grad = pixel.of(x.grad, x.grad_stride, 0);
-  const u64 in_plane = block.plane(x.sizes, head) + pixel.place();
+  const u64 in_plane = block.plane(head) + pixel.place();
   const float log_sum = load(x.log_sum + in_plane);
   // The weight of a pixel of the window, and its grad.value.
   const auto pair = [&](int row, int col, float& weight, float& product) {
@@ -127,6 +127,7 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
   constexpr int ROWS = KERNEL + 1;
   const Thread me;
   const Block block = Block::of<DEPTH>(x.sizes);
+  if (!block.is_there()) return;
   const Attended<T, DEPTH, KERNEL, CONTENT, POSITION> attended(x, block, me);
   const OwnPixels<DEPTH> grads(attended.end, me);
   grads.copy(x.grad, x.grad_stride, block, me);
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
   float shift[2];
   const auto load_shifts = [&](int head) {
     const float* log_sum[2];
-    pixels.of_planes(log_sum, x.log_sum, x.sizes, block, head);
+    pixels.of_planes(log_sum, x.log_sum, block, head);
 #pragma unroll
     for (int h = 0; h < 2; ++h) shift[h] = pixels.inside[h] ? load(log_sum[h]) : 0.f;
   };
@@ -212,7 +213,7 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
       results.put(words, x.grad_query, x.grad_query_stride, block, pixels, me, head, c);
     }
     float* means[2];
-    pixels.of_planes(means, x.mean, x.sizes, block, head);
+    pixels.of_planes(means, x.mean, block, head);
 #pragma unroll
     for (int h = 0; h < 2; ++h)
       if (me.t == 0 && pixels.inside[h]) store(means[h], mean[h]);
@@ -256,10 +257,7 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
   if (POSITION) {
     wait_for_block();
     // The sums of all warps.
-    const u64 tile = static_cast<u64>(blockIdx.z * gridDim.y + blockIdx.y) *
-                         ((x.sizes.width + TILE_COLS - 1) / TILE_COLS) +
-                     block.left / TILE_COLS;
-    float* to = x.grad_embeddings + (tile * x.sizes.heads + block.first_head) * DEPTH * 8;
+    float* to = x.grad_embeddings + (block.tile * x.sizes.heads + block.first_head) * DEPTH * 8;
 #pragma unroll
     for (int i = threadIdx.x; i < H::CHANNELS * 8; i += THREADS) {
       float sum = 0.f;

@@ -53,43 +53,70 @@ struct Thread {
   DEVICE int col() const { return warp % 2 * 8; }
 };
 
+// Images of one size: all of a batch, or those of one of its levels.
+struct Level {
+  int height, width;
+  u32 first_row;    // of tiles, among those of all levels
+  u32 first_tile;   // of an image, among those of all levels
+  u32 first_pixel;  // of the first image, among those of all levels' images
+};
+constexpr int MOST_LEVELS = 8;
+
 // What all kernels are started with.
 struct Sizes {
-  int height, width, heads;
+  int heads;
   u32 groups_inverse;  // 2^32 over the groups of heads, rounded up; any for one group
+  u32 tiles;           // of an image, of all levels
+  // From the first on; those that there are not begin at row 2^32 - 1.
+  Level levels[MOST_LEVELS];
 };
 
-// The tile and the heads of a block. Its grid is the groups of heads times the tiles of a row, the
-// rows of tiles, and the images of a batch, which are (batch, height, width, channels).
+// The tile and the heads of a block. Its grid is the groups of heads times the tiles of a row, of
+// the level where these are most; the rows of tiles of one level after the other; and the images of
+// a batch. Of each level, pixels are (batch, height, width, channels), and all levels' lie one
+// after the other.
 struct Block {
   int height, width, top, left;
   int first_head, heads;
-  // The number of the tile's first pixel, counted from the first of the first image. Places in the
-  // tile are counted from there, and are small: whoever starts the kernels checks that those of 16
-  // rows fit 32 bits.
+  // The number of the tile's first pixel, counted from the first of all. Places in the tile are
+  // counted from there, and are small: whoever starts the kernels checks that those of 16 rows fit
+  // 32 bits.
   u64 corner;
+  u64 first_plane;  // where its first head's values in planes begin
+  u64 tile;         // its number among those of all images
 
   template <int DEPTH>
   static DEVICE Block of(const Sizes& sizes) {
     constexpr int COUNT = Heads<DEPTH>::COUNT;
     const int groups = (sizes.heads + COUNT - 1) / COUNT;
     const int tile_col = groups == 1 ? blockIdx.x : product_high(blockIdx.x, sizes.groups_inverse);
+    int number = 0;
+#pragma unroll
+    for (int i = 1; i < MOST_LEVELS; ++i) number += blockIdx.y >= sizes.levels[i].first_row;
+    const Level& level = sizes.levels[number];
+    const int tile_row = blockIdx.y - level.first_row;
     Block block;
-    block.height = sizes.height, block.width = sizes.width;
-    block.top = blockIdx.y * TILE_ROWS, block.left = tile_col * TILE_COLS;
+    block.height = level.height, block.width = level.width;
+    block.top = tile_row * TILE_ROWS, block.left = tile_col * TILE_COLS;
     block.first_head = (blockIdx.x - tile_col * groups) * COUNT;
     block.heads = min(COUNT, sizes.heads - block.first_head);
-    block.corner = static_cast<u64>(blockIdx.z) * block.area() + block.place(block.top, block.left);
+    const u32 place = block.place(block.top, block.left);
+    const u64 area = static_cast<u32>(level.height * level.width);
+    block.corner = level.first_pixel + blockIdx.z * area + place;
+    block.first_plane = static_cast<u64>(level.first_pixel) * sizes.heads +
+                        (blockIdx.z * sizes.heads + block.first_head) * area + place;
+    block.tile = static_cast<u64>(blockIdx.z) * sizes.tiles + level.first_tile +
+                 tile_row * ((level.width + TILE_COLS - 1) / TILE_COLS) + tile_col;
     return block;
   }
-  DEVICE u32 area() const { return height * width; }
+  // Whether there is such a tile: other levels may have more of them in a row.
+  DEVICE bool is_there() const { return left < width; }
   DEVICE int place(int row, int col) const { return row * width + col; }
   DEVICE bool has_row(int y) const { return static_cast<u32>(y) < static_cast<u32>(height); }
   DEVICE bool has_col(int x) const { return static_cast<u32>(x) < static_cast<u32>(width); }
-  // Where the tile begins in a plane of (batch, heads, height, width), of a head of the block.
-  DEVICE u64 plane(const Sizes& sizes, int head) const {
-    return static_cast<u64>(blockIdx.z * sizes.heads + first_head + head) * area() +
-           place(top, left);
+  // Where the tile begins in planes of (batch, heads, height, width), of a head of the block.
+  DEVICE u64 plane(int head) const {
+    return first_plane + static_cast<u64>(head) * static_cast<u32>(height * width);
   }
 };
 
@@ -158,9 +185,9 @@ struct Pixels {
   }
   // Their values in planes (batch, heads, height, width), of a head of the block.
   template <typename Element>
-  DEVICE void of_planes(Element* (&both)[2], Element* planes, const Sizes& sizes,
-                        const Block& block, int head) const {
-    both[0] = held(planes + block.plane(sizes, head)) + static_cast<u32>(block.place(row, col));
+  DEVICE void of_planes(Element* (&both)[2], Element* planes, const Block& block,
+                        int head) const {
+    both[0] = held(planes + block.plane(head)) + static_cast<u32>(block.place(row, col));
     both[1] = both[0] + static_cast<u32>(block.width);
   }
 };
