@@ -14,14 +14,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config_files import CONFIGS
 from ..layers import LocalSelfAttention2d
+from ..layers.joined import attend_levels, runs_on_levels
 from ..ops import cuda_check
-from ..ops.cuda_kernels import HEAD_WIDTHS, Variant
+from ..ops.cuda_kernels import HEAD_WIDTHS, Maps, Variant
 from ..ops.gpu_prediction import Gpu, Layer, layers_by_size
 from ..ops.gpu_timing import Run, time_calls
+from ..ops.levels import join, multiply_levels
 from ..ops.operator import BACKENDS
 from ..utils.files import write_text
 from ..utils.machine import describe_machine
@@ -180,25 +182,63 @@ def measure_ceilings() -> Ceilings:
     return Ceilings(2 * _COPIED_BYTES / seconds["copy"], 2 * _PRODUCT**3 / seconds["product"])
 
 
+class OnMaps(nn.Module):
+    """A layer on the maps of levels, one after the other."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def inputs_of(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Return what the layer is called with, for (N, C, H, W) of each level."""
+        return list(maps)
+
+    def forward(self, *maps: Tensor) -> list[Tensor]:
+        return [self.layer(x) for x in maps]
+
+
+class OnLevels(OnMaps):
+    """Attention, and what makes its outputs, on all levels at once, as in RetinaNet's heads."""
+
+    _maps: Maps | None = None
+
+    def inputs_of(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        attention = self.layer[0]
+        if len(maps) == 1 or not all(map(partial(runs_on_levels, attention), maps)):
+            return list(maps)
+        pixels, self._maps = join(maps)
+        return [pixels]
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        if self._maps is None:
+            return super().forward(*inputs)
+        attention, *last = self.layer
+        pixels = attend_levels(attention, *inputs, self._maps)
+        if not last:
+            return [pixels]
+        return multiply_levels(pixels, last[0].weight, last[0].bias, self._maps)
+
+
 def _convolution(layer: Layer) -> nn.Module:
     outputs = layer.outputs or layer.channels
-    return nn.Conv2d(layer.channels, outputs, 3, layer.stride, padding=1, bias=False)
+    return OnMaps(nn.Conv2d(layer.channels, outputs, 3, layer.stride, padding=1, bias=False))
 
 
 def _attention(layer: Layer) -> nn.Module:
     options = {"num_heads": layer.heads, "stride": layer.stride}
     attention = LocalSelfAttention2d(layer.channels, layer.channels, **options)
     if layer.outputs is None:
-        return attention
-    return nn.Sequential(attention, nn.Conv2d(layer.channels, layer.outputs, 1, bias=False))
+        return OnLevels(nn.Sequential(attention))
+    last = nn.Conv2d(layer.channels, layer.outputs, 1, bias=False)
+    return OnLevels(nn.Sequential(attention, last))
 
 
 def _halo(layer: Layer) -> nn.Module:
-    return others.halo_attention(layer.channels)
+    return OnMaps(others.halo_attention(layer.channels))
 
 
 def _flex(layer: Layer) -> nn.Module:
-    return TiledFlexAttention2d(layer.channels, layer.size, layer.size, layer.heads)
+    return OnMaps(TiledFlexAttention2d(layer.channels, layer.size, layer.size, layer.heads))
 
 
 WAYS: dict[str, Build] = {
@@ -254,19 +294,23 @@ def layer_maker(layer: Layer, build: Build, training: bool, device: str) -> Make
             if isinstance(part, LocalSelfAttention2d):
                 for embedding in (part.rel_rows, part.rel_cols):
                     embedding.data = embedding.data.float()
-        shape = (layer.batch, layer.channels, layer.size, layer.size)
-        x = torch.randn(shape, device=device, dtype=_DTYPE).to(memory_format=torch.channels_last)
+        maps = [
+            torch.randn(layer.batch, layer.channels, size, size, device=device, dtype=_DTYPE)
+            for size in layer.sizes
+        ]
+        maps = [x.to(memory_format=torch.channels_last) for x in maps]
+        given = [x.detach() for x in module.inputs_of(maps)]
         if not training:
 
-            def infer() -> torch.Tensor:
+            def infer() -> list[Tensor]:
                 with torch.no_grad():
-                    return module(x)
+                    return module(*given)
 
             return infer
-        inputs = [x.requires_grad_(), *module.parameters()]
+        inputs = [*(x.requires_grad_() for x in given), *module.parameters()]
         with torch.no_grad():
-            grad = torch.randn_like(module(x))
-        return lambda: torch.autograd.grad(module(x), inputs, grad)
+            grads = [torch.randn_like(x) for x in module(*given)]
+        return lambda: torch.autograd.grad(module(*given), inputs, grads)
 
     return make
 

@@ -64,13 +64,13 @@ enum Kernel { FORWARD, QUERY, KEY, EMBEDDINGS };
 
 const void* address(const Tensor& x) { return x.defined() ? x.const_data_ptr() : nullptr; }
 
-// The places of queries, keys and values in (N, H, W, 2 C or 3 C).
+// The places of queries, keys and values in pixels of 2 C or 3 C channels.
 struct Slices {
   Slices(const Tensor& joined, int64_t channels) {
     const auto at_channel = [&](int64_t channel) {
       return static_cast<const char*>(joined.const_data_ptr()) + channel * joined.element_size();
     };
-    const int64_t all = joined.size(3);
+    const int64_t all = joined.size(-1);
     query = at_channel(0);
     key = all == 3 * channels ? at_channel(channels) : nullptr;
     value = at_channel(all - channels);
@@ -83,9 +83,14 @@ Tensor as_embedding(const Optional& x) {
   return x ? x->to(at::kFloat).contiguous() : Tensor();
 }
 
-// (N, C, H, W) to pixels of a type as the kernels take them.
+// (N, C, H, W) to (N, H, W, C); pixels of several levels, (P, C), are as they should be. Of
+// channels_last, both are a matrix of pixels as it lies in memory.
+Tensor channels_behind(const Tensor& x) { return x.dim() == 4 ? x.permute({0, 2, 3, 1}) : x; }
+Tensor channels_before(const Tensor& x) { return x.dim() == 4 ? x.permute({0, 3, 1, 2}) : x; }
+
+// Pixels of a type as the kernels take them.
 Tensor as_pixels(const Tensor& x, at::ScalarType type) {
-  const Tensor pixels = x.to(type).permute({0, 2, 3, 1}).contiguous();
+  const Tensor pixels = channels_behind(x.to(type)).contiguous();
   const auto place = reinterpret_cast<uintptr_t>(pixels.const_data_ptr());
   return place % 16 == 0 ? pixels : pixels.clone();
 }
@@ -98,19 +103,19 @@ struct JoinedLayerFunction : torch::autograd::Function<JoinedLayerFunction> {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);
     const c10::OptionalDeviceGuard guard(x.device());
-    const int64_t batch = x.size(0), height = x.size(2), width = x.size(3);
     const int64_t channels = weights[0].size(0);
     const Tensor weight = at::cat(weights).to(type).flatten(1);
     const Tensor bias = biases.empty() ? Tensor() : at::cat(biases).to(type);
-    // Of channels_last, this is a matrix of pixels as it lies in memory.
-    const Tensor pixels = x.permute({0, 2, 3, 1}).to(type);
+    const Tensor pixels = channels_behind(x).to(type);
     const Tensor joined = at::linear(pixels, weight, bias);
-    const Tensor output = at::empty({batch, height, width, channels}, joined.options());
-    const Tensor log_sum =
-        at::empty({batch, num_heads, height, width}, joined.options().dtype(at::kFloat));
+    std::vector<int64_t> shape = pixels.sizes().vec();
+    shape.back() = channels;
+    const Tensor output = at::empty(shape, joined.options());
+    const Tensor log_sum = at::empty({output.numel() / channels * num_heads},
+                                     joined.options().dtype(at::kFloat));
     const Tensor rows = as_embedding(rel_rows), cols = as_embedding(rel_cols);
     const Slices of(joined, channels);
-    if (batch > 0)
+    if (output.numel() > 0)
       Launch(plans->at(FORWARD))
           .start({of.query, of.key, of.value, address(rows), address(cols), address(output),
                   address(log_sum)},
@@ -127,7 +132,7 @@ struct JoinedLayerFunction : torch::autograd::Function<JoinedLayerFunction> {
     data["weight_type"] = static_cast<int64_t>(weights[0].scalar_type());
     data["weight_shape"] = weights[0].sizes().vec();
     if (rel_rows) data["embedding_type"] = static_cast<int64_t>(rel_rows->scalar_type());
-    return output.permute({0, 3, 1, 2});
+    return channels_before(output);
   }
 
   static variable_list backward(AutogradContext* context, variable_list grads) {
@@ -136,7 +141,7 @@ struct JoinedLayerFunction : torch::autograd::Function<JoinedLayerFunction> {
                  &cols = saved[4], &log_sum = saved[5];
     auto& data = context->saved_data;
     const int64_t channels = data["channels"].toInt(), num_biases = data["biases"].toInt();
-    const int64_t num_weights = joined.size(3) / channels;
+    const int64_t num_weights = joined.size(-1) / channels;
     const auto type_of = [&](const char* name) {
       return static_cast<at::ScalarType>(data[name].toInt());
     };
@@ -155,14 +160,12 @@ struct JoinedLayerFunction : torch::autograd::Function<JoinedLayerFunction> {
         for (int i : {1, 2}) results[i] = results[i].to(type_of("embedding_type"));
       // Of inputs, as they come: the embeddings are there or not.
       const size_t first_weight = rows.defined() ? 3 : 1;
-      const Tensor of_pixels = grad_joined.flatten(0, 2);
+      const Tensor of_pixels = grad_joined.flatten(0, -2);
       if (context->needs_input_grad(0))
-        results[0] = at::mm(of_pixels, weight)
-                         .view(pixels.sizes())
-                         .permute({0, 3, 1, 2})
+        results[0] = channels_before(at::mm(of_pixels, weight).view(pixels.sizes()))
                          .to(type_of("input_type"));
       if (context->needs_input_grad({{first_weight, first_weight + num_weights}})) {
-        const Tensor all = at::mm(of_pixels.t(), pixels.flatten(0, 2)).to(type_of("weight_type"));
+        const Tensor all = at::mm(of_pixels.t(), pixels.flatten(0, -2)).to(type_of("weight_type"));
         const std::vector<int64_t> shape = data["weight_shape"].toIntVector();
         int place = 3;
         for (const Tensor& each : all.chunk(num_weights)) results[place++] = each.view(shape);
@@ -192,7 +195,7 @@ struct JoinedLayerFunction : torch::autograd::Function<JoinedLayerFunction> {
     const Tensor grad = as_pixels(grad_output, joined.scalar_type());
     const Tensor mean = at::empty_like(log_sum);
     const Slices of(joined, channels), to(grad_joined, channels);
-    const bool is_empty = joined.size(0) == 0;
+    const bool is_empty = joined.numel() == 0;
     Tensor sums, grad_rows, grad_cols;
     if (rows.defined()) {
       sums = at::empty({data["tiles"].toInt(), channels, 8}, log_sum.options());

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import cuda, cuda_layer, joined_attention
-from ..ops.cuda_kernels import LARGEST_ROW, Variant
+from ..ops.cuda_kernels import LARGEST_ROW, Maps, Variant
 from ..ops.exporting import is_looked_at
 from ..ops.operator import layout_of
 from .one_piece import biases_of, projections, weights_of
@@ -55,20 +55,50 @@ def attend(layer: nn.Module, x: Tensor) -> Tensor:
     Returns:
         (N, C_out, H, W), in the layout of ``x``.
     """
-    weights = weights_of(layer)
-    biases = [bias for bias in biases_of(layer) if bias is not None]
-    embeddings = (layer.rel_rows, layer.rel_cols)
     if is_one_node(layer, x):
-        variant = _variant(layer, _product_dtype(x))
-        output = cuda_layer.attend(x, weights, biases, *embeddings, layer.num_heads, variant)
+        output = _attend_as_one_node(layer, x)
     else:
+        weights = weights_of(layer)
+        biases = [bias for bias in biases_of(layer) if bias is not None]
         weight = torch.cat([weight.flatten(1) for weight in weights])
         bias = torch.cat(biases) if biases else None
         # Of channels_last, this is a matrix of pixels as it lies in memory.
         joined = F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
         options = (layer.kernel_size, layer.num_heads, layer.content, layer.border == "mask")
-        output, _ = joined_attention.attend_joined(joined, *embeddings, *options)
+        output, _ = joined_attention.attend_joined(joined, layer.rel_rows, layer.rel_cols, *options)
     return output.contiguous(memory_format=layout_of(x))
+
+
+def runs_on_levels(layer: nn.Module, x: Tensor) -> bool:
+    """Tell whether a :class:`LocalSelfAttention2d` may run on several levels at once.
+
+    Args:
+        layer: any of that class.
+        x: (N, C_in, H, W), of a level.
+    """
+    return layer.stride == 1 and is_joined(layer, x) and is_one_node(layer, x)
+
+
+def attend_levels(layer: nn.Module, pixels: Tensor, maps: Maps) -> Tensor:
+    """Run a layer on the maps of several levels at once.
+
+    Args:
+        layer: of :func:`runs_on_levels` for each level.
+        pixels: (P, C_in), contiguous, of all levels.
+        maps: whose pixels these are.
+
+    Returns:
+        (P, C_out).
+    """
+    return _attend_as_one_node(layer, pixels, maps)
+
+
+def _attend_as_one_node(layer: nn.Module, x: Tensor, maps: Maps | None = None) -> Tensor:
+    weights = weights_of(layer)
+    biases = [bias for bias in biases_of(layer) if bias is not None]
+    embeddings = (layer.rel_rows, layer.rel_cols)
+    variant = _variant(layer, _product_dtype(x))
+    return cuda_layer.attend(x, weights, biases, *embeddings, layer.num_heads, variant, maps)
 
 
 def _variant(layer: nn.Module, dtype: torch.dtype) -> Variant:

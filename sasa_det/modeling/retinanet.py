@@ -19,8 +19,9 @@ from ..config.defaults import check_has_keys
 from ..layers import LocalSelfAttention2d
 from ..ops.local_attention import check_choice
 from .attention_options import PRIMITIVES, attention_options, check_norm
+from .attention_tower import AttentionTower
 from .focal_loss import focal_loss
-from .fused import tower
+from .joined_head import run_joined
 from .level_norm import join_level_norms
 from .pointwise import PointwiseConv2d, use_products
 
@@ -85,7 +86,7 @@ class AttentionRetinaNetHead(nn.Module):
 
     def _make_tower(
         self, channels: list[int], norm: str, options: dict[str, Any]
-    ) -> "AttentionTower":
+    ) -> AttentionTower:
         tower = AttentionTower()
         for in_channels, out_channels in zip(channels, channels[1:], strict=False):
             layer = nn.ModuleDict(
@@ -108,40 +109,15 @@ class AttentionRetinaNetHead(nn.Module):
         Returns:
             (logits, deltas): lists of (N, A K, H, W) and (N, A 4, H, W), one for each level.
         """
+        if not torch.jit.is_scripting():
+            joined = run_joined(self, features)
+            if joined is not None:
+                return joined
         logits, deltas = [], []
         for level, feature in enumerate(features):
             logits.append(self.cls_score(self.cls_subnet(feature, level)))
             deltas.append(self.bbox_pred(self.bbox_subnet(feature, level)))
         return logits, deltas
-
-
-class AttentionTower(nn.ModuleList):
-    """Layers of attention, each with a norm, or one for each level, if at all."""
-
-    def forward(self, x: Tensor, level: int) -> Tensor:
-        """
-        Args:
-            x: (N, C, H, W).
-            level: index of the level, which picks the norms.
-
-        Returns:
-            (N, C, H, W).
-        """
-        if not torch.jit.is_scripting():
-            norms = [layer["norms"] if "norms" in layer else [None] for layer in self]
-            norms = [of_levels[level % len(of_levels)] for of_levels in norms]
-            fused = tower(x, [layer["attention"] for layer in self], norms)
-            if fused is not None:
-                return fused
-        for layer in self:
-            x = layer["attention"](x)
-            if "norms" in layer:
-                norms = layer["norms"]
-                for i, norm in enumerate(norms):  # TorchScript takes no variable as an index
-                    if i == level % len(norms):
-                        x = norm(x)
-            x = torch.relu(x)
-        return x
 
 
 def _norm_of_levels(norm: nn.BatchNorm2d, num_levels: int) -> CycleBatchNormList:

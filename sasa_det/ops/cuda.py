@@ -15,6 +15,7 @@ from .cuda_compiler import launch, load_kernel
 from .cuda_kernels import (
     HEAD_WIDTHS,
     LARGEST_ROW,
+    MOST_LEVELS,
     WIDEST_KERNEL,
     Launch,
     Maps,
@@ -23,6 +24,7 @@ from .cuda_kernels import (
     launch_of,
     launch_of_embeddings,
     pixel_stride,
+    tile_rows_of,
 )
 
 SUMMARY = "CUDA C++, windows on tensor cores, for CUDA tensors of bfloat16 or float16"
@@ -115,6 +117,15 @@ def _why_not_of_size(shape: Sequence[int]) -> str | None:
     return None
 
 
+def takes_maps(maps: Maps) -> bool:
+    """Tell whether maps, each of which can run here, can do so in one launch."""
+    return (
+        1 <= len(maps.sizes) <= MOST_LEVELS
+        and tile_rows_of(maps) <= _MOST_BLOCKS
+        and sum(maps.pixels) < 2**32
+    )
+
+
 def forward(query, key, value, rel_rows, rel_cols, kernel_size, num_heads, mask):
     """See :func:`sasa_det.ops.operator.attend`; log_sum is to base 2."""
     variant = _variant(query, key, rel_rows, kernel_size, num_heads, mask)
@@ -169,7 +180,9 @@ def backward(
     has_position = rel_rows is not None
     sums = None
     if has_position:
-        sums = query.new_empty(embedding_sums_shape(Maps.of(query), query.shape[3]), dtype=torch.float32)
+        sums = query.new_empty(
+            embedding_sums_shape(Maps.of(query), query.shape[3]), dtype=torch.float32
+        )
     if results is None:
         results = list(map(_empty_like, (query, key, value)))
     grad_query, grad_key, grad_value = results

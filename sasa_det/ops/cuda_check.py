@@ -26,6 +26,7 @@ from ..utils.files import whole_file
 from . import cpu, loop
 from .cuda_compiler import CompilerError, cache_folder, source_digest
 from .cuda_kernels import Variant
+from .levels import join, split
 from .precision import autocast_disabled
 
 logger = logging.getLogger(__name__)
@@ -364,13 +365,16 @@ def errors_of(variant: Variant, device: torch.device) -> dict[str, float]:
 def layer_error(
     variant: Variant, grad: Tensor, inputs: Sequence[Tensor | None], expected: Sequence[Tensor]
 ) -> float:
-    """Run a layer that starts the kernels from C++; return the largest error of its results.
+    """Run a layer that starts the kernels from C++, alone and as one of two levels.
 
     Args:
         variant: of the kernels.
         grad: of the output.
         inputs: query, key, value and both embeddings, None for what the variant does not have.
         expected: output and gradients, empty for what the variant does not have.
+
+    Returns:
+        float: the largest error of its results.
     """
     from . import cuda_layer
 
@@ -379,13 +383,20 @@ def layer_error(
     channels = grad.shape[1]
     # Projections that pick queries, keys and values out of an input that has them all.
     weights = torch.eye(len(images) * channels, device=grad.device)[:, :, None, None]
-    with torch.enable_grad():
-        x = torch.cat(images, 1).requires_grad_()
-        embeddings = [e if e is None else e.clone().requires_grad_() for e in (rows, cols)]
-        heads = channels // variant.head_width
-        output = cuda_layer.attend(x, weights.split(channels), [], *embeddings, heads, variant)
-        leaves = [x, *(e for e in embeddings if e is not None)]
-        of_x, *others = torch.autograd.grad(output, leaves, grad)
-    actual = [output.detach(), *of_x.split(channels, 1), *others]
-    present = [x for x in expected if x.numel() > 0]
-    return max(map(largest_error, actual, present))
+    errors = []
+    for num_levels in (1, 2):
+        with torch.enable_grad():
+            x = torch.cat(images, 1).requires_grad_()
+            embeddings = [e if e is None else e.clone().requires_grad_() for e in (rows, cols)]
+            layer = (weights.split(channels), [], *embeddings, channels // variant.head_width)
+            if num_levels == 1:
+                output = cuda_layer.attend(x, *layer, variant)
+            else:
+                pixels, maps = join([x, 2 * x.detach()])
+                output = split(cuda_layer.attend(pixels, *layer, variant, maps), maps)[0]
+            leaves = [x, *(e for e in embeddings if e is not None)]
+            of_x, *others = torch.autograd.grad(output, leaves, grad)
+        actual = [output.detach(), *of_x.split(channels, 1), *others]
+        present = [x for x in expected if x.numel() > 0]
+        errors += map(largest_error, actual, present)
+    return max(errors)

@@ -301,7 +301,7 @@ def embedding_sums_shape(maps: Maps, channels: int) -> tuple[int, int, int]:
 
 
 EMBEDDINGS_HEADER = "local_attention_embeddings.cuh"
-_EmbeddingArguments = type(
+EmbeddingArguments = type(
     "EmbeddingArguments",
     (ctypes.Structure,),
     {
@@ -330,7 +330,7 @@ def launch_of_embeddings(
             writes.
     """
     tiles, channels, _ = sums.shape
-    arguments = _EmbeddingArguments(
+    arguments = EmbeddingArguments(
         tiles, channels, *(x.data_ptr() for x in (sums, grad_rows, grad_cols))
     )
     # A block has 32 of a tile's sums, and a thread four of them in shared memory.

@@ -34,24 +34,27 @@ def attend(
     rel_cols: Tensor | None,
     num_heads: int,
     variant: Variant,
+    maps: Maps | None = None,
 ) -> Tensor:
     """Run projections and equation 3 as one node of autograd.
 
     Args:
-        x: (N, C_in, H, W) on a GPU.
+        x: (N, C_in, H, W) on a GPU, or the pixels (P, C_in) of several levels.
         weights: of query, key if any, and value, each (C, C_in, 1, 1).
         biases: of each of them, (C,), or none.
         rel_rows, rel_cols: (num_heads, C // num_heads // 2, kernel_size) or None.
         num_heads: of the layer.
         variant: of the kernels; products have its dtype.
+        maps: whose pixels are in (P, C_in).
 
     Returns:
-        (N, C, H, W) of the variant's dtype, in the layout channels_last.
+        (N, C, H, W) of the variant's dtype, in the layout channels_last, or (P, C).
     """
     say_once("cuda")
-    shape = (x.shape[0], *x.shape[2:], weights[0].shape[0])
+    if maps is None:
+        maps = Maps(x.shape[0], (tuple(x.shape[2:]),))
     trains = torch.is_grad_enabled()
-    tiles, plans = plans_of(x.device.index, variant, shape, trains)
+    tiles, plans = plans_of(x.device.index, variant, maps, weights[0].shape[0], trains)
     stream = torch.cuda.current_stream(x.device).cuda_stream
     return torch.ops.sasa_det_gpu.joined_layer(
         x, rel_rows, rel_cols, weights, biases, num_heads, variant.dtype, tiles, stream, plans
@@ -60,14 +63,15 @@ def attend(
 
 @lru_cache(maxsize=4096)
 def plans_of(
-    device: int, variant: Variant, shape: tuple[int, int, int, int], trains: bool
+    device: int, variant: Variant, maps: Maps, channels: int, trains: bool
 ) -> tuple[int, list[Tensor]]:
     """Return how the kernels of a layer start, whatever the tensors are.
 
     Args:
         device: the GPU's number.
         variant: of the kernels.
-        shape: of the output, (N, H, W, C).
+        maps: that the layer takes.
+        channels: of its output.
         trains: whether there are the kernels of the backward pass too.
 
     Returns:
@@ -75,10 +79,11 @@ def plans_of(
         numbers that csrc/gpu_layer.cpp reads.
     """
     count = 3 if variant.content else 2
-    joined = torch.empty(*shape[:3], count * shape[3], dtype=variant.dtype, device="meta")
-    query, *key, value = joined.chunk(count, 3)
-    output = torch.empty(shape, dtype=variant.dtype, device="meta")
-    sums = torch.empty(embedding_sums_shape(Maps.of(output), shape[3]), device="meta")
+    pixels = sum(maps.pixels)
+    joined = torch.empty(pixels, count * channels, dtype=variant.dtype, device="meta")
+    query, *key, value = joined.chunk(count, 1)
+    output = torch.empty(pixels, channels, dtype=variant.dtype, device="meta")
+    sums = torch.empty(embedding_sums_shape(maps, channels), device="meta")
     # Without addresses: of these, the strides between pixels count.
     slices = {"query": query, "key": key[0] if key else None, "value": value}
     gradients = {f"grad_{name}": x for name, x in slices.items()}
@@ -87,7 +92,7 @@ def plans_of(
     kernels = ["local_attention_forward"]
     if trains:
         kernels += ["local_attention_query", "local_attention_key"]
-    launches = [launch_of(name, variant, **images, **others) for name in kernels]
+    launches = [launch_of(name, variant, maps, **images, **others) for name in kernels]
     if trains and variant.position:
         launches.append(launch_of_embeddings(variant, sums, sums, sums))
     return sums.shape[0], [_plan(launch, device) for launch in launches]

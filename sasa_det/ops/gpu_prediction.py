@@ -4,7 +4,7 @@ Nothing here was measured on a GPU. The predictions may be wrong by 40%, and are
 compared with the first measurement.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from .cuda_kernels import Maps, Variant, blocks_of
@@ -76,6 +76,8 @@ class Layer:
         stride: of the convolution. Attention takes all pixels, and pooling follows it.
         outputs: channels of the result, None for as many as it takes. A 1x1 convolution that makes
             them follows attention.
+        other_sizes: of further maps that it takes, each in a call of the convolution, and all in
+            one of attention.
     """
 
     channels: int
@@ -85,22 +87,33 @@ class Layer:
     heads: int = 8
     stride: int = 1
     outputs: int | None = None
+    other_sizes: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
         stride = f"/{self.stride}" if self.stride > 1 else ""
         outputs = f" to {self.outputs}" if self.outputs else ""
-        return f"{self.channels}@{self.size}{stride}{outputs}"
+        sizes = "+".join(map(str, self.sizes))
+        return f"{self.channels}@{sizes}{stride}{outputs}"
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return (self.size, *self.other_sizes)
+
+    @property
+    def levels(self) -> list["Layer"]:
+        """The same layer on each of its maps alone."""
+        return [replace(self, size=size, other_sizes=()) for size in self.sizes]
 
     @property
     def is_plain(self) -> bool:
-        """Whether the result is as large as the input."""
-        return self.stride == 1 and self.outputs is None
+        """Whether there is one map, and the result is as large as it is."""
+        return self.stride == 1 and self.outputs is None and not self.other_sizes
 
     @property
     def unit(self) -> int:
-        """Bytes of the map in bfloat16."""
-        return 2 * self.batch * self.size**2 * self.channels
+        """Bytes of the maps in bfloat16."""
+        return 2 * self.batch * sum(size**2 for size in self.sizes) * self.channels
 
     @property
     def result(self) -> int:
@@ -109,7 +122,7 @@ class Layer:
 
 
 _LEVELS = (80, 40, 20, 10, 5)
-# The 71 that RetinaNet-50 has for images of 640 x 640.
+# All of RetinaNet-50 for images of 640 x 640. The heads' are on five levels each.
 RETINANET = (
     # Backbone.
     Layer(64, 160, 3),
@@ -123,8 +136,8 @@ RETINANET = (
     *(Layer(256, size) for size in (80, 40, 20)),
     *(Layer(256, size, stride=2) for size in (20, 10)),
     # Heads.
-    *(Layer(256, size, 8) for size in _LEVELS),
-    *(Layer(256, size, outputs=outputs) for outputs in (720, 36) for size in _LEVELS),
+    Layer(256, _LEVELS[0], 8, other_sizes=_LEVELS[1:]),
+    *(Layer(256, _LEVELS[0], outputs=x, other_sizes=_LEVELS[1:]) for x in (720, 36)),
 )
 
 
@@ -153,11 +166,15 @@ def layers_by_size() -> list[Layer]:
         kind = replace(layer, count=1)
         counts[kind] = counts.get(kind, 0) + layer.count
     layers = (replace(kind, count=count) for kind, count in counts.items())
-    return sorted(layers, key=lambda x: (x.channels, x.outputs or 0, -x.size, x.stride))
+    return sorted(
+        layers, key=lambda x: (x.channels, x.outputs or 0, -x.size, x.stride, len(x.sizes))
+    )
 
 
 def convolution(layer: Layer, gpu: Gpu) -> Times:
     """Predict the 3x3 convolution."""
+    if layer.other_sizes:
+        return _sum(convolution(level, gpu) for level in layer.levels)
     flops = 9 * layer.channels * layer.result  # 2 for each product of 9 C inputs
     rate = gpu.convolution[layer.channels]
     forward = max(flops / rate, (layer.unit + layer.result) / gpu.bandwidth, _SHORTEST)
@@ -177,11 +194,12 @@ def attention(layer: Layer, gpu: Gpu, instructions: Callable[[str, int], float])
     """
     flops = 3 * layer.channels * layer.unit
     product = max(flops / gpu.product, 4 * layer.unit / gpu.bandwidth, _SHORTEST)
+    maps = Maps(layer.batch, tuple((size, size) for size in layer.sizes))
 
     def kernel(name: str, units: int) -> float:
         head_width = layer.channels // layer.heads
         variant = Variant(None, head_width, 7)
-        blocks = blocks_of(variant, Maps(layer.batch, ((layer.size, layer.size),)), layer.channels)
+        blocks = blocks_of(variant, maps, layer.channels)
         warps = blocks * _WARPS_OF_BLOCK * variant.heads_of_block
         arithmetic = warps * instructions(name, head_width) / gpu.issue / _ISSUED
         memory = units * layer.unit / gpu.bandwidth
@@ -197,11 +215,19 @@ def attention(layer: Layer, gpu: Gpu, instructions: Callable[[str, int], float])
 
 def _following(layer: Layer, gpu: Gpu) -> Times:
     """Predict the pooling or 1x1 convolution that follows attention."""
-    if layer.is_plain:
-        return Times(0, 0)
-    memory = (layer.unit + layer.result) / gpu.bandwidth
     if layer.outputs is None:
+        if layer.stride == 1:
+            return Times(0, 0)
+        memory = (layer.unit + layer.result) / gpu.bandwidth
         return Times(memory + _START, memory + _START)
-    flops = layer.channels * layer.result
-    forward = max(flops / gpu.product, memory, _SHORTEST)
-    return Times(forward, 2 * forward)
+
+    def product(part: Layer) -> float:
+        flops = part.channels * part.result
+        return max(flops / gpu.product, (part.unit + part.result) / gpu.bandwidth, _SHORTEST)
+
+    # Gradients come from each level.
+    return Times(product(layer), 2 * sum(map(product, layer.levels)))
+
+
+def _sum(times: Iterable[Times]) -> Times:
+    return sum(times, Times(0, 0))

@@ -114,7 +114,7 @@ def test_attention_of_one_product_copies_no_map(training):
 
 def test_predictions_are_of_the_layers_that_the_models_have():
     attention, convolutions = collections.Counter(), collections.Counter()
-    for x in RETINANET:
+    for x in (level for layer in RETINANET for level in layer.levels):
         attention[x.channels, x.size] += x.count
         convolutions[x.channels, x.size, x.stride, x.outputs or x.channels] += x.count
     assert trace("attentional, convolutional stem", False).maps == attention

@@ -8,10 +8,15 @@ import ctypes
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from sasa_det.layers import joined
+from sasa_det.ops import cuda, cuda_layer
 from sasa_det.ops.cuda_compiler import SOURCES
+from sasa_det.ops.cuda_kernels import KERNELS, EmbeddingArguments, Launch
 
 COMPILER = shutil.which("g++")
 EMULATION = Path(__file__).parent / "cuda_emulation"
@@ -120,3 +125,60 @@ def _source(headers, structures):
         "}",
     ]
     return "\n".join(lines)
+
+
+@pytest.fixture
+def emulated(library, monkeypatch):
+    """The backend "cuda", whose kernels are emulated: those of the module's ``library``."""
+
+    def emulate(launch, query):
+        message, _ = library.start(launch)
+        assert message == ""
+
+    monkeypatch.setattr(cuda, "start", emulate)
+    monkeypatch.setattr(cuda, "why_not", lambda *arguments, **options: None)
+    monkeypatch.setattr(cuda, "why_not_like", lambda *arguments, **options: None)
+
+
+@pytest.fixture
+def launched(library, emulated, monkeypatch):
+    """Layers as one call of C++, which starts emulated kernels; the names of those that started."""
+    names = []
+
+    def load(launch, device):
+        names.append(launch.name)
+        return len(names)
+
+    @_LAUNCH_KERNEL
+    def launch(function, x, y, z, threads, _, __, shared_bytes, stream, arguments, ___):
+        name = names[function - 1]
+        structure = _structure_of(name).from_address(arguments[0])
+        started.append(name)
+        message, _ = library.start(
+            Launch("", name, (x, y, z), shared_bytes, structure, threads=threads)
+        )
+        return 0 if message == "" and stream == 5 else 700
+
+    started = []
+    cuda_layer.plans_of.cache_clear()
+    monkeypatch.setattr(cuda_layer, "function_of", load)
+    address = ctypes.cast(launch, ctypes.c_void_p).value
+    monkeypatch.setattr(cuda_layer, "launcher", lambda: address)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=5))
+    monkeypatch.setattr(cuda_layer, "is_there", lambda device: True)
+    monkeypatch.setattr(joined, "_product_dtype", lambda x: torch.bfloat16)
+    yield started
+    cuda_layer.plans_of.cache_clear()
+
+
+# The driver's cuLaunchKernel.
+_UNSIGNED = [ctypes.c_uint] * 7
+_LAUNCH_KERNEL = ctypes.CFUNCTYPE(
+    *(ctypes.c_int, ctypes.c_size_t, *_UNSIGNED),
+    *(ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p),
+)
+
+
+def _structure_of(name):
+    kind = name.split("<")[0]
+    return KERNELS[kind].arguments if kind in KERNELS else EmbeddingArguments

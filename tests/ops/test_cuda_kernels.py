@@ -2,7 +2,6 @@
 
 import collections
 import copy
-import ctypes
 import math
 from functools import partial
 from types import SimpleNamespace
@@ -19,7 +18,6 @@ from sasa_det.ops import cuda, cuda_check, cuda_layer, local_attention, loop
 from sasa_det.ops.cuda_kernels import (
     EMBEDDINGS_HEADER,
     KERNELS,
-    Launch,
     Maps,
     Variant,
     embedding_sums_shape,
@@ -241,9 +239,7 @@ def test_levels_in_one_launch_are_the_same_as_each_in_its_own(library, case, hea
         part = slice(first, first + count)
         first += count
         shape = (maps.batch, height, width, channels)
-        level = {
-            name: x if x.dim() == 3 else x[part].view(shape) for name, x in inputs.items()
-        }
+        level = {name: x if x.dim() == 3 else x[part].view(shape) for name, x in inputs.items()}
         output, log_sum, _ = forward(library, case, list(level.values()))
         grads, _ = backward(library, case, list(level.values()), grad[part].view(shape), log_sum)
         for name, alone in zip(names, (output, *grads), strict=False):
@@ -418,19 +414,6 @@ def test_strides_of_pixels():
     assert pixel_stride(torch.zeros(2, 5, 6, 12)) is None  # the second pixel is not aligned
 
 
-@pytest.fixture
-def emulated(library, monkeypatch):
-    """The backend "cuda", whose kernels are emulated."""
-
-    def emulate(launch, query):
-        message, _ = library.start(launch)
-        assert message == ""
-
-    monkeypatch.setattr(cuda, "start", emulate)
-    monkeypatch.setattr(cuda, "why_not", lambda *arguments, **options: None)
-    monkeypatch.setattr(cuda, "why_not_like", lambda *arguments, **options: None)
-
-
 @pytest.mark.parametrize("layout", ["slices", "channels last", "channels first"])
 @pytest.mark.parametrize("case", ["32", "position", "content"])
 def test_the_backend_takes_every_layout(emulated, case, layout):
@@ -492,54 +475,6 @@ def test_a_layer_makes_queries_keys_and_values_with_one_product(emulated, option
         assert ours.shape == theirs.shape
         # Queries, keys and values are rounded too.
         assert error_of(ours.detach(), theirs.detach()) <= 2 * TOLERANCE[BF16]
-
-
-@pytest.fixture
-def launched(library, emulated, monkeypatch):
-    """Layers as one call of C++, which starts emulated kernels; the names of those that started."""
-    names = []
-
-    def load(launch, device):
-        names.append(launch.name)
-        return len(names)
-
-    @LAUNCH_KERNEL
-    def launch(function, x, y, z, threads, _, __, shared_bytes, stream, arguments, ___):
-        name = names[function - 1]
-        structure = structures[name].from_address(arguments[0])
-        started.append(name)
-        message, _ = library.start(
-            Launch("", name, (x, y, z), shared_bytes, structure, threads=threads)
-        )
-        return 0 if message == "" and stream == 5 else 700
-
-    structures = {
-        variant.name(kernel): facts.arguments
-        for kernel, facts in KERNELS.items()
-        for variant in VARIANTS.values()
-    }
-    sums = torch.empty(1, 32, 8)
-    for variant in VARIANTS.values():
-        structure = type(launch_of_embeddings(variant, sums, sums, sums).arguments)
-        structures[embeddings_name(variant)] = structure
-    started = []
-    cuda_layer.plans_of.cache_clear()
-    monkeypatch.setattr(cuda_layer, "function_of", load)
-    address = ctypes.cast(launch, ctypes.c_void_p).value
-    monkeypatch.setattr(cuda_layer, "launcher", lambda: address)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=5))
-    monkeypatch.setattr(cuda_layer, "is_there", lambda device: True)
-    monkeypatch.setattr(joined, "_product_dtype", lambda x: BF16)
-    yield started
-    cuda_layer.plans_of.cache_clear()
-
-
-# The driver's cuLaunchKernel.
-_UNSIGNED = [ctypes.c_uint] * 7
-LAUNCH_KERNEL = ctypes.CFUNCTYPE(
-    *(ctypes.c_int, ctypes.c_size_t, *_UNSIGNED),
-    *(ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p),
-)
 
 
 def make_layer(bias=False, **options):

@@ -45,3 +45,13 @@ def test_what_follows_attention_is_counted():
     assert convolution(Layer(256, 80, stride=2), H100).forward == pytest.approx(
         convolution(Layer(256, 40), H100).forward
     )
+
+
+def test_levels_are_one_call_of_attention_and_several_of_convolution():
+    layer = Layer(256, 20, other_sizes=(10, 5))
+    levels = [convolution(Layer(256, size), H100).forward for size in (20, 10, 5)]
+    assert convolution(layer, H100).forward == pytest.approx(sum(levels))
+    # 3 x 2 tiles, 2 x 1 and one, of 8 images and 8 heads.
+    issued = 8 * 8 * 9 * 8 * 1e9 / (132 * 4 * 1.755e9) / 0.6
+    times = attention(layer, H100, lambda name, head_width: 1e9)
+    assert times.forward == pytest.approx(issued, rel=1e-3)

@@ -1,0 +1,164 @@
+"""Layers and RetinaNet's heads on all levels at once, with emulated kernels."""
+
+import copy
+
+import pytest
+import torch
+from detectron2.layers import ShapeSpec
+from torch import nn
+
+from sasa_det.layers import LocalSelfAttention2d
+from sasa_det.layers.joined import attend_levels
+from sasa_det.modeling import joined_head
+from sasa_det.modeling.joined_head import run_joined
+from sasa_det.modeling.retinanet import AttentionRetinaNetHead
+from sasa_det.ops import cuda
+from sasa_det.ops.cuda_kernels import EMBEDDINGS_HEADER, KERNELS, Maps, Variant, embeddings_name
+from sasa_det.ops.levels import join, multiply_levels, split
+
+BF16 = torch.bfloat16
+VARIANT = Variant(BF16, 32, 3)
+
+
+@pytest.fixture(scope="module")
+def library(emulate_kernels):
+    headers = [*(kernel.header for kernel in KERNELS.values()), EMBEDDINGS_HEADER]
+    structures = ("ForwardArguments", "QueryArguments", "KeyArguments")
+    names = map(VARIANT.name, KERNELS)
+    kernels = dict(zip(names, structures, strict=True))
+    return emulate_kernels(headers, {**kernels, embeddings_name(VARIANT): "EmbeddingArguments"})
+
+
+def make_features(channels, sizes=((5, 18), (3, 9), (1, 2)), batch=2, dtype=BF16):
+    torch.manual_seed(1)
+    return [torch.randn(batch, channels, *size).relu().to(dtype) for size in sizes]
+
+
+def test_levels_are_joined_and_split():
+    features = make_features(3)
+    pixels, maps = join(features)
+    assert maps == Maps(2, ((5, 18), (3, 9), (1, 2))) and maps.pixels == (180, 54, 4)
+    assert torch.equal(pixels[180 + 27], features[1][1, :, 0, 0])
+    for x, y in zip(features, split(pixels, maps), strict=True):
+        assert torch.equal(x, y) and y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_of_levels_is_that_of_each(bias):
+    features = make_features(6, dtype=torch.float64)
+    pixels, maps = join(features)
+    layer = nn.Conv2d(6, 4, 1, bias=bias).double()
+    leaf = pixels.requires_grad_()
+    outputs = multiply_levels(leaf, layer.weight, layer.bias, maps)
+    expected = [layer(x) for x in split(leaf, maps)]
+    grads = [torch.randn_like(x) for x in expected]
+    inputs = [leaf, *layer.parameters()]
+    for ours, theirs in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for ours, theirs in zip(
+        torch.autograd.grad(outputs, inputs, grads),
+        torch.autograd.grad(expected, inputs, grads),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)  # sums of levels are float32
+    # What no loss sees has no gradient to give.
+    (of_first,) = torch.autograd.grad(
+        multiply_levels(leaf, layer.weight, None, maps)[0].sum(), leaf
+    )
+    assert of_first[:180].any() and not of_first[180:].any()
+
+
+def test_a_layer_on_all_levels_is_the_layer_on_each(launched):
+    torch.manual_seed(0)
+    layer = LocalSelfAttention2d(24, 64, kernel_size=3, num_heads=2).to(BF16)
+    features = [x.requires_grad_() for x in make_features(24)]
+    pixels, maps = join(features)
+    outputs = split(attend_levels(layer, pixels, maps), maps)
+    assert [name.split("<")[0] for name in launched] == ["local_attention_forward"]
+    expected = [layer(x) for x in features]
+    grads = [torch.randn_like(x) for x in expected]
+    for ours, theirs in zip(outputs, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    ours = torch.autograd.grad(outputs, features, grads)
+    theirs = torch.autograd.grad(expected, features, grads)
+    assert all(map(torch.equal, ours, theirs))
+
+
+def make_head(norm="BN", **options):
+    torch.manual_seed(0)
+    attention = {"kernel_size": 3, "num_heads": 2}
+    head = AttentionRetinaNetHead(
+        input_shape=[ShapeSpec(channels=64)] * 3,
+        num_classes=3,
+        num_anchors=2,
+        conv_dims=[64, 64],
+        norm=norm,
+        attention=attention,
+        **options,
+    )
+    for name, parameter in head.named_parameters():
+        if "value" in name:  # small ones leave nothing of float32 behind a norm in bfloat16
+            nn.init.normal_(parameter, std=64**-0.5)
+    return head
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"norm": "", "mixing_layer": True}, {"norm": "GN"}], ids=str
+)
+def test_heads_on_all_levels_are_the_heads_on_each(launched, options):
+    head = make_head(**options).to(BF16)
+    exact = copy.deepcopy(head).double()
+    for module in exact.modules():
+        if isinstance(module, LocalSelfAttention2d):
+            module.backend = "reference"
+    features = make_features(64)
+    results = []
+    for module, dtype in ((head, BF16), (exact, torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in features]
+        outputs = [x for levels in module(leaves) for x in levels]
+        torch.manual_seed(2)
+        grads = [torch.randn(x.shape).to(BF16).to(dtype) for x in outputs]
+        inputs = [*leaves, *module.parameters()]
+        results.append([*outputs, *torch.autograd.grad(outputs, inputs, grads)])
+        if module is head:
+            # Of two towers of two layers and the layers that predict, on three levels.
+            names = [name.split("<")[0] for name in launched]
+            assert names.count("local_attention_forward") == 6
+            assert names.count("local_attention_key") == 6
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.shape == theirs.shape
+        difference = (ours.double() - theirs).norm() / theirs.norm().clamp(min=1e-3)
+        assert difference <= 0.05
+    for name, buffer in head.named_buffers():
+        torch.testing.assert_close(
+            buffer.double(), exact.get_buffer(name).double(), rtol=0.02, atol=0.02
+        )
+
+
+def test_heads_with_more_than_weights_run_level_by_level(launched, monkeypatch):
+    features = make_features(64)
+
+    def is_run(change=lambda head: None, features=features):
+        head = make_head().to(BF16)
+        change(head)
+        return run_joined(head, features) is not None
+
+    assert is_run()
+    assert not is_run(features=features[:1])
+    assert not is_run(features=[features[0], features[1].double(), features[2]])
+    assert not is_run(features=[features[0], features[1][:1], features[2]])
+    assert not is_run(lambda head: head.cls_subnet.register_forward_hook(lambda *_: None))
+    assert not is_run(lambda head: head.bbox_pred.register_forward_hook(lambda *_: None))
+    assert not is_run(lambda head: head.bbox_pred[-1].register_forward_hook(lambda *_: None))
+    assert not is_run(lambda head: head.bbox_pred[0].register_forward_hook(lambda *_: None))
+    assert not is_run(lambda head: setattr(head.cls_score[0], "backend", "loop"))
+    monkeypatch.setattr(joined_head, "runs_on_levels", lambda layer, x: x is not features[2])
+    assert not is_run()
+
+
+def test_maps_of_one_launch_are_counted():
+    assert cuda.takes_maps(Maps(2, ((5, 6),) * 8)) and not cuda.takes_maps(Maps(2, ((5, 6),) * 9))
+    # Rows of tiles of 8 pixels are a dimension of a grid, of 65,535 at most.
+    assert cuda.takes_maps(Maps(1, ((8 * 65_534, 1), (8, 1))))
+    assert not cuda.takes_maps(Maps(1, ((8 * 65_534, 1), (9, 1))))
+    assert not cuda.takes_maps(Maps(2**16, ((2**8, 2**7), (2**8, 2**7))))
