@@ -65,6 +65,8 @@ class Variant:
         mask: whether border is "mask".
         content: whether logits contain q.k.
         position: whether they contain q.r.
+        pooled: whether the output are means of squares of 2 x 2 pixels, those at the edge over
+            their pixels inside of the image.
     """
 
     dtype: torch.dtype
@@ -73,6 +75,7 @@ class Variant:
     mask: bool = True
     content: bool = True
     position: bool = True
+    pooled: bool = False
 
     @property
     def heads_of_block(self) -> int:
@@ -81,7 +84,7 @@ class Variant:
 
     def name(self, kernel: str) -> str:
         """Return a kernel's name with its template arguments."""
-        flags = (str(x).lower() for x in (self.mask, self.content, self.position))
+        flags = (str(x).lower() for x in (self.mask, self.content, self.position, self.pooled))
         arguments = (_TYPES[self.dtype], self.head_width, self.kernel_size, *flags)
         return f"{kernel}<{', '.join(map(str, arguments))}>"
 

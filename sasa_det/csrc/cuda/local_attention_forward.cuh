@@ -5,7 +5,9 @@
 #include <one_by_one.cuh>
 #include <windows.cuh>
 
-// Pixels of query, key, value and output lie `*_stride` elements apart.
+// Pixels of query, key, value and output lie `*_stride` elements apart. Kernels that are POOLED
+// write the means of squares of 2 x 2 pixels, (batch, height / 2, width / 2, heads * DEPTH) rounded
+// up, of one level.
 struct ForwardArguments {
   Sizes sizes;
   u32 query_stride, key_stride, value_stride, output_stride;
@@ -15,14 +17,16 @@ struct ForwardArguments {
   float* log_sum;  // (batch, heads, height, width) of each level
 };
 
-template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION>
+template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION, bool POOLED>
 SELDOM void attend_one_by_one(const ForwardArguments x, Shared keys, Shared values,
                               Shared outputs_tile, int head) {
   const Thread me;
   const Block block = Block::of<DEPTH>(x.sizes);
   const OwnPixels<DEPTH> outputs(outputs_tile, me);
   const OnePixel<T, DEPTH, KERNEL> pixel(block, me, head);
-  if (!pixel.inside) return;
+  // Squares of pixels meet in one result, and threads of all of them must come there.
+  constexpr bool MEANS = POOLED && DEPTH == 64;
+  if (!MEANS && !pixel.inside) return;
   const u16* query = pixel.of(x.query, x.query_stride, 0);
   const auto logit = [&](int row, int col) {
     float sum = 0.f;
@@ -36,7 +40,7 @@ SELDOM void attend_one_by_one(const ForwardArguments x, Shared keys, Shared valu
   };
   float highest = -1e38f;
 #pragma unroll 1
-  for (int i = 0; i < pixel.WINDOW; ++i)
+  for (int i = 0; i < pixel.WINDOW && pixel.inside; ++i)
     if (!MASK || pixel.has(i / KERNEL, i % KERNEL)) {
       const float l = logit(i / KERNEL, i % KERNEL);
       highest = l > highest ? l : highest;  // a NaN stays in the exponentials
@@ -45,7 +49,7 @@ SELDOM void attend_one_by_one(const ForwardArguments x, Shared keys, Shared valu
   for (int chunk = pixel.first_chunk; chunk < Heads<DEPTH>::HEAD_CHUNKS; chunk += 2) {
     float total = 0.f, sums[8] = {};
 #pragma unroll 1
-    for (int i = 0; i < pixel.WINDOW; ++i)
+    for (int i = 0; i < pixel.WINDOW && pixel.inside; ++i)
       if (!MASK || pixel.has(i / KERNEL, i % KERNEL)) {
         const float weight = exp2_of((logit(i / KERNEL, i % KERNEL) - highest) * LOG2_E);
         total += weight;
@@ -58,18 +62,24 @@ SELDOM void attend_one_by_one(const ForwardArguments x, Shared keys, Shared valu
 #pragma unroll
     for (int d = 0; d < 4; ++d)
       words[d] = T::pack(sums[2 * d] * inverse, sums[2 * d + 1] * inverse);
-    outputs.put(words, x.output, x.output_stride, block, pixel.y, pixel.x, head, chunk);
-    if (chunk == 0)
+    if constexpr (MEANS)
+      outputs.template put_means<T>(words, x.output, x.output_stride, block, pixel.y, pixel.x,
+                                    chunk, pixel.inside);
+    else
+      outputs.put(words, x.output, x.output_stride, block, pixel.y, pixel.x, head, chunk);
+    if (chunk == 0 && pixel.inside)
       store(x.log_sum + block.plane(head) + pixel.place(),
             highest * LOG2_E + log2_of(total));
   }
 }
 
-template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION>
+template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION, bool POOLED>
 __global__ void __launch_bounds__(THREADS, DEPTH < 64 ? 3 : 2)
     local_attention_forward(const ForwardArguments x) {
   using H = Heads<DEPTH>;
   constexpr int ROWS = KERNEL + 1;
+  // Heads of 64 channels do not pass through shared memory.
+  constexpr bool MEANS = POOLED && DEPTH == 64;
   const Thread me;
   const Block block = Block::of<DEPTH>(x.sizes);
   if (!block.is_there()) return;
@@ -128,6 +138,15 @@ __global__ void __launch_bounds__(THREADS, DEPTH < 64 ? 3 : 2)
     }
     const PixelsAsRows<DEPTH> values_as_rows(attended.values, me, head);
     u32 collected[2] = {0, 0};
+    u16* square = nullptr;
+    float factors[2] = {0.f, 0.f};
+    if constexpr (MEANS) {
+      square = Squares(block).of(x.output, x.output_stride, pixels.row, pixels.col,
+                                 block.first_head * DEPTH + 2 * me.t);
+      const float part = outputs.part_of(block, pixels.row, pixels.col);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) factors[h] = pixels.inside[h] ? inverse[h] * part : 0.f;
+    }
     wait_for_warp();  // whose queries give way to its outputs
 #pragma unroll
     for (int c = 0; c < H::HEAD_CHUNKS; ++c) {
@@ -141,7 +160,10 @@ __global__ void __launch_bounds__(THREADS, DEPTH < 64 ? 3 : 2)
         words[h] = T::pack(sum[2 * h] * inverse[h], sum[2 * h + 1] * inverse[h]);
         collected[h] = T::add_zero_times(words[h], collected[h]);
       }
-      outputs.put(words, x.output, x.output_stride, block, pixels, me, head, c);
+      if constexpr (MEANS)
+        outputs.template put_sums<T>(sum, factors, square + 8 * c, pixels, me);
+      else
+        outputs.put(words, x.output, x.output_stride, block, pixels, me, head, c);
     }
     float* log_sum[2];
     pixels.of_planes(log_sum, x.log_sum, block, head);
@@ -151,10 +173,13 @@ __global__ void __launch_bounds__(THREADS, DEPTH < 64 ? 3 : 2)
     if (in_any_thread((pixels.inside[0] && not_finite(collected[0])) ||
                       (pixels.inside[1] && not_finite(collected[1])))) {
       wait_for_warp();  // whose threads have written what others write again
-      attend_one_by_one<T, DEPTH, KERNEL, MASK, CONTENT, POSITION>(
+      attend_one_by_one<T, DEPTH, KERNEL, MASK, CONTENT, POSITION, POOLED>(
           x, attended.keys, attended.values, outputs.tile(), head);
     }
   }
   wait_for_warp();
-  outputs.store_all(x.output, x.output_stride, block, pixels, me);
+  if constexpr (POOLED)
+    outputs.template store_means<T>(x.output, x.output_stride, block, me);
+  else
+    outputs.store_all(x.output, x.output_stride, block, pixels, me);
 }

@@ -109,7 +109,7 @@ struct KeyShared {
                        EMBEDDINGS = TABLES + QueryTables<DEPTH, KERNEL>::BYTES;
 };
 
-template <typename T, int DEPTH, int KERNEL, bool CONTENT>
+template <typename T, int DEPTH, int KERNEL, bool CONTENT, bool POOLED>
 SELDOM void key_gradients_one_by_one(const KeyArguments x, Shared grads, Shared queries,
                                      Shared tables, Shared grad_keys_tile,
                                      Shared grad_values_tile, int head) {
@@ -153,17 +153,19 @@ SELDOM void key_gradients_one_by_one(const KeyArguments x, Shared grads, Shared 
     }
     u32 words[4];
 #pragma unroll
-    for (int e = 0; e < 4; ++e) words[e] = T::pack(to_value[2 * e], to_value[2 * e + 1]);
+    for (int e = 0; e < 4; ++e)
+      words[e] = T::pack(PART<POOLED> * to_value[2 * e], PART<POOLED> * to_value[2 * e + 1]);
     grad_values.put(words, x.grad_value, x.grad_value_stride, block, pixel.y, pixel.x, head, chunk);
     if (!CONTENT) continue;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) words[e] = T::pack(to_key[2 * e], to_key[2 * e + 1]);
+    for (int e = 0; e < 4; ++e)
+      words[e] = T::pack(PART<POOLED> * to_key[2 * e], PART<POOLED> * to_key[2 * e + 1]);
     grad_keys.put(words, x.grad_key, x.grad_key_stride, block, pixel.y, pixel.x, head, chunk);
   }
 }
 
 // MASK makes no difference: pairs of a query and a key inside of the image are the same.
-template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION>
+template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION, bool POOLED>
 __global__ void __launch_bounds__(THREADS, 2) local_attention_key(const KeyArguments x) {
   using H = Heads<DEPTH>;
   using S = KeyShared<DEPTH, KERNEL>;
@@ -175,7 +177,7 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_key(const KeyArgum
   const Shared grads = shared_memory() + S::GRADS, queries = shared_memory() + S::QUERIES;
   const Shared tables = shared_memory() + S::TABLES, embeddings = shared_memory() + S::EMBEDDINGS;
   copy_tile<DEPTH, KERNEL>(queries, x.query, x.query_stride, block, me);
-  copy_tile<DEPTH, KERNEL>(grads, x.grad, x.grad_stride, block, me);
+  copy_tile<DEPTH, KERNEL, POOLED>(grads, x.grad, x.grad_stride, block, me);
   // Then their gradients, in their place.
   const OwnPixels<DEPTH> keys(shared_memory() + S::KEYS, me);
   const OwnPixels<DEPTH> values(shared_memory() + S::VALUES, me);
@@ -274,14 +276,14 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_key(const KeyArgum
       u32 words[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        words[h] = T::pack(to_value[2 * h], to_value[2 * h + 1]);
+        words[h] = T::pack(PART<POOLED> * to_value[2 * h], PART<POOLED> * to_value[2 * h + 1]);
         collected[h] = T::add_zero_times(words[h], collected[h]);
       }
       values.put(words, x.grad_value, x.grad_value_stride, block, pixels, me, head, c);
       if (!CONTENT) continue;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        words[h] = T::pack(to_key[2 * h], to_key[2 * h + 1]);
+        words[h] = T::pack(PART<POOLED> * to_key[2 * h], PART<POOLED> * to_key[2 * h + 1]);
         collected[h] = T::add_zero_times(words[h], collected[h]);
       }
       keys.put(words, x.grad_key, x.grad_key_stride, block, pixels, me, head, c);
@@ -289,7 +291,7 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_key(const KeyArgum
     if (in_any_thread((pixels.inside[0] && not_finite(collected[0])) ||
                       (pixels.inside[1] && not_finite(collected[1])))) {
       wait_for_warp();  // whose threads have written what others write again
-      key_gradients_one_by_one<T, DEPTH, KERNEL, CONTENT>(x, grads, queries, tables, keys.tile(),
+      key_gradients_one_by_one<T, DEPTH, KERNEL, CONTENT, POOLED>(x, grads, queries, tables, keys.tile(),
                                                           values.tile(), head);
     }
   }

@@ -26,7 +26,7 @@ constexpr int embedding_sums_bytes() {
   return WARPS * Heads<DEPTH>::CHANNELS * 8 * 4;
 }
 
-template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION>
+template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION, bool POOLED>
 SELDOM void query_gradients_one_by_one(const QueryArguments x, Shared keys, Shared values,
                                        Shared results_tile, int head) {
   const Thread me;
@@ -35,7 +35,9 @@ SELDOM void query_gradients_one_by_one(const QueryArguments x, Shared keys, Shar
   const OnePixel<T, DEPTH, KERNEL> pixel(block, me, head);
   if (!pixel.inside) return;
   const u16* query = pixel.of(x.query, x.query_stride, 0);
-  const u16* grad = pixel.of(x.grad, x.grad_stride, 0);
+  const u16* grad = POOLED ? Squares(block).of(x.grad, x.grad_stride, pixel.y, pixel.x,
+                                               pixel.channel())
+                           : pixel.of(x.grad, x.grad_stride, 0);
   const u64 in_plane = block.plane(head) + pixel.place();
   const float log_sum = load(x.log_sum + in_plane);
   // The weight of a pixel of the window, and its grad.value.
@@ -77,7 +79,8 @@ SELDOM void query_gradients_one_by_one(const QueryArguments x, Shared keys, Shar
       }
     u32 words[4];
 #pragma unroll
-    for (int e = 0; e < 4; ++e) words[e] = T::pack(sums[2 * e], sums[2 * e + 1]);
+    for (int e = 0; e < 4; ++e)
+      words[e] = T::pack(PART<POOLED> * sums[2 * e], PART<POOLED> * sums[2 * e + 1]);
     results.put(words, x.grad_query, x.grad_query_stride, block, pixel.y, pixel.x, head, chunk);
   }
 }
@@ -121,7 +124,7 @@ DEVICE void sums_by_offset(u32 (&by_offset)[4], const u32 (&slopes)[ROWS / 2][4]
 }
 
 // Two blocks for an SM: weights and products of all windows stay in registers.
-template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION>
+template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION, bool POOLED>
 __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryArguments x) {
   using H = Heads<DEPTH>;
   constexpr int ROWS = KERNEL + 1;
@@ -130,7 +133,7 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
   if (!block.is_there()) return;
   const Attended<T, DEPTH, KERNEL, CONTENT, POSITION> attended(x, block, me);
   const OwnPixels<DEPTH> grads(attended.end, me);
-  grads.copy(x.grad, x.grad_stride, block, me);
+  grads.template copy<POOLED>(x.grad, x.grad_stride, block, me);
   const OwnPixels<DEPTH>& results = attended.queries;  // in their place
   // Heads of 64 channels leave no room beside the tiles.
   const Shared sums = DEPTH < 64 ? attended.end + grads.BYTES : attended.values;
@@ -151,7 +154,7 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
   for (int head = 0; head < block.heads; ++head) {
     u32 a[H::STEPS][4], g[H::STEPS][4];
     attended.queries.load(a, x.query, x.query_stride, block, pixels, me, head);
-    grads.load(g, x.grad, x.grad_stride, block, pixels, me, head);
+    grads.template load<POOLED>(g, x.grad, x.grad_stride, block, pixels, me, head);
     float mean[2] = {0.f, 0.f};
     if (DEPTH < 32) load_shifts(head);
     terms.template find<T>(a, attended.embeddings, head, me);
@@ -207,7 +210,7 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
       u32 words[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        words[h] = T::pack(sum[2 * h], sum[2 * h + 1]);
+        words[h] = T::pack(PART<POOLED> * sum[2 * h], PART<POOLED> * sum[2 * h + 1]);
         collected[h] = T::add_zero_times(words[h], collected[h]);
       }
       results.put(words, x.grad_query, x.grad_query_stride, block, pixels, me, head, c);
@@ -220,7 +223,7 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
     if (in_any_thread((pixels.inside[0] && not_finite(collected[0])) ||
                       (pixels.inside[1] && not_finite(collected[1])))) {
       wait_for_warp();  // whose threads have written what others write again
-      query_gradients_one_by_one<T, DEPTH, KERNEL, MASK, CONTENT, POSITION>(
+      query_gradients_one_by_one<T, DEPTH, KERNEL, MASK, CONTENT, POSITION, POOLED>(
           x, attended.keys, attended.values, results.tile(), head);
     }
     if (POSITION) {
@@ -267,7 +270,7 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
         load_shared(value, sums + (w * H::CHANNELS * 8 + i) * 4);
         sum += value;
       }
-      if (i < block.heads * DEPTH * 8) store(to + i, sum);
+      if (i < block.heads * DEPTH * 8) store(to + i, PART<POOLED> * sum);
     }
   }
 }

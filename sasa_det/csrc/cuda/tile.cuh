@@ -128,9 +128,34 @@ DEVICE Element* pixel_of(Element* images, u32 stride, const Block& block, int ro
   return held(images + block.corner * stride) + offset;
 }
 
+// The squares of 2 x 2 pixels of a block's tile in images that have one value for each: those at
+// the edge may have a row or a column outside of the image.
+struct Squares {
+  int cols;
+  u64 corner;  // the number of the tile's first square
+
+  DEVICE explicit Squares(const Block& block) : cols((block.width + 1) >> 1) {
+    const u64 area = static_cast<u32>((block.height + 1 >> 1) * cols);
+    corner = blockIdx.z * area + static_cast<u32>((block.top >> 1) * cols + (block.left >> 1));
+  }
+  // A channel of the square that a pixel of the tile is in.
+  template <typename Element>
+  DEVICE Element* of(Element* images, u32 stride, int row, int col, int channel) const {
+    const u32 offset = ((row >> 1) * cols + (col >> 1)) * stride + channel;
+    return held(images + corner * stride) + offset;
+  }
+};
+
+// What gradients of pixels are of those of their squares, for whole squares: kernels multiply what
+// they have added up. Whoever starts them doubles the gradients of squares that have half as many
+// pixels.
+template <bool POOLED>
+constexpr float PART = POOLED ? 0.25f : 1.f;
+
 // Starts to copy `ROWS` x `COLS` pixels, from `REACH` above and left of the tile, zeros outside of
-// the image, of images whose pixels lie `stride` elements apart.
-template <int DEPTH, int REACH, int ROWS, int COLS>
+// the image, of images whose pixels lie `stride` elements apart. If the images are `POOLED`, pixels
+// have the values of their squares.
+template <int DEPTH, int REACH, int ROWS, int COLS, bool POOLED = false>
 DEVICE void copy_pixels(Shared to, const u16* from, u32 stride, const Block& block,
                         const Thread& me) {
   using H = Heads<DEPTH>;
@@ -138,10 +163,21 @@ DEVICE void copy_pixels(Shared to, const u16* from, u32 stride, const Block& blo
   const int chunk = me.lane % H::CHUNKS, col = me.lane / H::CHUNKS;
   const int y = block.top - REACH + me.warp, x = block.left - REACH + col;
   const bool wanted = 8 * chunk < block.heads * DEPTH;
-  const u64 corner = block.corner - static_cast<u32>(block.place(REACH, REACH));
-  const u32 offset = block.place(me.warp, col) * stride + block.first_head * DEPTH + 8 * chunk;
-  const u16* row = held(from + corner * stride) + offset;
-  const int row_step = WARPS * block.width * stride, col_step = STEP * stride;
+  const u32 channel = block.first_head * DEPTH + 8 * chunk;
+  const u16* row;
+  int row_step = WARPS * block.width * stride, col_step = STEP * stride;
+  if constexpr (POOLED) {
+    // Steps are of whole squares. Their rows and columns are counted from above and left of all.
+    constexpr int FIRST = (REACH + 1) / 2;
+    const Squares squares(block);
+    const u64 corner = squares.corner - static_cast<u32>(FIRST * squares.cols + FIRST);
+    const int square_row = (me.warp - REACH >> 1) + FIRST, square_col = (col - REACH >> 1) + FIRST;
+    row = held(from + corner * stride) + (square_row * squares.cols + square_col) * stride + channel;
+    row_step = WARPS / 2 * squares.cols * stride, col_step = STEP / 2 * stride;
+  } else {
+    const u64 corner = block.corner - static_cast<u32>(block.place(REACH, REACH));
+    row = held(from + corner * stride) + (block.place(me.warp, col) * stride + channel);
+  }
   to += me.warp * ROW_BYTES;
 #pragma unroll
   for (int r = 0; r < ROWS; r += WARPS) {
@@ -160,11 +196,11 @@ DEVICE void copy_pixels(Shared to, const u16* from, u32 stride, const Block& blo
 }
 
 // Starts to copy the tile and its halo.
-template <int DEPTH, int KERNEL>
+template <int DEPTH, int KERNEL, bool POOLED = false>
 DEVICE void copy_tile(Shared to, const u16* from, u32 stride, const Block& block,
                       const Thread& me) {
-  copy_pixels<DEPTH, KERNEL / 2, halo_rows(KERNEL), Heads<DEPTH>::HALO_COLS>(to, from, stride,
-                                                                           block, me);
+  copy_pixels<DEPTH, KERNEL / 2, halo_rows(KERNEL), Heads<DEPTH>::HALO_COLS, POOLED>(
+      to, from, stride, block, me);
 }
 
 // A warp's 16 pixels: those in row g and g + 8 of products.
@@ -220,13 +256,21 @@ class OwnPixels {
 
   DEVICE Shared tile() const { return tile_; }
 
+  // What a pixel of a square is of its mean: one over its pixels inside of the image.
+  static DEVICE float part_of(const Block& block, int row, int col) {
+    const bool rows = block.has_row(block.top + (row | 1)), cols = block.has_col(block.left + (col | 1));
+    return (rows ? 0.5f : 1.f) * (cols ? 0.5f : 1.f);
+  }
+
   // Starts to copy operands; they are there as those of copy_tile.
+  template <bool POOLED = false>
   DEVICE void copy(const u16* images, u32 stride, const Block& block, const Thread& me) const {
     if (STAGED)
-      copy_pixels<DEPTH, 0, TILE_ROWS, TILE_COLS>(tile_, images, stride, block, me);
+      copy_pixels<DEPTH, 0, TILE_ROWS, TILE_COLS, POOLED>(tile_, images, stride, block, me);
   }
 
   // A head's channels of the warp's 16 pixels as left operands.
+  template <bool POOLED = false>
   DEVICE void load(u32 (&a)[H::STEPS][4], const u16* images, u32 stride, const Block& block,
                    const Pixels& pixels, const Thread& me, int head) const {
     if constexpr (STAGED) {
@@ -235,7 +279,11 @@ class OwnPixels {
         load_matrices(a[s], tile_ + turned(operands_, head * H::HEAD_CHUNKS + 2 * s));
     } else {
       const u16* from[2];
-      pixels.of(from, images, stride, block, block.first_head * DEPTH + 2 * me.t);
+      if constexpr (POOLED)
+        from[0] = from[1] = Squares(block).of(images, stride, pixels.row, pixels.col,
+                                              block.first_head * DEPTH + 2 * me.t);
+      else
+        pixels.of(from, images, stride, block, block.first_head * DEPTH + 2 * me.t);
 #pragma unroll
       for (int s = 0; s < H::STEPS; ++s)
 #pragma unroll
@@ -273,6 +321,78 @@ class OwnPixels {
       store(reinterpret_cast<u32*>(pixel_of(images, stride, block, row, col,
                                             block.first_head * DEPTH + 8 * chunk)),
             words);
+  }
+
+  // Takes two channels of a thread's two pixels with what is to be multiplied with them, and writes
+  // the sums of squares where the first thread's is. What is not inside has the factor 0; it is not
+  // finite only where what is inside in its column, or the column before, is not either.
+  template <typename T>
+  DEVICE static void put_sums(const float (&sum)[4], const float (&factors)[2], u16* to,
+                              const Pixels& pixels, const Thread& me) {
+    float sums[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      sums[i] = sum[i] * factors[0] + sum[2 + i] * factors[1];
+      sums[i] += of_neighbour(sums[i], 4);
+    }
+    if (me.g % 2 == 0 && pixels.inside[0])
+      ::store(reinterpret_cast<u32*>(to), T::pack(sums[0], sums[1]));
+  }
+
+  // Takes a chunk of one pixel of the tile, and writes the means of squares, of whose pixels eight
+  // threads and the next eight have two rows.
+  template <typename T>
+  DEVICE void put_means(const u32 (&words)[4], u16* images, u32 stride, const Block& block,
+                        int row, int col, int chunk, bool inside) const {
+    const float part = part_of(block, row, col);
+    u32 means[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float sums[2] = {inside ? T::low(words[i]) : 0.f, inside ? T::high(words[i]) : 0.f};
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        sums[e] += of_neighbour(sums[e], 1);
+        sums[e] = (sums[e] + of_neighbour(sums[e], 8)) * part;
+      }
+      means[i] = T::pack(sums[0], sums[1]);
+    }
+    if (inside && row % 2 == 0 && col % 2 == 0)
+      ::store(reinterpret_cast<u32*>(Squares(block).of(images, stride, row, col,
+                                                       block.first_head * DEPTH + 8 * chunk)),
+              means);
+  }
+
+  // Writes the means of squares of the results of all heads, which all threads of the warp must
+  // have put: a thread has four channels of a square.
+  template <typename T>
+  DEVICE void store_means(u16* images, u32 stride, const Block& block, const Thread& me) const {
+    if constexpr (STAGED) {
+      const int row = me.row(), col = me.col() + me.lane / 8 * 2, chunk = me.lane % 8 / 2;
+      const int half = me.lane % 2;
+      const bool has[2] = {block.has_row(block.top + row + 1), block.has_col(block.left + col + 1)};
+      float sums[4];
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int w = 0; w < 2; ++w) {
+          u32 words[2] = {0, 0};
+          if ((h == 0 || has[0]) && (w == 0 || has[1]))
+            load_shared(words, tile_ + at(row + h, col + w, chunk) + 8 * half);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float value = i % 2 == 0 ? T::low(words[i / 2]) : T::high(words[i / 2]);
+            sums[i] = h + w == 0 ? value : sums[i] + value;
+          }
+        }
+      const float part = part_of(block, row, col);
+      const u32 means[2] = {T::pack(sums[0] * part, sums[1] * part),
+                            T::pack(sums[2] * part, sums[3] * part)};
+      if (8 * chunk < block.heads * DEPTH && block.has_row(block.top + row) &&
+          block.has_col(block.left + col))
+        ::store(reinterpret_cast<u32*>(Squares(block).of(
+                    images, stride, row, col, block.first_head * DEPTH + 8 * chunk + 4 * half)),
+                means);
+    }
   }
 
   // Writes the results of all heads, which all threads of the warp must have put.

@@ -72,6 +72,10 @@ DEVICE void store(u32* to, const u32 (&words)[4]) {
                "r"(words[2]), "r"(words[3])
                : "memory");
 }
+DEVICE void store(u32* to, const u32 (&words)[2]) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(words[0]), "r"(words[1])
+               : "memory");
+}
 DEVICE void store(u16* to, u16 value) {
   asm volatile("st.global.u16 [%0], %1;" ::"l"(to), "h"(value) : "memory");
 }
@@ -90,6 +94,12 @@ DEVICE u32 held_zero() {
 DEVICE void load_shared(u32 (&words)[4], Shared from) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(from)
+               : "memory");
+}
+DEVICE void load_shared(u32 (&words)[2], Shared from) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+               : "=r"(words[0]), "=r"(words[1])
                : "r"(from)
                : "memory");
 }

@@ -362,9 +362,16 @@ DEVICE void store(u32* to, const u32 (&words)[4]) {
   emulation::check_global(to, 16, true);
   memcpy(to, words, 16);
 }
+DEVICE void store(u32* to, const u32 (&words)[2]) {
+  emulation::check_global(to, 8, true);
+  memcpy(to, words, 8);
+}
 DEVICE u32 held_zero() { return 0; }
 DEVICE void load_shared(u32 (&words)[4], Shared from) {
   memcpy(words, emulation::shared(from, 16), 16);
+}
+DEVICE void load_shared(u32 (&words)[2], Shared from) {
+  memcpy(words, emulation::shared(from, 8), 8);
 }
 DEVICE void load_shared(float (&values)[4], Shared from) {
   memcpy(values, emulation::shared(from, 16), 16);
