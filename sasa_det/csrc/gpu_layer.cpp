@@ -95,11 +95,21 @@ Tensor as_pixels(const Tensor& x, at::ScalarType type) {
   return place % 16 == 0 ? pixels : pixels.clone();
 }
 
+// The gradients of squares of 2 x 2 pixels, of which the kernels take a quarter for each pixel: those
+// at an odd edge, (N, H / 2, W / 2, C) rounded up, have half as many.
+Tensor as_squares(const Tensor& grad, int64_t height, int64_t width) {
+  if (height % 2 == 0 && width % 2 == 0) return grad;
+  const Tensor squares = grad.clone();
+  if (height % 2 == 1) squares.select(1, -1).mul_(2);
+  if (width % 2 == 1) squares.select(2, -1).mul_(2);
+  return squares;
+}
+
 struct JoinedLayerFunction : torch::autograd::Function<JoinedLayerFunction> {
   static Tensor forward(AutogradContext* context, const Tensor& x, const Optional& rel_rows,
                         const Optional& rel_cols, at::TensorList weights, at::TensorList biases,
-                        int64_t num_heads, at::ScalarType type, int64_t tiles, int64_t stream,
-                        const std::vector<Tensor>* plans) {
+                        int64_t num_heads, at::ScalarType type, bool pooled, int64_t tiles,
+                        int64_t stream, const std::vector<Tensor>* plans) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);
     const c10::OptionalDeviceGuard guard(x.device());
@@ -110,9 +120,11 @@ struct JoinedLayerFunction : torch::autograd::Function<JoinedLayerFunction> {
     const Tensor joined = at::linear(pixels, weight, bias);
     std::vector<int64_t> shape = pixels.sizes().vec();
     shape.back() = channels;
+    if (pooled)
+      for (int dimension : {1, 2}) shape[dimension] = (shape[dimension] + 1) / 2;
     const Tensor output = at::empty(shape, joined.options());
-    const Tensor log_sum = at::empty({output.numel() / channels * num_heads},
-                                     joined.options().dtype(at::kFloat));
+    const int64_t windows = joined.numel() / joined.size(-1) * num_heads;
+    const Tensor log_sum = at::empty({windows}, joined.options().dtype(at::kFloat));
     const Tensor rows = as_embedding(rel_rows), cols = as_embedding(rel_cols);
     const Slices of(joined, channels);
     if (output.numel() > 0)
@@ -127,6 +139,7 @@ struct JoinedLayerFunction : torch::autograd::Function<JoinedLayerFunction> {
     data["tiles"] = tiles;
     data["stream"] = stream;  // in which autograd runs the backward pass too
     data["channels"] = channels;
+    data["pooled"] = pooled;
     data["biases"] = static_cast<int64_t>(biases.size());
     data["input_type"] = static_cast<int64_t>(x.scalar_type());
     data["weight_type"] = static_cast<int64_t>(weights[0].scalar_type());
@@ -146,7 +159,7 @@ struct JoinedLayerFunction : torch::autograd::Function<JoinedLayerFunction> {
       return static_cast<at::ScalarType>(data[name].toInt());
     };
     // One for each argument of forward, and for each tensor of a list.
-    variable_list results(3 + num_weights + num_biases + 5);
+    variable_list results(3 + num_weights + num_biases + 6);
     if (!grads[0].defined()) return results;
     const bool is_twice = at::GradMode::is_enabled();
     {
@@ -192,7 +205,8 @@ struct JoinedLayerFunction : torch::autograd::Function<JoinedLayerFunction> {
       ska::flat_hash_map<std::string, at::IValue>& data) {
     const int64_t channels = data["channels"].toInt();
     const std::vector<Tensor> plans = data["plans"].toTensorVector();
-    const Tensor grad = as_pixels(grad_output, joined.scalar_type());
+    Tensor grad = as_pixels(grad_output, joined.scalar_type());
+    if (data["pooled"].toBool()) grad = as_squares(grad, joined.size(1), joined.size(2));
     const Tensor mean = at::empty_like(log_sum);
     const Slices of(joined, channels), to(grad_joined, channels);
     const bool is_empty = joined.numel() == 0;
@@ -221,16 +235,17 @@ struct JoinedLayerFunction : torch::autograd::Function<JoinedLayerFunction> {
 
 Tensor joined_layer(const Tensor& x, const Optional& rel_rows, const Optional& rel_cols,
                     at::TensorList weights, at::TensorList biases, int64_t num_heads,
-                    at::ScalarType type, int64_t tiles, int64_t stream, at::TensorList plans) {
+                    at::ScalarType type, bool pooled, int64_t tiles, int64_t stream,
+                    at::TensorList plans) {
   const std::vector<Tensor> of_kernels = plans.vec();  // no inputs of the node
-  return JoinedLayerFunction::apply(x, rel_rows, rel_cols, weights, biases, num_heads, type, tiles,
-                                    stream, &of_kernels);
+  return JoinedLayerFunction::apply(x, rel_rows, rel_cols, weights, biases, num_heads, type, pooled,
+                                    tiles, stream, &of_kernels);
 }
 
 TORCH_LIBRARY(sasa_det_gpu, library) {
   library.def(
       "joined_layer(Tensor x, Tensor? rel_rows, Tensor? rel_cols, Tensor[] weights, "
-      "Tensor[] biases, int num_heads, ScalarType dtype, int tiles, int stream, "
+      "Tensor[] biases, int num_heads, ScalarType dtype, bool pooled, int tiles, int stream, "
       "Tensor[] plans) -> Tensor",
       joined_layer);
 }

@@ -1,5 +1,7 @@
 """A layer of local attention on a GPU: one product makes queries, keys and values."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,17 +48,22 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 
 
 def attend(layer: nn.Module, x: Tensor) -> Tensor:
-    """Run a layer; pooling is left out.
+    """Run a layer.
 
     Args:
         layer: of :func:`is_joined`.
         x: (N, C_in, H, W).
 
     Returns:
-        (N, C_out, H, W), in the layout of ``x``.
+        (N, C_out, ceil(H / stride), ceil(W / stride)), in the layout of ``x``.
     """
+    pools = layer.stride == 2
     if is_one_node(layer, x):
-        output = _attend_as_one_node(layer, x)
+        variant = _variant(layer, _product_dtype(x))
+        # Kernels that pool are checked on their own.
+        in_kernel = pools and cuda.why_not_pooled(x.device, variant) is None
+        output = _attend_as_one_node(layer, x, replace(variant, pooled=in_kernel))
+        pools = pools and not in_kernel
     else:
         weights = weights_of(layer)
         biases = [bias for bias in biases_of(layer) if bias is not None]
@@ -66,6 +73,8 @@ def attend(layer: nn.Module, x: Tensor) -> Tensor:
         joined = F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
         options = (layer.kernel_size, layer.num_heads, layer.content, layer.border == "mask")
         output, _ = joined_attention.attend_joined(joined, layer.rel_rows, layer.rel_cols, *options)
+    if pools:
+        output = layer.pool(output)
     return output.contiguous(memory_format=layout_of(x))
 
 
@@ -90,14 +99,15 @@ def attend_levels(layer: nn.Module, pixels: Tensor, maps: Maps) -> Tensor:
     Returns:
         (P, C_out).
     """
-    return _attend_as_one_node(layer, pixels, maps)
+    return _attend_as_one_node(layer, pixels, _variant(layer, _product_dtype(pixels)), maps)
 
 
-def _attend_as_one_node(layer: nn.Module, x: Tensor, maps: Maps | None = None) -> Tensor:
+def _attend_as_one_node(
+    layer: nn.Module, x: Tensor, variant: Variant, maps: Maps | None = None
+) -> Tensor:
     weights = weights_of(layer)
     biases = [bias for bias in biases_of(layer) if bias is not None]
     embeddings = (layer.rel_rows, layer.rel_cols)
-    variant = _variant(layer, _product_dtype(x))
     return cuda_layer.attend(x, weights, biases, *embeddings, layer.num_heads, variant, maps)
 
 

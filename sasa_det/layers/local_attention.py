@@ -232,7 +232,7 @@ class LocalSelfAttention2d(nn.Module):
                 if self.query_norm is not None:
                     _say_once(self.query_norm.__class__.__name__)
             elif joined.is_joined(self, x):
-                return self.pool(joined.attend(self, x))
+                return joined.attend(self, x)
         tensors = (*self.project(x), self.rel_rows, self.rel_cols)
         if torch.jit.is_scripting():  # which takes operators and no keyword-only defaults
             window = (self.kernel_size, self.num_heads, self.border == "mask")

@@ -35,7 +35,8 @@ except ImportError as error:
     MISSING = f"the C++ kernels do not fit this PyTorch, reinstall sasa_det ({error})"
 else:
     MISSING = None
-    if not hasattr(torch.ops.sasa_det_cpu, "vector_aggregation"):
+    # What was added last.
+    if "pooled" not in str(torch.ops.sasa_det_gpu.joined_layer.default._schema):
         MISSING = "the C++ kernels are those of an older sasa_det, reinstall it"
 
 SUMMARY = "C++, vectorised over pixels, for CPU tensors of float32 or bfloat16"

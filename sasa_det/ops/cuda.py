@@ -117,6 +117,12 @@ def _why_not_of_size(shape: Sequence[int]) -> str | None:
     return None
 
 
+def why_not_pooled(device: torch.device, variant: Variant) -> str | None:
+    """Return why the kernels of a variant that runs here cannot also pool, or None if they can."""
+    variant = Variant(variant.dtype, variant.head_width, variant.kernel_size, pooled=True)
+    return why_not_correct(device, variant)
+
+
 def takes_maps(maps: Maps) -> bool:
     """Tell whether maps, each of which can run here, can do so in one launch."""
     return (

@@ -27,6 +27,7 @@ from . import cpu, loop
 from .cuda_compiler import CompilerError, cache_folder, source_digest
 from .cuda_kernels import Variant
 from .levels import join, split
+from .pooling import avg_pool_rounding_up
 from .precision import autocast_disabled
 
 logger = logging.getLogger(__name__)
@@ -91,8 +92,9 @@ def why_not_correct(device: torch.device, variant: Variant) -> str | None:
         if verdict.problem:
             logger.warning(
                 "local_attention does not use its CUDA kernels for %s, heads of %d channels and "
-                "kernel_size %d: %s. %s=1 checks them again.",
+                "kernel_size %d%s: %s. %s=1 checks them again.",
                 *(variant.dtype, variant.head_width, variant.kernel_size),
+                " with a stride of 2" if variant.pooled else "",
                 *(verdict.problem.rstrip("."), CHECK_VARIABLE),
             )
     return _verdicts[key].problem
@@ -350,6 +352,8 @@ def errors_of(variant: Variant, device: torch.device) -> dict[str, float]:
         embeddings = [None, None]
     options = (variant.kernel_size, heads, variant.mask)
     inputs = (*images, *embeddings)
+    if variant.pooled:
+        return {LAYER: pooled_error(variant, grad, inputs)}
     output, log_sum = cuda.forward(*inputs, *options)
     actual = [output, *cuda.backward(grad, *inputs, log_sum, *options)]
     exact = [None if x is None else x.float() for x in inputs]
@@ -362,8 +366,31 @@ def errors_of(variant: Variant, device: torch.device) -> dict[str, float]:
     return errors
 
 
+def pooled_error(variant: Variant, image: Tensor, inputs: Sequence[Tensor | None]) -> float:
+    """Run a layer that pools; return the largest error of its results.
+
+    Args:
+        variant: of the kernels.
+        image: (N, C, H, W), of which the gradient of the output is made.
+        inputs: query, key, value and both embeddings, None for what the variant does not have.
+    """
+    options = (variant.kernel_size, image.shape[1] // variant.head_width, variant.mask)
+    exact = [None if x is None else x.float() for x in inputs]
+    output, log_sum = loop.forward(*exact, *options)
+    with torch.enable_grad():
+        pooled = avg_pool_rounding_up(output.requires_grad_(), 2)
+        grad = image[..., : pooled.shape[2], : pooled.shape[3]]
+        (whole,) = torch.autograd.grad(pooled, output, grad.float())
+    gradients = loop.backward(whole, *exact, log_sum, *options)
+    return layer_error(variant, grad, inputs, [pooled.detach(), *gradients], most_levels=1)
+
+
 def layer_error(
-    variant: Variant, grad: Tensor, inputs: Sequence[Tensor | None], expected: Sequence[Tensor]
+    variant: Variant,
+    grad: Tensor,
+    inputs: Sequence[Tensor | None],
+    expected: Sequence[Tensor],
+    most_levels: int = 2,
 ) -> float:
     """Run a layer that starts the kernels from C++, alone and as one of two levels.
 
@@ -372,6 +399,7 @@ def layer_error(
         grad: of the output.
         inputs: query, key, value and both embeddings, None for what the variant does not have.
         expected: output and gradients, empty for what the variant does not have.
+        most_levels: up to how many levels to run it as one of.
 
     Returns:
         float: the largest error of its results.
@@ -384,7 +412,7 @@ def layer_error(
     # Projections that pick queries, keys and values out of an input that has them all.
     weights = torch.eye(len(images) * channels, device=grad.device)[:, :, None, None]
     errors = []
-    for num_levels in (1, 2):
+    for num_levels in range(1, most_levels + 1):
         with torch.enable_grad():
             x = torch.cat(images, 1).requires_grad_()
             embeddings = [e if e is None else e.clone().requires_grad_() for e in (rows, cols)]

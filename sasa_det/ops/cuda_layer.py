@@ -48,7 +48,8 @@ def attend(
         maps: whose pixels are in (P, C_in).
 
     Returns:
-        (N, C, H, W) of the variant's dtype, in the layout channels_last, or (P, C).
+        (N, C, H, W) of the variant's dtype, half as high and wide, rounded up, if it is pooled; in
+        the layout channels_last; or (P, C).
     """
     say_once("cuda")
     if maps is None:
@@ -57,7 +58,8 @@ def attend(
     tiles, plans = plans_of(x.device.index, variant, maps, weights[0].shape[0], trains)
     stream = torch.cuda.current_stream(x.device).cuda_stream
     return torch.ops.sasa_det_gpu.joined_layer(
-        x, rel_rows, rel_cols, weights, biases, num_heads, variant.dtype, tiles, stream, plans
+        *(x, rel_rows, rel_cols, weights, biases, num_heads),
+        *(variant.dtype, variant.pooled, tiles, stream, plans),
     )
 
 

@@ -138,6 +138,7 @@ def emulated(library, monkeypatch):
     monkeypatch.setattr(cuda, "start", emulate)
     monkeypatch.setattr(cuda, "why_not", lambda *arguments, **options: None)
     monkeypatch.setattr(cuda, "why_not_like", lambda *arguments, **options: None)
+    monkeypatch.setattr(cuda, "why_not_pooled", lambda device, variant: None)
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from sasa_det.ops.cuda_kernels import (
     pixel_stride,
     pointers_of,
 )
+from sasa_det.ops.pooling import avg_pool_rounding_up
 
 BF16, FP16 = torch.bfloat16, torch.float16
 TOLERANCE = {BF16: 1e-2, FP16: 2e-3}
@@ -44,6 +45,9 @@ VARIANTS = {
     "position": Variant(BF16, 32, 7, content=False),
     "content": Variant(FP16, 16, 7, position=False),
     "one": Variant(BF16, 16, 1, mask=False),
+    "16-pooled": Variant(FP16, 16, 5, mask=False, pooled=True),
+    "32-pooled": Variant(BF16, 32, 7, pooled=True),
+    "64-pooled": Variant(BF16, 64, 7, pooled=True),
 }
 
 
@@ -101,7 +105,7 @@ def forward(library, case, inputs, **options):
     batch, height, width, channels = query.shape
     heads = channels // variant.head_width
     results = {
-        "output": nan(*query.shape, dtype=variant.dtype),
+        "output": nan(*output_shape(variant, inputs), dtype=variant.dtype),
         "log_sum": nan(batch, heads, height, width),
     }
     tensors = dict(zip(NAMES, inputs, strict=True))
@@ -110,9 +114,28 @@ def forward(library, case, inputs, **options):
     return *results.values(), barriers
 
 
+def output_shape(variant, inputs):
+    batch, height, width, channels = inputs[0].shape
+    if variant.pooled:
+        height, width = -(-height // 2), -(-width // 2)
+    return batch, height, width, channels
+
+
+def as_squares(grad, height, width):
+    """Double the gradients of squares of which half is outside, as csrc/gpu_layer.cpp does."""
+    grad = grad.clone()
+    if height % 2:
+        grad[:, -1] *= 2
+    if width % 2:
+        grad[:, :, -1] *= 2
+    return grad
+
+
 def backward(library, case, inputs, grad, log_sum, **options):
     """Run both kernels of the backward pass; return the gradients and the numbers of barriers."""
     variant, query = VARIANTS[case], inputs[0]
+    if variant.pooled:
+        grad = as_squares(grad, *query.shape[1:3])
     tensors = {"grad": grad, **dict(zip(NAMES, inputs, strict=True)), "log_sum": log_sum}
     grad_query, grad_key, grad_value = (nan(*query.shape, dtype=variant.dtype) for _ in range(3))
     results = {"grad_query": grad_query, "mean": nan(*log_sum.shape)}
@@ -161,7 +184,11 @@ def expected_of(variant, inputs):
         *exact, **options, border=border, content=variant.content, backend="reference"
     )
     _, log_sum = loop.forward(*exact, *options.values(), variant.mask)
-    return output.permute(0, 2, 3, 1), log_sum / math.log(2)
+    return pooled(variant, output).permute(0, 2, 3, 1), log_sum / math.log(2)
+
+
+def pooled(variant, output):
+    return avg_pool_rounding_up(output, 2) if variant.pooled else output
 
 
 def expected_gradients(variant, inputs, grad):
@@ -178,13 +205,14 @@ def expected_gradients(variant, inputs, grad):
         backend="reference",
     )
     present = [x for x in leaves if x is not None]
-    gradients = torch.autograd.grad(output, present, channels_first(grad))
+    gradients = torch.autograd.grad(pooled(variant, output), present, channels_first(grad))
     return [x.permute(0, 2, 3, 1) if x.dim() == 4 else x for x in gradients]
 
 
-def make_grad(inputs, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(inputs[0].shape, generator=generator).to(inputs[0].dtype)
+def make_grad(inputs, variant=None):
+    generator = torch.Generator().manual_seed(1)
+    shape = inputs[0].shape if variant is None else output_shape(variant, inputs)
+    return torch.randn(shape, generator=generator).to(inputs[0].dtype)
 
 
 def error_of(actual, expected):
@@ -208,6 +236,9 @@ SIZES = pytest.mark.parametrize(
         ("position", 1, 1, 9, 17),
         ("content", 1, 2, 9, 17),
         ("one", 1, 2, 9, 17),
+        ("16-pooled", 2, 3, 9, 6),
+        ("32-pooled", 2, 1, 10, 17),
+        ("64-pooled", 2, 1, 5, 19),
     ],
 )
 
@@ -300,7 +331,7 @@ def test_forward_equals_a_formulation_without_embeddings(library):
 def test_gradients_equal_the_reference(library, case, batch, heads, height, width):
     variant = VARIANTS[case]
     inputs = make(variant, batch, heads, height, width)
-    grad = make_grad(inputs)
+    grad = make_grad(inputs, variant)
     _, log_sum = expected_of(variant, inputs)
     actual, _ = backward(library, case, inputs, grad, log_sum.float())
     expected = expected_gradients(variant, inputs, grad)
@@ -309,14 +340,15 @@ def test_gradients_equal_the_reference(library, case, batch, heads, height, widt
         assert error_of(ours, exact) <= TOLERANCE[variant.dtype]
 
 
-@pytest.mark.parametrize("case", ["8", "32"])
+@pytest.mark.parametrize("case", ["8", "32", "16-pooled", "64-pooled"])
 @pytest.mark.parametrize("name", ["query", "key", "value", "grad"])
 def test_what_is_not_finite_stays_in_its_window(library, case, name):
     variant = VARIANTS[case]
     inputs = make(variant, 1, 1, 10, 13)
-    grad = make_grad(inputs)
+    grad = make_grad(inputs, variant)
     spoiled = {**dict(zip(NAMES, inputs, strict=True)), "grad": grad}[name]
-    spoiled[0, 4, 7, 1] = math.inf if name == "key" else math.nan
+    row, col = (2, 3) if spoiled.shape != inputs[0].shape else (4, 7)  # of squares
+    spoiled[0, row, col, 1] = math.inf if name == "key" else math.nan
     if name == "value":
         spoiled[0, 9, 1, 2] = -math.inf
     output, log_sum, _ = forward(library, case, inputs)
@@ -328,7 +360,7 @@ def test_what_is_not_finite_stays_in_its_window(library, case, name):
     for ours, exact in zip((output, *actual[:3]), (expected, *gradients[:3]), strict=True):
         assert torch.equal(ours.isfinite(), exact.isfinite()) and exact.isfinite().any()
         finite = exact.isfinite()
-        assert error_of(ours[finite], exact[finite]) <= TOLERANCE[BF16]
+        assert error_of(ours[finite], exact[finite]) <= TOLERANCE[variant.dtype]
 
 
 def test_values_far_from_zero_do_not_spoil_gradients(library):
@@ -487,7 +519,7 @@ def make_layer(bias=False, **options):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("options", [{}, {"content": False}, {"scale_logits": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"content": False}, {"stride": 2}], ids=str)
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 def test_a_layer_as_one_node_of_autograd(launched, options, bias, layout):
     """As on a GPU, where no operator is seen; weights are float32, as under autocast."""
@@ -495,7 +527,8 @@ def test_a_layer_as_one_node_of_autograd(launched, options, bias, layout):
     exact = copy.deepcopy(layer).double()
     exact.backend = "reference"
     x = torch.randn(2, 24, 5, 6).to(memory_format=layout)
-    grad = torch.randn(2, 64, 5, 6).to(memory_format=layout)
+    grad = torch.randn(layer(x).shape).to(memory_format=layout)
+    launched.clear()
     results = []
     for run, module in ((partial(joined.attend, layer), layer), (exact, exact)):
         leaf = x.to(module.query.weight.dtype).requires_grad_()
@@ -643,7 +676,7 @@ def test_the_check_at_first_use_finds_what_is_wrong(emulated, monkeypatch, index
         assert verdict.problem.startswith(f"{name} differs from the loop backend's by ")
 
 
-@pytest.mark.parametrize("case", ["8-half", "position", "content"])
+@pytest.mark.parametrize("case", ["8-half", "position", "content", "32-pooled"])
 def test_the_check_at_first_use_starts_layers_too(launched, monkeypatch, case):
     verdict = cuda_check.verdict_of(VARIANTS[case], torch.device("cpu"))
     assert verdict.problem is None and verdict.errors[cuda_check.LAYER] > 0

@@ -83,7 +83,7 @@ struct Block {
   // 32 bits.
   u64 corner;
   u64 first_plane;  // where its first head's values in planes begin
-  u64 tile;         // its number among those of all images
+  u32 tile;         // its number among those of all images
 
   template <int DEPTH>
   static DEVICE Block of(const Sizes& sizes) {
@@ -105,7 +105,7 @@ struct Block {
     block.corner = level.first_pixel + blockIdx.z * area + place;
     block.first_plane = static_cast<u64>(level.first_pixel) * sizes.heads +
                         (blockIdx.z * sizes.heads + block.first_head) * area + place;
-    block.tile = static_cast<u64>(blockIdx.z) * sizes.tiles + level.first_tile +
+    block.tile = blockIdx.z * sizes.tiles + level.first_tile +
                  tile_row * ((level.width + TILE_COLS - 1) / TILE_COLS) + tile_col;
     return block;
   }
