@@ -396,6 +396,8 @@ def _problem(device: torch.device, dtype: torch.dtype) -> str | None:
 RESULTS = ("output", "the gradient of x", "those of weights", "those of biases")
 
 
+# The first call may come from within a context that makes tensors without gradients for good.
+@torch.inference_mode(False)
 def errors_of(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Compare the kernels' results with PyTorch's in float64 for small levels.
 

@@ -307,7 +307,8 @@ def test_processes_have_one_batch_together(emulated):
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_the_check_at_first_use_finds_what_is_wrong(emulated, monkeypatch, caplog, dtype):
     device, tolerance = torch.device("cpu"), level_norm_cuda.TOLERANCE[dtype]
-    found = level_norm_cuda.errors_of(device, dtype)
+    with torch.inference_mode(dtype == BF16):
+        found = level_norm_cuda.errors_of(device, dtype)
     assert len(found) == 7 and 0 < max(found.values()) <= tolerance / 4
     monkeypatch.setattr(level_norm_cuda, "TOLERANCE", {dtype: max(found.values()) / 2})
     level_norm_cuda._problem.cache_clear()
