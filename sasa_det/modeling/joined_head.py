@@ -15,8 +15,9 @@ from ..layers.joined import attend_levels, runs_on_levels
 from ..layers.plain import is_plain_call
 from ..ops import cuda
 from ..ops.cuda_kernels import MOST_LEVELS, Maps
-from ..ops.levels import join, multiply_levels, split
+from ..ops.levels import join, multiply_levels
 from .attention_tower import AttentionTower
+from .joined_norm import normalize_and_rectify
 from .pointwise import is_product
 
 if TYPE_CHECKING:
@@ -83,15 +84,10 @@ def _run_tower(tower: AttentionTower, pixels: Tensor, maps: Maps) -> Tensor:
     for layer in tower:
         pixels = attend_levels(layer["attention"], pixels, maps)
         if "norms" in layer:
-            pixels = _normalize(pixels, layer["norms"], maps)
-        pixels = torch.relu(pixels)
+            pixels = normalize_and_rectify(pixels, layer["norms"], maps)
+        else:
+            pixels = torch.relu(pixels)
     return pixels
-
-
-def _normalize(pixels: Tensor, norms: Sequence[nn.Module], maps: Maps) -> Tensor:
-    """Apply the norms of the levels, or the one of all."""
-    levels = [norms[i % len(norms)](x) for i, x in enumerate(split(pixels, maps))]
-    return join(levels)[0]
 
 
 def _predict(prediction: nn.Sequential, pixels: Tensor, maps: Maps) -> list[Tensor]:

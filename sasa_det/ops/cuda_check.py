@@ -259,8 +259,9 @@ def verdict_of(variant: Variant, device: torch.device) -> Verdict:
         device: where to run them.
     """
     try:
-        # The first call of a layer may come from within an autocast context.
-        with torch.no_grad(), autocast_disabled(device):
+        # The first call of a layer may come from within an autocast context, or inference mode,
+        # which has no gradients.
+        with torch.inference_mode(False), torch.no_grad(), autocast_disabled(device):
             errors = errors_of(variant, device)
     except CompilerError as error:
         return Verdict({}, str(error))
@@ -314,7 +315,8 @@ def first_use_problem(
         tolerance, theirs: as of :func:`judge`.
     """
     try:
-        verdict = judge(errors(), tolerance, theirs)
+        with torch.inference_mode(False):  # which has no gradients
+            verdict = judge(errors(), tolerance, theirs)
     except CompilerError as error:
         verdict = Verdict({}, str(error))
     if verdict.problem:

@@ -21,7 +21,7 @@ THREADS = 256
 # Elements of a row of pixels, of which those of a tile and its halo are counted with 32 bits.
 LARGEST_ROW = 2**31 // 32
 
-# Maps of one launch.
+# Of one launch, as in csrc/cuda/levels.cuh.
 MOST_LEVELS = 8
 
 # As in csrc/cuda/tile.cuh, and in the tables of local_attention_key.cuh.

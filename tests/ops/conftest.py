@@ -129,9 +129,12 @@ def _source(headers, structures):
 
 @pytest.fixture
 def emulated(library, monkeypatch):
-    """The backend "cuda", whose kernels are emulated: those of the module's ``library``."""
+    """The backend "cuda" with the emulated kernels of ``library``; the names of what started."""
+
+    started = []
 
     def emulate(launch, query):
+        started.append(launch.name.partition("<")[0])
         message, _ = library.start(launch)
         assert message == ""
 
@@ -139,6 +142,7 @@ def emulated(library, monkeypatch):
     monkeypatch.setattr(cuda, "why_not", lambda *arguments, **options: None)
     monkeypatch.setattr(cuda, "why_not_like", lambda *arguments, **options: None)
     monkeypatch.setattr(cuda, "why_not_pooled", lambda device, variant: None)
+    return started
 
 
 @pytest.fixture

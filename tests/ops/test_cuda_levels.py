@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from torch import nn
 
@@ -11,8 +12,9 @@ from sasa_det.layers import LocalSelfAttention2d
 from sasa_det.layers.joined import attend_levels
 from sasa_det.modeling import joined_head, retinanet
 from sasa_det.modeling.joined_head import run_joined
+from sasa_det.modeling.joined_norm import normalize_and_rectify
 from sasa_det.modeling.retinanet import AttentionRetinaNetHead
-from sasa_det.ops import cuda
+from sasa_det.ops import cuda, level_norm_cuda
 from sasa_det.ops.cuda_kernels import EMBEDDINGS_HEADER, KERNELS, Maps, Variant, embeddings_name
 from sasa_det.ops.levels import join, multiply_levels, split
 
@@ -26,7 +28,11 @@ def library(emulate_kernels):
     structures = ("ForwardArguments", "QueryArguments", "KeyArguments")
     names = map(VARIANT.name, KERNELS)
     kernels = dict(zip(names, structures, strict=True))
-    return emulate_kernels(headers, {**kernels, embeddings_name(VARIANT): "EmbeddingArguments"})
+    kernels[embeddings_name(VARIANT)] = "EmbeddingArguments"
+    for name, (structure, _) in level_norm_cuda.KERNELS.items():
+        kernels[level_norm_cuda.kernel_name(name, BF16)] = structure
+    headers += [level_norm_cuda.HEADER, level_norm_cuda.FINISH_HEADER]
+    return emulate_kernels(headers, kernels)
 
 
 def make_features(channels, sizes=((5, 18), (3, 9), (1, 2)), batch=2, dtype=BF16):
@@ -102,11 +108,51 @@ def make_head(norm="BN", **options):
     return head
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_norms_on_all_levels_are_the_norms_on_each(emulated, monkeypatch, training):
+    monkeypatch.setattr(level_norm_cuda, "why_not", lambda x, pixels: None)
+    head = make_head(norm="SyncBN" if training else "BN").train(training)
+    norms = head.cls_subnet[0]["norms"]
+    for norm in norms:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+    alone = copy.deepcopy(norms)
+    features = [x.requires_grad_(training) for x in make_features(64)]
+    pixels, maps = join(features)
+    with torch.set_grad_enabled(training):
+        outputs = split(normalize_and_rectify(pixels, norms, maps), maps)
+    assert emulated == [
+        f"level_norm_{x}" for x in ("moments", "finish", "apply")[-3 if training else -1 :]
+    ]
+    # SyncBatchNorm takes no tensors of CPUs.
+    expected = [
+        F.batch_norm(
+            x, norm.running_mean, norm.running_var, norm.weight, norm.bias, training, eps=norm.eps
+        ).relu()
+        for x, norm in zip(features, alone, strict=True)
+    ]
+    results = [outputs, expected]
+    if training:
+        grads = [torch.randn_like(x) for x in expected]
+        for result, module in zip(results, (norms, alone), strict=True):
+            inputs = [*features, *module.parameters()]
+            result += torch.autograd.grad(list(result), inputs, grads)
+            result += [x for x in module.buffers() if x.dtype == torch.float32]
+        assert [int(norm.num_batches_tracked) for norm in norms] == [1, 1, 1]
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).float().norm() <= 0.01 * theirs.float().norm()
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"norm": "", "mixing_layer": True}, {"norm": "GN"}], ids=str
 )
-def test_heads_on_all_levels_are_the_heads_on_each(launched, monkeypatch, options):
+def test_heads_on_all_levels_are_the_heads_on_each(launched, emulated, monkeypatch, options):
+    monkeypatch.setattr(level_norm_cuda, "why_not", lambda x, pixels: None)
     head = make_head(**options).to(BF16)
+    for module in head.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.float()
     alone = copy.deepcopy(head)
     features = make_features(64)
     results = []
@@ -120,7 +166,11 @@ def test_heads_on_all_levels_are_the_heads_on_each(launched, monkeypatch, option
         # Of two towers of two layers and the layers that predict, on three levels.
         for kernel in KERNELS:
             count = sum(name.startswith(f"{kernel}<") for name in launched)
-            assert count == 6 if module is head else 3 * 6
+            assert count == (6 if module is head else 3 * 6)
+        # Of their norms.
+        if module is head:
+            count = emulated.count("level_norm_gradient")
+            assert count == (4 if options.get("norm", "BN") == "BN" else 0)
         launched.clear()
         monkeypatch.setattr(retinanet, "run_joined", lambda head, features: None)
     for ours, theirs in zip(*results, strict=True):

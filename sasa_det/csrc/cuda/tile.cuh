@@ -5,6 +5,7 @@
 // and g + 8.
 #pragma once
 
+#include <levels.cuh>
 #include <warp.cuh>
 
 constexpr int TILE_ROWS = 8, TILE_COLS = 16;
@@ -60,7 +61,6 @@ struct Level {
   u32 first_tile;   // of an image, among those of all levels
   u32 first_pixel;  // of the first image, among those of all levels' images
 };
-constexpr int MOST_LEVELS = 8;
 
 // What all kernels are started with.
 struct Sizes {

@@ -64,6 +64,17 @@ DEVICE void load(float (&values)[4], const float* from) {
                : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3])
                : "l"(from));
 }
+DEVICE void load(u32 (&words)[4], const u32* from) {
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "l"(from));
+}
+// Of memory that the kernel writes as well, which those above must not read.
+DEVICE float load_own(const float* from) {
+  float value;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(from) : "memory");
+  return value;
+}
 DEVICE void store(u32* to, u32 value) {
   asm volatile("st.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
 }
@@ -81,6 +92,11 @@ DEVICE void store(u16* to, u16 value) {
 }
 DEVICE void store(float* to, float value) {
   asm volatile("st.global.f32 [%0], %1;" ::"l"(to), "f"(value) : "memory");
+}
+DEVICE void store(float* to, const float (&values)[4]) {
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(values[0]),
+               "f"(values[1]), "f"(values[2]), "f"(values[3])
+               : "memory");
 }
 
 // 0 in a register of its own: the compiler copies the four words of an operand for each product if

@@ -353,6 +353,11 @@ DEVICE void load(float (&values)[4], const float* from) {
   emulation::check_global(from, 16, false);
   memcpy(values, from, 16);
 }
+DEVICE void load(u32 (&words)[4], const u32* from) {
+  emulation::check_global(from, 16, false);
+  memcpy(words, from, 16);
+}
+DEVICE float load_own(const float* from) { return load(from); }
 template <typename T>
 DEVICE void store(T* to, T value) {
   emulation::check_global(to, sizeof(T), true);
@@ -365,6 +370,10 @@ DEVICE void store(u32* to, const u32 (&words)[4]) {
 DEVICE void store(u32* to, const u32 (&words)[2]) {
   emulation::check_global(to, 8, true);
   memcpy(to, words, 8);
+}
+DEVICE void store(float* to, const float (&values)[4]) {
+  emulation::check_global(to, 16, true);
+  memcpy(to, values, 16);
 }
 DEVICE u32 held_zero() { return 0; }
 DEVICE void load_shared(u32 (&words)[4], Shared from) {
