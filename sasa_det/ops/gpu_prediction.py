@@ -73,7 +73,7 @@ class Layer:
         channels, size: of the map that it takes.
         count: how often it occurs.
         batch, heads: number of images, and of heads.
-        stride: of the convolution. Attention takes all pixels, and pooling follows it.
+        stride: of the convolution. Attention takes all pixels, and its kernels pool.
         outputs: channels of the result, None for as many as it takes. A 1x1 convolution that makes
             them follows attention.
         other_sizes: of further maps that it takes, each in a call of the convolution, and all in
@@ -181,45 +181,49 @@ def convolution(layer: Layer, gpu: Gpu) -> Times:
     return Times(forward, 2 * forward)
 
 
-def attention(layer: Layer, gpu: Gpu, instructions: Callable[[str, int], float]) -> Times:
+def attention(layer: Layer, gpu: Gpu, instructions: Callable[[str, int, bool], float]) -> Times:
     """Predict the attention layer: the product that makes query, key and value, and the kernels.
 
-    And what follows it to make the result that a convolution makes.
+    And the 1x1 convolution that follows it, if there is one.
 
     Args:
         layer: what to predict.
         gpu: on what.
-        instructions: of a kernel and a head width, as
+        instructions: of a kernel, a head width, and whether it pools, as
             :func:`sasa_det.ops.gpu_instructions.instructions_per_head` counts them.
     """
     flops = 3 * layer.channels * layer.unit
     product = max(flops / gpu.product, 4 * layer.unit / gpu.bandwidth, _SHORTEST)
     maps = Maps(layer.batch, tuple((size, size) for size in layer.sizes))
 
-    def kernel(name: str, units: int) -> float:
+    pooled = layer.stride == 2
+
+    def kernel(name: str, units: float) -> float:
         head_width = layer.channels // layer.heads
         variant = Variant(None, head_width, 7)
         blocks = blocks_of(variant, maps, layer.channels)
         warps = blocks * _WARPS_OF_BLOCK * variant.heads_of_block
-        arithmetic = warps * instructions(name, head_width) / gpu.issue / _ISSUED
+        arithmetic = warps * instructions(name, head_width, pooled) / gpu.issue / _ISSUED
         memory = units * layer.unit / gpu.bandwidth
         smaller, larger = sorted((arithmetic, memory))
         return larger + _NOT_OVERLAPPED * smaller + _START
 
-    # Maps that they read and write.
-    forward = kernel("local_attention_forward", 4)
-    backward = kernel("local_attention_query", 5) + kernel("local_attention_key", 6)
+    # Maps that they read and write, of which the output, or its gradient, may be pooled.
+    output = 1 / layer.stride**2
+    forward = kernel("local_attention_forward", 3 + output)
+    query, key = (
+        kernel("local_attention_query", 4 + output),
+        kernel("local_attention_key", 5 + output),
+    )
+    backward = query + key
     follows = _following(layer, gpu)
     return Times(product + forward, 2 * product + backward) + follows
 
 
 def _following(layer: Layer, gpu: Gpu) -> Times:
-    """Predict the pooling or 1x1 convolution that follows attention."""
+    """Predict the 1x1 convolution that follows attention."""
     if layer.outputs is None:
-        if layer.stride == 1:
-            return Times(0, 0)
-        memory = (layer.unit + layer.result) / gpu.bandwidth
-        return Times(memory + _START, memory + _START)
+        return Times(0, 0)
 
     def product(part: Layer) -> float:
         flops = part.channels * part.result

@@ -26,17 +26,22 @@ from .gpu_prediction import GPUS, WHOLE, Gpu, Times, attention, convolution, gpu
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 
+def _variant(head_width: int, pooled: bool = False) -> Variant:
+    return Variant(torch.bfloat16, head_width, WIDEST_KERNEL, pooled=pooled)
+
+
 @functools.cache
-def _compiled(name: str, head_width: int, architecture: str) -> CompiledKernel:
-    variant = Variant(torch.bfloat16, head_width, WIDEST_KERNEL)
+def _compiled(name: str, variant: Variant, architecture: str) -> CompiledKernel:
     return compile_kernel(KERNELS[name].header, variant.name(name), architecture)
 
 
-def count_instructions(name: str, head_width: int, architecture: str) -> float:
+def count_instructions(
+    name: str, head_width: int, pooled: bool = False, architecture: str = "sm_90"
+) -> float:
     """Count as :func:`instructions_per_head`, for bfloat16 and the widest windows."""
-    variant = Variant(torch.bfloat16, head_width, WIDEST_KERNEL)
+    variant = _variant(head_width, pooled)
     inner = KERNELS[name].inner_loop(variant)
-    compiled = _compiled(name, head_width, architecture)
+    compiled = _compiled(name, variant, architecture)
     return instructions_per_head(compiled, variant.heads_of_block, inner)
 
 
@@ -46,8 +51,8 @@ def resources(architectures: Sequence[str], head_widths: Sequence[int]) -> list[
     for architecture in architectures:
         for name, kernel in KERNELS.items():
             for head_width in head_widths:
-                variant = Variant(torch.bfloat16, head_width, WIDEST_KERNEL)
-                taken = _compiled(name, head_width, architecture).resources
+                variant = _variant(head_width)
+                taken = _compiled(name, variant, architecture).resources
                 row = {
                     "architecture": architecture,
                     "kernel": name.removeprefix("local_attention_"),
@@ -57,7 +62,8 @@ def resources(architectures: Sequence[str], head_widths: Sequence[int]) -> list[
                     "shared KiB": round(kernel.shared_bytes(variant) / 1024, 1),
                 }
                 if disassembler():
-                    row["instructions"] = round(count_instructions(name, head_width, architecture))
+                    count = count_instructions(name, head_width, architecture=architecture)
+                    row["instructions"] = round(count)
                 rows.append(row)
     return rows
 

@@ -23,12 +23,14 @@ FORWARD, QUERY, KEY = KERNELS
 INSTRUCTIONS = {
     FORWARD: {8: 600, 16: 750, 32: 950, 64: 1400},
     QUERY: {8: 800, 16: 1000, 32: 1300, 64: 1700},
-    KEY: {8: 910, 16: 1150, 32: 1450, 64: 1950},
+    KEY: {8: 930, 16: 1150, 32: 1450, 64: 1950},
 }
+# What pooling takes of the kernel that writes the output, and of the others.
+POOLING = {FORWARD: 160, QUERY: 60, KEY: 90}
 # Registers with which as many blocks as planned fit an SM.
 REGISTERS = {FORWARD: {8: 80, 16: 80, 32: 80, 64: 128}}
 MOST_REGISTERS = 128
-SPILLED_BYTES = {8: 80, 16: 72, 32: 64, 64: 136}
+SPILLED_BYTES = {8: 64, 16: 64, 32: 64, 64: 136}
 # All GPUs from compute capability 8.0 on have 99 KiB for a block. The widest heads need more in the
 # backward pass, and twice this is what an SM of 9.0 has.
 SHARED_BYTES = {8: 99 * 1024, 16: 99 * 1024, 32: 99 * 1024, 64: 113 * 1024}
@@ -43,8 +45,8 @@ def cache(tmp_path_factory):
         yield folder / "sasa_det" / "cuda"
 
 
-def check_limits(architecture, dtype, head_width):
-    variant = Variant(dtype, head_width, 7)
+def check_limits(architecture, dtype, head_width, pooled=False):
+    variant = Variant(dtype, head_width, 7, pooled=pooled)
     for name, kernel in KERNELS.items():
         compiled = compile_kernel(kernel.header, variant.name(name), architecture)
         registers = REGISTERS.get(name, {}).get(head_width, MOST_REGISTERS)
@@ -55,7 +57,7 @@ def check_limits(architecture, dtype, head_width):
             inner = kernel.inner_loop(variant)
             count = instructions_per_head(compiled, variant.heads_of_block, inner)
             # Less than half of it would be code that does nothing.
-            limit = INSTRUCTIONS[name][head_width]
+            limit = INSTRUCTIONS[name][head_width] + pooled * POOLING[name]
             assert limit / 2 <= count <= limit
 
 
@@ -82,8 +84,15 @@ def test_all_kernels_stay_within_their_limits(architecture, dtype, head_width):
 
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.parametrize("head_width", HEAD_WIDTHS)
+def test_kernels_that_pool_stay_within_their_limits(head_width):
+    check_limits("sm_90", BF16, head_width, pooled=True)
+
+
+@needs_compiler
+@pytest.mark.slow
 @pytest.mark.skipif(disassembler() is None, reason="nvdisasm is not installed")
-@pytest.mark.parametrize("gpu,forward,step", [(GPUS[0], 1.25, 1.45), (GPUS[1], 0.85, 1.0)])
+@pytest.mark.parametrize("gpu,forward,step", [(GPUS[0], 1.1, 1.3), (GPUS[1], 0.8, 0.9)])
 def test_predicted_times_of_retinanet(gpu, forward, step):
     total = predictions(gpu)[-1]
     assert total["layer"] == "RetinaNet-50"
