@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..layers import LocalSelfAttention2d
 from ..layers.joined import attend_levels, runs_on_levels
 from ..layers.plain import is_plain_call
-from ..ops import cuda
+from ..ops import cuda, cuda_layer
 from ..ops.cuda_kernels import MOST_LEVELS, Maps
 from ..ops.levels import join, multiply_levels
 from .attention_tower import AttentionTower
@@ -37,16 +37,22 @@ def run_joined(
         (logits, deltas) as the head returns them, in the layout channels_last; None where the CUDA
         kernels do not take all layers, or modules are more than their weights, as with hooks.
     """
-    if not 1 < len(features) <= MOST_LEVELS or not _takes(head, features):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    if not 1 < len(features) <= MOST_LEVELS or not cuda_layer.is_there(features[0].device):
+        return None
+    if not _takes(head, features):
         return None
     pixels, maps = join(features)
-    return tuple(
+    logits, deltas = (
         _predict(prediction, _run_tower(tower, pixels, maps), maps)
-        for tower, prediction in (
-            (head.cls_subnet, head.cls_score),
-            (head.bbox_subnet, head.bbox_pred),
-        )
+        for tower, prediction in _subnets(head)
     )
+    return logits, deltas
+
+
+def _subnets(head: "AttentionRetinaNetHead") -> list[tuple[nn.Module, nn.Sequential]]:
+    return [(head.cls_subnet, head.cls_score), (head.bbox_subnet, head.bbox_pred)]
 
 
 def _takes(head: "AttentionRetinaNetHead", features: Sequence[Tensor]) -> bool:
@@ -54,10 +60,7 @@ def _takes(head: "AttentionRetinaNetHead", features: Sequence[Tensor]) -> bool:
     if any(_kind_of(x) != _kind_of(first) for x in features):
         return False
     layers, called = [], []
-    for tower, prediction in (
-        (head.cls_subnet, head.cls_score),
-        (head.bbox_subnet, head.bbox_pred),
-    ):
+    for tower, prediction in _subnets(head):
         if type(tower) is not AttentionTower:  # fused, with weights for each level
             return False
         called += [tower, prediction]

@@ -187,13 +187,13 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_key(const KeyArgum
   if (POSITION)
     Embeddings<DEPTH, KERNEL>::template prepare<T>(embeddings, x.rel_rows, x.rel_cols, block, me);
   const Pixels pixels(block, me);
-  const Windows columns(me);
+  const Windows all_windows(me);
   // Tables of the queries in columns 2t and 2t + 1, or 8 further on: terms for the offset of key g,
   // and the others for offset 0.
   Shared terms[2], others[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int col = 2 * me.t + i + (columns.near[i] ? 0 : 8);
+    const int col = 2 * me.t + i + (all_windows.near[i] ? 0 : 8);
     const Shared row = tables + me.row() * Tables::ROW_BYTES;
     terms[i] = row + Tables::by_col(me.col() + col, me.g + LAST - col & 7);
     others[i] = row + Tables::by_row(me.col() + col, 0);
@@ -217,13 +217,7 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_key(const KeyArgum
     }
     Tables::template prepare<T, POSITION>(tables, queries, embeddings, block, head, me);
     wait_for_block();
-    Windows windows = columns;
-    if (DEPTH == 8) {
-      // Found again for each head: a register that is kept for it would be one too many.
-      Thread again = me;
-      again.g += held_zero();
-      windows.places = Windows(again).places;
-    }
+    const Windows windows = DEPTH == 8 ? all_windows.found_again(me) : all_windows;
     const PixelsAsColumns<DEPTH> queries_as_columns(queries, me, head);
     const PixelsAsColumns<DEPTH> grads_as_columns(grads, me, head);
     u32 weights[ROWS / 2][4], slopes[ROWS / 2][4];

@@ -260,8 +260,9 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
   if (POSITION) {
     wait_for_block();
     // The sums of all warps.
-    float* to = x.grad_embeddings +
-                (static_cast<u64>(block.tile) * x.sizes.heads + block.first_head) * DEPTH * 8;
+    constexpr bool AGAIN = DEPTH == 8 && ARCHITECTURE < 900;  // it would be a register too many
+    const u64 tile = AGAIN ? Block::of<DEPTH>(x.sizes, held_zero()).tile : block.tile;
+    float* to = x.grad_embeddings + (tile * x.sizes.heads + block.first_head) * DEPTH * 8;
 #pragma unroll
     for (int i = threadIdx.x; i < H::CHANNELS * 8; i += THREADS) {
       float sum = 0.f;

@@ -85,16 +85,18 @@ struct Block {
   u64 first_plane;  // where its first head's values in planes begin
   u32 tile;         // its number among those of all images
 
+  // With a `zero` that the compiler does not know, nothing is kept in registers for it.
   template <int DEPTH>
-  static DEVICE Block of(const Sizes& sizes) {
+  static DEVICE Block of(const Sizes& sizes, u32 zero = 0) {
     constexpr int COUNT = Heads<DEPTH>::COUNT;
     const int groups = (sizes.heads + COUNT - 1) / COUNT;
     const int tile_col = groups == 1 ? blockIdx.x : product_high(blockIdx.x, sizes.groups_inverse);
+    const u32 row = blockIdx.y + zero;
     int number = 0;
 #pragma unroll
-    for (int i = 1; i < MOST_LEVELS; ++i) number += blockIdx.y >= sizes.levels[i].first_row;
+    for (int i = 1; i < MOST_LEVELS; ++i) number += row >= sizes.levels[i].first_row;
     const Level& level = sizes.levels[number];
-    const int tile_row = blockIdx.y - level.first_row;
+    const int tile_row = row - level.first_row;
     Block block;
     block.height = level.height, block.width = level.width;
     block.top = tile_row * TILE_ROWS, block.left = tile_col * TILE_COLS;

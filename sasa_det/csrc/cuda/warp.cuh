@@ -99,6 +99,9 @@ DEVICE void store(float* to, const float (&values)[4]) {
                : "memory");
 }
 
+// A hundred times the compute capability of the GPU that this is compiled for.
+constexpr int ARCHITECTURE = __CUDA_ARCH__;
+
 // 0 in a register of its own: the compiler copies the four words of an operand for each product if
 // it knows that one of them is constant. It is the depth of a block, which is 1, less 1.
 DEVICE u32 held_zero() {

@@ -16,6 +16,13 @@ struct Windows {
     // Of each four columns, 0 or 1 and 2 or 3: one bit for each of the pairs that are far.
     places = (0x8888u | (0x5555u & ((1u << 2 * me.g) - 1))) * 0x10001u;
   }
+  // The same, whose places are computed here: a register that is kept for them may be one too many.
+  DEVICE Windows found_again(Thread me) const {
+    me.g += held_zero();
+    Windows windows = *this;
+    windows.places = Windows(me).places;
+    return windows;
+  }
 };
 
 // Rows of a tile as right operands, transposed: their pixels are the columns of the result.

@@ -375,6 +375,7 @@ DEVICE void store(float* to, const float (&values)[4]) {
   emulation::check_global(to, 16, true);
   memcpy(to, values, 16);
 }
+constexpr int ARCHITECTURE = 800;
 DEVICE u32 held_zero() { return 0; }
 DEVICE void load_shared(u32 (&words)[4], Shared from) {
   memcpy(words, emulation::shared(from, 16), 16);
