@@ -31,7 +31,7 @@ def pooled_stem(x: Tensor, conv: nn.Module, norm: nn.Module, layer: nn.Module) -
         (N, C, ceil(H / 2), ceil(W / 2)); None where this cannot stand for the modules.
     """
     kind, count = norm_kind(norm), x.numel() // max(x.shape[1], 1)
-    if not runs_products(x) or kind is None or count < 2 or conv.weight.dtype != x.dtype:
+    if not runs_products(x) or kind is None or count < 2:
         return None
     if not all(is_product(one) and one.bias is None for one in (conv, layer)):
         return None

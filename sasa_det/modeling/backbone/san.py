@@ -17,7 +17,7 @@ from ...config.defaults import check_has_keys
 from ...config.recipe import recipe_keys
 from ...layers import PairwiseAttention2d, PatchwiseAttention2d
 from ...layers.plain import is_plain_call
-from ...ops.arguments import check_choice
+from ...ops.arguments import check_choice, check_type
 from ..attention_options import check_norm
 from ..normed_products import normed_products
 from ..pointwise import use_products
@@ -95,6 +95,9 @@ class _Stage(CNNBlockBase):
         self.is_reference = self.blocks[0].attention.is_reference
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # alone, or TorchScript compiles what it cannot
+            if self.conv is not None:
+                check_type("a SAN", x, self.conv.weight.dtype)
         if torch.jit.is_scripting() or self.is_reference:
             if self.conv is not None and self.norm is not None:
                 x = F.relu(self.norm(self.conv(x)))
