@@ -117,6 +117,13 @@ def warmup_scheduler(
         warmup_factor: factor of the learning rate at the start.
         warmup_method: "linear" or "constant".
     """
+    if warmup_iters >= max_iter:
+        logger.warning(
+            "lr_multiplier.warmup_iters should be below train.max_iter, %d, got %d: the learning "
+            "rate only rises to that of the end of the schedule, which is 0 for a cosine.",
+            max_iter,
+            warmup_iters,
+        )
     length = min(warmup_iters / max_iter, 1.0)
     return WarmupParamScheduler(scheduler, warmup_factor, length, warmup_method)
 

@@ -18,7 +18,7 @@ from ..ops import (
     standard_blocks,
     stem_attention,
 )
-from ..ops.arguments import check_choice, check_heads
+from ..ops.arguments import check_choice, check_heads, check_type
 from ..ops.local_attention import check_backend
 from ..ops.operator import prefers_channels_last
 from ..ops.pooling import max_pool_rounding_up
@@ -173,17 +173,9 @@ class AttentionStem(nn.Module):
             ValueError: if the type is another one, without autocast.
         """
         if not torch.jit.is_scripting():  # alone, or TorchScript compiles what it cannot
-            self._check_type(x)
+            check_type("an attention stem", x, self.query.weight.dtype)
             return self._run(x)
         return self._pool(self._attend(x))
-
-    def _check_type(self, x: Tensor) -> None:
-        dtype = self.query.weight.dtype
-        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(
-                f"the input of an attention stem must have the type of its weights, {dtype}, got "
-                f"{x.dtype}."
-            )
 
     def _run(self, x: Tensor) -> Tensor:
         x = self._run_fused(x) if self._is_plain() else self._pool(self._attend(x))

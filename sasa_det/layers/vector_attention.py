@@ -116,7 +116,8 @@ class _VectorAttention2d(nn.Module):
         Returns:
             (N, out_channels, H, W).
         """
-        if torch.jit.is_scripting():  # which passes no modules to functions
+        if torch.jit.is_scripting() or self.is_reference:
+            # Scripts pass no modules to functions.
             query, key, value = self.query(x), self.key(x), self.value(x)
             weights = self.window_weights(query, key)
             if self.is_reference:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 
+import torch
 from torch import Tensor
 
 
@@ -17,6 +18,14 @@ def check_kernel_size(kernel_size: int) -> None:
         raise ValueError(f"kernel_size must be an odd integer >= 1, got {kernel_size!r}.")
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be odd and at least 1, got {kernel_size}.")
+
+
+def check_type(name: str, x: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError unless ``x`` has the type of the weights, which autocast makes needless."""
+    if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(
+            f"the input of {name} must have the type of its weights, {dtype}, got {x.dtype}."
+        )
 
 
 def check_heads(channels: int, num_heads: int, name: str = "channels") -> None:

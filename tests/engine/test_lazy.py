@@ -449,6 +449,18 @@ def test_configs_have_the_keys_that_detectron2s_script_reads(path):
     assert not {key for key in keys if key not in train} and train.amp.enabled is False
 
 
+def test_a_warmup_longer_than_the_run_is_warned_of(caplog):
+    """In detectron2's script, which checks nothing before it trains."""
+    cfg = LazyConfig.load(str(LAZY_CONFIGS[-1]))
+    cfg.train.max_iter, cfg.lr_multiplier.warmup_iters = 3, 3
+    schedule = instantiate(cfg.lr_multiplier)
+    assert [schedule(step / 3) for step in range(3)] == [0, 0, 0]
+    assert "warmup_iters should be below train.max_iter, 3, got 3: the learning" in caplog.text
+    caplog.clear()
+    cfg.lr_multiplier.warmup_iters = 1
+    assert instantiate(cfg.lr_multiplier)(1 / 3) > 0 and not caplog.records
+
+
 def test_detectron2s_script_trains_and_evaluates(config, digits, tmp_path, unregister):
     for split in ("train", "val"):
         unregister.append(f"small_{split}")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -37,6 +38,20 @@ def digits(tmp_path_factory):
 @pytest.fixture(scope="module")
 def predictor():
     return Predictor.from_checkpoint(NAME)
+
+
+def test_detectron2s_predictor_finds_the_same(predictor):
+    """With the code of the documentation."""
+    blocks = Path("docs/model_zoo.md").read_text().split("```python\n")[1:]
+    names = {}
+    for block in blocks:
+        exec(block.partition("```")[0], names)
+    for path in model_zoo.get_sample_images(NAME):
+        found = names["predictor"](read_image(path, "BGR"))["instances"]
+        (expected,) = predictor([path])
+        assert len(expected) > 0 and len(found) == len(expected)
+        boxes = found.pred_boxes.tensor, expected.pred_boxes.tensor
+        torch.testing.assert_close(*boxes, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(

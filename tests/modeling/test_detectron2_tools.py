@@ -82,7 +82,7 @@ def backbones():
         yield name, lambda cfg=cfg: build_backbone(cfg)
 
 
-@pytest.mark.parametrize("name", ["sasa_resnet", "sasa_resnet_fpn"])
+@pytest.mark.parametrize("name", ["sasa_resnet", "sasa_resnet_fpn", "san", "san_fpn"])
 def test_scripts_of_standard_operators_are_bit_equal(name):
     """As detectron2's test_backbone asks for: in training, to 1e-8 where features are near zero."""
     cfg = get_cfg()
@@ -90,14 +90,16 @@ def test_scripts_of_standard_operators_are_bit_equal(name):
     cfg.MODEL.BACKBONE.NAME = f"build_{name}_backbone"
     cfg.MODEL.SASA.BACKEND = "reference"
     cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.SASA.WIDTH_MULTIPLIER = 26, 0.5
+    cfg.MODEL.SAN.WIDTH_MULTIPLIER = 0.25
     if name.endswith("fpn"):
+        cfg.MODEL.SAN.ATTENTION = "patchwise"
         cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
         cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
         cfg.MODEL.RESNETS.NORM = cfg.MODEL.FPN.NORM = "GN"
     torch.manual_seed(0)
     backbone = build_backbone(cfg)
     scripted = torch.jit.script(backbone)
-    x = torch.rand(2, 3, 128, 128)
+    x = torch.rand(2, 3, 64, 64)
     for name, feature in backbone(x).items():
         assert torch.allclose(feature, scripted(x)[name])
 

@@ -309,6 +309,16 @@ def test_detectors_train_and_detect(architecture, attention, fpn):
     assert output["instances"].scores.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_an_image_of_another_type_is_refused(backend):
+    san = SAN(width_multiplier=0.25, out_features=["stem"], backend=backend).eval().bfloat16()
+    image = torch.zeros(1, 3, 8, 8)
+    with torch.no_grad():
+        assert san(image.bfloat16())["stem"].dtype == torch.bfloat16
+        with pytest.raises(ValueError, match="of a SAN must have the type of its weights, .*16"):
+            san(image)
+
+
 @pytest.mark.parametrize("change,message", [
     ({"ATTENTION": "patch"}, "MODEL.SAN.ATTENTION.* must be one of .*got 'patch'"),
     ({"DEPTH": 50}, "MODEL.SAN.DEPTH.* must be one of .*got 50"),

@@ -17,7 +17,7 @@ from ...config.defaults import check_has_keys
 from ...config.recipe import recipe_keys
 from ...layers import PairwiseAttention2d, PatchwiseAttention2d
 from ...layers.plain import is_plain_call
-from ...ops.arguments import check_choice
+from ...ops.arguments import check_choice, check_type
 from ..attention_options import check_norm
 from ..normed_products import normed_products
 from ..pointwise import use_products
@@ -47,7 +47,7 @@ class _Block(nn.Module):
         self.project = nn.Conv2d(width, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting() or self.attention.is_reference:
             out = self.attention(F.relu(self.norm1(x)))
             return x + self.project(F.relu(self.norm2(out)))
         else:
@@ -72,6 +72,8 @@ class _Stage(CNNBlockBase):
     The first stage has them behind a pointwise layer on the image's pixels.
     """
 
+    __constants__ = ["is_reference"]
+
     def __init__(
         self,
         in_channels: int,
@@ -90,9 +92,13 @@ class _Stage(CNNBlockBase):
         self.out_norm = norm(out_channels)
         self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False) if is_stem else None
         self.norm = norm(out_channels) if is_stem else None
+        self.is_reference = self.blocks[0].attention.is_reference
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # alone, or TorchScript compiles what it cannot
+            if self.conv is not None:
+                check_type("a SAN", x, self.conv.weight.dtype)
+        if torch.jit.is_scripting() or self.is_reference:
             if self.conv is not None and self.norm is not None:
                 x = F.relu(self.norm(self.conv(x)))
             x = self.transition(F.max_pool2d(x, 2, ceil_mode=True))
