@@ -115,7 +115,7 @@ def check_stops():
             results, received = evaluated(trainer, None if factor is None else factor * moment)
             assert trainer.checkpointer.model.weight == 1.0
             outcomes = comm.all_gather((results is None, received))
-            (ended,) = {stopped for stopped, _ in outcomes}
+            (ended,) = {stop for stop, _ in outcomes}
             assert ended or results == expected
             if not any(received for _, received in outcomes):
                 break
