@@ -51,9 +51,16 @@ class StopSignals:
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Handle the signals in a block of the main thread; restore the handlers afterwards."""
+        """Handle the signals in a block of the main thread; restore the handlers afterwards.
+
+        No process of a run begins its block before all handle the signals.
+
+        Raises:
+            StopTraining: if one came before.
+        """
         before = {number: signal.signal(number, self._handle) for number in _STATUS}
         try:
+            self._wait_for_others()
             yield
         finally:
             for number, handler in before.items():
@@ -110,6 +117,16 @@ class StopSignals:
         """Raise StopTraining for the signal that this or another process received."""
         number = self.received or signal.SIGTERM
         raise StopTraining(f"{number.name} was received", _STATUS[number])
+
+    def _wait_for_others(self) -> None:
+        """Wait for the processes that a signal would still end, and others with them."""
+        try:
+            comm.synchronize()
+        except RuntimeError:
+            # Nothing was done yet. A process that this signal has ended is no error of this one.
+            if self.received is not None:
+                self.stop()
+            raise
 
     def _interrupt(self) -> None:
         """Raise StopTraining from now on as soon as a signal arrives, or for one that did."""

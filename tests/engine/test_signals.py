@@ -34,6 +34,31 @@ def test_a_signal_is_noted_and_ends_the_run_with_its_status(number, status):
     assert signal.getsignal(number) == before
 
 
+def test_processes_wait_until_all_handle_signals(monkeypatch):
+    """A signal ends a process that does not handle it yet, and others that wait for it."""
+    signals = StopSignals()
+    handlers = []
+    monkeypatch.setattr(
+        signals_module.comm,
+        "synchronize",
+        lambda: handlers.append(signal.getsignal(signal.SIGTERM)),
+    )
+    with signals.handled():
+        assert handlers == [signals._handle]
+
+    def left(number=None):
+        if number is not None:
+            os.kill(os.getpid(), number)
+        raise RuntimeError("Connection closed by peer")
+
+    before = signal.getsignal(signal.SIGTERM)
+    for number, error in ((None, RuntimeError), (signal.SIGTERM, StopTraining)):
+        monkeypatch.setattr(signals_module.comm, "synchronize", lambda n=number: left(n))
+        with pytest.raises(error), StopSignals().handled():
+            raise AssertionError("not reached")
+        assert signal.getsignal(signal.SIGTERM) == before
+
+
 def interrupted():
     os.kill(os.getpid(), signal.SIGTERM)
     raise AssertionError("not reached")
