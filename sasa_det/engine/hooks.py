@@ -1,15 +1,9 @@
-"""Hooks: signals, moving averages, checkpoints, evaluation."""
+"""Hooks: moving averages, checkpoints, evaluation."""
 
 import logging
 import math
-import os
-import signal
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import torch
@@ -23,95 +17,9 @@ from ..checkpoint.sharding import shard_like
 from ..errors import CheckpointError, StopTraining
 from ..evaluation.validation_loss import modules_with_loss_normalizer
 from .distributed import unwrapped
+from .signals import StopSignals
 
 logger = logging.getLogger(__name__)
-
-# Exit statuses. Schedulers send SIGTERM or, some time before it, SIGUSR1.
-_STATUS = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
-
-# Ctrl-C in a terminal reaches a launched process twice: from the terminal and from the launcher.
-_SAME_INTERRUPT_S = 0.5
-
-# Time after which a signal is sent again whose exception Python ignored.
-_RESEND_S = 0.01
-
-
-class StopSignals:
-    """Records SIGTERM, SIGUSR1 and SIGINT, so that the current step can be finished and saved.
-
-    Attributes:
-        received (signal.Signals or None): the first signal that this process received.
-        agreed (bool): whether any process of the run received one; all processes agree on it.
-    """
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self.agreed = False
-        self._at_once = False
-        self._interrupted_at: float | None = None
-        self._resend = threading.Timer(0, lambda: None)
-
-    @contextmanager
-    def handled(self) -> Iterator[None]:
-        """Handle the signals in a block of the main thread; restore the handlers afterwards."""
-        before = {number: signal.signal(number, self._handle) for number in _STATUS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Raise StopTraining in this block as soon as a signal arrives.
-
-        The exception can interrupt any operation: the block must not change anything that is saved
-        afterwards.
-        """
-        hook, sys.unraisablehook = sys.unraisablehook, self._raise_again
-        try:
-            if self.received is not None:
-                self.stop()
-            self._at_once = True
-            yield
-        finally:
-            self._at_once = False
-            sys.unraisablehook = hook
-            self._resend.cancel()
-
-    def _raise_again(self, unraisable: Any) -> None:
-        """Send the signal again if Python ignored the exception, as in a callback of a fork."""
-        if not isinstance(unraisable.exc_value, StopTraining):
-            sys.__unraisablehook__(unraisable)
-            return
-        self._at_once = True
-        self._resend = threading.Timer(_RESEND_S, os.kill, (os.getpid(), self.received))
-        self._resend.start()
-
-    def between(self, items: Iterable[Any]) -> Iterator[Any]:
-        """Yield items, and raise StopTraining before the next one if a signal arrived."""
-        for item in items:
-            if self.received is not None:
-                self.stop()
-            yield item
-
-    def stop(self) -> None:
-        """Raise StopTraining for the signal that this or another process received."""
-        number = self.received or signal.SIGTERM
-        raise StopTraining(f"{number.name} was received", _STATUS[number])
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = self.received or signal.Signals(number)
-        if number == signal.SIGINT:
-            now, before = time.monotonic(), self._interrupted_at
-            self._interrupted_at = now
-            # A second Ctrl-C means that the user does not want to wait.
-            if before is not None and now - before > _SAME_INTERRUPT_S:
-                raise KeyboardInterrupt
-        if self._at_once:
-            # Only once: the cleanup after the exception must not be interrupted.
-            self._at_once = False
-            self.stop()
 
 
 class ModelEma:
@@ -357,8 +265,8 @@ class Evaluation(HookBase):
         """
         Args:
             period: iterations between two evaluations; 0 evaluates at the end only.
-            evaluate: returns nested dicts of metrics; raises StopTraining if a signal interrupts
-                it, and leaves the model unchanged.
+            evaluate: returns nested dicts of metrics; raises StopTraining, in all processes, if a
+                signal interrupts it, and leaves the model unchanged.
             checkpoints: saves the best weights, an interrupted run, and the final state.
             best: the metric whose best checkpoint is saved, if any.
         """
@@ -387,7 +295,8 @@ class Evaluation(HookBase):
 
     def _run(self) -> None:
         if comm.get_world_size() > 1:
-            # Saving needs all processes, and a signal reaches them at different moments.
+            # A process that no signal reaches evaluates its images before it stops with the others,
+            # which may be too late to save.
             self._checkpoints.save_now()
         try:
             results = self._evaluate()

@@ -19,7 +19,7 @@ from ..modeling.batch_norm import SingleValueError, naming_batch_norms
 from ..utils.seeding import seed_everything
 from ..utils.text import abbreviated_list
 from .distributed import shard_optimizer_state, unwrapped, without_sync
-from .hooks import StopSignals
+from .signals import StopSignals
 
 logger = logging.getLogger(__name__)
 

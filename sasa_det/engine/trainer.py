@@ -45,11 +45,11 @@ from .hooks import (
     ModelEma,
     PreciseBN,
     StopOnSignal,
-    StopSignals,
 )
 from .model_options import apply_options
 from .optimizer import build_optimizer, max_gradient_norm, with_clipping
 from .schedule import LearningRate, build_lr_scheduler, in_iterations, scale_learning_rate
+from .signals import StopSignals, interruptible
 from .tasks import task_of
 from .train_loop import StepTrainer
 from .writers import MetricWriters, ProgressPrinter, WandbRun
@@ -226,8 +226,8 @@ class Trainer(DefaultTrainer):
                 results["ema"] = self._test(model, evaluators)
         if self.options.tta_enabled and self.iter + 1 >= self.max_iter:
             # It takes as long as several evaluations. As in detectron2, at the end alone.
-            with self.signals.at_once():
-                results.update(self.test_with_TTA(self.cfg, model))
+            augmented = self.signals.at_once(lambda: self.test_with_TTA(self.cfg, model))
+            results.update(augmented)
         if self.options.validation_loss:
             batches = self.signals.between(self._validation_batches())
             with unsharded(model):
@@ -239,8 +239,7 @@ class Trainer(DefaultTrainer):
 
     def _test(self, model: nn.Module, evaluators=None) -> dict[str, Any]:
         """Evaluate until a signal arrives; evaluation does not change weights."""
-        with self.signals.at_once():
-            return dict(self.test(self.cfg, model, evaluators))
+        return self.signals.at_once(lambda: dict(self.test(self.cfg, model, evaluators)))
 
     def _validation_batches(self):
         return task_of(self.options).validation_batches()
@@ -290,7 +289,7 @@ class Trainer(DefaultTrainer):
         with unsharded(model):
             for name, evaluator in zip(names, evaluators or [None] * len(names), strict=True):
                 loader = cls.build_test_loader(cfg, name)
-                evaluator = evaluator or cls.build_evaluator(cfg, name)
+                evaluator = interruptible(evaluator or cls.build_evaluator(cfg, name))
                 results[name] = inference_on_dataset(model, loader, evaluator)
                 if comm.is_main_process():
                     logger.info("Results on %s:", name)

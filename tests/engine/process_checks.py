@@ -1,4 +1,4 @@
-"""Checks of two processes on CPUs, which test_distributed.py runs, and those of shards."""
+"""Checks of two processes on CPUs, which test_distributed.py runs, with those of other files."""
 
 import datetime
 import sys
@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 from sharded_checks import check_shards
+from stop_checks import check_stops
 from torch import nn
 
 from sasa_det.checkpoint import Checkpointer
@@ -37,6 +38,7 @@ def check(folder: str) -> int:
     check_saves(folder)
     check_accuracy()
     check_validation_losses()
+    check_stops()
     check_shards(Path(folder, "shards"))
     return 0
 

@@ -85,7 +85,7 @@ def test_two_processes_train_as_one_and_save_when_they_are_stopped(
 
 
 def test_what_two_processes_do(tmp_path):
-    """Saves, errors, evaluation, and models in shards: process_checks.py and sharded_checks.py."""
+    """Saves, errors, evaluation, signals and models in shards, in process_checks.py."""
     script = Path(__file__).with_name("process_checks.py")
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     # Where processes wait for one another in vain, this ends it. A launcher ends the others half a
@@ -113,7 +113,8 @@ def test_torchrun_restarts_from_the_last_checkpoint(start, read_until, alone, co
     assert int(re.search("training from iteration ([0-9]+)", output)[1]) >= 6
     read_until(process, "Saving checkpoint")
     process.kill()
-    assert "SIGTERM was received; everything is saved" in process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=120)[0]
+    assert "SIGTERM was received; everything is saved" in output, output
     assert command("--resume", *OPTIONS) == 0
     assert_close_runs(alone, tmp_path / "run")
 

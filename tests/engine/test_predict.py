@@ -344,7 +344,8 @@ def test_training_ends_with_augmentation(command, tmp_path):
 def test_evaluation_with_augmentation(command, predict, trained, digits, tmp_path):
     """One that leaves the images as they are, and one of more sizes."""
     data = {"test": (digits / "train.json", digits / "train")}
-    run = ["--eval-only", "MODEL.WEIGHTS", trained, "SEED", 1, *AUGMENTATION]
+    run = ["--eval-only", "MODEL.WEIGHTS", trained, "MODEL.SASA.NUM_HEADS", 2, "SEED", 1]
+    run += AUGMENTATION
     assert command(*run, **data) == 0
     folders = [tmp_path / "run" / "inference" / part for part in ("", "TTA")]
     plain, same = (next(f.glob("*/coco_instances_results.json")) for f in folders if f.exists())

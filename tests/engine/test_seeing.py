@@ -62,16 +62,16 @@ def test_attention(tool, refused, trained, digits, tmp_path):
     output = tmp_path / "maps" / "attention.png"
     words = ["--weights", trained, "--input", image, "--output", output]
     status, text = tool("visualize_attention", *words, "--layer", "res3.0", "--at", 20, 30)
-    assert status == 0 and "res3.0, head 7: the pixel's largest weight is" in text
+    assert status == 0 and "res3.0, head 1: the pixel's largest weight is" in text
     assert np.asarray(Image.open(output)).std() > 20
     first = output.read_bytes()
-    again = [*words, "--layer", "head.cls.0@p3", "--head", 2]
+    again = [*words, "--layer", "head.cls.0@p3", "--head", 0]
     assert "exists already; name another one, or give --overwrite" in refused(
         "visualize_attention", *again
     )
     assert output.read_bytes() == first
     status, text = tool("visualize_attention", *again, "--overwrite")
-    assert status == 0 and "head 2" in text and "head 1" not in text
+    assert status == 0 and "head 0" in text and "head 1" not in text
     assert output.read_bytes() != first
     assert images_in(output.parent) == ["attention.png"]
 
@@ -85,10 +85,10 @@ def test_mistakes_about_attention(tool, refused, trained, digits, tmp_path):
         return refused("visualize_attention", *words)
 
     assert "layer res4.9 does not exist; did you mean res4.3?" in error("--layer", "res4.9")
-    assert "no head 8: --head must be 0 to 7 or all; did you mean 7?" in error(
-        *("--layer", "res3.0", "--head", 8)
+    assert "no head 11: --head must be 0 to 1 or all; did you mean 1?" in error(
+        *("--layer", "res3.0", "--head", 11)
     )
-    assert "no head x: --head must be 0 to 7" in error("--layer", "res3.0", "--head", "x")
+    assert "no head x: --head must be 0 to 1" in error("--layer", "res3.0", "--head", "x")
     assert "the point 64 0 is outside the image" in error("--layer", "res3.0", "--at", 64, 0)
     assert "no.png is not an image file" in error("--layer", "stem", image="no.png")
     assert "no.pth cannot be read" in error("--layer", "stem", weights=tmp_path / "no.pth")

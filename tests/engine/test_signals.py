@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from sasa_det.engine import hooks as signals_module
-from sasa_det.engine.hooks import ModelEma, StopSignals
+from sasa_det.engine import signals as signals_module
+from sasa_det.engine.hooks import ModelEma
+from sasa_det.engine.signals import StopSignals
 from sasa_det.engine.trainer import Trainer
 from sasa_det.errors import StopTraining
 from sasa_det.evaluation.validation_loss import validation_losses
@@ -33,15 +34,45 @@ def test_a_signal_is_noted_and_ends_the_run_with_its_status(number, status):
     assert signal.getsignal(number) == before
 
 
+def test_processes_wait_until_all_handle_signals(monkeypatch):
+    """A signal ends a process that does not handle it yet, and others that wait for it."""
+    signals = StopSignals()
+    handlers = []
+    monkeypatch.setattr(
+        signals_module.comm,
+        "synchronize",
+        lambda: handlers.append(signal.getsignal(signal.SIGTERM)),
+    )
+    with signals.handled():
+        assert handlers == [signals._handle]
+
+    def left(number=None):
+        if number is not None:
+            os.kill(os.getpid(), number)
+        raise RuntimeError("Connection closed by peer")
+
+    before = signal.getsignal(signal.SIGTERM)
+    for number, error in ((None, RuntimeError), (signal.SIGTERM, StopTraining)):
+        monkeypatch.setattr(signals_module.comm, "synchronize", lambda n=number: left(n))
+        with pytest.raises(error), StopSignals().handled():
+            raise AssertionError("not reached")
+        assert signal.getsignal(signal.SIGTERM) == before
+
+
+def interrupted():
+    os.kill(os.getpid(), signal.SIGTERM)
+    raise AssertionError("not reached")
+
+
 def test_where_nothing_is_lost_a_signal_stops_at_once():
     signals = StopSignals()
     with signals.handled():
-        with pytest.raises(StopTraining), signals.at_once():
-            os.kill(os.getpid(), signal.SIGTERM)
-            raise AssertionError("not reached")
-        # It came before: the block does not begin.
-        with pytest.raises(StopTraining), signals.at_once():
-            raise AssertionError("not reached")
+        assert signals.at_once(lambda: "done") == "done"
+        with pytest.raises(StopTraining):
+            signals.at_once(interrupted)
+        # It came before: the function is not called.
+        with pytest.raises(StopTraining):
+            signals.at_once(pytest.fail)
 
 
 def test_a_signal_stops_where_python_ignores_exceptions(capsys):
@@ -49,16 +80,18 @@ def test_a_signal_stops_where_python_ignores_exceptions(capsys):
 
     class Interrupted:
         def __del__(self):
-            os.kill(os.getpid(), signal.SIGTERM)
-            raise AssertionError("not reached")
+            interrupted()
 
-    signals = StopSignals()
-    hook = sys.unraisablehook
-    with signals.handled(), pytest.raises(StopTraining), signals.at_once():
+    def work():
         Interrupted()
         end = time.monotonic() + 20
         while time.monotonic() < end:
             pass
+
+    signals = StopSignals()
+    hook = sys.unraisablehook
+    with signals.handled(), pytest.raises(StopTraining):
+        signals.at_once(work)
     assert sys.unraisablehook is hook
     assert "Traceback" not in capsys.readouterr().err
 
@@ -85,6 +118,7 @@ def test_between_items_a_signal_stops():
                 os.kill(os.getpid(), signal.SIGTERM)
                 seen.append("the item is finished")
     assert seen == [0, 1, 2, "the item is finished"]
+    assert list(StopSignals().between("ab")) == ["a", "b"]
 
 
 class Detector(nn.Module):

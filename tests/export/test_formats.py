@@ -66,10 +66,15 @@ assert not [name for name in sys.modules if name.split(".")[0] in BLOCKED]
 
 
 def detector(*opts, levels=("p4", "p5", "p6")):
-    """A small detector whose random scores lie apart, so that their order is certain."""
+    """A small detector whose random scores lie apart, so that their order is certain.
+
+    It has attention in the stem, a stage, the FPN and the heads, and two heads of attention, whose
+    operators a file holds one after the other: more of either is no other code.
+    """
     torch.manual_seed(0)
     sizes = [[16], [32], [64]][: len(levels)]
-    opts = ["MODEL.DEVICE", "cpu", "MODEL.RESNETS.DEPTH", "26", *opts]
+    small = ["MODEL.RESNETS.DEPTH", "26", "MODEL.SASA.ATTENTION_STAGES", "['res5']"]
+    opts = ["MODEL.DEVICE", "cpu", *small, "MODEL.SASA.NUM_HEADS", "2", *opts]
     opts += [
         "MODEL.RETINANET.IN_FEATURES",
         str(list(levels)),

@@ -61,11 +61,10 @@ def test_an_rcnn_is_refused_where_detectron2_cannot_export_it(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+# Layers of each kind are exported to both formats by themselves, in test_other_exporters.py and
+# layers/test_mapping.py.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "format, attention",
-    [("torchscript", "patchwise"), ("onnx", "pairwise"), ("onnx", "patchwise")],
-)
+@pytest.mark.parametrize("format, attention", [("torchscript", "patchwise"), ("onnx", "pairwise")])
 def test_a_san_classifier_takes_images_of_any_size(attention, format, tmp_path):
     torch.manual_seed(0)
     config = f"configs/ImageNet/SAN10_{attention}.yaml"

@@ -33,15 +33,53 @@ STACK_BYTES = {8: 128, 16: 128, 32: 256, 64: 512}
 STACK_BYTES_OF_FLOAT32 = 512
 
 
-def check(capability, type_name, *head_widths, kernel_size=7):
+# What is compiled: capability, type, head widths and kernel size.
+CASES = [
+    (80, "bfloat16", [8], 7),
+    (90, "bfloat16", [16, 32], 7),
+    (100, "bfloat16", [64], 7),
+    (90, "tf32", [32], 7),
+    (80, "float32", [8, 32], 7),
+    *(
+        (80, type_name, [triton.WIDEST_HEAD], kernel_size)
+        for type_name in ("float16", "float32")
+        for kernel_size in (1, triton.WIDEST_KERNEL)
+    ),
+]
+
+# Prints the table of each case, which are words of the command, and an empty line behind it.
+REPORT = """
+import sys
+from sasa_det.ops.triton_report import main
+
+for words in sys.argv[1:]:
+    main(words.split())
+    print()
+"""
+
+
+@pytest.fixture(scope="module")
+def tables():
     """Compile in a process of its own: in this one, Triton may be an interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    options = ["--capabilities", capability, "--types", type_name, "--kernel-size", kernel_size]
-    command = [sys.executable, "-m", "sasa_det.ops.triton_report", *options, "--head-widths"]
-    command = [*map(str, command), *map(str, head_widths)]
+    words = [
+        f"--capabilities {capability} --types {type_name} --kernel-size {kernel_size} "
+        f"--head-widths {' '.join(map(str, head_widths))}"
+        for capability, type_name, head_widths, kernel_size in CASES
+    ]
+    command = [sys.executable, "-c", REPORT, *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    names, _, *rows = ([c.strip() for c in x.split("|")[1:-1]] for x in done.stdout.splitlines())
+    return done.stdout.removesuffix("\n\n").split("\n\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: f"{CASES[number]}")
+def test_kernels_stay_within_their_limits(tables, number):
+    _, type_name, head_widths, kernel_size = CASES[number]
+    assert len(tables) == len(CASES)
+    lines = tables[number].splitlines()
+    names, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
     rows = [dict(zip(names, row, strict=True)) for row in rows]
     assert len(rows) == 3 * len(head_widths)
     for row in rows:
@@ -53,25 +91,3 @@ def check(capability, type_name, *head_widths, kernel_size=7):
             assert limit / 2 <= count <= limit
             limit = STACK_BYTES_OF_FLOAT32 if type_name == "float32" else STACK_BYTES[width]
             assert int(row["stack bytes"]) <= limit
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "capability,type_name,head_widths",
-    [
-        (80, "bfloat16", [8]),
-        (90, "bfloat16", [16, 32]),
-        (100, "bfloat16", [64]),
-        (90, "tf32", [32]),
-        (80, "float32", [8, 32]),
-    ],
-)
-def test_kernels_stay_within_their_limits(capability, type_name, head_widths):
-    check(capability, type_name, *head_widths)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kernel_size", [1, triton.WIDEST_KERNEL])
-@pytest.mark.parametrize("type_name", ["float16", "float32"])
-def test_other_windows_fit_the_shared_memory(type_name, kernel_size):
-    check(80, type_name, triton.WIDEST_HEAD, kernel_size=kernel_size)
