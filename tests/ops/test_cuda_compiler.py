@@ -84,7 +84,7 @@ def test_all_kernels_stay_within_their_limits(architecture, dtype, head_width):
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("head_width", HEAD_WIDTHS)
+@pytest.mark.parametrize("head_width", [16, 32, 64])  # those of strided layers
 def test_kernels_that_pool_stay_within_their_limits(head_width):
     check_limits("sm_90", BF16, head_width, pooled=True)
 
