@@ -143,6 +143,8 @@ def checked_variants() -> Iterator[tuple[Variant, str]]:
     yield replace(usual, mask=False), "border zero"
     yield replace(usual, content=False), "q.r alone"
     yield replace(usual, position=False), "q.k alone"
+    for head_width in (16, 32, 64):
+        yield Variant(torch.bfloat16, head_width, 7, pooled=True), "a stride of 2"
 
 
 def measure_errors(device: torch.device) -> list[Errors]:

@@ -37,7 +37,7 @@ def test_convolution_and_attention_make_results_of_the_same_size(options):
 
 def test_variants_are_measured_once():
     variants = [variant for variant, _ in checked_variants()]
-    assert len(set(variants)) == len(variants) == 13
+    assert len(set(variants)) == len(variants) == 16
 
 
 @pytest.mark.parametrize("name", ["convolution", "attention", "HaloAttn (timm)"])
