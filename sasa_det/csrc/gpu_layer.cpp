@@ -95,8 +95,9 @@ Tensor as_pixels(const Tensor& x, at::ScalarType type) {
   return place % 16 == 0 ? pixels : pixels.clone();
 }
 
-// The gradients of squares of 2 x 2 pixels, of which the kernels take a quarter for each pixel: those
-// at an odd edge, (N, H / 2, W / 2, C) rounded up, have half as many.
+// The gradients of squares of 2 x 2 pixels, (N, H / 2, W / 2, C) rounded up, of which the kernels
+// take a quarter for each pixel: squares at an odd edge have half as many. In float16, gradients
+// become infinite at half or a quarter of the scale that they would without a stride.
 Tensor as_squares(const Tensor& grad, int64_t height, int64_t width) {
   if (height % 2 == 0 && width % 2 == 0) return grad;
   const Tensor squares = grad.clone();

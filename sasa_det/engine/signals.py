@@ -56,7 +56,7 @@ class StopSignals:
         No process of a run begins its block before all handle the signals.
 
         Raises:
-            StopTraining: if one came before.
+            StopTraining: if one came before, and another process has ended of it.
         """
         before = {number: signal.signal(number, self._handle) for number in _STATUS}
         try:
@@ -149,7 +149,8 @@ class StopSignals:
         if number == signal.SIGINT:
             now, before = time.monotonic(), self._interrupted_at
             self._interrupted_at = now
-            # A second Ctrl-C means that the user does not want to wait.
+            # A second Ctrl-C means that the user does not want to wait. Python hears it between its
+            # own steps, and not within an exchange between processes.
             if before is not None and now - before > _SAME_INTERRUPT_S:
                 raise KeyboardInterrupt
         if self._at_once:

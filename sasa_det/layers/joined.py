@@ -29,7 +29,7 @@ def is_joined(layer: nn.Module, x: Tensor) -> bool:
         return False
     shape = (x.shape[0], layer.out_channels, *x.shape[2:])
     geometry = (layer.num_heads, layer.kernel_size)
-    if cuda.why_not_like(x.device, _product_dtype(x), shape, *geometry) is not None:
+    if cuda.why_not_like(x.device, product_dtype(x), shape, *geometry) is not None:
         return False
     biases = biases_of(layer)
     return (
@@ -42,8 +42,8 @@ def is_joined(layer: nn.Module, x: Tensor) -> bool:
     )
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """Return the type of products with ``x``."""
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the type of a layer's products with ``x``, and of its output."""
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
 
 
@@ -59,14 +59,13 @@ def attend(layer: nn.Module, x: Tensor) -> Tensor:
     """
     pools = layer.stride == 2
     if is_one_node(layer, x):
-        variant = _variant(layer, _product_dtype(x))
+        variant = _variant(layer, product_dtype(x))
         # Kernels that pool are checked on their own.
         in_kernel = pools and cuda.why_not_pooled(x.device, variant) is None
         output = _attend_as_one_node(layer, x, replace(variant, pooled=in_kernel))
         pools = pools and not in_kernel
     else:
-        weights = weights_of(layer)
-        biases = [bias for bias in biases_of(layer) if bias is not None]
+        weights, biases = _parameters(layer)
         weight = torch.cat([weight.flatten(1) for weight in weights])
         bias = torch.cat(biases) if biases else None
         # Of channels_last, this is a matrix of pixels as it lies in memory.
@@ -99,16 +98,19 @@ def attend_levels(layer: nn.Module, pixels: Tensor, maps: Maps) -> Tensor:
     Returns:
         (P, C_out).
     """
-    return _attend_as_one_node(layer, pixels, _variant(layer, _product_dtype(pixels)), maps)
+    return _attend_as_one_node(layer, pixels, _variant(layer, product_dtype(pixels)), maps)
 
 
 def _attend_as_one_node(
     layer: nn.Module, x: Tensor, variant: Variant, maps: Maps | None = None
 ) -> Tensor:
-    weights = weights_of(layer)
-    biases = [bias for bias in biases_of(layer) if bias is not None]
     embeddings = (layer.rel_rows, layer.rel_cols)
-    return cuda_layer.attend(x, weights, biases, *embeddings, layer.num_heads, variant, maps)
+    return cuda_layer.attend(x, *_parameters(layer), *embeddings, layer.num_heads, variant, maps)
+
+
+def _parameters(layer: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the weights and the biases, if any, of the projections."""
+    return weights_of(layer), [bias for bias in biases_of(layer) if bias is not None]
 
 
 def _variant(layer: nn.Module, dtype: torch.dtype) -> Variant:

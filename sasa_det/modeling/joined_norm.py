@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ..layers.plain import is_plain_call
+from ..layers.plain import is_plain_call, is_plain_tensor
 from ..ops import level_norm_cuda
 from ..ops.cuda_kernels import Maps
 from ..ops.levels import join, split
@@ -27,14 +27,19 @@ def normalize_and_rectify(pixels: Tensor, norms: Sequence[nn.Module], maps: Maps
     Returns:
         (P, C).
     """
-    if _are_one_call(pixels, norms, maps):
+    if are_one_call(pixels, norms, maps):
         training = norms[0].training or norms[0].running_mean is None
         return (_train if training else _infer)(pixels, norms, maps)
     levels = [norms[i % len(norms)](x) for i, x in enumerate(split(pixels, maps))]
     return torch.relu(join(levels)[0])
 
 
-def _are_one_call(pixels: Tensor, norms: Sequence[nn.Module], maps: Maps) -> bool:
+def are_one_call(pixels: Tensor, norms: Sequence[nn.Module], maps: Maps) -> bool:
+    """Tell whether the kernels take the norms of all levels.
+
+    Args:
+        pixels, norms, maps: see :func:`normalize_and_rectify`.
+    """
     first = norms[0]
     if len(norms) != len(maps.sizes) or not all(map(_is_plain_batch_norm, norms)):
         return False
@@ -43,7 +48,9 @@ def _are_one_call(pixels: Tensor, norms: Sequence[nn.Module], maps: Maps) -> boo
     if not first.training and first.running_mean is not None:
         if torch.is_grad_enabled():
             return False
-    elif min(maps.pixels) == 1 and _group(first) is None:  # which PyTorch refuses
+    elif min(maps.pixels) == 1 and group_of(first) is None:  # which PyTorch refuses
+        return False
+    if first.weight.device != pixels.device:
         return False
     return level_norm_cuda.why_not(pixels, maps.pixels) is None
 
@@ -53,6 +60,7 @@ def _is_plain_batch_norm(norm: nn.Module) -> bool:
         type(norm) in _BATCH_NORMS
         and is_plain_call(norm)
         and norm.affine
+        and all(is_plain_tensor(x) for x in norm.parameters())
         and norm.weight.dtype == norm.bias.dtype == torch.float32
         and norm.momentum is not None
         and norm.eps > 0
@@ -61,10 +69,11 @@ def _is_plain_batch_norm(norm: nn.Module) -> bool:
 
 def _options(norm: nn.Module) -> tuple[object, ...]:
     tracks = norm.running_mean is not None
-    return type(norm), norm.training, tracks, norm.momentum, norm.eps, _group(norm)
+    device = norm.weight.device
+    return type(norm), norm.training, tracks, norm.momentum, norm.eps, group_of(norm), device
 
 
-def _group(norm: nn.Module) -> ProcessGroup | None:
+def group_of(norm: nn.Module) -> ProcessGroup | None:
     """Return the processes whose batches are one for a norm, or None for this one's."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed or type(norm) is not nn.SyncBatchNorm or not norm.training:
@@ -83,7 +92,7 @@ def _train(pixels: Tensor, norms: Sequence[nn.Module], maps: Maps) -> Tensor:
         maps.pixels,
         *([norm.weight for norm in norms], [norm.bias for norm in norms]),
         *zip(*running, strict=True),
-        *(norms[0].momentum, norms[0].eps, _group(norms[0])),
+        *(norms[0].momentum, norms[0].eps, group_of(norms[0])),
     )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import cuda
 from .aggregation import aggregate
-from .cuda_check import first_use_problem, largest_errors, skips_checks
+from .cuda_check import first_use_problem, largest_errors, problem_of
 from .cuda_kernels import Launch
 from .precision import autocast_disabled
 
@@ -102,10 +102,10 @@ def _start(kernel: str, groups: int, kernel_size: int, result: Tensor, **tensors
 
 
 def _why_not_correct(device: torch.device, kernel_size: int) -> str | None:
-    return None if skips_checks() else _problem(device, kernel_size)
+    key = ("vector_aggregation", device, kernel_size)
+    return problem_of(key, lambda: _problem(device, kernel_size))
 
 
-@functools.cache
 def _problem(device: torch.device, kernel_size: int) -> str | None:
     errors = functools.partial(errors_of, device, kernel_size)
     return first_use_problem("vector_aggregation", errors, TOLERANCE, "PyTorch's")

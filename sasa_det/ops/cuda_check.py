@@ -15,7 +15,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -259,9 +260,8 @@ def verdict_of(variant: Variant, device: torch.device) -> Verdict:
         device: where to run them.
     """
     try:
-        # The first call of a layer may come from within an autocast context, or inference mode,
-        # which has no gradients.
-        with torch.inference_mode(False), torch.no_grad(), autocast_disabled(device):
+        # The first call of a layer may come from within an autocast context.
+        with outside_of_forward(), torch.no_grad(), autocast_disabled(device):
             errors = errors_of(variant, device)
     except CompilerError as error:
         return Verdict({}, str(error))
@@ -299,9 +299,39 @@ def largest_errors(
     return {name: largest_error(one, other) for name, one, other in compared}
 
 
-def skips_checks() -> bool:
-    """Tell whether kernels run unchecked now: by the environment, or while a graph is captured."""
-    return os.environ.get(CHECK_VARIABLE) == "0" or torch.cuda.is_current_stream_capturing()
+_problems: dict[tuple[object, ...], str | None] = {}
+
+
+def problem_of(key: tuple[object, ...], check: Callable[[], str | None]) -> str | None:
+    """Return what a check in this process has found wrong, or None; it is made at the first call.
+
+    ``SASA_DET_SELF_CHECK=0`` leaves it out, and so does a CUDA graph that is captured before it was
+    made.
+
+    Args:
+        key: what is checked, and for which device and types.
+        check: makes it.
+    """
+    if os.environ.get(CHECK_VARIABLE) == "0":
+        return None
+    if key not in _problems:
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        _problems[key] = check()
+    return _problems[key]
+
+
+@contextmanager
+def outside_of_forward() -> Iterator[None]:
+    """Run a check in the middle of a model's forward pass, whatever surrounds that.
+
+    Inference mode has no gradients, and activation checkpointing counts the tensors that are saved.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
+    ):
+        yield
 
 
 def first_use_problem(
@@ -315,7 +345,7 @@ def first_use_problem(
         tolerance, theirs: as of :func:`judge`.
     """
     try:
-        with torch.inference_mode(False):  # which has no gradients
+        with outside_of_forward():
             verdict = judge(errors(), tolerance, theirs)
     except CompilerError as error:
         verdict = Verdict({}, str(error))
@@ -394,7 +424,7 @@ def layer_error(
     expected: Sequence[Tensor],
     most_levels: int = 2,
 ) -> float:
-    """Run a layer that starts the kernels from C++, alone and as one of two levels.
+    """Run a layer that starts the kernels from C++, alone and on the second of two levels.
 
     Args:
         variant: of the kernels.
@@ -422,8 +452,10 @@ def layer_error(
             if num_levels == 1:
                 output = cuda_layer.attend(x, *layer, variant)
             else:
-                pixels, maps = join([x, 2 * x.detach()])
-                output = split(cuda_layer.attend(pixels, *layer, variant, maps), maps)[0]
+                # Behind a level that is wider, and has more tiles in a row.
+                first = torch.cat([x, x], 3)[:, :, :5].detach()
+                pixels, maps = join([2 * first, x])
+                output = split(cuda_layer.attend(pixels, *layer, variant, maps), maps)[1]
             leaves = [x, *(e for e in embeddings if e is not None)]
             of_x, *others = torch.autograd.grad(output, leaves, grad)
         actual = [output.detach(), *of_x.split(channels, 1), *others]

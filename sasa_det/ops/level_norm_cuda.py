@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import cuda
-from .cuda_check import first_use_problem, largest_errors, skips_checks
+from .cuda_check import first_use_problem, largest_errors, problem_of
 from .cuda_kernels import MOST_LEVELS, Launch
 from .exporting import is_looked_at
 from .precision import autocast_disabled
@@ -25,9 +25,9 @@ TYPES = {
     torch.bfloat16: "EightHalves<Bfloat16>",
     torch.float16: "EightHalves<Float16>",
 }
-# As LEVEL_THREADS and EIGHT in the kernels' file.
-THREADS, EIGHT = 256, 8
-MOST_CHANNELS = THREADS * EIGHT
+# As LEVEL_THREADS and CHANNELS in the kernels' file.
+THREADS, CHANNELS_OF_THREAD = 256, 8
+MOST_CHANNELS = THREADS * CHANNELS_OF_THREAD
 # Of the largest value of each result, or of 1.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
@@ -35,12 +35,12 @@ _PIXELS_OF_THREAD = 16  # in a run of pixels
 _SHORTEST_RUN = 64
 _ALIGNMENT = 16
 _PLACES_OF_COUNT = 4  # as many as are aligned
-_SHARED_BYTES = THREADS * 4 * (2 * EIGHT + 1)
+_SHARED_BYTES = THREADS * 4 * (2 * CHANNELS_OF_THREAD + 1)
 _FINISH_BYTES = 80 * THREADS // 32
 _LARGEST_INT = 2**31 - 1
 
 
-class _Levels(ctypes.Structure):
+class _LevelRuns(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int) for name in ("count", "channels", "run_pixels")),
         *((x, ctypes.c_int * MOST_LEVELS) for x in ("first_run", "first_pixel", "pixels")),
@@ -50,7 +50,7 @@ class _Levels(ctypes.Structure):
 def _structure(*fields: str | tuple[str, type]) -> type[ctypes.Structure]:
     """Return what a kernel takes: levels, numbers with their types, and pointers by their names."""
     typed = [(x, ctypes.c_void_p) if isinstance(x, str) else x for x in fields]
-    return type("Arguments", (ctypes.Structure,), {"_fields_": [("levels", _Levels), *typed]})
+    return type("Arguments", (ctypes.Structure,), {"_fields_": [("levels", _LevelRuns), *typed]})
 
 
 _Pointers = ctypes.c_void_p * MOST_LEVELS
@@ -124,8 +124,9 @@ def why_not_like(dtype: torch.dtype, shape: Sequence[int], levels: int) -> str |
         return f"they take float32, bfloat16 and float16, not {dtype}"
     if len(shape) != 2 or shape[0] > _LARGEST_INT:
         return f"they take a matrix of less than 2^31 pixels, not {tuple(shape)}"
-    if shape[1] % EIGHT or not 0 < shape[1] <= MOST_CHANNELS:
-        return f"they take multiples of {EIGHT} channels up to {MOST_CHANNELS}, not {shape[1]}"
+    if shape[1] % CHANNELS_OF_THREAD or not 0 < shape[1] <= MOST_CHANNELS:
+        multiples = f"multiples of {CHANNELS_OF_THREAD} channels up to {MOST_CHANNELS}"
+        return f"they take {multiples}, not {shape[1]}"
     if not 0 < levels <= MOST_LEVELS:
         return f"they take up to {MOST_LEVELS} levels, not {levels}"
     return None
@@ -222,7 +223,7 @@ class _Normalize(torch.autograd.Function):
         totals = x.new_empty(levels, dtype=torch.float32)
         mean, rstd, scale, shift = tables
         of_levels = {
-            name: _addresses(name, tensors, channels)
+            name: _addresses(name, tensors, x)
             for name, tensors in zip(_PARAMETERS, (weights, biases, *running), strict=True)
         }
         _start(
@@ -301,29 +302,31 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % _ALIGNMENT == 0 else x.clone()
 
 
-def _addresses(name: str, tensors: Sequence[Tensor | None], channels: int) -> ctypes.Array:
+def _addresses(name: str, tensors: Sequence[Tensor | None], like: Tensor) -> ctypes.Array:
     """Return the addresses of what each level's norm has, null where it has nothing."""
+    shape = (like.shape[1],)
     for t in tensors:
         if t is None and name.startswith("running"):
             continue
-        if t.dtype != torch.float32 or t.shape != (channels,) or not t.is_contiguous():
+        fits = t.dtype == torch.float32 and t.shape == shape and t.is_contiguous()
+        if not fits or t.device != like.device:
             raise ValueError(
-                f"{name} of a level must be float32, contiguous and of shape ({channels},), got "
-                f"{t.dtype} of shape {tuple(t.shape)}."
+                f"{name} of a level must be float32, contiguous, of shape {shape} and on "
+                f"{like.device}, got {t.dtype} of shape {tuple(t.shape)} on {t.device}."
             )
     return _Pointers(*(None if t is None else t.data_ptr() for t in tensors))
 
 
 def _run_pixels(channels: int) -> int:
     """Return how many pixels a block takes: few enough to make many blocks, but not for nothing."""
-    rows = THREADS // (channels // EIGHT)
+    rows = THREADS // (channels // CHANNELS_OF_THREAD)
     return max(rows * _PIXELS_OF_THREAD, _SHORTEST_RUN)
 
 
 @functools.lru_cache(maxsize=1024)
-def _levels(pixels: tuple[int, ...], channels: int, run_pixels: int) -> tuple[_Levels, int]:
+def _level_runs(pixels: tuple[int, ...], channels: int, run_pixels: int) -> tuple[_LevelRuns, int]:
     """Return the table of levels, and the number of runs."""
-    levels = _Levels(len(pixels), channels, run_pixels)
+    levels = _LevelRuns(len(pixels), channels, run_pixels)
     levels.first_run[:] = [_LARGEST_INT] * MOST_LEVELS
     first_run = first_pixel = 0
     for i, count in enumerate(pixels):
@@ -335,7 +338,7 @@ def _levels(pixels: tuple[int, ...], channels: int, run_pixels: int) -> tuple[_L
 
 def _parts(x: Tensor, pixels: tuple[int, ...]) -> Tensor:
     """Return a place for two numbers of each run and channel."""
-    _, runs = _levels(pixels, x.shape[1], _run_pixels(x.shape[1]))
+    _, runs = _level_runs(pixels, x.shape[1], _run_pixels(x.shape[1]))
     return x.new_empty((runs, 2, x.shape[1]), dtype=torch.float32)
 
 
@@ -357,11 +360,11 @@ def launch_of(
         numbers: what its structure has beside levels and pointers to tensors.
         **tensors: what its structure names.
     """
-    levels, runs = _levels(pixels, channels, _run_pixels(channels))
+    levels, runs = _level_runs(pixels, channels, _run_pixels(channels))
     addresses = {name: x.data_ptr() for name, x in tensors.items()}
     arguments = KERNELS[kernel][1](levels, **numbers, **addresses)
     finishing = kernel in _FINISHING
-    grid = (channels // EIGHT, len(pixels), 1) if finishing else (runs, 1, 1)
+    grid = (channels // CHANNELS_OF_THREAD, len(pixels), 1) if finishing else (runs, 1, 1)
     if 0 in grid:
         return None
     shared_bytes = _FINISH_BYTES if finishing else _SHARED_BYTES
@@ -384,10 +387,10 @@ def _start(
 
 
 def _why_not_correct(device: torch.device, dtype: torch.dtype) -> str | None:
-    return None if skips_checks() else _problem(device, dtype)
+    key = ("level norm", device, dtype)
+    return problem_of(key, lambda: _problem(device, dtype))
 
 
-@functools.cache
 def _problem(device: torch.device, dtype: torch.dtype) -> str | None:
     errors = functools.partial(errors_of, device, dtype)
     return first_use_problem("The norm of levels", errors, TOLERANCE[dtype], "PyTorch's")
@@ -396,8 +399,6 @@ def _problem(device: torch.device, dtype: torch.dtype) -> str | None:
 RESULTS = ("output", "the gradient of x", "those of weights", "those of biases")
 
 
-# The first call may come from within a context that makes tensors without gradients for good.
-@torch.inference_mode(False)
 def errors_of(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Compare the kernels' results with PyTorch's in float64 for small levels.
 

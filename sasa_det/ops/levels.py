@@ -19,8 +19,12 @@ def join(features: Sequence[Tensor]) -> tuple[Tensor, Maps]:
     Returns:
         (pixels, maps): (P, C), and whose pixels they are.
     """
-    maps = Maps(features[0].shape[0], tuple(tuple(x.shape[2:]) for x in features))
-    return torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x in features]), maps
+    return torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x in features]), maps_of(features)
+
+
+def maps_of(features: Sequence[Tensor]) -> Maps:
+    """Return the sizes of (N, C, H, W) of each level."""
+    return Maps(features[0].shape[0], tuple(tuple(x.shape[2:]) for x in features))
 
 
 def split(pixels: Tensor, maps: Maps) -> list[Tensor]:
@@ -47,7 +51,13 @@ def multiply_levels(
 
 
 def _as_images(pixels: Tensor, batch: int, height: int, width: int) -> Tensor:
-    return pixels.view(batch, height, width, -1).permute(0, 3, 1, 2)
+    return pixels.view(batch, height, width, pixels.shape[1]).permute(0, 3, 1, 2)
+
+
+def _as_own(x: Tensor) -> Tensor:
+    """Return a tensor at the same place that is no view, which autograd lets nobody change."""
+    place = (x.storage_offset(), x.shape, x.stride())
+    return x.new_empty(0).set_(x.untyped_storage(), *place)
 
 
 class _LevelProducts(torch.autograd.Function):
@@ -59,7 +69,7 @@ class _LevelProducts(torch.autograd.Function):
         ctx.save_for_backward(pixels, matrix)
         ctx.maps, ctx.weight, ctx.has_bias = maps, (weight.shape, weight.dtype), bias is not None
         output = F.linear(pixels, matrix, None if bias is None else bias.to(pixels.dtype))
-        return tuple(split(output, maps))
+        return tuple(map(_as_own, split(output, maps)))
 
     @staticmethod
     @once_differentiable

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from . import standard_blocks
 from .blocks import STEM_BLOCK, place_matrices
-from .cuda_check import first_use_problem, largest_errors, skips_checks
+from .cuda_check import first_use_problem, largest_errors, problem_of
 from .precision import autocast_disabled
 from .stem_cuda import normalized
 from .stem_kernels import OFFSETS
@@ -31,10 +31,10 @@ def why_not_correct(
 
     ``SASA_DET_SELF_CHECK=0`` leaves it out.
     """
-    return None if skips_checks() else _problem(device, in_channels, num_heads, width)
+    key = ("stem", device, in_channels, num_heads, width)
+    return problem_of(key, lambda: _problem(device, in_channels, num_heads, width))
 
 
-@functools.cache
 def _problem(device: torch.device, in_channels: int, num_heads: int, width: int) -> str | None:
     errors = functools.partial(errors_of, device, in_channels, num_heads, width)
     return first_use_problem("The attention stem", errors, TOLERANCE, "PyTorch's")

@@ -171,7 +171,7 @@ def launched(library, emulated, monkeypatch):
     monkeypatch.setattr(cuda_layer, "launcher", lambda: address)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=5))
     monkeypatch.setattr(cuda_layer, "is_there", lambda device: True)
-    monkeypatch.setattr(joined, "_product_dtype", lambda x: torch.bfloat16)
+    monkeypatch.setattr(joined, "product_dtype", lambda x: torch.bfloat16)
     yield started
     cuda_layer.plans_of.cache_clear()
 

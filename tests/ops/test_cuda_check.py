@@ -152,3 +152,44 @@ def test_the_environment_variable_forces_and_skips_the_check(checks, monkeypatch
     monkeypatch.setenv(cuda_check.CHECK_VARIABLE, "yes")
     with pytest.raises(ValueError, match="^SASA_DET_SELF_CHECK must be 0 or 1, got 'yes'.$"):
         why_not_correct(GPU, VARIANTS[0])
+
+
+def test_a_check_is_made_once_and_not_while_a_graph_is_captured(monkeypatch):
+    made, capturing = [], [True]
+    monkeypatch.setattr(cuda_check, "_problems", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+
+    def check():
+        made.append(1)
+        return "it is wrong"
+
+    def ask():
+        return cuda_check.problem_of(("kernels", 1), check)
+
+    assert ask() is None and not made
+    capturing[0] = False
+    assert ask() == ask() == "it is wrong" and len(made) == 1
+    capturing[0] = True
+    assert ask() == "it is wrong"
+    monkeypatch.setenv("SASA_DET_SELF_CHECK", "0")
+    assert ask() is None
+
+
+def test_a_check_leaves_no_trace_in_what_surrounds_it(monkeypatch):
+    def errors():
+        x = torch.ones(2, requires_grad=True)
+        (x * x).sum().backward()
+        return {"output": float((x.grad - 2).abs().max())}
+
+    def first_use(x):
+        if not used:
+            used.append(cuda_check.first_use_problem("A layer", errors, 0.1, "theirs"))
+        return x.sin()
+
+    used = []
+    with torch.inference_mode():
+        first_use(torch.ones(2))
+    x = torch.ones(2, requires_grad=True)
+    used.clear()
+    torch.utils.checkpoint.checkpoint(first_use, x, use_reentrant=False).sum().backward()
+    assert used == [None] and torch.equal(x.grad, x.cos())

@@ -686,6 +686,18 @@ def test_the_check_at_first_use_starts_layers_too(launched, monkeypatch, case):
     assert verdict.problem.startswith("layer differs from the loop backend's by ")
 
 
+def test_the_check_at_first_use_sees_other_levels(launched, monkeypatch):
+    right = cuda_layer.attend
+
+    def wrong(x, *arguments):
+        output = right(x, *arguments)
+        return output if x.dim() == 4 else torch.cat([output[:-9], output[-9:] + 1])
+
+    monkeypatch.setattr(cuda_layer, "attend", wrong)
+    verdict = cuda_check.verdict_of(VARIANTS["position"], torch.device("cpu"))
+    assert verdict.problem.startswith("layer differs from the loop backend's by ")
+
+
 def test_autocast_does_not_change_the_check(emulated):
     arguments = VARIANTS["8-half"], torch.device("cpu")
     expected = cuda_check.verdict_of(*arguments)

@@ -1,6 +1,8 @@
 """Layers and RetinaNet's heads on all levels at once, with emulated kernels."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 from sasa_det.layers import LocalSelfAttention2d
 from sasa_det.layers.joined import attend_levels
 from sasa_det.modeling import joined_head, retinanet
-from sasa_det.modeling.joined_head import run_joined
+from sasa_det.modeling.joined_head import agreed, run_joined
 from sasa_det.modeling.joined_norm import normalize_and_rectify
 from sasa_det.modeling.retinanet import AttentionRetinaNetHead
 from sasa_det.ops import cuda, level_norm_cuda
@@ -47,6 +49,28 @@ def test_levels_are_joined_and_split():
     assert torch.equal(pixels[180 + 27], features[1][1, :, 0, 0])
     for x, y in zip(features, split(pixels, maps), strict=True):
         assert torch.equal(x, y) and y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_levels_of_no_images():
+    pixels, maps = join([x[:0].requires_grad_() for x in make_features(3)])
+    assert [x.shape for x in split(pixels, maps)] == [(0, 3, 5, 18), (0, 3, 3, 9), (0, 3, 1, 2)]
+    layer = nn.Conv2d(3, 4, 1).to(BF16)
+    outputs = multiply_levels(pixels, layer.weight, layer.bias, maps)
+    assert [x.shape for x in outputs] == [(0, 4, 5, 18), (0, 4, 3, 9), (0, 4, 1, 2)]
+    gradients = torch.autograd.grad(outputs, list(layer.parameters()), outputs)
+    assert not any(x.any() for x in gradients)
+
+
+def test_outputs_of_levels_may_be_changed_in_place():
+    pixels, maps = join(make_features(6, dtype=torch.float64))
+    layer = nn.Conv2d(6, 4, 1).double()
+    first, second, third = multiply_levels(pixels, layer.weight, layer.bias, maps)
+    kept = second.detach().clone()
+    (gradient,) = torch.autograd.grad(2 * first.sigmoid_().sum(), layer.bias)
+    assert torch.equal(second, kept) and first.max() < 1
+    torch.testing.assert_close(
+        gradient, (2 * first * (1 - first)).sum((0, 2, 3)), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -208,3 +232,39 @@ def test_maps_of_one_launch_are_counted():
     assert cuda.takes_maps(Maps(1, ((8 * 65_534, 1), (8, 1))))
     assert not cuda.takes_maps(Maps(1, ((8 * 65_534, 1), (9, 1))))
     assert not cuda.takes_maps(Maps(2**16, ((2**8, 2**7), (2**8, 2**7))))
+
+
+def test_processes_agree_whether_the_kernels_take_a_head():
+    """Two, as threads with a group of gloo, of which one has a hook."""
+    store, answers = torch.distributed.HashStore(), {}
+
+    def process(rank):
+        group = torch.distributed.ProcessGroupGloo(store, rank, 2, timedelta(seconds=60))
+        heads = [nn.Identity() for _ in range(2)]
+        answers[rank] = [
+            agreed(heads[0], rank == 0, group, torch.device("cpu")),
+            agreed(heads[1], True, group, torch.device("cpu")),
+            # They are not asked again.
+            agreed(heads[0], True, group, torch.device("cpu")),
+        ]
+        with pytest.raises(RuntimeError, match="cannot any more in this one: hooks"):
+            agreed(heads[1], False, group, torch.device("cpu"))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(process, range(2)))
+    assert answers == {0: [False, True, False], 1: [False, True, False]}
+
+
+def test_heads_whose_norms_share_statistics_need_kernels_for_them(launched, monkeypatch):
+    features = make_features(32)
+    head = make_head().to(BF16)
+    for module in head.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.float()
+    monkeypatch.setattr(joined_head, "_group_of", lambda head: "a group")
+    taken = []
+    monkeypatch.setattr(level_norm_cuda, "why_not", lambda x, pixels: taken.append(x.shape))
+    assert run_joined(head, features) is not None
+    assert taken[:2] == 2 * [(2 * (5 * 18 + 3 * 9 + 2), 32)]
+    monkeypatch.setattr(level_norm_cuda, "why_not", lambda x, pixels: "they differ")
+    assert run_joined(head, features) is None

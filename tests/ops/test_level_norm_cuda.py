@@ -100,9 +100,9 @@ def emulated(library, monkeypatch):
     """See :class:`Emulated`."""
     kernels, addresses = Emulated(library), level_norm_cuda._addresses
 
-    def noted(name, tensors, channels):
+    def noted(name, tensors, like):
         kernels.note(name, tensors)
-        return addresses(name, tensors, channels)
+        return addresses(name, tensors, like)
 
     monkeypatch.setattr(level_norm_cuda, "_start", kernels.start)
     monkeypatch.setattr(level_norm_cuda, "_addresses", noted)
@@ -307,13 +307,12 @@ def test_processes_have_one_batch_together(emulated):
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_the_check_at_first_use_finds_what_is_wrong(emulated, monkeypatch, caplog, dtype):
     device, tolerance = torch.device("cpu"), level_norm_cuda.TOLERANCE[dtype]
-    with torch.inference_mode(dtype == BF16):
-        found = level_norm_cuda.errors_of(device, dtype)
+    found = level_norm_cuda.errors_of(device, dtype)
     assert len(found) == 7 and 0 < max(found.values()) <= tolerance / 4
     monkeypatch.setattr(level_norm_cuda, "TOLERANCE", {dtype: max(found.values()) / 2})
-    level_norm_cuda._problem.cache_clear()
-    assert "differs from PyTorch's by" in level_norm_cuda._problem(device, dtype)
-    level_norm_cuda._problem.cache_clear()
+    with torch.inference_mode(dtype == BF16):
+        problem = level_norm_cuda._problem(device, dtype)
+    assert "differs from PyTorch's by" in problem
     assert "The norm of levels does not use its CUDA kernels:" in caplog.text
 
 
@@ -351,8 +350,10 @@ def test_what_does_not_fit_is_told(emulated):
     told((6, 2), "pixels must be numbers of pixels of levels, 9 in all, got (6, 2).")
     told((5, 4), "weight must be given for each of 2 levels, got 3.")
     narrow = [norms[0], [t.bfloat16() for t in norms[1]], *norms[2:]]
-    message = "bias of a level must be float32, contiguous and of shape (8,), got {} of shape (8,)."
-    told((4, 3, 2), message.format("torch.bfloat16"), narrow)
+    message = "bias of a level must be float32, contiguous, of shape (8,) and on cpu, got {}."
+    told((4, 3, 2), message.format("torch.bfloat16 of shape (8,) on cpu"), narrow)
+    elsewhere = [norms[0], [t.to("meta") for t in norms[1]], *norms[2:]]
+    told((4, 3, 2), message.format("torch.float32 of shape (8,) on meta"), elsewhere)
     with pytest.raises(ValueError, match=r"^scales must be of shape \(2, 8\), got \(3, 8\).$"):
         apply(x, (5, 4), torch.stack(norms[0]), torch.stack(norms[1]))
 

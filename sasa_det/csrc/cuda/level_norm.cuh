@@ -11,9 +11,9 @@
 #include <levels.cuh>
 #include <warp.cuh>
 
-constexpr int LEVEL_THREADS = 256, EIGHT = 8;
+constexpr int LEVEL_THREADS = 256, CHANNELS = 8;
 
-struct Levels {
+struct LevelRuns {
   int count, channels, run_pixels;  // a level's last run has what is left
   int first_run[MOST_LEVELS];  // the largest number for levels that are not there
   int first_pixel[MOST_LEVELS];
@@ -21,14 +21,14 @@ struct Levels {
 };
 
 struct LevelMomentsArguments {
-  Levels levels;
+  LevelRuns levels;
   const void* x;  // (pixels, channels)
   float* parts;   // (runs, 2, channels): mean, and squared deviations from it
 };
 
 // Of runs, or of processes with a batch each.
 struct LevelFinishArguments {
-  Levels levels;
+  LevelRuns levels;
   int processes;       // 0: parts are of runs
   float momentum, eps;
   const float* parts;  // of processes: (processes, levels, 2 channels + 4), see `moments`
@@ -46,7 +46,7 @@ struct LevelFinishArguments {
 };
 
 struct LevelApplyArguments {
-  Levels levels;
+  LevelRuns levels;
   const void* x;
   const float* scale;  // (levels, channels)
   const float* shift;
@@ -54,7 +54,7 @@ struct LevelApplyArguments {
 };
 
 struct LevelSumsArguments {
-  Levels levels;
+  LevelRuns levels;
   const void* x;
   const void* grad;  // of y
   const float* mean;
@@ -64,7 +64,7 @@ struct LevelSumsArguments {
 };
 
 struct LevelParametersArguments {
-  Levels levels;
+  LevelRuns levels;
   const float* parts;
   const float* rstd;
   float* sums;         // (levels, 2, channels)
@@ -73,7 +73,7 @@ struct LevelParametersArguments {
 };
 
 struct LevelGradientArguments {
-  Levels levels;
+  LevelRuns levels;
   const void* x;
   const void* grad;
   const float* mean;
@@ -95,7 +95,7 @@ struct EightHalves {
   DEVICE float operator[](int i) const {
     return i % 2 ? Half::high(words[i / 2]) : Half::low(words[i / 2]);
   }
-  static DEVICE void write(u16* to, const float (&x)[EIGHT]) {
+  static DEVICE void write(u16* to, const float (&x)[CHANNELS]) {
     u32 packed[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) packed[i] = Half::pack(x[2 * i], x[2 * i + 1]);
@@ -111,7 +111,7 @@ struct EightFloats {
     load(halves[1], from + 4);
   }
   DEVICE float operator[](int i) const { return halves[i / 4][i % 4]; }
-  static DEVICE void write(float* to, const float (&x)[EIGHT]) {
+  static DEVICE void write(float* to, const float (&x)[CHANNELS]) {
     store(to, {x[0], x[1], x[2], x[3]});
     store(to + 4, {x[4], x[5], x[6], x[7]});
   }
@@ -149,11 +149,11 @@ struct Sums {
 
 // A block's run, and the thread's part of it.
 struct Run {
-  const Levels& levels;
+  const LevelRuns& levels;
   int level, pixels, rows, row, chunk;
   u64 first_pixel;
 
-  DEVICE Run(const Levels& a, int number) : levels(a), level(0) {
+  DEVICE Run(const LevelRuns& a, int number) : levels(a), level(0) {
     // Indices that the compiler knows: it would copy the tables for others.
     int first_run = a.first_run[0], of_level = a.pixels[0];
     first_pixel = a.first_pixel[0];
@@ -168,7 +168,7 @@ struct Run {
     const int begin = (number - first_run) * a.run_pixels;
     pixels = min(a.run_pixels, of_level - begin);
     first_pixel += begin;
-    const int chunks = a.channels / EIGHT, me = static_cast<int>(threadIdx.x);
+    const int chunks = a.channels / CHANNELS, me = static_cast<int>(threadIdx.x);
     rows = LEVEL_THREADS / chunks;
     chunk = me % chunks;
     row = me / chunks;
@@ -178,17 +178,17 @@ struct Run {
   // Where the thread's channels of the run's first pixel are.
   template <typename Element>
   DEVICE Element* of_run(Element* matrix) const {
-    return held(matrix + first_pixel * levels.channels) + EIGHT * chunk;
+    return held(matrix + first_pixel * levels.channels) + CHANNELS * chunk;
   }
   // The thread's channels of the level in a table (levels, channels).
-  DEVICE void read(float (&values)[EIGHT], const float* table) const {
+  DEVICE void read(float (&values)[CHANNELS], const float* table) const {
     read_line(values, table + level * levels.channels);
   }
-  DEVICE void read_line(float (&values)[EIGHT], const float* line) const {
+  DEVICE void read_line(float (&values)[CHANNELS], const float* line) const {
     EightFloats read;
-    read.read(line + EIGHT * chunk);
+    read.read(line + CHANNELS * chunk);
 #pragma unroll
-    for (int i = 0; i < EIGHT; ++i) values[i] = read[i];
+    for (int i = 0; i < CHANNELS; ++i) values[i] = read[i];
   }
 };
 
@@ -226,7 +226,7 @@ DEVICE void store_part(Part& mine, const Run& run, float* parts, int number) {
     if (half >= run.rows) continue;
     if (run.row >= half && run.row < 2 * half) {
 #pragma unroll
-      for (int i = 0; i < EIGHT; i += 4) {
+      for (int i = 0; i < CHANNELS; i += 4) {
         store_shared(place + i / 4 * LINE, {mine.first[i], mine.first[i + 1], mine.first[i + 2],
                                             mine.first[i + 3]});
         store_shared(place + (2 + i / 4) * LINE, {mine.second[i], mine.second[i + 1],
@@ -236,11 +236,11 @@ DEVICE void store_part(Part& mine, const Run& run, float* parts, int number) {
     }
     wait_for_block();
     if (run.row < half && run.row + half < run.rows) {
-      const int giver = static_cast<int>(threadIdx.x) + half * (run.levels.channels / EIGHT);
+      const int giver = static_cast<int>(threadIdx.x) + half * (run.levels.channels / CHANNELS);
       const Shared from = shared_memory() + 16 * giver;
       Part other;
 #pragma unroll
-      for (int i = 0; i < EIGHT; i += 4) {
+      for (int i = 0; i < CHANNELS; i += 4) {
         float first[4], second[4];
         load_shared(first, from + i / 4 * LINE);
         load_shared(second, from + (2 + i / 4) * LINE);
@@ -252,12 +252,13 @@ DEVICE void store_part(Part& mine, const Run& run, float* parts, int number) {
     }
   }
   if (run.row > 0) return;
-  float* to = parts + static_cast<u64>(number) * 2 * run.levels.channels + EIGHT * run.chunk;
+  float* to = parts + static_cast<u64>(number) * 2 * run.levels.channels + CHANNELS * run.chunk;
   EightFloats::write(to, mine.first);
   EightFloats::write(to + run.levels.channels, mine.second);
 }
 
-#define LEVEL_KERNEL(BLOCKS) __global__ void __launch_bounds__(LEVEL_THREADS, BLOCKS)
+#define LEVEL_KERNEL(BLOCKS_OF_SM) \
+  __global__ void __launch_bounds__(LEVEL_THREADS, BLOCKS_OF_SM)
 
 // As many blocks fit an SM as their registers allow without spilling.
 template <typename T>
@@ -271,13 +272,13 @@ LEVEL_KERNEL(BLOCKS<T>) level_norm_moments(const LevelMomentsArguments a) {
   // Deviations from the thread's first value. Of n values, their squares are at most n times those
   // of deviations from the mean, wherever the first value is: the difference below loses as many
   // units in the last place, and n is 16, or up to 64 for wide matrices.
-  Moments<EIGHT> mine;
-  float pivot[EIGHT];
+  Moments<CHANNELS> mine;
+  float pivot[CHANNELS];
   if (run.row < run.pixels) {
     T value;
     value.read(x + run.row * a.levels.channels);
 #pragma unroll
-    for (int c = 0; c < EIGHT; ++c) pivot[c] = value[c];
+    for (int c = 0; c < CHANNELS; ++c) pivot[c] = value[c];
   }
   each_batch<4>(run, [&](auto batch, int place, int step) {
     T values[batch.value];
@@ -285,7 +286,7 @@ LEVEL_KERNEL(BLOCKS<T>) level_norm_moments(const LevelMomentsArguments a) {
 #pragma unroll
     for (int i = 0; i < batch.value; ++i)
 #pragma unroll
-      for (int c = 0; c < EIGHT; ++c) {
+      for (int c = 0; c < CHANNELS; ++c) {
         const float deviation = values[i][c] - pivot[c];
         mine.first[c] += deviation;
         mine.second[c] += deviation * deviation;
@@ -295,7 +296,7 @@ LEVEL_KERNEL(BLOCKS<T>) level_norm_moments(const LevelMomentsArguments a) {
   if (mine.count > 0.f) {
     const float share = 1.f / mine.count;
 #pragma unroll
-    for (int c = 0; c < EIGHT; ++c) {
+    for (int c = 0; c < CHANNELS; ++c) {
       const float mean = mine.first[c] * share;
       mine.second[c] -= mine.first[c] * mean;
       mine.first[c] = pivot[c] + mean;
@@ -312,7 +313,7 @@ LEVEL_KERNEL(4) level_norm_apply(const LevelApplyArguments a) {
   const Run run(a.levels, gridDim.x - 1 - blockIdx.x);
   const auto* x = run.of_run(static_cast<const typename T::Element*>(a.x));
   auto* y = run.of_run(static_cast<typename T::Element*>(a.y));
-  float scale[EIGHT], shift[EIGHT];
+  float scale[CHANNELS], shift[CHANNELS];
   run.read(scale, a.scale);
   run.read(shift, a.shift);
   each_batch<4>(run, [&](auto batch, int place, int step) {
@@ -320,9 +321,9 @@ LEVEL_KERNEL(4) level_norm_apply(const LevelApplyArguments a) {
     read_batch(values, x, place, step);
 #pragma unroll
     for (int i = 0; i < batch.value; ++i) {
-      float results[EIGHT];
+      float results[CHANNELS];
 #pragma unroll
-      for (int c = 0; c < EIGHT; ++c) {
+      for (int c = 0; c < CHANNELS; ++c) {
         const float result = normed(values[i][c], scale[c], shift[c]);
         results[c] = result <= 0.f ? 0.f : result;  // NaN stays
       }
@@ -342,11 +343,11 @@ LEVEL_KERNEL(BLOCKS<T>) level_norm_sums(const LevelSumsArguments a) {
   const Run run(a.levels, number);
   const auto* x = run.of_run(static_cast<const typename T::Element*>(a.x));
   const auto* grad = run.of_run(static_cast<const typename T::Element*>(a.grad));
-  float mean[EIGHT], scale[EIGHT], shift[EIGHT];
+  float mean[CHANNELS], scale[CHANNELS], shift[CHANNELS];
   run.read(mean, a.mean);
   run.read(scale, a.scale);
   run.read(shift, a.shift);
-  Sums<EIGHT> mine;
+  Sums<CHANNELS> mine;
   each_batch<2>(run, [&](auto batch, int place, int step) {
     T xs[batch.value], grads[batch.value];
     read_batch(xs, x, place, step);
@@ -354,7 +355,7 @@ LEVEL_KERNEL(BLOCKS<T>) level_norm_sums(const LevelSumsArguments a) {
 #pragma unroll
     for (int i = 0; i < batch.value; ++i)
 #pragma unroll
-      for (int c = 0; c < EIGHT; ++c) {
+      for (int c = 0; c < CHANNELS; ++c) {
         const float g = before_relu(grads[i][c], xs[i][c], scale[c], shift[c]);
         mine.first[c] += g;
         mine.second[c] += g * (xs[i][c] - mean[c]);
@@ -371,9 +372,9 @@ LEVEL_KERNEL(BLOCKS<T>) level_norm_gradient(const LevelGradientArguments a) {
   auto* grad_x = run.of_run(static_cast<typename T::Element*>(a.grad_x));
   // grad_x is scale (g - mean of g - (x - mean) rstd^2 mean of g (x - mean)). Of few pixels, whose
   // mean may be far larger than their deviations, a constant that has it would lose digits.
-  float mean[EIGHT], scale[EIGHT], shift[EIGHT], slope[EIGHT], constant[EIGHT];
+  float mean[CHANNELS], scale[CHANNELS], shift[CHANNELS], slope[CHANNELS], constant[CHANNELS];
   {
-    float rstd[EIGHT];
+    float rstd[CHANNELS];
     run.read(scale, a.scale);
     run.read(shift, a.shift);
     run.read(mean, a.mean);
@@ -383,7 +384,7 @@ LEVEL_KERNEL(BLOCKS<T>) level_norm_gradient(const LevelGradientArguments a) {
     run.read_line(slope, sums + a.levels.channels);
     const float share = 1.f / load(a.totals + run.level);
 #pragma unroll
-    for (int c = 0; c < EIGHT; ++c) {
+    for (int c = 0; c < CHANNELS; ++c) {
       slope[c] *= -scale[c] * share * rstd[c] * rstd[c];
       constant[c] *= -scale[c] * share;
     }
@@ -394,9 +395,9 @@ LEVEL_KERNEL(BLOCKS<T>) level_norm_gradient(const LevelGradientArguments a) {
     read_batch(grads, grad, place, step);
 #pragma unroll
     for (int i = 0; i < batch.value; ++i) {
-      float results[EIGHT];
+      float results[CHANNELS];
 #pragma unroll
-      for (int c = 0; c < EIGHT; ++c) {
+      for (int c = 0; c < CHANNELS; ++c) {
         const float g = before_relu(grads[i][c], xs[i][c], scale[c], shift[c]);
         results[c] = scale[c] * g + (slope[c] * (xs[i][c] - mean[c]) + constant[c]);
       }

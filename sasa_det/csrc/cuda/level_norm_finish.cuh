@@ -43,7 +43,7 @@ DEVICE Part<1> finished(int parts, F part) {
   }
   wait_for_block();
   Part<1> all;
-  if (me < EIGHT)
+  if (me < CHANNELS)
 #pragma unroll 1
     for (int warp = 0; warp < LEVEL_THREADS / 32; ++warp) {
       const Shared from = shared_memory() + warp * SLOT;
@@ -73,9 +73,9 @@ DEVICE void track(float* running, float value, float momentum) {
 // Kernels are templates: a file of which one is compiled would otherwise bring the other.
 template <int BATCH>
 LEVEL_KERNEL(3) level_norm_finish(const LevelFinishArguments a) {
-  const Levels& levels = a.levels;
+  const LevelRuns& levels = a.levels;
   const int level = blockIdx.y, channels = levels.channels, me = static_cast<int>(threadIdx.x);
-  const int first = EIGHT * blockIdx.x, line = 2 * channels + 4, pixels = levels.pixels[level];
+  const int first = CHANNELS * blockIdx.x, line = 2 * channels + 4, pixels = levels.pixels[level];
   const bool of_processes = a.processes > 0;
   const int runs = (pixels + levels.run_pixels - 1) / levels.run_pixels;
   const int step = of_processes ? levels.count * line : 2 * channels;
@@ -89,7 +89,7 @@ LEVEL_KERNEL(3) level_norm_finish(const LevelFinishArguments a) {
     return read_part<Moments<4>>(from + first + me % 2 * 4, channels, count);
   };
   const Moments<1> all = finished<BATCH, Moments>(of_processes ? a.processes : runs, read);
-  if (me >= EIGHT) return;
+  if (me >= CHANNELS) return;
   const int channel = first + me, place = level * channels + channel;
   const float count = all.count, mean = all.first[0], squares = all.second[0];
   if (a.moments) {
@@ -118,16 +118,16 @@ LEVEL_KERNEL(3) level_norm_finish(const LevelFinishArguments a) {
 
 template <int BATCH>
 LEVEL_KERNEL(3) level_norm_parameters(const LevelParametersArguments a) {
-  const Levels& levels = a.levels;
+  const LevelRuns& levels = a.levels;
   const int level = blockIdx.y, channels = levels.channels, me = static_cast<int>(threadIdx.x);
-  const int first = EIGHT * blockIdx.x;
+  const int first = CHANNELS * blockIdx.x;
   const float* from = a.parts + static_cast<u64>(levels.first_run[level]) * 2 * channels + first +
                       me % 2 * 4;
   const int runs = (levels.pixels[level] + levels.run_pixels - 1) / levels.run_pixels;
   const Sums<1> all = finished<BATCH, Sums>(runs, [&](int run) {
     return read_part<Sums<4>>(from + static_cast<u64>(run) * 2 * channels, channels, 0.f);
   });
-  if (me >= EIGHT) return;
+  if (me >= CHANNELS) return;
   const int channel = first + me, place = level * channels + channel;
   float* sums = a.sums + level * 2 * channels + channel;
   store(sums, all.first[0]);

@@ -292,8 +292,8 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_key(const KeyArgum
     if (in_any_thread((pixels.inside[0] && not_finite(collected[0])) ||
                       (pixels.inside[1] && not_finite(collected[1])))) {
       wait_for_warp();  // whose threads have written what others write again
-      key_gradients_one_by_one<T, DEPTH, KERNEL, CONTENT, POOLED>(x, grads, queries, tables, keys.tile(),
-                                                          values.tile(), head);
+      key_gradients_one_by_one<T, DEPTH, KERNEL, CONTENT, POOLED>(
+          x, grads, queries, tables, keys.tile(), values.tile(), head);
     }
   }
   wait_for_warp();

@@ -174,7 +174,8 @@ DEVICE void copy_pixels(Shared to, const u16* from, u32 stride, const Block& blo
     const Squares squares(block);
     const u64 corner = squares.corner - static_cast<u32>(FIRST * squares.cols + FIRST);
     const int square_row = (me.warp - REACH >> 1) + FIRST, square_col = (col - REACH >> 1) + FIRST;
-    row = held(from + corner * stride) + (square_row * squares.cols + square_col) * stride + channel;
+    const u32 offset = (square_row * squares.cols + square_col) * stride + channel;
+    row = held(from + corner * stride) + offset;
     row_step = WARPS / 2 * squares.cols * stride, col_step = STEP / 2 * stride;
   } else {
     const u64 corner = block.corner - static_cast<u32>(block.place(REACH, REACH));
@@ -260,7 +261,8 @@ class OwnPixels {
 
   // What a pixel of a square is of its mean: one over its pixels inside of the image.
   static DEVICE float part_of(const Block& block, int row, int col) {
-    const bool rows = block.has_row(block.top + (row | 1)), cols = block.has_col(block.left + (col | 1));
+    const bool rows = block.has_row(block.top + (row | 1));
+    const bool cols = block.has_col(block.left + (col | 1));
     return (rows ? 0.5f : 1.f) * (cols ? 0.5f : 1.f);
   }
 
