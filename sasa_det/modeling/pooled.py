@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from ..layers.bands import Bands
 from ..layers.norm import batch_affine, constant_affine, norm_kind
 from ..layers.projection import multiply_by, runs_products
+from ..layers.replay import computed_again, is_replaying
 from ..ops.pooling import max_pool_rounding_up
 from .pointwise import is_product
 
@@ -37,7 +38,8 @@ def pooled_stem(x: Tensor, conv: nn.Module, norm: nn.Module, layer: nn.Module) -
         return None
     matrix = conv.weight.flatten(1)
     if kind == "batch":
-        affine = batch_affine(norm, *_moments(x, matrix), count)
+        moments = computed_again(_moments, count=2)
+        affine = batch_affine(norm, *moments(x, matrix), count)
     else:
         affine = constant_affine(norm)
     shift = matrix.new_zeros(matrix.shape[0])
@@ -65,7 +67,8 @@ def pooled_product(x: Tensor, layer: nn.Module) -> Tensor:
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return multiply_by(max_pool_rounding_up(x, 2), weight, bias)
 
-    if not (is_product(layer) and runs_products(x) and torch.is_grad_enabled()):
+    recomputes = torch.is_grad_enabled() and not is_replaying()  # which is to compute again
+    if not (is_product(layer) and runs_products(x) and recomputes):
         return layer(max_pool_rounding_up(x, 2))
     options = {"use_reentrant": False, "preserve_rng_state": False}
     return checkpoint(run, x, layer.weight, layer.bias, **options)
