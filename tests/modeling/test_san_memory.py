@@ -99,11 +99,13 @@ def test_pooled_stem(norm, size, monkeypatch):
     )
 
 
-def test_pooled_product():
+@pytest.mark.parametrize("size", [(7, 9), (6, 8)])
+def test_pooled_product(size, monkeypatch):
+    monkeypatch.setattr("sasa_det.modeling.pooled._NUMBERS_OF_CHANNELS", 2 * 6 * 8)
     modules = nn.ModuleList([nn.Conv2d(3, 5, 1, bias=False)])
     assert_same(
         modules,
-        torch.randn(2, 3, 7, 9),
+        torch.randn(2, 3, *size),
         lambda m, x: [pooled_product(x, m[0])],
         lambda m, x: [m[0](F.max_pool2d(x, 2, ceil_mode=True))],
     )
@@ -166,8 +168,8 @@ def test_what_stages_that_run_again_keep(attention, monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         output = model(torch.randn(1, 3, 64, 64))["res2"]
     numbers = sum(count for storage, count in kept.items() if storage not in parameters)
-    # The image, both maps that stages have entered, and what attention has summed up: each of their
-    # pixels is a quarter of those of the stem, and blocks are four times as wide as their attention.
+    # The image, the maps that both stages have entered, what attention has summed up (blocks are
+    # four times as wide, and res2 has a quarter of the pixels), and moments and hidden maps.
     pixels, of_attention = 32 * 32, 2 * 64 // 4 + 64 // 4
     assert numbers < (3 * 4 + 64 + 64 + of_attention + 12) * pixels
     output.sum().backward()
