@@ -6,6 +6,7 @@ what attention has summed up. Running statistics take note of the first run alon
 """
 
 import functools
+import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from ..ops.precision import autocast_disabled
 
 Results = Tensor | tuple[Tensor, ...]
 
+_DIFFERENT = "The backward pass did not run a function as the forward pass did."
+
 
 class _Record:
     """What a run found, in the order in which it asked for it."""
@@ -27,9 +30,14 @@ class _Record:
         self.kept = list(kept or ())
         self.position = 0
 
+    def end(self) -> None:
+        """Check that all was asked for."""
+        if self.position < len(self.kept):
+            raise RuntimeError(_DIFFERENT)
+
     def take(self) -> Tensor:
         if self.position == len(self.kept):
-            raise RuntimeError("The backward pass did not run a function as the forward pass did.")
+            raise RuntimeError(_DIFFERENT)
         self.position += 1
         # A tensor of its own, since autograd writes to it whose result it is.
         return self.kept[self.position - 1].detach()
@@ -144,7 +152,7 @@ class _Again(torch.autograd.Function):
 
 
 def replayed(
-    function: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor]
+    function: Callable[[Tensor], Tensor], x: Tensor, parameters: Callable[[], list[Tensor]]
 ) -> Tensor:
     """Return ``function(x)``; the backward pass runs the function again.
 
@@ -154,35 +162,41 @@ def replayed(
         function: of a tensor, outside of autocast, without random numbers. What it changes, it
             changes in :func:`sasa_det.layers.norm.update_running_statistics`.
         x: any tensor.
-        parameters: all others that the function takes and that need gradients.
+        parameters: returns all leaves of autograd that the function takes. They have no hooks,
+            which would see their gradients twice.
     """
-    return _Replayed.apply(function, x, *parameters)
+    return _Replayed.apply(function, parameters, x, *parameters())
 
 
 class _Replayed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, function: Callable[[Tensor], Tensor], x: Tensor, *parameters: Tensor):
+    def forward(ctx, function, list_parameters, x: Tensor, *parameters: Tensor) -> Tensor:
         record = _Record()
         with _use(record):
             output = function(x)
-        ctx.function, ctx.count = function, len(parameters)
+        ctx.function, ctx.list_parameters, ctx.parameters = function, list_parameters, parameters
+        # Parameters are saved so that autograd tells whether they have changed since.
         ctx.save_for_backward(x, *parameters, *record.kept)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *saved = ctx.saved_tensors  # which also tells whether parameters have changed since
-        parameters, kept = saved[: ctx.count], saved[ctx.count :]
+        parameters, (x, *saved) = ctx.parameters, ctx.saved_tensors
+        kept = saved[len(parameters) :]
+        now = ctx.list_parameters()
+        if len(now) != len(parameters) or any(map(operator.is_not, now, parameters)):
+            raise RuntimeError("Parameters were replaced between the forward and backward pass.")
 
         def run(x: Tensor) -> Tensor:
             record = _Record(kept)
             with _use(record), autocast_disabled(x.device):
                 output = ctx.function(x)
-            if record.position != len(kept):
-                record.kept.clear()
-                record.position = 0
-                record.take()
+            record.end()
             return output
 
-        return None, *gradients(run, [x], ctx.needs_input_grad[1:2], grad, parameters)
+        needs = ctx.needs_input_grad
+        wanted = [p for p, need in zip(parameters, needs[3:], strict=True) if need]
+        grad_x, *found = gradients(run, [x], needs[2:3], grad, wanted)
+        rest = iter(found)
+        return None, None, grad_x, *(next(rest) if need else None for need in needs[3:])

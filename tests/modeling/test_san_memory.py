@@ -178,23 +178,34 @@ def test_what_stages_that_run_again_keep(attention, monkeypatch):
 def test_other_stages_run_once(monkeypatch):
     monkeypatch.setattr(san, "LEAST_REPLAYED", 0)
     x, names = torch.randn(1, 3, 20, 24), []
-    for change in range(3):
+    for change in range(4):
         model = SAN(width_multiplier=0.25, out_features=["stem"])
         if change == 1:
             model.stem.blocks[0].norm2.register_forward_hook(lambda *arguments: None)
         elif change == 2:
             model.stem.out_norm = nn.GroupNorm(2, 16)
+        elif change == 3:
+            model.stem.blocks[0].project.bias.register_hook(lambda grad: 2 * grad)
         names.append(type(model(x)["stem"].grad_fn).__name__)
-    assert ["Replayed" in name for name in names] == [True, False, False]
+    assert ["Replayed" in name for name in names] == [True, False, False, False]
 
 
-def test_a_second_run_that_differs_is_refused():
-    norm, runs = nn.BatchNorm2d(3), []
+@pytest.mark.parametrize("norms", [(1, 0), (0, 1)])
+def test_a_second_run_that_differs_is_refused(norms):
+    norm, runs = nn.BatchNorm2d(3, affine=False), iter(norms)
 
     def run(x):
-        runs.append(1)
-        return normed_relu(x, norm) if len(runs) == 1 else x.relu()
+        return normed_relu(x, norm) if next(runs) else x.relu()
 
-    output = replayed(run, torch.randn(1, 3, 4, 4, requires_grad=True), [])
+    output = replayed(run, torch.randn(1, 3, 4, 4, requires_grad=True), list)
     with pytest.raises(RuntimeError, match="did not run a function as the forward pass did"):
+        output.sum().backward()
+
+
+def test_parameters_that_are_replaced_before_the_second_run_are_refused(monkeypatch):
+    monkeypatch.setattr(san, "LEAST_REPLAYED", 0)
+    model = SAN(width_multiplier=0.25, out_features=["stem"])
+    output = model(torch.randn(1, 3, 20, 24))["stem"]
+    model.stem.out_norm.weight = nn.Parameter(torch.ones(16))
+    with pytest.raises(RuntimeError, match="Parameters were replaced"):
         output.sum().backward()

@@ -105,7 +105,7 @@ class _Stage(CNNBlockBase):
             return F.relu(self.out_norm(self.blocks(x)))
         else:
             if self._can_replay(x):
-                return replayed(self._run, x, [p for p in self.parameters() if p.requires_grad])
+                return replayed(self._run, x, lambda: list(self.parameters()))
             return self._run(x)
 
     def _run(self, x: Tensor) -> Tensor:
@@ -137,13 +137,17 @@ class _Stage(CNNBlockBase):
 
 def _is_known(module: nn.Module, x: Tensor) -> bool:
     """Tell whether a module within a stage is what it was built as, for images like ``x``."""
+    parameters = [p for p in module._parameters.values() if p is not None]
+    # A hook on a parameter would see its gradient twice.
+    if any(type(p) is not nn.Parameter or p._backward_hooks for p in parameters):
+        return False
     if not is_plain_call(module):
         return False
     if isinstance(module, PairwiseAttention2d | PatchwiseAttention2d):
         count = x.shape[0] * x.shape[-2:].numel() // 4
         return not module.is_reference and why_not(module.weights, x, count) is None
     if isinstance(module, nn.Conv2d):
-        return is_product(module) and isinstance(module.weight, nn.Parameter)
+        return is_product(module)
     containers = (_Block, nn.Sequential, nn.ReLU)
     return type(module) in containers or norm_kind(module) is not None
 
