@@ -8,6 +8,10 @@
 #include <mutex>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace sasa_det {
 namespace {
 
@@ -21,7 +25,8 @@ class ResultMemory final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
     // Smaller ones do not leave the heap, and larger ones are few and would hold a lot.
-    if (bytes < SMALLEST || bytes > LARGEST) return c10::GetCPUAllocator()->allocate(bytes);
+    if (bytes < SMALLEST) return c10::GetCPUAllocator()->allocate(bytes);
+    if (bytes > LARGEST) return allocate_large(bytes);
     auto* block = new Block(take(bytes));
     return {block->start, block, &give_back, c10::Device(c10::DeviceType::CPU)};
   }
@@ -37,7 +42,21 @@ class ResultMemory final : public c10::Allocator {
 
  private:
   static constexpr size_t SMALLEST = size_t(64) << 10, LARGEST = size_t(4) << 20;
-  static constexpr size_t MOST_KEPT = size_t(64) << 20;
+  static constexpr size_t MOST_KEPT = size_t(64) << 20, HUGE_PAGE = size_t(2) << 20;
+
+  // Pages come from the system, which takes a fifth of a product's time, unless they are huge.
+  static c10::DataPtr allocate_large(size_t bytes) {
+    void* start = std::aligned_alloc(HUGE_PAGE, round_up(bytes, HUGE_PAGE));
+    if (start == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    // Of the last one, the part that nothing is written to would take memory. What the system says
+    // to the advice is no matter.
+    madvise(start, bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);
+#endif
+    return {start, start, &std::free, c10::Device(c10::DeviceType::CPU)};
+  }
+
+  static size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
   Block take(size_t bytes) {
     const std::lock_guard<std::mutex> guard(lock_);
@@ -48,7 +67,7 @@ class ResultMemory final : public c10::Allocator {
       kept_ -= block.bytes;
       return block;
     }
-    const size_t whole_lines = (bytes + 63) / 64 * 64;
+    const size_t whole_lines = round_up(bytes, 64);
     void* start = std::aligned_alloc(64, whole_lines);
     if (start == nullptr) throw std::bad_alloc();
     return {start, whole_lines};

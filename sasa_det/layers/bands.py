@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .replay import once
+
 Band = tuple[int, int, int]  # image, first row, row behind the last
 
 
@@ -95,15 +97,7 @@ class _Map(torch.autograd.Function):
     def forward(ctx, bands: Bands, *inputs: Tensor) -> Tensor:
         ctx.bands = bands
         ctx.save_for_backward(*inputs)
-        output = None
-        for image, top, bottom in bands.places(inputs):
-            piece = bands.function(*bands.cut(inputs, (image, top, bottom)))
-            if output is None:
-                height = inputs[0].shape[-2] - (0 if bands.num_images else 2 * bands.reach)
-                shape = (inputs[0].shape[0], *piece.shape[1:-2], height, piece.shape[-1])
-                output = piece.new_empty(shape)
-            output[image : image + 1, ..., top:bottom, :] = piece
-        return output
+        return once(lambda: _map(bands, inputs))
 
     @staticmethod
     @once_differentiable
@@ -115,22 +109,25 @@ class _Map(torch.autograd.Function):
         return None, *ctx.bands.backward(ctx.saved_tensors, ctx.needs_input_grad[1:], grad_of)
 
 
+def _map(bands: Bands, inputs: Sequence[Tensor]) -> Tensor:
+    output = None
+    for image, top, bottom in bands.places(inputs):
+        piece = bands.function(*bands.cut(inputs, (image, top, bottom)))
+        if output is None:
+            height = inputs[0].shape[-2] - (0 if bands.num_images else 2 * bands.reach)
+            shape = (inputs[0].shape[0], *piece.shape[1:-2], height, piece.shape[-1])
+            output = piece.new_empty(shape)
+        output[image : image + 1, ..., top:bottom, :] = piece
+    return output
+
+
 class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(ctx, bands: Bands, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        count, mean, squares = 0, 0.0, 0.0
-        for band in bands.places(inputs):
-            values = _by_channel(bands.function(*bands.cut(inputs, band)))
-            mean_of_band = values.mean(1, keepdim=True)
-            squares_of_band = (values - mean_of_band).square_().sum(1).double()
-            # Chan et al., "Algorithms for computing the sample variance", 1983.
-            new, difference = values.shape[1], mean_of_band.squeeze(1).double() - mean
-            mean = mean + difference * (new / (count + new))
-            squares = squares + squares_of_band + difference**2 * (count * new / (count + new))
-            count += new
-        ctx.bands, ctx.count = bands, count
+        mean, var, count = once(lambda: _moments(bands, inputs), count=3)
+        ctx.bands, ctx.count = bands, int(count)
         ctx.save_for_backward(mean, *inputs)
-        return mean, squares / count
+        return mean, var
 
     @staticmethod
     @once_differentiable
@@ -145,6 +142,21 @@ class _Moments(torch.autograd.Function):
             return torch.addcmul(start, slope, output)
 
         return None, *ctx.bands.backward(inputs, ctx.needs_input_grad[1:], grad_of)
+
+
+def _moments(bands: Bands, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean and biased variance, and of how many values of a channel they are."""
+    count, mean, squares = 0, 0.0, 0.0
+    for band in bands.places(inputs):
+        values = _by_channel(bands.function(*bands.cut(inputs, band)))
+        mean_of_band = values.mean(1, keepdim=True)
+        squares_of_band = (values - mean_of_band).square_().sum(1).double()
+        # Chan et al., "Algorithms for computing the sample variance", 1983.
+        new, difference = values.shape[1], mean_of_band.squeeze(1).double() - mean
+        mean = mean + difference * (new / (count + new))
+        squares = squares + squares_of_band + difference**2 * (count * new / (count + new))
+        count += new
+    return mean, squares / count, torch.tensor(count)
 
 
 def _by_channel(x: Tensor) -> Tensor:

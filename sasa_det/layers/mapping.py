@@ -15,12 +15,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import vector_aggregation
 from .norm import batch_affine, constant_affine, norm_kind
 from .plain import is_plain_call, is_plain_pointwise, is_plain_tensor
+from .projection import runs_products
 from .relation_moments import Moments
+from .replay import gradients, is_replaying, once
 
 logger = logging.getLogger(__name__)
 
@@ -93,11 +96,41 @@ class Mapping:
         def run(value: Tensor, *tensors: Tensor) -> Tensor:
             return vector_aggregation(self.function(*tensors), value, kernel_size)
 
+        if not torch.is_grad_enabled():
+            return once(lambda: run(value, *self.tensors))
         numbers = self.groups * value[:, 0].numel() * kernel_size**2
-        if not torch.is_grad_enabled() or numbers <= MOST_KEPT_WEIGHTS:
+        if numbers <= MOST_KEPT_WEIGHTS and not is_replaying():
             return run(value, *self.tensors)
+        if runs_products(value):
+            return _Aggregate.apply(self.function, kernel_size, value, *self.tensors)
         options = {"use_reentrant": False, "preserve_rng_state": False}
         return checkpoint(run, value, *self.tensors, **options)
+
+
+class _Aggregate(torch.autograd.Function):
+    """Sums of values, whose weights the backward pass makes again, but not the sums."""
+
+    @staticmethod
+    def forward(ctx, function, kernel_size: int, value: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.function, ctx.kernel_size = function, kernel_size
+        ctx.save_for_backward(value, *tensors)
+        return once(lambda: vector_aggregation(function(*tensors), value, kernel_size))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        value, *tensors = ctx.saved_tensors
+        grad_value = None
+
+        def grad_of(weights: Tensor) -> Tensor:
+            nonlocal grad_value
+            grad_weights, grad_value = torch.ops.sasa_det.vector_aggregation_backward(
+                grad, weights.detach(), value, ctx.kernel_size
+            )
+            return grad_weights
+
+        found = gradients(ctx.function, tensors, ctx.needs_input_grad[3:], grad_of)
+        return None, None, grad_value, *found
 
 
 def normed_affine(

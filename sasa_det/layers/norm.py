@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.product import Operand
 from .plain import is_plain_call
+from .replay import is_replaying
 
 
 def norm_kind(norm: nn.Module | None) -> Literal["nothing", "constant", "batch"] | None:
@@ -43,6 +45,13 @@ def norm_kind(norm: nn.Module | None) -> Literal["nothing", "constant", "batch"]
     if norm.eps <= 0 or distributed and kind is nn.SyncBatchNorm:
         return None
     return "batch"
+
+
+def call_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """Call a norm of a known kind, see :func:`norm_kind`; a replay leaves its buffers alone."""
+    if not is_replaying() or norm_kind(norm) != "batch":
+        return norm(x)
+    return F.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
 
 
 @dataclass
@@ -119,7 +128,7 @@ def _affine(norm: nn.Module, mean: Tensor, var: Tensor, of_batch: bool) -> Affin
 
 @torch.no_grad()
 def update_running_statistics(norm: nn.Module, mean: Tensor, variance: Tensor, count: int) -> None:
-    """Do what a call of a batch norm does to its buffers.
+    """Do what a call of a batch norm does to its buffers, unless the call is a replay.
 
     Args:
         norm: a norm of kind "batch".
@@ -127,7 +136,7 @@ def update_running_statistics(norm: nn.Module, mean: Tensor, variance: Tensor, c
         variance: (C,), biased, of the batch.
         count: number of values of a channel, at least 2.
     """
-    if not (norm.training and norm.track_running_stats):
+    if not (norm.training and norm.track_running_stats) or is_replaying():
         return
     share, batches = norm.momentum, norm.num_batches_tracked
     if batches is not None:

@@ -11,7 +11,7 @@ from ..ops.aggregation import reflect
 from ..ops.precision import accumulation_dtype, autocast_disabled
 from .bands import Bands, Windows
 from .mapping import Mapping, normed_affine, rows_of_band
-from .relation_moments import Moments, moments_of_products, moments_of_sums
+from .relation_moments import Moments, moments_of_pixels, moments_of_products, moments_of_sums
 from .weight_kernels import PairwiseMoments, PairwiseWeights, has_kernels
 
 
@@ -93,9 +93,7 @@ class _Relation:
         if self.factors:
             moments.insert(0, moments_of_products(*self.factors, self.kernel_size))
         elif self.given:
-            given = self.given[0].double()
-            var, mean = torch.var_mean(given, (0, 2, 3, 4), correction=0)
-            moments.insert(0, (mean, var))
+            moments.insert(0, moments_of_pixels(self.given[0]))
         means, variances = zip(*moments, strict=True)
         return torch.cat(means), torch.cat(variances)
 

@@ -1,6 +1,7 @@
 """The mapping from patchwise relations to weights."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import window_product
@@ -8,8 +9,9 @@ from ..ops.aggregation import reflect
 from ..ops.precision import accumulation_dtype, autocast_disabled
 from .bands import Bands, Windows
 from .mapping import Mapping, normed_affine, rows_of_band
+from .norm import call_norm
 from .projection import multiply_by, project
-from .relation_moments import Moments, moments_by_place
+from .relation_moments import Moments, moments_by_place, moments_of_pixels
 from .weight_kernels import PatchwiseHidden, has_kernels
 
 
@@ -21,7 +23,8 @@ def patchwise_mapping(layer: nn.Module, query: Tensor, key: Tensor) -> Mapping:
         query, key: (N, relation_channels, H, W).
     """
     if layer.relation == "star_product":
-        relation = layer.weights[:2](window_product(query, key, layer.kernel_size))
+        relation = window_product(query, key, layer.kernel_size)
+        relation = F.relu(call_norm(layer.weights[0], relation))
         (hidden,) = project(relation, (layer.weights[2],))
     else:
         hide = _concatenation if layer.relation == "concatenation" else _clique_product
@@ -33,7 +36,8 @@ def patchwise_mapping(layer: nn.Module, query: Tensor, key: Tensor) -> Mapping:
     def weights(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return multiply_by(hidden, weight, bias).unflatten(1, (groups, -1))
 
-    tensors = (layer.weights[3:5](hidden), second.weight, second.bias)
+    hidden = F.relu(call_norm(layer.weights[3], hidden))
+    tensors = (hidden, second.weight, second.bias)
     return Mapping(weights, tensors, groups)
 
 
@@ -44,9 +48,9 @@ def _concatenation(layer: nn.Module, query: Tensor, key: Tensor) -> Tensor:
     padded = reflect(key, kernel_size // 2)
 
     def moments() -> Moments:
-        var, mean = torch.var_mean(query.double(), (0, 2, 3), correction=0)
-        means, variances = moments_by_place(padded, kernel_size)
-        return torch.cat([mean, means]), torch.cat([var, variances])
+        moments = (moments_of_pixels(query), moments_by_place(padded, kernel_size))
+        means, variances = zip(*moments, strict=True)
+        return torch.cat(means), torch.cat(variances)
 
     scale, shift = normed_affine(norm, moments, query[:, 0].numel(), dtype)
     matrix = first.weight.flatten(1).to(dtype)

@@ -5,25 +5,26 @@ into sums over windows, which are cheap. Everything is in float64: variances are
 The backward pass computes it again from the arguments, which take less memory.
 """
 
-import functools
-from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..ops.aggregation import reflect, reflected
+from .replay import computed_again
 
 Moments = tuple[Tensor, Tensor]  # mean and biased variance, (C,) each
 
 
-def _computed_again(function: Callable[..., Moments]) -> Callable[..., Moments]:
-    @functools.wraps(function)
-    def wrapped(*arguments):
-        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+_computed_again = partial(computed_again, count=2)
 
-    return wrapped
+
+@_computed_again
+def moments_of_pixels(x: Tensor) -> Moments:
+    """Return the moments of every channel of (N, C, ...)."""
+    var, mean = torch.var_mean(x.double(), (0, *range(2, x.ndim)), correction=0)
+    return mean, var
 
 
 @_computed_again

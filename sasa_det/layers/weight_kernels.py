@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..ops.product import has_products
+from .replay import once
 
 
 def has_kernels(x: Tensor) -> bool:
@@ -34,9 +35,11 @@ class PairwiseMoments(torch.autograd.Function):
         matrix: Tensor | None,
         kernel_size: int,
     ) -> tuple[Tensor, Tensor]:
-        mean, var = torch.ops.sasa_det_cpu.pairwise_moments(
-            *_normalized(own, other, scale, shift), matrix, kernel_size, ""
-        )
+        def moments() -> tuple[Tensor, Tensor]:
+            inputs = _normalized(own, other, scale, shift)
+            return torch.ops.sasa_det_cpu.pairwise_moments(*inputs, matrix, kernel_size, "")
+
+        mean, var = once(moments, count=2)
         ctx.kernel_size = kernel_size
         ctx.save_for_backward(own, other, scale, shift, matrix, mean)
         return mean, var
@@ -105,7 +108,7 @@ class PatchwiseHidden(torch.autograd.Function):
     def forward(ctx, *arguments) -> Tensor:
         *tensors, ctx.kernel_size = arguments
         ctx.save_for_backward(*tensors)
-        return torch.ops.sasa_det_cpu.patchwise_hidden(*arguments, "")
+        return once(lambda: torch.ops.sasa_det_cpu.patchwise_hidden(*arguments, ""))
 
     @staticmethod
     @once_differentiable

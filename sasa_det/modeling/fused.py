@@ -25,6 +25,7 @@ from ..layers.one_piece import (
 )
 from ..layers.plain import is_plain_call, is_plain_pointwise
 from ..layers.projection import runs_products
+from ..layers.replay import once
 from ..ops.product import (
     Operand,
     add,
@@ -94,7 +95,8 @@ def normalize(norm: nn.Module | None, x: Tensor) -> Affine | None:
     """Return what a norm does to a map; it takes note of its batch."""
     if norm_kind(norm) != "batch":
         return constant_affine(norm)
-    return batch_affine(norm, *channel_moments(x), x.numel() // x.shape[1])
+    moments = once(lambda: channel_moments(x), count=2)
+    return batch_affine(norm, *moments, x.numel() // x.shape[1])
 
 
 def _product_and_norm(

@@ -15,6 +15,7 @@ from ..layers.one_piece import wanted
 from ..layers.projection import runs_products
 from ..ops.product import (
     Operand,
+    masked_gradient,
     masked_input_gradient,
     materialize,
     product,
@@ -39,17 +40,56 @@ def normed_products(
     Returns:
         (N, C_out, H, W) of each layer; None where the kernels cannot stand for norm and layers.
     """
-    if not (runs_products(x) and x.numel() > 0 and norm_kind(norm) is not None):
-        return None
-    if not all(map(is_product, layers)):
-        return None
-    if uses_batch([norm]) and x.numel() == x.shape[1]:  # which batch norm refuses
+    if not (_can_normalize(x, norm) and all(map(is_product, layers))):
         return None
     parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
     if torch.is_grad_enabled():
         return _NormedProducts.apply(x, norm, residual, *norm_parameters(norm), *parameters)
     operand = Operand(x, terms_of(normalize(norm, x)), relu=True)
     return tuple(_multiply(operand, parameters, residual))
+
+
+def normed_relu(x: Tensor, norm: nn.Module) -> Tensor | None:
+    """Compute ``relu(norm(x))``; what lies between the two is not kept.
+
+    Args:
+        x: (N, C, H, W).
+        norm: any norm.
+
+    Returns:
+        (N, C, H, W); None where the kernels cannot stand for the norm.
+    """
+    if not _can_normalize(x, norm):
+        return None
+    if torch.is_grad_enabled():
+        return _NormedRelu.apply(x, norm, *norm_parameters(norm))
+    return materialize(Operand(x, terms_of(normalize(norm, x)), relu=True))
+
+
+class _NormedRelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, norm, norm_weight, norm_bias) -> Tensor:
+        ctx.affine = normalize(norm, x)
+        output = materialize(Operand(x, terms_of(ctx.affine), relu=True))
+        ctx.save_for_backward(x, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, output = ctx.saved_tensors
+        normed = ([], []) if ctx.affine is None else ([x], [ctx.affine.mean])
+        masked = masked_gradient(grad.contiguous(), output, *normed)
+        grad_x, *of_norm = norm_backward(ctx.affine, *masked, x)
+        return materialize(grad_x), None, *wanted(ctx.needs_input_grad[2:], of_norm)
+
+
+def _can_normalize(x: Tensor, norm: nn.Module) -> bool:
+    """Tell whether a map and its norm are of a kind that the kernels know."""
+    if not (runs_products(x) and x.numel() > 0 and norm_kind(norm) is not None):
+        return False
+    # Batch norm refuses to normalize single values.
+    return not uses_batch([norm]) or x.numel() > x.shape[1]
 
 
 def _multiply(

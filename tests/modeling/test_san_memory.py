@@ -8,8 +8,11 @@ import torch.nn.functional as F
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
+from sasa_det.layers.replay import replayed
+from sasa_det.layers.vector_attention import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS
+from sasa_det.modeling.backbone import san
 from sasa_det.modeling.backbone.san import SAN
-from sasa_det.modeling.normed_products import normed_products
+from sasa_det.modeling.normed_products import normed_products, normed_relu
 from sasa_det.modeling.pooled import pooled_product, pooled_stem
 from sasa_det.ops import cpu
 
@@ -72,6 +75,15 @@ def test_a_normed_product_with_a_residual():
 
 
 @pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("training", [True, False])
+def test_normed_relu(norm, training):
+    torch.manual_seed(0)
+    modules = randomize(nn.ModuleList([norm(6)]).train(training))
+    x = 1 + 2 * torch.randn(2, 6, 5, 7)
+    assert_same(*(modules, x, lambda m, x: [normed_relu(x, m[0])], lambda m, x: [F.relu(m[0](x))]))
+
+
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("size", [(6, 8), (7, 5), (1, 2), (1, 1), (40, 33)])
 def test_pooled_stem(norm, size, monkeypatch):
     monkeypatch.setattr("sasa_det.modeling.pooled._NUMBERS_OF_BAND", 4 * 5 * 6 * 3)
@@ -87,11 +99,13 @@ def test_pooled_stem(norm, size, monkeypatch):
     )
 
 
-def test_pooled_product():
+@pytest.mark.parametrize("size", [(7, 9), (6, 8)])
+def test_pooled_product(size, monkeypatch):
+    monkeypatch.setattr("sasa_det.modeling.pooled._NUMBERS_OF_CHANNELS", 2 * 6 * 8)
     modules = nn.ModuleList([nn.Conv2d(3, 5, 1, bias=False)])
     assert_same(
         modules,
-        torch.randn(2, 3, 7, 9),
+        torch.randn(2, 3, *size),
         lambda m, x: [pooled_product(x, m[0])],
         lambda m, x: [m[0](F.max_pool2d(x, 2, ceil_mode=True))],
     )
@@ -104,3 +118,94 @@ def test_hooks_see_what_they_are_on():
         module.register_forward_hook(lambda *arguments: seen.append(1))
     model(torch.randn(1, 3, 20, 24))
     assert len(seen) == 4
+
+
+STAGES = [
+    *(("pairwise", relation, "BN") for relation in PAIRWISE_RELATIONS),
+    *(("patchwise", relation, "BN") for relation in PATCHWISE_RELATIONS),
+    *(("pairwise", "subtraction", norm) for norm in ("FrozenBN", "")),
+    *(("patchwise", "concatenation", norm) for norm in ("FrozenBN", "")),
+]
+
+
+def step(model, x):
+    """Return features, gradients, buffers, and the kinds of the nodes of autograd behind res2."""
+    model = copy.deepcopy(model)
+    for _ in range(2):  # of which both count for the running statistics
+        outputs = model(x)
+    names = [type(output.grad_fn).__name__ for output in outputs.values()]
+    sum(output.square().sum() for output in outputs.values()).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {**outputs, **gradients, **dict(model.named_buffers())}, names
+
+
+@pytest.mark.parametrize("attention,relation,norm", STAGES)
+def test_stages_that_run_again(attention, relation, norm, monkeypatch):
+    torch.manual_seed(0)
+    options = {"attention": attention, "relation": relation, "norm": norm}
+    model = SAN(width_multiplier=0.25, out_features=["stem", "res2"], **options)
+    x = torch.randn(2, 3, 13, 18)
+    expected, names = step(model, x)
+    assert not any("Replayed" in name for name in names)
+    monkeypatch.setattr(san, "LEAST_REPLAYED", 0)
+    actual, names = step(model, x)
+    assert all("Replayed" in name for name in names)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("attention", ["pairwise", "patchwise"])
+def test_what_stages_that_run_again_keep(attention, monkeypatch):
+    monkeypatch.setattr(san, "LEAST_REPLAYED", 0)
+    model, kept = SAN(attention=attention, out_features=["res2"]), {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // 4
+        return x
+
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        output = model(torch.randn(1, 3, 64, 64))["res2"]
+    numbers = sum(count for storage, count in kept.items() if storage not in parameters)
+    # The image, the maps that both stages have entered, what attention has summed up (blocks are
+    # four times as wide, and res2 has a quarter of the pixels), and moments and hidden maps.
+    pixels, of_attention = 32 * 32, 2 * 64 // 4 + 64 // 4
+    assert numbers < (3 * 4 + 64 + 64 + of_attention + 12) * pixels
+    output.sum().backward()
+
+
+def test_other_stages_run_once(monkeypatch):
+    monkeypatch.setattr(san, "LEAST_REPLAYED", 0)
+    x, names = torch.randn(1, 3, 20, 24), []
+    for change in range(4):
+        model = SAN(width_multiplier=0.25, out_features=["stem"])
+        if change == 1:
+            model.stem.blocks[0].norm2.register_forward_hook(lambda *arguments: None)
+        elif change == 2:
+            model.stem.out_norm = nn.GroupNorm(2, 16)
+        elif change == 3:
+            model.stem.blocks[0].project.bias.register_hook(lambda grad: 2 * grad)
+        names.append(type(model(x)["stem"].grad_fn).__name__)
+    assert ["Replayed" in name for name in names] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("norms", [(1, 0), (0, 1)])
+def test_a_second_run_that_differs_is_refused(norms):
+    norm, runs = nn.BatchNorm2d(3, affine=False), iter(norms)
+
+    def run(x):
+        return normed_relu(x, norm) if next(runs) else x.relu()
+
+    output = replayed(run, torch.randn(1, 3, 4, 4, requires_grad=True), list)
+    with pytest.raises(RuntimeError, match="did not run a function as the forward pass did"):
+        output.sum().backward()
+
+
+def test_parameters_that_are_replaced_before_the_second_run_are_refused(monkeypatch):
+    monkeypatch.setattr(san, "LEAST_REPLAYED", 0)
+    model = SAN(width_multiplier=0.25, out_features=["stem"])
+    output = model(torch.randn(1, 3, 20, 24))["stem"]
+    model.stem.out_norm.weight = nn.Parameter(torch.ones(16))
+    with pytest.raises(RuntimeError, match="Parameters were replaced"):
+        output.sum().backward()

@@ -16,11 +16,15 @@ from torch import Tensor, nn
 from ...config.defaults import check_has_keys
 from ...config.recipe import recipe_keys
 from ...layers import PairwiseAttention2d, PatchwiseAttention2d
+from ...layers.mapping import why_not
+from ...layers.norm import norm_kind
 from ...layers.plain import is_plain_call
+from ...layers.projection import runs_products
+from ...layers.replay import replayed
 from ...ops.arguments import check_choice, check_type
 from ..attention_options import check_norm
-from ..normed_products import normed_products
-from ..pointwise import use_products
+from ..normed_products import normed_products, normed_relu
+from ..pointwise import is_product, use_products
 from ..pooled import pooled_product, pooled_stem
 from .attention_fpn import build_fpn, build_retinanet_fpn
 from .training_warnings import WarnsInTraining
@@ -31,6 +35,8 @@ CHANNELS = (64, 256, 512, 1024, 2048)
 KERNEL_SIZES = (3, 7, 7, 7, 7)
 # Blocks of every stage by depth (Table 1 of the paper).
 NUM_BLOCKS = {10: (2, 1, 2, 4, 1), 15: (3, 2, 3, 5, 2), 19: (3, 3, 4, 6, 3)}
+
+LEAST_REPLAYED = 1 << 20  # numbers of a stage's maps: to keep fewer costs less than time
 
 MakeNorm = Callable[[int], nn.Module]
 
@@ -102,9 +108,29 @@ class _Stage(CNNBlockBase):
             if self.conv is not None and self.norm is not None:
                 x = F.relu(self.norm(self.conv(x)))
             x = self.transition(F.max_pool2d(x, 2, ceil_mode=True))
+            return F.relu(self.out_norm(self.blocks(x)))
         else:
-            x = self._enter(x)
-        return F.relu(self.out_norm(self.blocks(x)))
+            if self._can_replay(x):
+                return replayed(self._run, x, lambda: list(self.parameters()))
+            return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        x = self.blocks(self._enter(x))
+        normed = normed_relu(x, self.out_norm)
+        return F.relu(self.out_norm(x)) if normed is None else normed
+
+    def _can_replay(self, x: Tensor) -> bool:
+        """Tell whether the backward pass should run the stage again, to save memory.
+
+        A second run must be no more than numbers. The modules that it would call have no hooks and
+        keep their forward; that of the stage is replaced by those who checkpoint it.
+        """
+        numbers = x.shape[0] * self.out_channels * x.shape[-2:].numel() // 4
+        if numbers < LEAST_REPLAYED or not (torch.is_grad_enabled() and runs_products(x)):
+            return False
+        if "forward" in self.__dict__ or not any(p.requires_grad for p in self.parameters()):
+            return False
+        return all(_is_known(module, x) for module in self.modules() if module is not self)
 
     def _enter(self, x: Tensor) -> Tensor:
         if self.conv is not None:
@@ -113,6 +139,23 @@ class _Stage(CNNBlockBase):
                 return entered
             x = F.relu(self.norm(self.conv(x)))
         return pooled_product(x, self.transition)
+
+
+def _is_known(module: nn.Module, x: Tensor) -> bool:
+    """Tell whether a module within a stage is what it was built as, for images like ``x``."""
+    parameters = [p for p in module._parameters.values() if p is not None]
+    # A hook on a parameter would see its gradient twice.
+    if any(type(p) is not nn.Parameter or p._backward_hooks for p in parameters):
+        return False
+    if not is_plain_call(module):
+        return False
+    if isinstance(module, PairwiseAttention2d | PatchwiseAttention2d):
+        count = x.shape[0] * x.shape[-2:].numel() // 4
+        return not module.is_reference and why_not(module.weights, x, count) is None
+    if isinstance(module, nn.Conv2d):
+        return is_product(module)
+    containers = (_Block, nn.Sequential, nn.ReLU)
+    return type(module) in containers or norm_kind(module) is not None
 
 
 class SAN(WarnsInTraining, Backbone):
