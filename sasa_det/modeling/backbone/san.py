@@ -110,9 +110,12 @@ class _Stage(CNNBlockBase):
             x = self.transition(F.max_pool2d(x, 2, ceil_mode=True))
             return F.relu(self.out_norm(self.blocks(x)))
         else:
-            if self._can_replay(x):
-                return replayed(self._run, x, lambda: list(self.parameters()))
-            return self._run(x)
+            return self._run_on_kernels(x)
+
+    def _run_on_kernels(self, x: Tensor) -> Tensor:
+        if self._can_replay(x):
+            return replayed(self._run, x, lambda: list(self.parameters()))
+        return self._run(x)
 
     def _run(self, x: Tensor) -> Tensor:
         x = self.blocks(self._enter(x))
