@@ -44,10 +44,10 @@ def run_joined(
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
-    takes = _takes(head, features)
-    group = _group_of(head) if features[0].device.type == "cuda" else None
-    if group is not None:
-        takes = agreed(head, takes, group, features[0].device)
+    device, group = features[0].device, _group_of(head)
+    takes = _takes(head, features, norms_exchange=group is not None)
+    if group is not None and device.type == "cuda":
+        takes = agreed(head, takes, group, device)
     if not takes:
         return None
     pixels, maps = join(features)
@@ -62,7 +62,9 @@ def _subnets(head: "AttentionRetinaNetHead") -> list[tuple[nn.Module, nn.Sequent
     return [(head.cls_subnet, head.cls_score), (head.bbox_subnet, head.bbox_pred)]
 
 
-def _takes(head: "AttentionRetinaNetHead", features: Sequence[Tensor]) -> bool:
+def _takes(
+    head: "AttentionRetinaNetHead", features: Sequence[Tensor], norms_exchange: bool
+) -> bool:
     first = features[0]
     if not 1 < len(features) <= MOST_LEVELS or not cuda_layer.is_there(first.device):
         return False
@@ -86,7 +88,7 @@ def _takes(head: "AttentionRetinaNetHead", features: Sequence[Tensor]) -> bool:
         cuda.takes_maps(maps)
         and all(runs_on_levels(layers[0], x) for x in features)
         and all(runs_on_levels(layer, first) for layer in layers)
-        and (_group_of(head) is None or _takes_norms(head, first, maps))
+        and (not norms_exchange or _takes_norms(head, first, maps))
     )
 
 
