@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from . import cuda
 from .cuda_check import first_use_problem, largest_errors, problem_of
 from .cuda_kernels import MOST_LEVELS, Launch
-from .exporting import is_looked_at
+from .exporting import why_not_instead
 from .precision import autocast_disabled
 
 HEADER, FINISH_HEADER = "level_norm.cuh", "level_norm_finish.cuh"
@@ -101,12 +101,9 @@ def why_not(x: Tensor, pixels: Sequence[int]) -> str | None:
     """
     if x.device.type != "cuda":
         return f"they take CUDA tensors, not {x.device.type}"
-    if type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return "they do not run in traces and compiled models"
-    if is_looked_at():
-        return "operators are looked at one by one"
     return (
-        why_not_like(x.dtype, tuple(x.shape), len(pixels))
+        why_not_instead(x)
+        or why_not_like(x.dtype, tuple(x.shape), len(pixels))
         or cuda.MISSING
         or cuda.why_not_capable(x.device)
         or _why_not_correct(x.device, x.dtype)

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from . import cuda
 from .blocks import STEM_BLOCK
-from .exporting import is_looked_at
+from .exporting import why_not_instead
 from .precision import autocast_disabled
 from .stem_kernels import (
     HEAD_WIDTHS,
@@ -38,10 +38,8 @@ def why_not(x: Tensor, channels: int, num_heads: int) -> str | None:
         return cuda.MISSING
     if x.device.type != "cuda":
         return f"it takes CUDA tensors, not {x.device.type}"
-    if type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return "it does not run in traces and compiled models"
-    if is_looked_at():
-        return "operators are looked at one by one"
+    if reason := why_not_instead(x):
+        return reason
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 or float16, not {x.dtype}"
     if x.requires_grad:
