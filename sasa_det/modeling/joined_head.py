@@ -85,7 +85,7 @@ def _takes(
     # Layers differ in their weights, and not in what maps they take.
     maps = maps_of(features)
     return (
-        cuda.takes_maps(maps)
+        cuda.takes_maps(maps, layers[0].num_heads)
         and all(runs_on_levels(layers[0], x) for x in features)
         and all(runs_on_levels(layer, first) for layer in layers)
         and (not norms_exchange or _takes_norms(head, first, maps))

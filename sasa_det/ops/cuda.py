@@ -43,6 +43,8 @@ MISSING = None if _is_installed("cuda.bindings") else "cuda-bindings is not inst
 _DTYPES = (torch.bfloat16, torch.float16)
 _CAPABILITY = (8, 0)
 _MOST_BLOCKS = 65535  # of a grid's second and third dimension
+# That all pixels have for all heads: they are counted with 31 bits, with the rows beside an image.
+_MOST_VALUES = 2**30
 
 
 def why_not(query: Tensor, num_heads: int, kernel_size: int, forced: bool = False) -> str | None:
@@ -85,7 +87,7 @@ def why_not_like(
     variant = Variant(dtype, head_width, kernel_size)
     reason = _why_not_on(device, variant)
     if reason is None and not traced:
-        reason = _why_not_of_size(shape) or why_not_correct(device, variant)
+        reason = _why_not_of_size(shape, num_heads) or why_not_correct(device, variant)
     return reason
 
 
@@ -108,9 +110,10 @@ def _why_not_on(device: torch.device, variant: Variant) -> str | None:
     return None
 
 
-def _why_not_of_size(shape: Sequence[int]) -> str | None:
+def _why_not_of_size(shape: Sequence[int], num_heads: int) -> str | None:
     batch, channels, height, width = shape
-    if batch > _MOST_BLOCKS or height > 8 * _MOST_BLOCKS or height * width >= 2**31:
+    values = batch * height * width * num_heads
+    if batch > _MOST_BLOCKS or height > 8 * _MOST_BLOCKS or values > _MOST_VALUES:
         return f"it does not take {batch} images of {height} x {width}"
     if width * channels > LARGEST_ROW:
         return f"it does not take rows of {width} pixels of {channels} channels"
@@ -123,12 +126,12 @@ def why_not_pooled(device: torch.device, variant: Variant) -> str | None:
     return why_not_correct(device, variant)
 
 
-def takes_maps(maps: Maps) -> bool:
+def takes_maps(maps: Maps, num_heads: int) -> bool:
     """Tell whether maps, each of which can run here, can do so in one launch."""
     return (
         1 <= len(maps.sizes) <= MOST_LEVELS
         and tile_rows_of(maps) <= _MOST_BLOCKS
-        and sum(maps.pixels) < 2**32
+        and sum(maps.pixels) * num_heads <= _MOST_VALUES
     )
 
 

@@ -70,9 +70,9 @@ def target_of(instruction: Instruction, labels: dict[str, int]) -> int | None:
 
 
 def is_conditional(instruction: Instruction) -> bool:
-    """Tell whether an instruction depends on a condition, before its name or as an operand."""
-    predicate, _, operands = instruction
-    return bool(predicate or _CONDITION.match(operands))
+    """Tell whether an instruction depends on a condition, or on threads that diverge."""
+    predicate, name, operands = instruction
+    return bool(predicate or _CONDITION.match(operands) or name.startswith("BRA.DIV"))
 
 
 def instructions_per_head(kernel: CompiledKernel, heads: int, inner: int = 1) -> float:

@@ -21,16 +21,16 @@ BF16, FP16 = torch.bfloat16, torch.float16
 FORWARD, QUERY, KEY = KERNELS
 # Instructions that a warp executes for 16 queries of a head, by kernel and head width.
 INSTRUCTIONS = {
-    FORWARD: {8: 600, 16: 750, 32: 950, 64: 1400},
-    QUERY: {8: 800, 16: 1000, 32: 1300, 64: 1700},
-    KEY: {8: 930, 16: 1150, 32: 1450, 64: 1950},
+    FORWARD: {8: 450, 16: 550, 32: 760, 64: 1000},
+    QUERY: {8: 620, 16: 790, 32: 1070, 64: 1450},
+    KEY: {8: 780, 16: 950, 32: 1240, 64: 1770},
 }
 # What pooling takes of the kernel that writes the output, and of the others.
-POOLING = {FORWARD: 160, QUERY: 60, KEY: 90}
+POOLING = {FORWARD: 60, QUERY: 60, KEY: 90}
 # Registers with which as many blocks as planned fit an SM.
 REGISTERS = {FORWARD: {8: 80, 16: 80, 32: 80, 64: 128}}
 MOST_REGISTERS = 128
-SPILLED_BYTES = {8: 64, 16: 64, 32: 64, 64: 136}
+SPILLED_BYTES = {8: 64, 16: 64, 32: 64, 64: 160}
 # All GPUs from compute capability 8.0 on have 99 KiB for a block. The widest heads need more in the
 # backward pass, and twice this is what an SM of 9.0 has.
 SHARED_BYTES = {8: 99 * 1024, 16: 99 * 1024, 32: 99 * 1024, 64: 113 * 1024}
@@ -92,7 +92,7 @@ def test_kernels_that_pool_stay_within_their_limits(head_width):
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.skipif(disassembler() is None, reason="nvdisasm is not installed")
-@pytest.mark.parametrize("gpu,forward,step", [(GPUS[0], 1.1, 1.3), (GPUS[1], 0.8, 0.9)])
+@pytest.mark.parametrize("gpu,forward,step", [(GPUS[0], 1.0, 1.2), (GPUS[1], 0.75, 0.85)])
 def test_predicted_times_of_retinanet(gpu, forward, step):
     total = predictions(gpu)[-1]
     assert total["layer"] == "RetinaNet-50"

@@ -227,11 +227,14 @@ def test_heads_with_more_than_weights_run_level_by_level(launched, monkeypatch):
 
 
 def test_maps_of_one_launch_are_counted():
-    assert cuda.takes_maps(Maps(2, ((5, 6),) * 8)) and not cuda.takes_maps(Maps(2, ((5, 6),) * 9))
+    assert cuda.takes_maps(Maps(2, ((5, 6),) * 8), 8)
+    assert not cuda.takes_maps(Maps(2, ((5, 6),) * 9), 8)
     # Rows of tiles of 8 pixels are a dimension of a grid, of 65,535 at most.
-    assert cuda.takes_maps(Maps(1, ((8 * 65_534, 1), (8, 1))))
-    assert not cuda.takes_maps(Maps(1, ((8 * 65_534, 1), (9, 1))))
-    assert not cuda.takes_maps(Maps(2**16, ((2**8, 2**7), (2**8, 2**7))))
+    assert cuda.takes_maps(Maps(1, ((8 * 65_534, 1), (8, 1))), 8)
+    assert not cuda.takes_maps(Maps(1, ((8 * 65_534, 1), (9, 1))), 8)
+    # What pixels have for each head is counted with 31 bits, with the rows beside an image.
+    maps = Maps(2**12, ((2**8, 2**7), (2**8, 2**7)))
+    assert cuda.takes_maps(maps, 4) and not cuda.takes_maps(maps, 5)
 
 
 def test_processes_agree_whether_the_kernels_take_a_head():

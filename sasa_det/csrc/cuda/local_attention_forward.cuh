@@ -22,11 +22,10 @@ SELDOM void attend_one_by_one(const ForwardArguments x, Shared keys, Shared valu
                               Shared outputs_tile, int head) {
   const Thread me;
   const Block block = Block::of<DEPTH>(x.sizes);
-  const OwnPixels<DEPTH> outputs(outputs_tile, me);
+  const OwnPixels<DEPTH> outputs(outputs_tile);
   const OnePixel<T, DEPTH, KERNEL> pixel(block, me, head);
   // Squares of pixels meet in one result, and threads of all of them must come there.
-  constexpr bool MEANS = POOLED && DEPTH == 64;
-  if (!MEANS && !pixel.inside) return;
+  if (!POOLED && !pixel.inside) return;
   const u16* query = pixel.of(x.query, x.query_stride, 0);
   const auto logit = [&](int row, int col) {
     float sum = 0.f;
@@ -62,14 +61,13 @@ SELDOM void attend_one_by_one(const ForwardArguments x, Shared keys, Shared valu
 #pragma unroll
     for (int d = 0; d < 4; ++d)
       words[d] = T::pack(sums[2 * d] * inverse, sums[2 * d + 1] * inverse);
-    if constexpr (MEANS)
-      outputs.template put_means<T>(words, x.output, x.output_stride, block, pixel.y, pixel.x,
+    if constexpr (POOLED)
+      outputs.template put_means<T>(words, x.output, x.output_stride, block, pixel.y, pixel.x, head,
                                     chunk, pixel.inside);
     else
       outputs.put(words, x.output, x.output_stride, block, pixel.y, pixel.x, head, chunk);
     if (chunk == 0 && pixel.inside)
-      store(x.log_sum + block.plane(head) + pixel.place(),
-            highest * LOG2_E + log2_of(total));
+      store(x.log_sum + block.in_planes(head, pixel.y, pixel.x), highest * LOG2_E + log2_of(total));
   }
 }
 
@@ -78,25 +76,31 @@ __global__ void __launch_bounds__(THREADS, DEPTH < 64 ? 3 : 2)
     local_attention_forward(const ForwardArguments x) {
   using H = Heads<DEPTH>;
   constexpr int ROWS = KERNEL + 1;
-  // Heads of 64 channels do not pass through shared memory.
-  constexpr bool MEANS = POOLED && DEPTH == 64;
   const Thread me;
+  using P = Places<DEPTH>;
+  const OwnPlaces<DEPTH> places(P::FOR_PRODUCTS);
   const Block block = Block::of<DEPTH>(x.sizes);
   if (!block.is_there()) return;
-  const Attended<T, DEPTH, KERNEL, CONTENT, POSITION> attended(x, block, me);
+  const Attended<T, DEPTH, KERNEL, CONTENT, POSITION> attended(x, block, {block, me}, me);
   const OwnPixels<DEPTH>& outputs = attended.queries;  // in their place
   const Pixels pixels(block, me);
+  const OneOfPair one(block, pixels, me);
   const Windows windows(me);
   Terms<DEPTH, KERNEL, MASK, POSITION> terms(block, me);
+  float parts[2] = {1.f, 1.f};  // of the pixels in what is written
+  if (POOLED)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      parts[h] = pixels.inside[h] ? outputs.part_of(block, pixels.row, pixels.col) : 0.f;
   wait_for_copies();
   wait_for_block();
 #pragma unroll 1
   for (int head = 0; head < block.heads; ++head) {
     u32 a[H::STEPS][4];
-    attended.queries.load(a, x.query, x.query_stride, block, pixels, me, head);
+    attended.queries.load(a, places, x.query, x.query_stride, block, pixels, me, head);
     terms.template find<T>(a, attended.embeddings, head, me);
     float logits[ROWS / 2][2][4];
-    const PixelsAsColumns<DEPTH> keys_as_columns(attended.keys, me, head);
+    const PixelsAsColumns<DEPTH> keys_as_columns(attended.keys, places, head);
 #pragma unroll
     for (int j = 0; j < ROWS; j += 2)
       window_products<T, CONTENT>(logits[j / 2], a, keys_as_columns, windows, j,
@@ -121,10 +125,7 @@ __global__ void __launch_bounds__(THREADS, DEPTH < 64 ? 3 : 2)
       for (int h = 0; h < 2; ++h) {
         u32& word = weights[j / 2][j % 2 * 2 + h];
         const int offset = j - h;
-        if (offset < 0 || offset >= KERNEL) {
-          word = held_zero();
-          continue;
-        }
+        if (offset < 0 || offset >= KERNEL) continue;
         const float first = exp2_of(logits[j / 2][j % 2][2 * h] * LOG2_E - shift[h]);
         const float second = exp2_of(logits[j / 2][j % 2][2 * h + 1] * LOG2_E - shift[h]);
         total[h] += first + second;
@@ -134,52 +135,48 @@ __global__ void __launch_bounds__(THREADS, DEPTH < 64 ? 3 : 2)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       total[h] = sum_of_quad(total[h]);
-      inverse[h] = reciprocal_of(total[h]);
+      inverse[h] = reciprocal_of(total[h]) * parts[h];
     }
-    const PixelsAsRows<DEPTH> values_as_rows(attended.values, me, head);
-    u32 collected[2] = {0, 0};
-    u16* square = nullptr;
-    float factors[2] = {0.f, 0.f};
-    if constexpr (MEANS) {
-      square = Squares(block).of(x.output, x.output_stride, pixels.row, pixels.col,
-                                 block.first_head * DEPTH + 2 * me.t);
-      const float part = outputs.part_of(block, pixels.row, pixels.col);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) factors[h] = pixels.inside[h] ? inverse[h] * part : 0.f;
-    }
+    const OwnPlaces<DEPTH> for_sums(P::FOR_SUMS);
+    weights[0][1] = weights[ROWS / 2 - 1][2] = held_zero();  // out of the window
+    const PixelsAsRows<DEPTH> values_as_rows(attended.values, for_sums, head);
+    u32 collected = 0;
     wait_for_warp();  // whose queries give way to its outputs
 #pragma unroll
-    for (int c = 0; c < H::HEAD_CHUNKS; ++c) {
-      float sum[4] = {0.f, 0.f, 0.f, 0.f};
+    for (int first = 0; first < H::HEAD_CHUNKS; first += H::IN_TURN) {
+      float sums[H::IN_TURN][4] = {};
 #pragma unroll
       for (int j = 0; j < ROWS; j += 2)
-        values_as_rows.template product<T>(sum, weights[j / 2], windows, j, c);
-      u32 words[2];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        words[h] = T::pack(sum[2 * h] * inverse[h], sum[2 * h + 1] * inverse[h]);
-        collected[h] = T::add_zero_times(words[h], collected[h]);
+        for (int c = 0; c < H::IN_TURN; ++c)
+          values_as_rows.template product<T>(sums[c], weights[j / 2], j, first + c);
+#pragma unroll
+      for (int c = 0; c < H::IN_TURN; ++c) {
+        const float (&sum)[4] = sums[c];
+        if constexpr (POOLED) {
+          const u32 word =
+              outputs.template put_sums<T>(sum, inverse, for_sums, x.output, x.output_stride, block,
+                                           pixels, me, head, first + c);
+          collected = T::add_zero_times(word, collected);
+        } else {
+          u32 words[2];
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            words[h] = T::pack(sum[2 * h] * inverse[h], sum[2 * h + 1] * inverse[h]);
+            collected = T::add_zero_times(words[h], collected);
+          }
+          outputs.put(words, for_sums, x.output, x.output_stride, block, pixels, me, head,
+                      first + c);
+        }
       }
-      if constexpr (MEANS)
-        outputs.template put_sums<T>(sum, factors, square + 8 * c, pixels, me);
-      else
-        outputs.put(words, x.output, x.output_stride, block, pixels, me, head, c);
     }
-    float* log_sum[2];
-    pixels.of_planes(log_sum, x.log_sum, block, head);
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-      if (me.t == 0 && pixels.inside[h]) store(log_sum[h], shift[h] + log2_of(total[h]));
-    if (in_any_thread((pixels.inside[0] && not_finite(collected[0])) ||
-                      (pixels.inside[1] && not_finite(collected[1])))) {
+    one.store(x.log_sum, block, head, one.of(shift) + log2_of(one.of(total)));
+    if (in_any_thread(not_finite(collected))) {
       wait_for_warp();  // whose threads have written what others write again
       attend_one_by_one<T, DEPTH, KERNEL, MASK, CONTENT, POSITION, POOLED>(
           x, attended.keys, attended.values, outputs.tile(), head);
     }
   }
   wait_for_warp();
-  if constexpr (POOLED)
-    outputs.template store_means<T>(x.output, x.output_stride, block, me);
-  else
-    outputs.store_all(x.output, x.output_stride, block, pixels, me);
+  outputs.template store_all<POOLED>(x.output, x.output_stride, block, me);
 }

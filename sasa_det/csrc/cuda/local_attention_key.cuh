@@ -45,9 +45,8 @@ struct QueryTables {
     const bool first = me.lane < 16;
     const int row = 2 * me.warp + me.lane / 8 % 2, col = me.lane % 8;
     const int y = block.top + row - REACH, left = block.left + col - REACH;
-    const u64 plane = block.plane(head) - static_cast<u32>(block.place(REACH, REACH));
     const float* from =
-        (first ? x.log_sum : x.mean) + plane + static_cast<u32>(block.place(row, col));
+        (first ? x.log_sum : x.mean) + block.in_planes(head, row - REACH, col - REACH);
     to += row * ROW_BYTES + (first ? log_sum(col) : mean(col));
 #pragma unroll
     for (int c = 0; c < COLS; c += 8)
@@ -111,12 +110,12 @@ struct KeyShared {
 
 template <typename T, int DEPTH, int KERNEL, bool CONTENT, bool POOLED>
 SELDOM void key_gradients_one_by_one(const KeyArguments x, Shared grads, Shared queries,
-                                     Shared tables, Shared grad_keys_tile,
-                                     Shared grad_values_tile, int head) {
+                                     Shared tables, Shared grad_keys_tile, Shared grad_values_tile,
+                                     int head) {
   const Thread me;
   const Block block = Block::of<DEPTH>(x.sizes);
-  const OwnPixels<DEPTH> grad_keys(grad_keys_tile, me);
-  const OwnPixels<DEPTH> grad_values(grad_values_tile, me);
+  const OwnPixels<DEPTH> grad_keys(grad_keys_tile);
+  const OwnPixels<DEPTH> grad_values(grad_values_tile);
   using Tables = QueryTables<DEPTH, KERNEL>;
   constexpr int LAST = KERNEL - 1;
   const OnePixel<T, DEPTH, KERNEL> pixel(block, me, head);
@@ -172,28 +171,32 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_key(const KeyArgum
   using Tables = QueryTables<DEPTH, KERNEL>;
   constexpr int ROWS = KERNEL + 1, LAST = KERNEL - 1;
   const Thread me;
+  using P = Places<DEPTH>;
+  const OwnPlaces<DEPTH> places(P::FOR_PRODUCTS);
   const Block block = Block::of<DEPTH>(x.sizes);
   if (!block.is_there()) return;
   const Shared grads = shared_memory() + S::GRADS, queries = shared_memory() + S::QUERIES;
   const Shared tables = shared_memory() + S::TABLES, embeddings = shared_memory() + S::EMBEDDINGS;
-  copy_tile<DEPTH, KERNEL>(queries, x.query, x.query_stride, block, me);
-  copy_tile<DEPTH, KERNEL, POOLED>(grads, x.grad, x.grad_stride, block, me);
+  const TileCopies<DEPTH, KERNEL> copies(block, me);
+  copies.start(queries, x.query, x.query_stride, block);
+  copies.template start<POOLED>(grads, x.grad, x.grad_stride, block);
   // Then their gradients, in their place.
-  const OwnPixels<DEPTH> keys(shared_memory() + S::KEYS, me);
-  const OwnPixels<DEPTH> values(shared_memory() + S::VALUES, me);
-  if (CONTENT) keys.copy(x.key, x.key_stride, block, me);
-  values.copy(x.value, x.value_stride, block, me);
+  const OwnPixels<DEPTH> keys(shared_memory() + S::KEYS);
+  const OwnPixels<DEPTH> values(shared_memory() + S::VALUES);
+  const OwnCopies<DEPTH> own_copies(block, me);
+  if (CONTENT) keys.copy(own_copies, x.key, x.key_stride, block);
+  values.copy(own_copies, x.value, x.value_stride, block);
   Tables::copy(tables, x, block, 0, me);
   if (POSITION)
     Embeddings<DEPTH, KERNEL>::template prepare<T>(embeddings, x.rel_rows, x.rel_cols, block, me);
   const Pixels pixels(block, me);
-  const Windows all_windows(me);
+  const Windows windows(me);
   // Tables of the queries in columns 2t and 2t + 1, or 8 further on: terms for the offset of key g,
   // and the others for offset 0.
   Shared terms[2], others[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int col = 2 * me.t + i + (all_windows.near[i] ? 0 : 8);
+    const int col = 2 * me.t + i + (windows.near[i] ? 0 : 8);
     const Shared row = tables + me.row() * Tables::ROW_BYTES;
     terms[i] = row + Tables::by_col(me.col() + col, me.g + LAST - col & 7);
     others[i] = row + Tables::by_row(me.col() + col, 0);
@@ -208,8 +211,8 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_key(const KeyArgum
     }
     u32 k[H::STEPS][4], v[H::STEPS][4];
     if (CONTENT) {
-      keys.load(k, x.key, x.key_stride, block, pixels, me, head);
-      values.load(v, x.value, x.value_stride, block, pixels, me, head);
+      keys.load(k, places, x.key, x.key_stride, block, pixels, me, head);
+      values.load(v, places, x.value, x.value_stride, block, pixels, me, head);
     }
     if (head) {
       wait_for_copies();
@@ -217,9 +220,8 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_key(const KeyArgum
     }
     Tables::template prepare<T, POSITION>(tables, queries, embeddings, block, head, me);
     wait_for_block();
-    const Windows windows = DEPTH == 8 ? all_windows.found_again(me) : all_windows;
-    const PixelsAsColumns<DEPTH> queries_as_columns(queries, me, head);
-    const PixelsAsColumns<DEPTH> grads_as_columns(grads, me, head);
+    const PixelsAsColumns<DEPTH> queries_as_columns(queries, places, head);
+    const PixelsAsColumns<DEPTH> grads_as_columns(grads, places, head);
     u32 weights[ROWS / 2][4], slopes[ROWS / 2][4];
 #pragma unroll
     for (int j = 0; j < ROWS; j += 2) {
@@ -243,10 +245,7 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_key(const KeyArgum
         for (int h = 0; h < 2; ++h) {
           u32 &weight_word = weights[j / 2][2 * r + h], &slope_word = slopes[j / 2][2 * r + h];
           const int offset = h + LAST - j - r;  // of the key's row from the query's
-          if (offset < 0 || offset >= KERNEL) {
-            weight_word = slope_word = held_zero();
-            continue;
-          }
+          if (offset < 0 || offset >= KERNEL) continue;
           float weight[2], slope[2];
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
@@ -263,40 +262,43 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_key(const KeyArgum
         }
       }
     }
-    const PixelsAsRows<DEPTH> queries_as_rows(queries, me, head);
-    const PixelsAsRows<DEPTH> grads_as_rows(grads, me, head);
-    u32 collected[2] = {0, 0};
+    const OwnPlaces<DEPTH> for_sums(P::FOR_SUMS);
+    // Out of the window.
+    weights[0][1] = slopes[0][1] = held_zero();
+    weights[ROWS / 2 - 1][2] = slopes[ROWS / 2 - 1][2] = held_zero();
+    const PixelsAsRows<DEPTH> queries_as_rows(queries, for_sums, head);
+    const PixelsAsRows<DEPTH> grads_as_rows(grads, for_sums, head);
+    u32 collected = 0;
 #pragma unroll
     for (int c = 0; c < H::HEAD_CHUNKS; ++c) {
       float to_value[4] = {0.f, 0.f, 0.f, 0.f}, to_key[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
       for (int j = 0; j < ROWS; j += 2) {
-        grads_as_rows.template product<T>(to_value, weights[j / 2], windows, j, c);
-        if (CONTENT) queries_as_rows.template product<T>(to_key, slopes[j / 2], windows, j, c);
+        grads_as_rows.template product<T>(to_value, weights[j / 2], j, c);
+        if (CONTENT) queries_as_rows.template product<T>(to_key, slopes[j / 2], j, c);
       }
       u32 words[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         words[h] = T::pack(PART<POOLED> * to_value[2 * h], PART<POOLED> * to_value[2 * h + 1]);
-        collected[h] = T::add_zero_times(words[h], collected[h]);
+        collected = T::add_zero_times(words[h], collected);
       }
-      values.put(words, x.grad_value, x.grad_value_stride, block, pixels, me, head, c);
+      values.put(words, for_sums, x.grad_value, x.grad_value_stride, block, pixels, me, head, c);
       if (!CONTENT) continue;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         words[h] = T::pack(PART<POOLED> * to_key[2 * h], PART<POOLED> * to_key[2 * h + 1]);
-        collected[h] = T::add_zero_times(words[h], collected[h]);
+        collected = T::add_zero_times(words[h], collected);
       }
-      keys.put(words, x.grad_key, x.grad_key_stride, block, pixels, me, head, c);
+      keys.put(words, for_sums, x.grad_key, x.grad_key_stride, block, pixels, me, head, c);
     }
-    if (in_any_thread((pixels.inside[0] && not_finite(collected[0])) ||
-                      (pixels.inside[1] && not_finite(collected[1])))) {
+    if (in_any_thread(not_finite(collected))) {
       wait_for_warp();  // whose threads have written what others write again
-      key_gradients_one_by_one<T, DEPTH, KERNEL, CONTENT, POOLED>(
-          x, grads, queries, tables, keys.tile(), values.tile(), head);
+      key_gradients_one_by_one<T, DEPTH, KERNEL, CONTENT, POOLED>(x, grads, queries, tables,
+                                                                  keys.tile(), values.tile(), head);
     }
   }
   wait_for_warp();
-  values.store_all(x.grad_value, x.grad_value_stride, block, pixels, me);
-  if (CONTENT) keys.store_all(x.grad_key, x.grad_key_stride, block, pixels, me);
+  values.store_all(x.grad_value, x.grad_value_stride, block, me);
+  if (CONTENT) keys.store_all(x.grad_key, x.grad_key_stride, block, me);
 }

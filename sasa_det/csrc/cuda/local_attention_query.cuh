@@ -31,15 +31,15 @@ SELDOM void query_gradients_one_by_one(const QueryArguments x, Shared keys, Shar
                                        Shared results_tile, int head) {
   const Thread me;
   const Block block = Block::of<DEPTH>(x.sizes);
-  const OwnPixels<DEPTH> results(results_tile, me);
+  const OwnPixels<DEPTH> results(results_tile);
   const OnePixel<T, DEPTH, KERNEL> pixel(block, me, head);
   if (!pixel.inside) return;
   const u16* query = pixel.of(x.query, x.query_stride, 0);
-  const u16* grad = POOLED ? Squares(block).of(x.grad, x.grad_stride, pixel.y, pixel.x,
-                                               pixel.channel())
-                           : pixel.of(x.grad, x.grad_stride, 0);
-  const u64 in_plane = block.plane(head) + pixel.place();
-  const float log_sum = load(x.log_sum + in_plane);
+  const u16* grad =
+      POOLED ? Squares(block).of(x.grad, x.grad_stride, pixel.y, pixel.x, pixel.channel())
+             : pixel.of(x.grad, x.grad_stride, 0);
+  const int in_planes = block.in_planes(head, pixel.y, pixel.x);
+  const float log_sum = load(x.log_sum + in_planes);
   // The weight of a pixel of the window, and its grad.value.
   const auto pair = [&](int row, int col, float& weight, float& product) {
     float sum = 0.f;
@@ -60,7 +60,7 @@ SELDOM void query_gradients_one_by_one(const QueryArguments x, Shared keys, Shar
       pair(i / KERNEL, i % KERNEL, weight, product);
       mean += weight * product;
     }
-  if (pixel.first_chunk == 0) store(x.mean + in_plane, mean);
+  if (pixel.first_chunk == 0) store(x.mean + in_planes, mean);
 #pragma unroll 1
   for (int chunk = pixel.first_chunk; chunk < Heads<DEPTH>::HEAD_CHUNKS; chunk += 2) {
     float sums[8] = {};
@@ -88,8 +88,8 @@ SELDOM void query_gradients_one_by_one(const QueryArguments x, Shared keys, Shar
 // Sums of slopes by row and by column offset, of each of a warp's pixels: operands of the products
 // that are the gradients of queries and embeddings.
 template <typename T, int ROWS>
-DEVICE void sums_by_offset(u32 (&by_offset)[4], const u32 (&slopes)[ROWS / 2][4],
-                           const Windows& windows, const Thread& me) {
+DEVICE void sums_by_offset(u32 (&by_offset)[4], const u32 (&slopes)[ROWS / 2][4], u32 places,
+                           const Thread& me) {
   const u32 ones = T::pack(1.f, 1.f);
   const float zeros[4] = {0.f, 0.f, 0.f, 0.f};
   // Sums of two rows of windows are in all even and all odd columns, of which thread t wants those
@@ -101,8 +101,8 @@ DEVICE void sums_by_offset(u32 (&by_offset)[4], const u32 (&slopes)[ROWS / 2][4]
 #pragma unroll
   for (int p = 0; p < ROWS / 2; ++p) {
     float sums[4];
-    T::sparse_product(sums, slopes[p], windows.places, {even, even, odd, odd}, zeros);
-    T::sparse_product(col, slopes[p], windows.places, {low, high, low, high}, col);
+    T::sparse_product(sums, slopes[p], places, {even, even, odd, odd}, zeros);
+    T::sparse_product(col, slopes[p], places, {low, high, low, high}, col);
 #pragma unroll
     for (int i = 0; i < 4; ++i) row[i] = me.t == p ? sums[i] : row[i];
   }
@@ -129,15 +129,19 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
   using H = Heads<DEPTH>;
   constexpr int ROWS = KERNEL + 1;
   const Thread me;
+  using P = Places<DEPTH>;
+  const OwnPlaces<DEPTH> places(P::FOR_PRODUCTS);
   const Block block = Block::of<DEPTH>(x.sizes);
   if (!block.is_there()) return;
-  const Attended<T, DEPTH, KERNEL, CONTENT, POSITION> attended(x, block, me);
-  const OwnPixels<DEPTH> grads(attended.end, me);
-  grads.template copy<POOLED>(x.grad, x.grad_stride, block, me);
+  const OwnCopies<DEPTH> own_copies(block, me);
+  const Attended<T, DEPTH, KERNEL, CONTENT, POSITION> attended(x, block, own_copies, me);
+  const OwnPixels<DEPTH> grads(attended.end);
+  grads.template copy<POOLED>(own_copies, x.grad, x.grad_stride, block);
   const OwnPixels<DEPTH>& results = attended.queries;  // in their place
   // Heads of 64 channels leave no room beside the tiles.
   const Shared sums = DEPTH < 64 ? attended.end + grads.BYTES : attended.values;
   const Pixels pixels(block, me);
+  const OneOfPair one(block, pixels, me);
   const Windows windows(me);
   Terms<DEPTH, KERNEL, MASK, POSITION> terms(block, me);
   float shift[2];
@@ -153,14 +157,14 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
 #pragma unroll 1
   for (int head = 0; head < block.heads; ++head) {
     u32 a[H::STEPS][4], g[H::STEPS][4];
-    attended.queries.load(a, x.query, x.query_stride, block, pixels, me, head);
-    grads.template load<POOLED>(g, x.grad, x.grad_stride, block, pixels, me, head);
+    attended.queries.load(a, places, x.query, x.query_stride, block, pixels, me, head);
+    grads.template load<POOLED>(g, places, x.grad, x.grad_stride, block, pixels, me, head);
     float mean[2] = {0.f, 0.f};
     if (DEPTH < 32) load_shifts(head);
     terms.template find<T>(a, attended.embeddings, head, me);
     float weights[ROWS / 2][2][4], products[ROWS / 2][2][4];
-    const PixelsAsColumns<DEPTH> keys_as_columns(attended.keys, me, head);
-    const PixelsAsColumns<DEPTH> values_as_columns(attended.values, me, head);
+    const PixelsAsColumns<DEPTH> keys_as_columns(attended.keys, places, head);
+    const PixelsAsColumns<DEPTH> values_as_columns(attended.values, places, head);
 #pragma unroll
     for (int j = 0; j < ROWS; j += 2) {
       window_products<T, CONTENT>(weights[j / 2], a, keys_as_columns, windows, j,
@@ -184,44 +188,48 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
     for (int j = 0; j < ROWS; ++j)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const bool in_window = j - h >= 0 && j - h < KERNEL;
+        if (j - h < 0 || j - h >= KERNEL) continue;
         float slope[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i)
           slope[i] =
               weights[j / 2][j % 2][2 * h + i] * (products[j / 2][j % 2][2 * h + i] - mean[h]);
-        slopes[j / 2][j % 2 * 2 + h] = in_window ? T::pack(slope[0], slope[1]) : held_zero();
+        slopes[j / 2][j % 2 * 2 + h] = T::pack(slope[0], slope[1]);
       }
+    const OwnPlaces<DEPTH> for_sums(P::FOR_SUMS);
+    slopes[0][1] = slopes[ROWS / 2 - 1][2] = held_zero();  // out of the window
     u32 by_offset[4];
-    if (POSITION) sums_by_offset<T, ROWS>(by_offset, slopes, windows, me);
-    const PixelsAsRows<DEPTH> keys_as_rows(attended.keys, me, head);
-    u32 collected[2] = {0, 0};
+    if (POSITION) sums_by_offset<T, ROWS>(by_offset, slopes, for_sums[P::FAR_OF_FOUR], me);
+    const PixelsAsRows<DEPTH> keys_as_rows(attended.keys, for_sums, head);
+    u32 collected = 0;
     wait_for_warp();  // whose queries give way to their gradients
 #pragma unroll
-    for (int c = 0; c < H::HEAD_CHUNKS; ++c) {
-      float sum[4] = {0.f, 0.f, 0.f, 0.f};
+    for (int first = 0; first < H::HEAD_CHUNKS; first += H::IN_TURN) {
+      float sums[H::IN_TURN][4] = {};
       if (CONTENT)
 #pragma unroll
         for (int j = 0; j < ROWS; j += 2)
-          keys_as_rows.template product<T>(sum, slopes[j / 2], windows, j, c);
-      if (POSITION)
-        Embeddings<DEPTH, KERNEL>::template product_by_offset<T>(
-            sum, by_offset, attended.embeddings, head, c, me);
-      u32 words[2];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        words[h] = T::pack(PART<POOLED> * sum[2 * h], PART<POOLED> * sum[2 * h + 1]);
-        collected[h] = T::add_zero_times(words[h], collected[h]);
+          for (int c = 0; c < H::IN_TURN; ++c)
+            keys_as_rows.template product<T>(sums[c], slopes[j / 2], j, first + c);
+#pragma unroll
+      for (int in_turn = 0; in_turn < H::IN_TURN; ++in_turn) {
+        const int c = first + in_turn;
+        float (&sum)[4] = sums[in_turn];
+        if (POSITION)
+          Embeddings<DEPTH, KERNEL>::template product_by_offset<T>(
+              sum, by_offset, attended.embeddings, head, c, me);
+        u32 words[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          words[h] = T::pack(PART<POOLED> * sum[2 * h], PART<POOLED> * sum[2 * h + 1]);
+          collected = T::add_zero_times(words[h], collected);
+        }
+        results.put(words, for_sums, x.grad_query, x.grad_query_stride, block, pixels, me, head, c);
       }
-      results.put(words, x.grad_query, x.grad_query_stride, block, pixels, me, head, c);
     }
-    float* means[2];
-    pixels.of_planes(means, x.mean, block, head);
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-      if (me.t == 0 && pixels.inside[h]) store(means[h], mean[h]);
-    if (in_any_thread((pixels.inside[0] && not_finite(collected[0])) ||
-                      (pixels.inside[1] && not_finite(collected[1])))) {
+    one.store(x.mean, block, head, one.of(mean));
+    if (in_any_thread(not_finite(collected))) {
       wait_for_warp();  // whose threads have written what others write again
       query_gradients_one_by_one<T, DEPTH, KERNEL, MASK, CONTENT, POSITION, POOLED>(
           x, attended.keys, attended.values, results.tile(), head);
@@ -256,15 +264,15 @@ __global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryA
     }
   }
   wait_for_warp();
-  results.store_all(x.grad_query, x.grad_query_stride, block, pixels, me);
+  results.store_all(x.grad_query, x.grad_query_stride, block, me);
   if (POSITION) {
     wait_for_block();
     // The sums of all warps.
-    constexpr bool AGAIN = DEPTH == 8 && ARCHITECTURE < 900;  // it would be a register too many
-    const u64 tile = AGAIN ? Block::of<DEPTH>(x.sizes, held_zero()).tile : block.tile;
-    float* to = x.grad_embeddings + (tile * x.sizes.heads + block.first_head) * DEPTH * 8;
+    float* to = x.grad_embeddings +
+                (static_cast<u64>(block.tile) * x.sizes.heads + block.first_head) * DEPTH * 8;
 #pragma unroll
-    for (int i = threadIdx.x; i < H::CHANNELS * 8; i += THREADS) {
+    for (int part = 0; part < H::CHANNELS * 8 / THREADS; ++part) {
+      const int i = part * THREADS + threadIdx.x;
       float sum = 0.f;
 #pragma unroll
       for (int w = 0; w < WARPS; ++w) {

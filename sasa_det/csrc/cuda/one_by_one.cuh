@@ -8,8 +8,8 @@
 // Whether a pair of 16-bit numbers that has been collected by T::add_zero_times says so.
 DEVICE bool not_finite(u32 collected) { return (collected & 0x7fff7fffu) != 0; }
 
-// A pixel of a head, of which two threads have every second chunk of channels, and its window in
-// shared memory: `row` and `col` of the window count from 0.
+// A pixel of a head, of which two threads have every second chunk of channels, or both the only
+// one, and its window in shared memory: `row` and `col` of the window count from 0.
 template <typename T, int DEPTH, int KERNEL>
 struct OnePixel {
   using H = Heads<DEPTH>;
@@ -23,11 +23,10 @@ struct OnePixel {
         head(head),
         y(me.row() + me.lane / 8 % 2),
         x(me.col() + me.lane % 8),
-        first_chunk(me.lane / 16) {
+        first_chunk(DEPTH == 8 ? 0 : me.lane / 16) {
     inside = block.has_row(block.top + y) && block.has_col(block.left + x);
   }
 
-  DEVICE int place() const { return block.place(y, x); }
   template <typename Element>
   DEVICE Element* of(Element* images, u32 stride, int chunk) const {
     return pixel_of(images, stride, block, y, x, channel() + 8 * chunk);

@@ -54,6 +54,28 @@ DEVICE T* held(T* pointer) {
   return pointer;
 }
 
+// The same of an address in shared memory, to which constants are added for nothing.
+DEVICE u32 held(u32 x) {
+  asm("" : "+r"(x));
+  return x;
+}
+
+// The number of a thread in its block, read again: what is found from it once more takes no
+// registers until then.
+DEVICE u32 thread_again() {
+  u32 number;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));
+  return number;
+}
+
+// Words of a table that is part of the kernel's code.
+#define TABLE __device__ constexpr
+DEVICE void load_of_table(u32 (&words)[4], const u32* from) {
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "l"(from));
+}
+
 template <typename T>
 DEVICE T load(const T* from) {
   return __ldg(from);

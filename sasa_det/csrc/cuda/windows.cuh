@@ -6,23 +6,12 @@
 // for each row of the window, of which up to 7 are in it.
 #pragma once
 
-#include <tile.cuh>
+#include <own_pixels.cuh>
 
 // Which of two columns a thread's two results of a row of 8 are of, near or 8 further on.
 struct Windows {
   bool near[2];
-  u32 places;  // the same for sparse products, of rows of near and far in turn
-  DEVICE explicit Windows(const Thread& me) : near{2 * me.t >= me.g, 2 * me.t + 1 >= me.g} {
-    // Of each four columns, 0 or 1 and 2 or 3: one bit for each of the pairs that are far.
-    places = (0x8888u | (0x5555u & ((1u << 2 * me.g) - 1))) * 0x10001u;
-  }
-  // The same, whose places are computed here: a register that is kept for them may be one too many.
-  DEVICE Windows found_again(Thread me) const {
-    me.g += held_zero();
-    Windows windows = *this;
-    windows.places = Windows(me).places;
-    return windows;
-  }
+  DEVICE explicit Windows(const Thread& me) : near{2 * me.t >= me.g, 2 * me.t + 1 >= me.g} {}
 };
 
 // Rows of a tile as right operands, transposed: their pixels are the columns of the result.
@@ -32,19 +21,10 @@ class PixelsAsColumns {
   Shared near_, far_;  // only near_ below 32 channels
 
  public:
-  DEVICE PixelsAsColumns(Shared tile, const Thread& me, int head) {
-    const int pixel = me.lane % 8, matrix = me.lane / 8;
-    Shared row = tile + me.row() * H::ROW_BYTES;
-    if (DEPTH == 8)  // the head's chunk, near and far, of two rows
-      near_ = row + matrix / 2 * H::ROW_BYTES + H::at(me.col() + matrix % 2 * 8 + pixel, 0);
-    else if (DEPTH == 16)  // two chunks, near and far
-      near_ = row + H::at(me.col() + matrix / 2 * 8 + pixel, matrix % 2);
-    else  // four chunks
-      near_ = row + H::at(me.col() + pixel, matrix);
-    near_ ^= head * H::HEAD_CHUNKS << 4;
-    // 8 columns further on, or 4 chunks of 8, chunks are turned by half.
-    far_ = near_ ^ 8 * H::CHUNKS;
-  }
+  DEVICE PixelsAsColumns(Shared tile, const OwnPlaces<DEPTH>& places, int head)
+      : near_(tile + places[Places<DEPTH>::COLUMNS] ^ head * H::HEAD_CHUNKS << 4),
+        // 8 columns further on, or 4 chunks of 8, chunks are turned by half.
+        far_(near_ ^ 8 * H::CHUNKS) {}
 
   // near and far += the 16 pixels a times the columns of rows j and j + 1.
   template <typename T>
@@ -76,12 +56,14 @@ class PixelsAsColumns {
     } else {
 #pragma unroll
       for (int s = 0; s < H::STEPS; s += 2) {
+        u32 d[4];
         load_matrices(b, (s == 0 ? near_ : far_) + row);
+        load_matrices(d, (s == 0 ? far_ : near_) + row + 8 * H::PIXEL_BYTES);
+        // In turn, as a product that waits for the one before costs more.
         T::product(near, a[s][0], a[s][1], a[s][2], a[s][3], b[0], b[1], near);
+        T::product(far, a[s][0], a[s][1], a[s][2], a[s][3], d[0], d[1], far);
         T::product(near, a[s + 1][0], a[s + 1][1], a[s + 1][2], a[s + 1][3], b[2], b[3], near);
-        load_matrices(b, (s == 0 ? far_ : near_) + row + 8 * H::PIXEL_BYTES);
-        T::product(far, a[s][0], a[s][1], a[s][2], a[s][3], b[0], b[1], far);
-        T::product(far, a[s + 1][0], a[s + 1][1], a[s + 1][2], a[s + 1][3], b[2], b[3], far);
+        T::product(far, a[s + 1][0], a[s + 1][1], a[s + 1][2], a[s + 1][3], d[2], d[3], far);
       }
     }
   }
@@ -93,23 +75,19 @@ template <int DEPTH>
 class PixelsAsRows {
   using H = Heads<DEPTH>;
   Shared first_;
+  u32 far_of_four_;
 
  public:
-  DEVICE PixelsAsRows(Shared tile, const Thread& me, int head) {
-    // Two rows, near and far of columns 0 to 3 and of columns 4 to 7.
-    const int number = me.lane % 8, matrix = me.lane / 8;
-    const int col = me.col() + matrix % 2 * 4 + number / 2 + number % 2 * 8;
-    first_ = tile + (me.row() + matrix / 2) * H::ROW_BYTES + H::at(col, 0);
-    first_ ^= head * H::HEAD_CHUNKS << 4;
-  }
+  DEVICE PixelsAsRows(Shared tile, const OwnPlaces<DEPTH>& for_sums, int head)
+      : first_(tile + for_sums[Places<DEPTH>::ROWS] ^ head * H::HEAD_CHUNKS << 4),
+        far_of_four_(for_sums[Places<DEPTH>::FAR_OF_FOUR]) {}
 
   // sum += weights of the windows' pixels in rows j and j + 1, times 8 channels of theirs.
   template <typename T>
-  DEVICE void product(float (&sum)[4], const u32 (&weights)[4], const Windows& windows, int j,
-                      int chunk) const {
+  DEVICE void product(float (&sum)[4], const u32 (&weights)[4], int j, int chunk) const {
     u32 b[4];
     load_matrices_transposed(b, (first_ ^ chunk << 4) + j * H::ROW_BYTES);
-    T::sparse_product(sum, weights, windows.places, b, sum);
+    T::sparse_product(sum, weights, far_of_four_, b, sum);
   }
 };
 
@@ -152,9 +130,17 @@ struct Embeddings {
     from += me.lane * 16;
     if constexpr (DEPTH < 32) {
       load_shared(b, from + head * 512);
-      constexpr int C = DEPTH == 16 ? 2 : 0;
-      T::product(by_row, a[0][0], a[0][1], a[0][0], a[0][1], b[0], b[1], by_row);
-      T::product(by_col, a[0][C], a[0][C + 1], a[0][C], a[0][C + 1], b[2], b[3], by_col);
+      // Heads of 8 channels have their operands twice.
+      if constexpr (DEPTH == 8) {
+        T::product(by_row, a[0][0], a[0][1], a[0][2], a[0][3], b[0], b[1], by_row);
+        T::product(by_col, a[0][0], a[0][1], a[0][2], a[0][3], b[2], b[3], by_col);
+      } else {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          T::product(by_row, a[0][0], a[0][1], b[e], by_row);
+          T::product(by_col, a[0][2], a[0][3], b[2 + e], by_col);
+        }
+      }
     } else {
 #pragma unroll
       for (int s = 0; s < SLOTS; ++s) {
@@ -194,15 +180,17 @@ struct Attended {
   Shared embeddings, end;
 
   template <typename Arguments>
-  DEVICE Attended(const Arguments& x, const Block& block, const Thread& me)
+  DEVICE Attended(const Arguments& x, const Block& block, const OwnCopies<DEPTH>& own_copies,
+                  const Thread& me)
       : keys(shared_memory()),
         values(CONTENT ? keys + TILE : keys),
-        queries(values + TILE, me),
+        queries(values + TILE),
         embeddings(values + TILE + OwnPixels<DEPTH>::BYTES),
         end(embeddings + (POSITION ? Embeddings<DEPTH, KERNEL>::BYTES : 0)) {
-    if (CONTENT) copy_tile<DEPTH, KERNEL>(keys, x.key, x.key_stride, block, me);
-    queries.copy(x.query, x.query_stride, block, me);
-    copy_tile<DEPTH, KERNEL>(values, x.value, x.value_stride, block, me);
+    const TileCopies<DEPTH, KERNEL> copies(block, me);
+    if (CONTENT) copies.start(keys, x.key, x.key_stride, block);
+    queries.copy(own_copies, x.query, x.query_stride, block);
+    copies.start(values, x.value, x.value_stride, block);
     if (POSITION)
       Embeddings<DEPTH, KERNEL>::template prepare<T>(embeddings, x.rel_rows, x.rel_cols, block, me);
   }
@@ -211,7 +199,7 @@ struct Attended {
 // What is added to the logits of a warp's windows: terms by row and by column offset, or LOWEST.
 template <int DEPTH, int KERNEL, bool MASK, bool POSITION>
 class Terms {
-  float row_start_[4], col_start_[2];
+  float row_start_[3], col_start_[2];
 
  public:
   // By row offset, for each of the two rows of pixels; by column, for the results of a thread.
@@ -227,7 +215,7 @@ class Terms {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int y = block.top + me.row() + h + offset - REACH;
-        row_start_[2 * h + i] = !MASK || block.has_row(y) ? 0.f : LOWEST;
+        row_start_[h + i] = (!MASK || block.has_row(y) ? 0.f : LOWEST);
       }
     }
   }
@@ -243,7 +231,7 @@ class Terms {
                    const Thread& me) {
     float row[4], col[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) row[i] = row_start_[i], col[i] = col_start_[i % 2];
+    for (int i = 0; i < 4; ++i) row[i] = row_start_[i / 2 + i % 2], col[i] = col_start_[i % 2];
     if (POSITION) Embeddings<DEPTH, KERNEL>::template product<T>(row, col, a, embeddings, head, me);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {

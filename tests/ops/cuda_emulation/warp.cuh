@@ -376,7 +376,14 @@ DEVICE void store(float* to, const float (&values)[4]) {
   memcpy(to, values, 16);
 }
 constexpr int ARCHITECTURE = 800;
+DEVICE u32 held(u32 x) { return x; }
+#define TABLE constexpr
+DEVICE void load_of_table(u32 (&words)[4], const u32* from) {
+  emulation::check(reinterpret_cast<uintptr_t>(from) % 16 == 0, "a table is not aligned");
+  memcpy(words, from, 16);
+}
 DEVICE u32 held_zero() { return 0; }
+DEVICE u32 thread_again() { return threadIdx.x; }
 DEVICE void load_shared(u32 (&words)[4], Shared from) {
   memcpy(words, emulation::shared(from, 16), 16);
 }
