@@ -1,8 +1,9 @@
 """Measurements on a GPU for the report of the CUDA kernels; they need torch alone.
 
 What comes first matters most: errors of the kernels, what the GPU reaches at best, the layers of
-RetinaNet-50 beside convolutions, whole models where detectron2 is installed, and FlexAttention,
-which takes seconds to compile for each layer, as long as there is time.
+RetinaNet-50 beside convolutions, whole models where detectron2 is installed, the choices that there
+are for each kernel, and FlexAttention, which takes seconds to compile for each layer, as long as
+there is time.
 """
 
 import logging
@@ -28,10 +29,12 @@ from ..ops.operator import BACKENDS
 from ..utils.files import write_text
 from ..utils.machine import describe_machine
 from . import others
+from .gpu_choices import choices_parts
 from .gpu_tables import (
     ATTENTION,
     CONVOLUTION,
     Ceilings,
+    Choice,
     Errors,
     Measured,
     Predicted,
@@ -121,6 +124,7 @@ def _parts(measured: Measured, device: torch.device) -> list[tuple[str, Callable
         measured.notes.append("Models were left out, as detectron2 is not installed.")
     else:
         parts += [(name, partial(_add, measured.models, x)) for name, x in _models()]
+    parts += [(name, partial(_extend, measured.choices, x)) for name, x in choices_parts(ROUNDS)]
     by_work = sorted(
         filter(lambda x: x.is_plain, layers), key=lambda x: x.count * x.unit, reverse=True
     )
@@ -130,6 +134,10 @@ def _parts(measured: Measured, device: torch.device) -> list[tuple[str, Callable
 
 def _add(rows: list[Row], measure_row: Callable[[], Row]) -> None:
     rows.append(measure_row())
+
+
+def _extend(rows: list[Choice], measure_rows: Callable[[], list[Choice]]) -> None:
+    rows += measure_rows()
 
 
 def checked_variants() -> Iterator[tuple[Variant, str]]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from ..ops.cuda_check import LAYER, RESULTS
+from ..ops.cuda_compiler import Resources
 from ..ops.gpu_prediction import WHOLE, Gpu, Times
 from ..utils.text import markdown_table
 
@@ -53,6 +54,29 @@ class Row:
     why_not: str | None = None
 
 
+@dataclass(frozen=True)
+class Choice:
+    """The time of one of the choices that there are for a kernel.
+
+    Attributes:
+        kernel: "forward", "query" or "key".
+        what: the layer that it is timed in, such as "256@80".
+        blocks: that an SM is to hold.
+        in_use: whether layers use it.
+        taken: registers and spilled bytes of a thread; None, like the next, if it was not measured.
+        seconds: of a call.
+        why_not: why it was not.
+    """
+
+    kernel: str
+    what: str
+    blocks: int
+    in_use: bool
+    taken: Resources | None
+    seconds: float | None
+    why_not: str | None = None
+
+
 @dataclass
 class Measured:
     """All that was measured.
@@ -60,7 +84,8 @@ class Measured:
     Attributes:
         machine: the GPU, versions and the date.
         backend: of local_attention, that ran in the layers.
-        errors, ceilings, layers, models: see the classes; ceilings are None until measured.
+        errors, ceilings, layers, models, choices: see the classes; ceilings are None until
+            measured.
         notes: sentences on what was left out.
     """
 
@@ -70,6 +95,7 @@ class Measured:
     ceilings: Ceilings | None = None
     layers: list[Row] = field(default_factory=list)
     models: list[Row] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -103,8 +129,15 @@ def as_markdown(measured: Measured, predicted: Predicted, gpu: Gpu | None) -> st
         parts += [_LAYERS, layers_table(measured.layers, predicted)]
     if measured.models:
         parts += [_MODELS, models_table(measured.models)]
+    if measured.choices:
+        parts += [_CHOICES, choices_table(measured.choices)]
     rows = measured.layers + measured.models
     missing = [f"- {row.what}, {row.way}: {row.why_not}" for row in rows if row.why_not]
+    missing += [
+        f"- {x.what}, {x.kernel} with {x.blocks} blocks of an SM: {x.why_not}"
+        for x in measured.choices
+        if x.why_not
+    ]
     if missing:
         parts += ["Not measured:", "\n".join(missing)]
     return "\n\n".join([*parts, *measured.notes]) + "\n"
@@ -122,6 +155,10 @@ _LAYERS = (
 _MODELS = (
     "Milliseconds, forward / forward and backward, of backbone, FPN and heads of RetinaNet-50 with "
     "8 images of 640 x 640 under autocast in bfloat16, without losses and boxes, as CUDA graphs:"
+)
+_CHOICES = (
+    "Microseconds of the kernels alone, with as many blocks for an SM as there are choices, "
+    "bfloat16, batch 8. Layers use the first choice of each:"
 )
 
 
@@ -192,6 +229,38 @@ def models_table(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     return markdown_table(table)
+
+
+def choices_table(rows: Sequence[Choice]) -> str:
+    """Return a table with a row for each kernel and layer, and a choice's facts in each cell.
+
+    Args:
+        rows: of all kernels, the choice in use before the others.
+    """
+    by_kernel: dict[tuple[str, str], list[Choice]] = {}
+    for row in rows:
+        by_kernel.setdefault((row.kernel, row.what), []).append(row)
+    table = []
+    for (kernel, what), choices in by_kernel.items():
+        timed = [x for x in choices if x.seconds is not None]
+        fastest = min(timed, key=lambda x: x.seconds, default=None)
+        cells = {"kernel": kernel, "layer": what}
+        for name, choice in zip(_ORDINALS, choices, strict=False):
+            cells[name] = f"? ({choice.blocks} blocks)"
+            if choice.taken and choice.seconds is not None:
+                registers, spilled = choice.taken.registers, choice.taken.spill_bytes
+                facts = f"{choice.blocks} blocks, {registers} registers, {spilled} bytes spilled"
+                cells[name] = f"{1e6 * choice.seconds:.0f} ({facts})"
+        in_use = next((x for x in timed if x.in_use), None)
+        cells["fastest"] = _NONE if fastest is None else f"{fastest.blocks} blocks"
+        if fastest and in_use:
+            cells["of the one in use"] = f"{fastest.seconds / in_use.seconds:.2f}"
+        table.append(cells)
+    columns = dict.fromkeys(name for cells in table for name in cells)
+    return markdown_table([{x: cells.get(x, _NONE) for x in columns} for cells in table])
+
+
+_ORDINALS = ("in use", "second choice", "third choice")
 
 
 def _total(way: str, rows: Sequence[Row | None]) -> Row:

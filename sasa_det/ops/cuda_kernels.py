@@ -67,6 +67,8 @@ class Variant:
         position: whether they contain q.r.
         pooled: whether the output are means of squares of 2 x 2 pixels, those at the edge over
             their pixels inside of the image.
+        blocks: of a kernel that an SM is to hold, which limits the registers of a thread; None for
+            the first of :attr:`Kernel.blocks`.
     """
 
     dtype: torch.dtype
@@ -76,6 +78,7 @@ class Variant:
     content: bool = True
     position: bool = True
     pooled: bool = False
+    blocks: int | None = None
 
     @property
     def heads_of_block(self) -> int:
@@ -85,7 +88,8 @@ class Variant:
     def name(self, kernel: str) -> str:
         """Return a kernel's name with its template arguments."""
         flags = (str(x).lower() for x in (self.mask, self.content, self.position, self.pooled))
-        arguments = (_TYPES[self.dtype], self.head_width, self.kernel_size, *flags)
+        blocks = self.blocks or KERNELS[kernel].blocks(self.head_width)[0]
+        arguments = (_TYPES[self.dtype], self.head_width, self.kernel_size, *flags, blocks)
         return f"{kernel}<{', '.join(map(str, arguments))}>"
 
     def tile_bytes(self) -> int:
@@ -163,6 +167,9 @@ class Kernel:
     arguments: type[ctypes.Structure]
     # How often a warp runs through the loop inside of the loop over heads, at most.
     inner_loop: Callable[[Variant], int] = lambda variant: 1
+    # Blocks that an SM may hold, by head width. The first number is in use, and the others are
+    # measured beside it: with fewer blocks, threads have more registers, and more time to wait.
+    blocks: Callable[[int], tuple[int, ...]] = lambda head_width: (2, 1)
 
 
 KERNELS = {
@@ -170,6 +177,7 @@ KERNELS = {
         "local_attention_forward.cuh",
         Variant.forward_bytes,
         _structure("query key value output", "query key value rel_rows rel_cols output log_sum"),
+        blocks=lambda head_width: (3, 2, 4) if head_width < 64 else (2, 1),
     ),
     "local_attention_query": Kernel(
         "local_attention_query.cuh",

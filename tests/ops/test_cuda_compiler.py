@@ -1,13 +1,14 @@
 """The CUDA kernels go through the compiler for GPUs of data centres, which takes no GPU."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from sasa_det.ops import cuda_compiler
 from sasa_det.ops.cuda_compiler import CompilerError, compile_kernel
-from sasa_det.ops.cuda_kernels import HEAD_WIDTHS, KERNELS, Variant
+from sasa_det.ops.cuda_kernels import HEAD_WIDTHS, KERNELS, THREADS, Variant
 from sasa_det.ops.gpu_instructions import disassembler, instructions_per_head
 from sasa_det.ops.gpu_prediction import GPUS
 from sasa_det.ops.gpu_report import ARCHITECTURES, predictions
@@ -87,6 +88,21 @@ def test_all_kernels_stay_within_their_limits(architecture, dtype, head_width):
 @pytest.mark.parametrize("head_width", [16, 32, 64])  # those of strided layers
 def test_kernels_that_pool_stay_within_their_limits(head_width):
     check_limits("sm_90", BF16, head_width, pooled=True)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("head_width", [8, 64])
+def test_an_sm_holds_as_many_blocks_as_are_chosen(head_width):
+    for name, kernel in KERNELS.items():
+        first, *others = kernel.blocks(head_width)
+        usual = Variant(BF16, head_width, 7)
+        assert replace(usual, blocks=first).name(name) == usual.name(name)
+        for blocks in (first, *others):
+            variant = replace(usual, blocks=blocks)
+            taken = compile_kernel(kernel.header, variant.name(name), "sm_90").resources
+            assert taken.registers * THREADS * blocks <= 2**16
+            assert kernel.shared_bytes(variant) * blocks <= 227 * 1024
 
 
 @needs_compiler

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import inspect
 import math
 from functools import partial
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sasa_det.benchmark.gpu_choices import choices_of, make_launch
 from sasa_det.layers import LocalSelfAttention2d, joined
 from sasa_det.layers.joined import is_joined
 from sasa_det.layers.one_piece import projections
@@ -45,6 +47,7 @@ VARIANTS = {
     "position": Variant(BF16, 32, 7, content=False),
     "content": Variant(FP16, 16, 7, position=False),
     "one": Variant(BF16, 16, 1, mask=False),
+    "8-pooled": Variant(BF16, 8, 7, pooled=True),
     "16-pooled": Variant(FP16, 16, 5, mask=False, pooled=True),
     "32-pooled": Variant(BF16, 32, 7, pooled=True),
     "64-pooled": Variant(BF16, 64, 7, pooled=True),
@@ -237,6 +240,7 @@ SIZES = pytest.mark.parametrize(
         ("content", 1, 2, 9, 17),
         ("one", 1, 2, 9, 17),
         ("16-pooled", 2, 3, 9, 6),
+        ("8-pooled", 1, 5, 9, 18),
         ("32-pooled", 2, 1, 10, 17),
         ("64-pooled", 2, 1, 5, 19),
     ],
@@ -340,7 +344,7 @@ def test_gradients_equal_the_reference(library, case, batch, heads, height, widt
         assert error_of(ours, exact) <= TOLERANCE[variant.dtype]
 
 
-@pytest.mark.parametrize("case", ["8", "32", "16-pooled", "64-pooled"])
+@pytest.mark.parametrize("case", ["8", "32", "8-pooled", "16-pooled", "64-pooled"])
 @pytest.mark.parametrize("name", ["query", "key", "value", "grad"])
 def test_what_is_not_finite_stays_in_its_window(library, case, name):
     variant = VARIANTS[case]
@@ -444,6 +448,21 @@ def test_strides_of_pixels():
     assert pixel_stride(joined[:, ::2]) is None
     assert pixel_stride(joined[..., 1:33]) is None  # 4 bytes off
     assert pixel_stride(torch.zeros(2, 5, 6, 12)) is None  # the second pixel is not aligned
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_is_timed_alone_is_a_launch_that_works(emulated, kernel):
+    first, *_ = choices_of(kernel, 32)
+    run = make_launch(kernel, first, 2, 1, 9, "cpu")
+    results = run()
+    assert emulated == [kernel]
+    assert all(x.isfinite().all() and x.any() for x in results)
+    if kernel == "local_attention_forward":
+        inputs = inspect.getclosurevars(run).nonlocals["tensors"]
+        names = ("query", "key", "value", "rel_rows", "rel_cols")
+        output, log_sum = expected_of(first, [inputs[name] for name in names])
+        assert error_of(results[0], output) <= TOLERANCE[BF16]
+        assert error_of(results[1], log_sum) <= 1e-4
 
 
 @pytest.mark.parametrize("layout", ["slices", "channels last", "channels first"])

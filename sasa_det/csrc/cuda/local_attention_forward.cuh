@@ -71,8 +71,10 @@ SELDOM void attend_one_by_one(const ForwardArguments x, Shared keys, Shared valu
   }
 }
 
-template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION, bool POOLED>
-__global__ void __launch_bounds__(THREADS, DEPTH < 64 ? 3 : 2)
+// BLOCKS are those that an SM is to hold, which limits the registers of a thread.
+template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION, bool POOLED,
+          int BLOCKS>
+__global__ void __launch_bounds__(THREADS, BLOCKS)
     local_attention_forward(const ForwardArguments x) {
   using H = Heads<DEPTH>;
   constexpr int ROWS = KERNEL + 1;

@@ -164,8 +164,9 @@ SELDOM void key_gradients_one_by_one(const KeyArguments x, Shared grads, Shared 
 }
 
 // MASK makes no difference: pairs of a query and a key inside of the image are the same.
-template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION, bool POOLED>
-__global__ void __launch_bounds__(THREADS, 2) local_attention_key(const KeyArguments x) {
+template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION, bool POOLED,
+          int BLOCKS>
+__global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_key(const KeyArguments x) {
   using H = Heads<DEPTH>;
   using S = KeyShared<DEPTH, KERNEL>;
   using Tables = QueryTables<DEPTH, KERNEL>;

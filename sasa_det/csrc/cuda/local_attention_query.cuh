@@ -124,8 +124,9 @@ DEVICE void sums_by_offset(u32 (&by_offset)[4], const u32 (&slopes)[ROWS / 2][4]
 }
 
 // Two blocks for an SM: weights and products of all windows stay in registers.
-template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION, bool POOLED>
-__global__ void __launch_bounds__(THREADS, 2) local_attention_query(const QueryArguments x) {
+template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION, bool POOLED,
+          int BLOCKS>
+__global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_query(const QueryArguments x) {
   using H = Heads<DEPTH>;
   constexpr int ROWS = KERNEL + 1;
   const Thread me;
