@@ -4,6 +4,7 @@ How many blocks an SM is to hold decides how many registers a thread has, and ho
 do while one block waits for its copies. What is best depends on the GPU.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -85,7 +86,8 @@ def make_launch(
     def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-    joined = random(batch, size, size, 3 * channels, dtype=variant.dtype)
+    # Logits are small, so that all 49 weights of a window are about the same.
+    joined = random(batch, size, size, 3 * channels, dtype=variant.dtype).mul_(0.1)
     query, key, value = joined.split(channels, -1)
     embeddings = (heads, variant.head_width // 2, variant.kernel_size)
     tensors = {
@@ -101,9 +103,8 @@ def make_launch(
         written = {"output": output, "log_sum": torch.empty(plane, device=device)}
     else:
         tensors["grad"] = torch.randn_like(output)
-        # Of windows that have about 49 equal weights. The key kernel reads what the query kernel
-        # has written.
-        tensors["log_sum"] = torch.full(plane, 6.0, device=device)
+        tensors["log_sum"] = torch.full(plane, math.log2(variant.kernel_size**2), device=device)
+        # The key kernel reads what the query kernel has written.
         mean = torch.zeros(plane, device=device)
         if kernel == "local_attention_query":
             sums = embedding_sums_shape(Maps.of(query), channels)

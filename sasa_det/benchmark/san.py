@@ -20,6 +20,7 @@ _KERNEL_SIZE, _CHANNELS, _SHARED = 7, 256, 8
 _ASPECT = 1.68  # of a COCO image at 800 x 1344
 _STRIDE = 32
 _IN_PYTORCH = ("MODEL.SASA.BACKEND", "reference")
+_ATTENTIONAL = ("MODEL.SASA.FPN", "attention", "MODEL.SASA.HEAD", "attention")
 
 
 def unfold(model: nn.Module) -> nn.Module:
@@ -76,23 +77,30 @@ def _cases(settings: Settings) -> list[Case]:
     height = settings.image_size
     width = round(height * _ASPECT / _STRIDE) * _STRIDE
     for kind in ("pairwise", "patchwise"):
-        name = f"RetinaNet-SAN10 {kind} training step"
+        plain = (Way("plain PyTorch", kind, stock), _IN_PYTORCH)
+        unfolded = Way("all relations at once", kind, unfold)
+        built = Way("as built", kind, lambda model: model)
+        steps = {
+            "training step": (plain, (unfolded, ()), (built, ())),
+            # Plain PyTorch would have all relations of the heads too, which are not SAN's.
+            "training step, attentional FPN and heads": (
+                (unfolded, _ATTENTIONAL),
+                (built, _ATTENTIONAL),
+            ),
+        }
         config = f"COCO-Detection/retinanet_SAN10_{kind}.yaml"
-        ways = (
-            (Way("plain PyTorch", kind, stock), _IN_PYTORCH),
-            (Way("all relations at once", kind, unfold), ()),
-            (Way("as built", kind, lambda model: model), ()),
-        )
-        contenders = tuple(
-            Contender(
-                way.name,
-                partial(detection, settings, config, way, True, (height, width), opts),
-                slow=True,
+        for step, ways in steps.items():
+            contenders = tuple(
+                Contender(
+                    way.name,
+                    partial(detection, settings, config, way, True, (height, width), opts),
+                    slow=True,
+                )
+                for way, opts in ways
             )
-            for way, opts in ways
-        )
-        title = f"{name}, {settings.batch}x3x{height}x{width}"
-        cases.append(Case("san", name, title, contenders, memory=True, waits=True))
+            name = f"RetinaNet-SAN10 {kind} {step}"
+            title = f"{name}, {settings.batch}x3x{height}x{width}"
+            cases.append(Case("san", name, title, contenders, memory=True, waits=True))
     return cases
 
 

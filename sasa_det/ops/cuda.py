@@ -43,7 +43,7 @@ MISSING = None if _is_installed("cuda.bindings") else "cuda-bindings is not inst
 _DTYPES = (torch.bfloat16, torch.float16)
 _CAPABILITY = (8, 0)
 _MOST_BLOCKS = 65535  # of a grid's second and third dimension
-# That all pixels have for all heads: they are counted with 31 bits, with the rows beside an image.
+# Pixels times heads: they are counted with 31 bits, with those of rows beside an image.
 _MOST_VALUES = 2**30
 
 
@@ -114,7 +114,7 @@ def _why_not_of_size(shape: Sequence[int], num_heads: int) -> str | None:
     batch, channels, height, width = shape
     values = batch * height * width * num_heads
     if batch > _MOST_BLOCKS or height > 8 * _MOST_BLOCKS or values > _MOST_VALUES:
-        return f"it does not take {batch} images of {height} x {width}"
+        return f"it does not take {batch} images of {height} x {width} with {num_heads} heads"
     if width * channels > LARGEST_ROW:
         return f"it does not take rows of {width} pixels of {channels} channels"
     return None

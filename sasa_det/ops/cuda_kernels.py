@@ -18,7 +18,7 @@ from .layout import stride_between_pixels
 HEAD_WIDTHS = (8, 16, 32, 64)
 WIDEST_KERNEL = 7
 THREADS = 256
-# Elements of a row of pixels, of which those of a tile and its halo are counted with 32 bits.
+# Elements of a row of pixels: those of 16 rows are counted with 31 bits.
 LARGEST_ROW = 2**31 // 32
 
 # Of one launch, as in csrc/cuda/levels.cuh.
@@ -165,7 +165,7 @@ class Kernel:
     header: str
     shared_bytes: Callable[[Variant], int]
     arguments: type[ctypes.Structure]
-    # How often a warp runs through the loop inside of the loop over heads, at most.
+    # How often a warp runs through the loop inside of the loop over heads, where there is one.
     inner_loop: Callable[[Variant], int] = lambda variant: 1
     # Blocks that an SM may hold, by head width. The first number is in use, and the others are
     # measured beside it: with fewer blocks, threads have more registers, and more time to wait.

@@ -43,6 +43,7 @@ class _Start(ctypes.Structure):
         ("ranges", ctypes.POINTER(_Range)),
         ("bank_conflicts", ctypes.c_int),
         ("barriers", ctypes.c_int),
+        ("votes", ctypes.c_int),
     ]
 
 
@@ -52,10 +53,14 @@ class Emulation:
     Args:
         library: of which ``run`` starts a kernel by its number.
         names: of the kernels, with template arguments, in the order of their numbers.
+
+    Attributes:
+        votes: of warps in all starts, that a result is not finite.
     """
 
     def __init__(self, library, names):
         self._library, self._names = library, names
+        self.votes = 0
         library.run.restype = ctypes.c_char_p
 
     def start(self, launch, read=(), written=(), skipped=-1, seed=0):
@@ -81,6 +86,7 @@ class Emulation:
         number = self._names.index(launch.name)
         message = self._library.run(number, ctypes.byref(arguments)).decode()
         assert arguments.bank_conflicts == 0
+        self.votes += arguments.votes
         return message, arguments.barriers
 
 

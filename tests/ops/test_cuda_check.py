@@ -118,7 +118,7 @@ def checks(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda_check, "check", check)
     monkeypatch.setattr(cuda_check, "_verdicts", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(cuda_check, "_facts_digest", lambda device, variant: variant.name("x"))
+    monkeypatch.setattr(cuda_check, "_facts_digest", lambda device, variant: str(variant))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv(cuda_check.CHECK_VARIABLE, raising=False)
     return checked

@@ -23,8 +23,8 @@ FORWARD, QUERY, KEY = KERNELS
 # Instructions that a warp executes for 16 queries of a head, by kernel and head width.
 INSTRUCTIONS = {
     FORWARD: {8: 450, 16: 550, 32: 760, 64: 1000},
-    QUERY: {8: 620, 16: 790, 32: 1070, 64: 1450},
-    KEY: {8: 780, 16: 950, 32: 1240, 64: 1770},
+    QUERY: {8: 640, 16: 810, 32: 1100, 64: 1450},
+    KEY: {8: 740, 16: 930, 32: 1200, 64: 1650},
 }
 # What pooling takes of the kernel that writes the output, and of the others.
 POOLING = {FORWARD: 60, QUERY: 60, KEY: 90}

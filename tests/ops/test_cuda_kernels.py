@@ -251,7 +251,9 @@ SIZES = pytest.mark.parametrize(
 def test_forward_equals_the_reference(library, case, batch, heads, height, width):
     variant = VARIANTS[case]
     inputs = make(variant, batch, heads, height, width)
+    votes = library.votes
     output, log_sum, _ = forward(library, case, inputs)
+    assert library.votes == votes  # no warp takes the long way of what is not finite
     expected, expected_log_sum = expected_of(variant, inputs)
     assert error_of(output, expected) <= TOLERANCE[variant.dtype]
     assert error_of(log_sum, expected_log_sum) <= 1e-4
@@ -337,7 +339,9 @@ def test_gradients_equal_the_reference(library, case, batch, heads, height, widt
     inputs = make(variant, batch, heads, height, width)
     grad = make_grad(inputs, variant)
     _, log_sum = expected_of(variant, inputs)
+    votes = library.votes
     actual, _ = backward(library, case, inputs, grad, log_sum.float())
+    assert library.votes == votes
     expected = expected_gradients(variant, inputs, grad)
     for ours, exact in zip(actual, expected, strict=True):
         assert ours.shape == exact.shape
@@ -451,11 +455,13 @@ def test_strides_of_pixels():
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_what_is_timed_alone_is_a_launch_that_works(emulated, kernel):
-    first, *_ = choices_of(kernel, 32)
+@pytest.mark.parametrize("head_width", [8, 64])
+def test_what_is_timed_alone_is_a_launch_that_works(library, emulated, kernel, head_width):
+    first, *_ = choices_of(kernel, head_width)
     run = make_launch(kernel, first, 2, 1, 9, "cpu")
+    votes = library.votes
     results = run()
-    assert emulated == [kernel]
+    assert emulated == [kernel] and library.votes == votes
     assert all(x.isfinite().all() and x.any() for x in results)
     if kernel == "local_attention_forward":
         inputs = inspect.getclosurevars(run).nonlocals["tensors"]
@@ -725,6 +731,14 @@ def test_autocast_does_not_change_the_check(emulated):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_sizes_are_counted_with_31_bits():
+    assert cuda._why_not_of_size((2**10, 64, 2**9, 2**9), 4) is None
+    assert cuda._why_not_of_size((2**10, 64, 2**9, 2**9), 8) == (
+        "it does not take 1024 images of 512 x 512 with 8 heads"
+    )
+    assert "rows of 4194304 pixels" in cuda._why_not_of_size((1, 32, 1, 2**22), 1)
+
+
 def test_without_a_gpu_it_says_so():
     inputs = [x.permute(0, 3, 1, 2) for x in make(VARIANTS["32"], 1, 1, 3, 4)[:3]]
     with pytest.raises(RuntimeError, match="'cuda' cannot run here: "):

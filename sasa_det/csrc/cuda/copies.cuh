@@ -11,7 +11,7 @@ class PixelCopies {
   static constexpr int STEP = 32 / H::CHUNKS, ROW_BYTES = COLS * H::PIXEL_BYTES;
   static constexpr int ROW_STEPS = (ROWS + WARPS - 1) / WARPS, COL_STEPS = (COLS + STEP - 1) / STEP;
   Shared places_[2];  // of chunks as they are in the first columns, and turned by those of a step
-  bool in_rows_[ROW_STEPS], in_cols_[COL_STEPS];  // of the image
+  bool in_rows_[ROW_STEPS], in_cols_[COL_STEPS];  // of the image, and channels of a head
   bool in_tile_[ROW_STEPS], in_last_cols_;
   int row_, col_, channel_;
 

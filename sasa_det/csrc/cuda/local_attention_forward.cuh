@@ -79,8 +79,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
   using H = Heads<DEPTH>;
   constexpr int ROWS = KERNEL + 1;
   const Thread me;
-  using P = Places<DEPTH>;
-  const OwnPlaces<DEPTH> places(P::FOR_PRODUCTS);
+  const ForProducts<DEPTH> for_products;
   const Block block = Block::of<DEPTH>(x.sizes);
   if (!block.is_there()) return;
   const Attended<T, DEPTH, KERNEL, CONTENT, POSITION> attended(x, block, {block, me}, me);
@@ -99,10 +98,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll 1
   for (int head = 0; head < block.heads; ++head) {
     u32 a[H::STEPS][4];
-    attended.queries.load(a, places, x.query, x.query_stride, block, pixels, me, head);
+    attended.queries.load(a, for_products, x.query, x.query_stride, block, pixels, me, head);
     terms.template find<T>(a, attended.embeddings, head, me);
     float logits[ROWS / 2][2][4];
-    const PixelsAsColumns<DEPTH> keys_as_columns(attended.keys, places, head);
+    const PixelsAsColumns<DEPTH> keys_as_columns(attended.keys, for_products, head);
 #pragma unroll
     for (int j = 0; j < ROWS; j += 2)
       window_products<T, CONTENT>(logits[j / 2], a, keys_as_columns, windows, j,
@@ -128,10 +127,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
         u32& word = weights[j / 2][j % 2 * 2 + h];
         const int offset = j - h;
         if (offset < 0 || offset >= KERNEL) continue;
-        const float first = exp2_of(logits[j / 2][j % 2][2 * h] * LOG2_E - shift[h]);
-        const float second = exp2_of(logits[j / 2][j % 2][2 * h + 1] * LOG2_E - shift[h]);
-        total[h] += first + second;
-        word = T::pack(first, second);
+        float pair[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          pair[i] = exp2_of(multiply_add(logits[j / 2][j % 2][2 * h + i], LOG2_E, -shift[h]));
+        total[h] += pair[0] + pair[1];
+        word = T::pack(pair[0], pair[1]);
       }
     float inverse[2];
 #pragma unroll
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
       total[h] = sum_of_quad(total[h]);
       inverse[h] = reciprocal_of(total[h]) * parts[h];
     }
-    const OwnPlaces<DEPTH> for_sums(P::FOR_SUMS);
+    const ForSums<DEPTH> for_sums;
     weights[0][1] = weights[ROWS / 2 - 1][2] = held_zero();  // out of the window
     const PixelsAsRows<DEPTH> values_as_rows(attended.values, for_sums, head);
     u32 collected = 0;

@@ -60,21 +60,26 @@ struct QueryTables {
     if (2 * me.warp >= ROWS) return;
     to += 2 * me.warp * ROW_BYTES;
     const int matrix = me.lane / 8, offset = 2 * me.t;
-    const Shared row = queries + (2 * me.warp + matrix % 2) * H::ROW_BYTES;
+    Shared operands[H::STEPS];
+#pragma unroll
+    for (int s = 0; s < H::STEPS; ++s) {
+      const int chunk = head * H::HEAD_CHUNKS + (DEPTH == 8 ? 0 : 2 * s + matrix / 2);
+      operands[s] = queries + (2 * me.warp + matrix % 2) * H::ROW_BYTES + H::at(me.lane % 8, chunk);
+    }
     bool in_rows[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) in_rows[h] = block.has_row(block.top + 2 * me.warp + h - REACH);
-    // 16 queries at a time, 8 columns of both rows.
-#pragma unroll 1
+    // 16 queries at a time, 8 columns of both rows. Unrolled, the compiler keeps addresses of all
+    // columns in the loop over heads, for which the kernel of 16 channels has no registers.
+    constexpr int UNROLLED = DEPTH == 16 ? 1 : (COLS + 7) / 8;
+#pragma unroll UNROLLED
     for (int first = 0; first < COLS; first += 8) {
       float row_terms[4] = {0.f, 0.f, 0.f, 0.f}, col_terms[4] = {0.f, 0.f, 0.f, 0.f};
       if (POSITION) {
         u32 a[H::STEPS][4];
 #pragma unroll
-        for (int s = 0; s < H::STEPS; ++s) {
-          const int chunk = head * H::HEAD_CHUNKS + (DEPTH == 8 ? 0 : 2 * s + matrix / 2);
-          load_matrices(a[s], row + H::at(first + me.lane % 8, chunk));
-        }
+        for (int s = 0; s < H::STEPS; ++s)
+          load_matrices(a[s], (operands[s] ^ H::turn(first) << 4) + first * H::PIXEL_BYTES);
         Embeddings<DEPTH, KERNEL>::template product<T>(row_terms, col_terms, a, embeddings, head,
                                                        me);
       }
@@ -172,8 +177,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_key(const Key
   using Tables = QueryTables<DEPTH, KERNEL>;
   constexpr int ROWS = KERNEL + 1, LAST = KERNEL - 1;
   const Thread me;
-  using P = Places<DEPTH>;
-  const OwnPlaces<DEPTH> places(P::FOR_PRODUCTS);
+  const ForProducts<DEPTH> for_products;
   const Block block = Block::of<DEPTH>(x.sizes);
   if (!block.is_there()) return;
   const Shared grads = shared_memory() + S::GRADS, queries = shared_memory() + S::QUERIES;
@@ -212,8 +216,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_key(const Key
     }
     u32 k[H::STEPS][4], v[H::STEPS][4];
     if (CONTENT) {
-      keys.load(k, places, x.key, x.key_stride, block, pixels, me, head);
-      values.load(v, places, x.value, x.value_stride, block, pixels, me, head);
+      keys.load(k, for_products, x.key, x.key_stride, block, pixels, me, head);
+      values.load(v, for_products, x.value, x.value_stride, block, pixels, me, head);
     }
     if (head) {
       wait_for_copies();
@@ -221,8 +225,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_key(const Key
     }
     Tables::template prepare<T, POSITION>(tables, queries, embeddings, block, head, me);
     wait_for_block();
-    const PixelsAsColumns<DEPTH> queries_as_columns(queries, places, head);
-    const PixelsAsColumns<DEPTH> grads_as_columns(grads, places, head);
+    const PixelsAsColumns<DEPTH> queries_as_columns(queries, for_products, head);
+    const PixelsAsColumns<DEPTH> grads_as_columns(grads, for_products, head);
     u32 weights[ROWS / 2][4], slopes[ROWS / 2][4];
 #pragma unroll
     for (int j = 0; j < ROWS; j += 2) {
@@ -255,7 +259,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_key(const Key
             load_shared(log_sum, others[i] + (j + r) * Tables::ROW_BYTES +
                                      (Tables::by_row(0, offset) - Tables::by_row(0, 0)));
             // Rounding of huge logits shall not make a weight of more than 1.
-            weight[i] = exp2_of(smaller_of(logits[r][n] * LOG2_E - log_sum, 0.f));
+            weight[i] = exp2_of(smaller_of(multiply_add(logits[r][n], LOG2_E, -log_sum), 0.f));
             slope[i] = weight[i] * (products[r][n] - mean[i]);
           }
           weight_word = T::pack(weight[0], weight[1]);
@@ -263,7 +267,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_key(const Key
         }
       }
     }
-    const OwnPlaces<DEPTH> for_sums(P::FOR_SUMS);
+    const ForSums<DEPTH> for_sums;
     // Out of the window.
     weights[0][1] = slopes[0][1] = held_zero();
     weights[ROWS / 2 - 1][2] = slopes[ROWS / 2 - 1][2] = held_zero();

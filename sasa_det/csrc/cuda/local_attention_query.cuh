@@ -51,7 +51,7 @@ SELDOM void query_gradients_one_by_one(const QueryArguments x, Shared keys, Shar
       if (POSITION) sum += q * pixel.embedding(x.rel_rows, x.rel_cols, row, col, d);
       product += T::low(load(grad + d)) * pixel.of_window(values, row, col, d);
     }
-    weight = exp2_of(sum * LOG2_E - log_sum);
+    weight = exp2_of(smaller_of(sum * LOG2_E - log_sum, 0.f));
   };
   float mean = 0.f, weight, product;
 #pragma unroll 1
@@ -123,15 +123,14 @@ DEVICE void sums_by_offset(u32 (&by_offset)[4], const u32 (&slopes)[ROWS / 2][4]
   }
 }
 
-// Two blocks for an SM: weights and products of all windows stay in registers.
+// Weights and products of all windows stay in registers.
 template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION, bool POOLED,
           int BLOCKS>
 __global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_query(const QueryArguments x) {
   using H = Heads<DEPTH>;
   constexpr int ROWS = KERNEL + 1;
   const Thread me;
-  using P = Places<DEPTH>;
-  const OwnPlaces<DEPTH> places(P::FOR_PRODUCTS);
+  const ForProducts<DEPTH> for_products;
   const Block block = Block::of<DEPTH>(x.sizes);
   if (!block.is_there()) return;
   const OwnCopies<DEPTH> own_copies(block, me);
@@ -158,14 +157,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_query(const Q
 #pragma unroll 1
   for (int head = 0; head < block.heads; ++head) {
     u32 a[H::STEPS][4], g[H::STEPS][4];
-    attended.queries.load(a, places, x.query, x.query_stride, block, pixels, me, head);
-    grads.template load<POOLED>(g, places, x.grad, x.grad_stride, block, pixels, me, head);
+    attended.queries.load(a, for_products, x.query, x.query_stride, block, pixels, me, head);
+    grads.template load<POOLED>(g, for_products, x.grad, x.grad_stride, block, pixels, me, head);
     float mean[2] = {0.f, 0.f};
     if (DEPTH < 32) load_shifts(head);
     terms.template find<T>(a, attended.embeddings, head, me);
     float weights[ROWS / 2][2][4], products[ROWS / 2][2][4];
-    const PixelsAsColumns<DEPTH> keys_as_columns(attended.keys, places, head);
-    const PixelsAsColumns<DEPTH> values_as_columns(attended.values, places, head);
+    const PixelsAsColumns<DEPTH> keys_as_columns(attended.keys, for_products, head);
+    const PixelsAsColumns<DEPTH> values_as_columns(attended.values, for_products, head);
 #pragma unroll
     for (int j = 0; j < ROWS; j += 2) {
       window_products<T, CONTENT>(weights[j / 2], a, keys_as_columns, windows, j,
@@ -179,7 +178,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_query(const Q
           const int h = i / 2;
           if (j + r - h < 0 || j + r - h >= KERNEL) continue;
           float& weight = weights[j / 2][r][i];
-          weight = exp2_of(weight * LOG2_E - shift[h]);
+          // Rounding of huge logits shall not make a weight of more than 1.
+          weight = exp2_of(smaller_of(multiply_add(weight, LOG2_E, -shift[h]), 0.f));
           mean[h] += weight * products[j / 2][r][i];
         }
     }
@@ -197,10 +197,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_query(const Q
               weights[j / 2][j % 2][2 * h + i] * (products[j / 2][j % 2][2 * h + i] - mean[h]);
         slopes[j / 2][j % 2 * 2 + h] = T::pack(slope[0], slope[1]);
       }
-    const OwnPlaces<DEPTH> for_sums(P::FOR_SUMS);
+    const ForSums<DEPTH> for_sums;
     slopes[0][1] = slopes[ROWS / 2 - 1][2] = held_zero();  // out of the window
     u32 by_offset[4];
-    if (POSITION) sums_by_offset<T, ROWS>(by_offset, slopes, for_sums[P::FAR_OF_FOUR], me);
+    if (POSITION) sums_by_offset<T, ROWS>(by_offset, slopes, for_sums.far_of_four, me);
     const PixelsAsRows<DEPTH> keys_as_rows(attended.keys, for_sums, head);
     u32 collected = 0;
     wait_for_warp();  // whose queries give way to their gradients

@@ -52,7 +52,7 @@ template <int DEPTH>
 class OwnPixels {
   using H = Heads<DEPTH>;
   static constexpr bool STAGED = DEPTH < 64;
-  static constexpr int ROW_BYTES = TILE_COLS * H::PIXEL_BYTES;
+  static constexpr int ROW_BYTES = Places<DEPTH>::OWN_ROW_BYTES;
   Shared tile_;
 
   DEVICE static Shared at(int row, int col, int chunk) {
@@ -83,14 +83,13 @@ class OwnPixels {
 
   // A head's channels of the warp's 16 pixels as left operands.
   template <bool POOLED = false>
-  DEVICE void load(u32 (&a)[H::STEPS][4], const OwnPlaces<DEPTH>& places, const u16* images,
+  DEVICE void load(u32 (&a)[H::STEPS][4], const ForProducts<DEPTH>& places, const u16* images,
                    u32 stride, const Block& block, const Pixels& pixels, const Thread& me,
                    int head) const {
     if constexpr (STAGED) {
 #pragma unroll
       for (int s = 0; s < H::STEPS; ++s)
-        load_matrices(
-            a[s], tile_ + turned(places[Places<DEPTH>::OPERANDS], head * H::HEAD_CHUNKS + 2 * s));
+        load_matrices(a[s], tile_ + turned(places.operands, head * H::HEAD_CHUNKS + 2 * s));
     } else {
       const u16* from[2];
       if constexpr (POOLED)
@@ -110,14 +109,13 @@ class OwnPixels {
 
   // Takes a chunk of the results of a head, as products have them. They take the place of the
   // head's operands, which all threads of the warp must have loaded.
-  DEVICE void put(const u32 (&words)[2], const OwnPlaces<DEPTH>& places, u16* images, u32 stride,
+  DEVICE void put(const u32 (&words)[2], const ForSums<DEPTH>& places, u16* images, u32 stride,
                   const Block& block, const Pixels& pixels, const Thread& me, int head,
                   int chunk) const {
     if constexpr (STAGED) {
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        store_shared(tile_ + h * ROW_BYTES +
-                         turned(places[Places<DEPTH>::WORDS], head * H::HEAD_CHUNKS + chunk),
+        store_shared(tile_ + h * ROW_BYTES + turned(places.words, head * H::HEAD_CHUNKS + chunk),
                      words[h]);
     } else {
       u16* to[2];
@@ -140,11 +138,10 @@ class OwnPixels {
   }
 
   // Takes a chunk of a head, as products have it, with what a thread's two pixels are multiplied
-  // with, and puts the sums of squares. What is not inside has the factor 0; it is not finite only
-  // where what is inside in its column, or the column before, is not either.
+  // with, and puts the sums of squares, which it returns. What is not inside has the factor 0.
   template <typename T>
   DEVICE u32 put_sums(const float (&sum)[4], const float (&factors)[2],
-                      const OwnPlaces<DEPTH>& places, u16* images, u32 stride, const Block& block,
+                      const ForSums<DEPTH>& places, u16* images, u32 stride, const Block& block,
                       const Pixels& pixels, const Thread& me, int head, int chunk) const {
     float sums[2];
 #pragma unroll
@@ -155,8 +152,7 @@ class OwnPixels {
     const u32 word = T::pack(sums[0], sums[1]);
     if constexpr (STAGED) {
       if (me.g % 2 == 0)
-        store_shared(tile_ + turned(places[Places<DEPTH>::WORDS], head * H::HEAD_CHUNKS + chunk),
-                     word);
+        store_shared(tile_ + turned(places.words, head * H::HEAD_CHUNKS + chunk), word);
     } else {
       if (me.g % 2 == 0 && pixels.inside[0])
         ::store(reinterpret_cast<u32*>(Squares(block).of(images, stride, pixels.row, pixels.col,

@@ -5,52 +5,60 @@
 
 #include <tile.cuh>
 
+// Those of all threads, as ForProducts and ForSums have them.
 template <int DEPTH>
-struct alignas(16) Places {
+struct Places {
   using H = Heads<DEPTH>;
   static constexpr int OWN_ROW_BYTES = TILE_COLS * H::PIXEL_BYTES;
-  enum Name { OPERANDS, COLUMNS, WORDS = 4, ROWS, FAR_OF_FOUR };
-  enum First { FOR_PRODUCTS = 0, FOR_SUMS = 4 };
-  static constexpr int COUNT = 8;
-  u32 numbers[THREADS][COUNT];
+  alignas(16) u32 for_products[THREADS][4], for_sums[THREADS][4];
 
-  DEVICE constexpr Places() : numbers{} {
+  DEVICE constexpr Places() : for_products{}, for_sums{} {
     for (int number = 0; number < THREADS; ++number) {
       const Thread me(number);
       const int pixel = me.lane % 8, matrix = me.lane / 8;
-      u32(&of)[COUNT] = numbers[number];
-      // Of its own pixels, in OwnPixels.
-      of[OPERANDS] = (me.row() + matrix % 2) * OWN_ROW_BYTES +
-                     H::at(me.col() + pixel, DEPTH == 8 ? 0 : matrix / 2);
-      of[WORDS] = me.row() * OWN_ROW_BYTES + H::at(me.col() + me.g, 0) + 4 * me.t;
-      // In PixelsAsColumns: the head's chunk, near and far, of two rows; two chunks, near and far;
-      // or four chunks.
+      for_products[number][0] = (me.row() + matrix % 2) * OWN_ROW_BYTES +
+                                H::at(me.col() + pixel, DEPTH == 8 ? 0 : matrix / 2);
+      // The head's chunk, near and far, of two rows; two chunks, near and far; or four chunks.
       const int row = me.row() + (DEPTH == 8 ? matrix / 2 : 0);
       const int further = DEPTH == 8 ? matrix % 2 : DEPTH == 16 ? matrix / 2 : 0;
       const int chunk = DEPTH == 8 ? 0 : DEPTH == 16 ? matrix % 2 : matrix;
-      of[COLUMNS] = row * H::ROW_BYTES + H::at(me.col() + 8 * further + pixel, chunk);
-      // In PixelsAsRows: two rows, near and far of columns 0 to 3 and of columns 4 to 7.
+      for_products[number][1] = row * H::ROW_BYTES + H::at(me.col() + 8 * further + pixel, chunk);
+      for_sums[number][0] = me.row() * OWN_ROW_BYTES + H::at(me.col() + me.g, 0) + 4 * me.t;
+      // Two rows, near and far of columns 0 to 3 and of columns 4 to 7.
       const int col = me.col() + matrix % 2 * 4 + pixel / 2 + pixel % 2 * 8;
-      of[ROWS] = (me.row() + matrix / 2) * H::ROW_BYTES + H::at(col, 0);
-      // Of sparse products of weights, of rows of near and far in turn: of each four columns, 0 or
-      // 1 and 2 or 3, one bit for each of the pairs that are far.
-      of[FAR_OF_FOUR] = (0x8888u | (0x5555u & ((1u << 2 * me.g) - 1))) * 0x10001u;
+      for_sums[number][1] = (me.row() + matrix / 2) * H::ROW_BYTES + H::at(col, 0);
+      for_sums[number][2] = (0x8888u | (0x5555u & ((1u << 2 * me.g) - 1))) * 0x10001u;
     }
   }
 };
 template <int DEPTH>
 TABLE Places<DEPTH> PLACES{};
 
-// Those of a thread, which it loads when they are wanted: four that products begin with, and four
-// for sums of values.
+// Of a thread, what products of queries begin with.
 template <int DEPTH>
-class OwnPlaces {
-  u32 numbers_[4];
-  int first_;
+struct ForProducts {
+  u32 operands;  // of its own pixels, in OwnPixels
+  u32 columns;   // in PixelsAsColumns
 
- public:
-  DEVICE explicit OwnPlaces(typename Places<DEPTH>::First first) : first_(first) {
-    load_of_table(numbers_, PLACES<DEPTH>.numbers[threadIdx.x] + first);
+  DEVICE ForProducts() {
+    u32 words[4];
+    load_of_table(words, PLACES<DEPTH>.for_products[threadIdx.x]);
+    operands = words[0], columns = words[1];
   }
-  DEVICE u32 operator[](typename Places<DEPTH>::Name name) const { return numbers_[name - first_]; }
+};
+
+// And what sums of values take, which is loaded when it is wanted.
+template <int DEPTH>
+struct ForSums {
+  u32 words;  // of its own pixels, in OwnPixels
+  u32 rows;   // in PixelsAsRows
+  // Of sparse products of weights, of rows of near and far in turn: of each four columns, 0 or 1
+  // and 2 or 3, one bit for each of the pairs that are far.
+  u32 far_of_four;
+
+  DEVICE ForSums() {
+    u32 all[4];
+    load_of_table(all, PLACES<DEPTH>.for_sums[threadIdx.x]);
+    words = all[0], rows = all[1], far_of_four = all[2];
+  }
 };

@@ -11,8 +11,9 @@
 constexpr int TILE_ROWS = 8, TILE_COLS = 16;
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
 
-// Logit of what is outside of the window or the image. Finite, as it may be added to itself.
-constexpr float LOWEST = -1e30f;
+// Logit of what is outside of the window or the image. Finite, as it may be added to itself, and a
+// power of 2: its product with LOG2_E is exact, and less itself it is 0 in a fused operation too.
+constexpr float LOWEST = -0x1p100f;
 constexpr float LOG2_E = 1.44269504f;
 
 // Heads of a width that a block takes at once, and their pixels in shared memory.

@@ -68,7 +68,7 @@ DEVICE u32 thread_again() {
   return number;
 }
 
-// Words of a table that is part of the kernel's code.
+// Words of a table in the memory of the GPU, which is loaded with the kernel's code.
 #define TABLE __device__ constexpr
 DEVICE void load_of_table(u32 (&words)[4], const u32* from) {
   asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -120,9 +120,6 @@ DEVICE void store(float* to, const float (&values)[4]) {
                "f"(values[1]), "f"(values[2]), "f"(values[3])
                : "memory");
 }
-
-// A hundred times the compute capability of the GPU that this is compiled for.
-constexpr int ARCHITECTURE = __CUDA_ARCH__;
 
 // 0 in a register of its own: the compiler copies the four words of an operand for each product if
 // it knows that one of them is constant. It is the depth of a block, which is 1, less 1.
@@ -213,6 +210,8 @@ DEVICE float of_quad(float x, int t) { return __shfl_sync(0xffffffffu, x, t, 4);
 DEVICE float of_neighbour(float x, int bits) { return __shfl_xor_sync(0xffffffffu, x, bits); }
 DEVICE bool in_any_thread(bool x) { return __any_sync(0xffffffffu, x); }
 
+// x y + z, rounded once, as the compiler also does where it is not asked to.
+DEVICE float multiply_add(float x, float y, float z) { return __fmaf_rn(x, y, z); }
 DEVICE float exp2_of(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -21,8 +21,8 @@ class PixelsAsColumns {
   Shared near_, far_;  // only near_ below 32 channels
 
  public:
-  DEVICE PixelsAsColumns(Shared tile, const OwnPlaces<DEPTH>& places, int head)
-      : near_(tile + places[Places<DEPTH>::COLUMNS] ^ head * H::HEAD_CHUNKS << 4),
+  DEVICE PixelsAsColumns(Shared tile, const ForProducts<DEPTH>& places, int head)
+      : near_(tile + places.columns ^ head * H::HEAD_CHUNKS << 4),
         // 8 columns further on, or 4 chunks of 8, chunks are turned by half.
         far_(near_ ^ 8 * H::CHUNKS) {}
 
@@ -78,9 +78,8 @@ class PixelsAsRows {
   u32 far_of_four_;
 
  public:
-  DEVICE PixelsAsRows(Shared tile, const OwnPlaces<DEPTH>& for_sums, int head)
-      : first_(tile + for_sums[Places<DEPTH>::ROWS] ^ head * H::HEAD_CHUNKS << 4),
-        far_of_four_(for_sums[Places<DEPTH>::FAR_OF_FOUR]) {}
+  DEVICE PixelsAsRows(Shared tile, const ForSums<DEPTH>& places, int head)
+      : first_(tile + places.rows ^ head * H::HEAD_CHUNKS << 4), far_of_four_(places.far_of_four) {}
 
   // sum += weights of the windows' pixels in rows j and j + 1, times 8 channels of theirs.
   template <typename T>

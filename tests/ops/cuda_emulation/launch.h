@@ -13,8 +13,9 @@ struct Start {
   int skipped;  // a barrier that no thread waits at, counted from 0; -1 for none
   int seed, num_ranges;
   const Range* ranges;  // the memory that the kernel may use; none for all
-  // Results: matrices of which rows share a bank, and barriers of a thread.
-  mutable int bank_conflicts, barriers;
+  // Results: matrices of which rows share a bank, barriers of a thread, and votes of warps that
+  // something is so in a thread, which is that a result is not finite.
+  mutable int bank_conflicts, barriers, votes;
 };
 
 // Returns what is wrong, "" if nothing.
@@ -27,6 +28,7 @@ inline const char* run(Kernel kernel, const Start& start) {
   message =
       launch(grid, start.threads, start.shared_bytes, start.seed, [&] { kernel(start.arguments); });
   start.bank_conflicts = bank_conflicts;
+  start.votes = votes;
   start.barriers = fibers[0].barriers;
   return message.c_str();
 }

@@ -60,7 +60,7 @@ inline std::vector<unsigned char> memory;
 inline std::vector<Range> ranges;
 inline std::vector<int> in_warp;        // threads of a warp that wait for the rest of it
 inline std::vector<const char*> doing;  // what for
-inline int current, in_block, skipped_barrier, bank_conflicts;
+inline int current, in_block, skipped_barrier, bank_conflicts, votes;
 inline jmp_buf scheduler;
 inline std::string error;
 inline std::function<void()> kernel;
@@ -157,7 +157,7 @@ inline std::string launch(Index blocks, int threads, int shared_bytes, u32 seed,
   grid = blocks;
   error.clear();
   random_numbers.seed(seed);
-  bank_conflicts = 0;
+  bank_conflicts = votes = 0;
   fibers = std::vector<Fiber>(threads);
   for (u64 number = 0; number < static_cast<u64>(grid.x) * grid.y * grid.z && error.empty();
        ++number) {
@@ -375,7 +375,6 @@ DEVICE void store(float* to, const float (&values)[4]) {
   emulation::check_global(to, 16, true);
   memcpy(to, values, 16);
 }
-constexpr int ARCHITECTURE = 800;
 DEVICE u32 held(u32 x) { return x; }
 #define TABLE constexpr
 DEVICE void load_of_table(u32 (&words)[4], const u32* from) {
@@ -456,11 +455,13 @@ DEVICE bool in_any_thread(bool x) {
   emulation::together("vote", value, [](int** all) {
     int any = 0;
     for (int i = 0; i < 32; ++i) any |= *all[i];
+    emulation::votes += any;
     for (int i = 0; i < 32; ++i) *all[i] = any;
   });
   return value;
 }
 
+DEVICE float multiply_add(float x, float y, float z) { return std::fma(x, y, z); }
 DEVICE float exp2_of(float x) { return std::exp2(x); }
 DEVICE float log2_of(float x) { return std::log2(x); }
 DEVICE float smaller_of(float x, float y) { return std::isnan(x) || x < y ? x : y; }
