@@ -122,9 +122,6 @@ def make_launch(
     return run
 
 
-Measure = Callable[[], list[Choice]]
-
-
-def choices_parts(rounds: int) -> list[tuple[str, Measure]]:
+def choices_parts(rounds: int) -> list[tuple[str, Callable[[], list[Choice]]]]:
     """Return name and measurement of each kernel's choices."""
     return [(f"choices of {name}", partial(measure_choices, name, rounds)) for name in KERNELS]

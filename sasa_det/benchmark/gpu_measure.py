@@ -34,7 +34,6 @@ from .gpu_tables import (
     ATTENTION,
     CONVOLUTION,
     Ceilings,
-    Choice,
     Errors,
     Measured,
     Predicted,
@@ -108,36 +107,29 @@ def _describe_backends(device: torch.device) -> str:
 def _parts(measured: Measured, device: torch.device) -> list[tuple[str, Callable[[], None]]]:
     """Return name and measurement of each part; it adds to what was measured."""
 
-    def add_errors() -> None:
-        measured.errors += measure_errors(device)
-
     def add_ceilings() -> None:
         measured.ceilings = measure_ceilings()
 
-    def add_layer(layer: Layer, ways: Mapping[str, Build]) -> None:
-        measured.layers += measure_layer(layer, ways)
+    def adding(rows: list, measure_rows: Callable, *arguments: object) -> Callable[[], None]:
+        return lambda: rows.extend(measure_rows(*arguments))
 
     layers = layers_by_size()
-    parts = [("errors", add_errors), ("ceilings", add_ceilings)]
-    parts += [(layer.name, partial(add_layer, layer, ways_of(layer))) for layer in layers]
+    parts = [("errors", adding(measured.errors, measure_errors, device))]
+    parts.append(("ceilings", add_ceilings))
+    parts += [(x.name, adding(measured.layers, measure_layer, x, ways_of(x))) for x in layers]
     if find_spec("detectron2") is None:
         measured.notes.append("Models were left out, as detectron2 is not installed.")
     else:
-        parts += [(name, partial(_add, measured.models, x)) for name, x in _models()]
-    parts += [(name, partial(_extend, measured.choices, x)) for name, x in choices_parts(ROUNDS)]
+        parts += [(name, adding(measured.models, x)) for name, x in _models()]
+    parts += [(name, adding(measured.choices, x)) for name, x in choices_parts(ROUNDS)]
     by_work = sorted(
         filter(lambda x: x.is_plain, layers), key=lambda x: x.count * x.unit, reverse=True
     )
-    parts += [(f"FlexAttention {x.name}", partial(add_layer, x, FLEX)) for x in by_work]
+    parts += [
+        (f"FlexAttention {x.name}", adding(measured.layers, measure_layer, x, FLEX))
+        for x in by_work
+    ]
     return parts
-
-
-def _add(rows: list[Row], measure_row: Callable[[], Row]) -> None:
-    rows.append(measure_row())
-
-
-def _extend(rows: list[Choice], measure_rows: Callable[[], list[Choice]]) -> None:
-    rows += measure_rows()
 
 
 def checked_variants() -> Iterator[tuple[Variant, str]]:
@@ -325,17 +317,17 @@ def layer_maker(layer: Layer, build: Build, training: bool, device: str) -> Make
     return make
 
 
-def _models() -> Sequence[tuple[str, Callable[[], Row]]]:
+def _models() -> Sequence[tuple[str, Callable[[], list[Row]]]]:
     from .gpu_networks import NETWORKS, network_maker
 
     settings = Settings("cuda", _DTYPE, 8, 640, CONFIGS)
 
-    def measure_model(name: str, config: str) -> Row:
+    def measure_model(name: str, config: str) -> list[Row]:
         forward, step = (
             time_calls({name: network_maker(settings, config, x)}, ROUNDS, rotate=False)
             for x in (False, True)
         )
         problem = forward[1].get(name) or step[1].get(name)
-        return Row(name, name, forward[0].get(name), step[0].get(name), why_not=problem)
+        return [Row(name, name, forward[0].get(name), step[0].get(name), why_not=problem)]
 
     return [(name, partial(measure_model, name, config)) for name, config in NETWORKS.items()]

@@ -195,7 +195,6 @@ def attention(layer: Layer, gpu: Gpu, instructions: Callable[[str, int, bool], f
     flops = 3 * layer.channels * layer.unit
     product = max(flops / gpu.product, 4 * layer.unit / gpu.bandwidth, _SHORTEST)
     maps = Maps(layer.batch, tuple((size, size) for size in layer.sizes))
-
     pooled = layer.stride == 2
 
     def kernel(name: str, units: float) -> float:
@@ -211,11 +210,8 @@ def attention(layer: Layer, gpu: Gpu, instructions: Callable[[str, int, bool], f
     # Maps that they read and write, of which the output, or its gradient, may be pooled.
     output = 1 / layer.stride**2
     forward = kernel("local_attention_forward", 3 + output)
-    query, key = (
-        kernel("local_attention_query", 4 + output),
-        kernel("local_attention_key", 5 + output),
-    )
-    backward = query + key
+    backward = kernel("local_attention_query", 4 + output)
+    backward += kernel("local_attention_key", 5 + output)
     follows = _following(layer, gpu)
     return Times(product + forward, 2 * product + backward) + follows
 

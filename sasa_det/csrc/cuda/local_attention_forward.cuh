@@ -58,9 +58,7 @@ SELDOM void attend_one_by_one(const ForwardArguments x, Shared keys, Shared valu
       }
     const float inverse = reciprocal_of(total);
     u32 words[4];
-#pragma unroll
-    for (int d = 0; d < 4; ++d)
-      words[d] = T::pack(sums[2 * d] * inverse, sums[2 * d + 1] * inverse);
+    pack_chunk<T>(words, sums, inverse);
     if constexpr (POOLED)
       outputs.template put_means<T>(words, x.output, x.output_stride, block, pixel.y, pixel.x, head,
                                     chunk, pixel.inside);
@@ -163,11 +161,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
           collected = T::add_zero_times(word, collected);
         } else {
           u32 words[2];
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            words[h] = T::pack(sum[2 * h] * inverse[h], sum[2 * h + 1] * inverse[h]);
-            collected = T::add_zero_times(words[h], collected);
-          }
+          pack_pair<T>(words, collected, sum, inverse[0], inverse[1]);
           outputs.put(words, for_sums, x.output, x.output_stride, block, pixels, me, head,
                       first + c);
         }

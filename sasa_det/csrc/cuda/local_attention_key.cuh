@@ -156,14 +156,10 @@ SELDOM void key_gradients_one_by_one(const KeyArguments x, Shared grads, Shared 
       }
     }
     u32 words[4];
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-      words[e] = T::pack(PART<POOLED> * to_value[2 * e], PART<POOLED> * to_value[2 * e + 1]);
+    pack_chunk<T>(words, to_value, PART<POOLED>);
     grad_values.put(words, x.grad_value, x.grad_value_stride, block, pixel.y, pixel.x, head, chunk);
     if (!CONTENT) continue;
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-      words[e] = T::pack(PART<POOLED> * to_key[2 * e], PART<POOLED> * to_key[2 * e + 1]);
+    pack_chunk<T>(words, to_key, PART<POOLED>);
     grad_keys.put(words, x.grad_key, x.grad_key_stride, block, pixel.y, pixel.x, head, chunk);
   }
 }
@@ -283,18 +279,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_key(const Key
         if (CONTENT) queries_as_rows.template product<T>(to_key, slopes[j / 2], j, c);
       }
       u32 words[2];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        words[h] = T::pack(PART<POOLED> * to_value[2 * h], PART<POOLED> * to_value[2 * h + 1]);
-        collected = T::add_zero_times(words[h], collected);
-      }
+      pack_pair<T>(words, collected, to_value, PART<POOLED>, PART<POOLED>);
       values.put(words, for_sums, x.grad_value, x.grad_value_stride, block, pixels, me, head, c);
       if (!CONTENT) continue;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        words[h] = T::pack(PART<POOLED> * to_key[2 * h], PART<POOLED> * to_key[2 * h + 1]);
-        collected = T::add_zero_times(words[h], collected);
-      }
+      pack_pair<T>(words, collected, to_key, PART<POOLED>, PART<POOLED>);
       keys.put(words, for_sums, x.grad_key, x.grad_key_stride, block, pixels, me, head, c);
     }
     if (in_any_thread(not_finite(collected))) {

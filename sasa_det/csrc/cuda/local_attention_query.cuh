@@ -78,9 +78,7 @@ SELDOM void query_gradients_one_by_one(const QueryArguments x, Shared keys, Shar
         }
       }
     u32 words[4];
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-      words[e] = T::pack(PART<POOLED> * sums[2 * e], PART<POOLED> * sums[2 * e + 1]);
+    pack_chunk<T>(words, sums, PART<POOLED>);
     results.put(words, x.grad_query, x.grad_query_stride, block, pixel.y, pixel.x, head, chunk);
   }
 }
@@ -221,11 +219,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_query(const Q
           Embeddings<DEPTH, KERNEL>::template product_by_offset<T>(
               sum, by_offset, attended.embeddings, head, c, me);
         u32 words[2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          words[h] = T::pack(PART<POOLED> * sum[2 * h], PART<POOLED> * sum[2 * h + 1]);
-          collected = T::add_zero_times(words[h], collected);
-        }
+        pack_pair<T>(words, collected, sum, PART<POOLED>, PART<POOLED>);
         results.put(words, for_sums, x.grad_query, x.grad_query_stride, block, pixels, me, head, c);
       }
     }

@@ -8,6 +8,24 @@
 // Whether a pair of 16-bit numbers that has been collected by T::add_zero_times says so.
 DEVICE bool not_finite(u32 collected) { return (collected & 0x7fff7fffu) != 0; }
 
+// Two channels of a thread's two pixels, as products have them, times a factor for each pixel. They
+// are collected.
+template <typename T>
+DEVICE void pack_pair(u32 (&words)[2], u32& collected, const float (&sum)[4], float first,
+                      float second) {
+  words[0] = T::pack(sum[0] * first, sum[1] * first);
+  words[1] = T::pack(sum[2] * second, sum[3] * second);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) collected = T::add_zero_times(words[h], collected);
+}
+
+// A chunk of one pixel, times a factor.
+template <typename T>
+DEVICE void pack_chunk(u32 (&words)[4], const float (&sums)[8], float factor) {
+#pragma unroll
+  for (int e = 0; e < 4; ++e) words[e] = T::pack(sums[2 * e] * factor, sums[2 * e + 1] * factor);
+}
+
 // A pixel of a head, of which two threads have every second chunk of channels, or both the only
 // one, and its window in shared memory: `row` and `col` of the window count from 0.
 template <typename T, int DEPTH, int KERNEL>

@@ -68,14 +68,6 @@ DEVICE u32 thread_again() {
   return number;
 }
 
-// Words of a table in the memory of the GPU, which is loaded with the kernel's code.
-#define TABLE __device__ constexpr
-DEVICE void load_of_table(u32 (&words)[4], const u32* from) {
-  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "l"(from));
-}
-
 template <typename T>
 DEVICE T load(const T* from) {
   return __ldg(from);
@@ -91,6 +83,9 @@ DEVICE void load(u32 (&words)[4], const u32* from) {
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                : "l"(from));
 }
+// Of a table in the memory of the GPU, which is loaded with the kernel's code.
+#define TABLE __device__ constexpr
+DEVICE void load_of_table(u32 (&words)[4], const u32* from) { load(words, from); }
 // Of memory that the kernel writes as well, which those above must not read.
 DEVICE float load_own(const float* from) {
   float value;
