@@ -337,6 +337,19 @@ DEVICE float before_relu(float grad, float x, float scale, float shift) {
   return normed(x, scale, shift) <= 0.f ? 0.f : grad;
 }
 
+// Calls use(x, gradient, place) for eight channels of each of a thread's pixels.
+template <typename T, typename Use>
+DEVICE void each_with_gradient(const Run& run, const typename T::Element* x,
+                               const typename T::Element* grad, Use use) {
+  each_batch<2>(run, [&](auto batch, int place, int step) {
+    T xs[batch.value], grads[batch.value];
+    read_batch(xs, x, place, step);
+    read_batch(grads, grad, place, step);
+#pragma unroll
+    for (int i = 0; i < batch.value; ++i) use(xs[i], grads[i], place + i * step);
+  });
+}
+
 template <typename T>
 LEVEL_KERNEL(BLOCKS<T>) level_norm_sums(const LevelSumsArguments a) {
   const int number = blockIdx.x;
@@ -348,18 +361,13 @@ LEVEL_KERNEL(BLOCKS<T>) level_norm_sums(const LevelSumsArguments a) {
   run.read(scale, a.scale);
   run.read(shift, a.shift);
   Sums<CHANNELS> mine;
-  each_batch<2>(run, [&](auto batch, int place, int step) {
-    T xs[batch.value], grads[batch.value];
-    read_batch(xs, x, place, step);
-    read_batch(grads, grad, place, step);
+  each_with_gradient<T>(run, x, grad, [&](const T& values, const T& gradients, int) {
 #pragma unroll
-    for (int i = 0; i < batch.value; ++i)
-#pragma unroll
-      for (int c = 0; c < CHANNELS; ++c) {
-        const float g = before_relu(grads[i][c], xs[i][c], scale[c], shift[c]);
-        mine.first[c] += g;
-        mine.second[c] += g * (xs[i][c] - mean[c]);
-      }
+    for (int c = 0; c < CHANNELS; ++c) {
+      const float g = before_relu(gradients[c], values[c], scale[c], shift[c]);
+      mine.first[c] += g;
+      mine.second[c] += g * (values[c] - mean[c]);
+    }
   });
   store_part(mine, run, a.parts, number);
 }
@@ -389,19 +397,13 @@ LEVEL_KERNEL(BLOCKS<T>) level_norm_gradient(const LevelGradientArguments a) {
       constant[c] *= -scale[c] * share;
     }
   }
-  each_batch<2>(run, [&](auto batch, int place, int step) {
-    T xs[batch.value], grads[batch.value];
-    read_batch(xs, x, place, step);
-    read_batch(grads, grad, place, step);
+  each_with_gradient<T>(run, x, grad, [&](const T& values, const T& gradients, int place) {
+    float results[CHANNELS];
 #pragma unroll
-    for (int i = 0; i < batch.value; ++i) {
-      float results[CHANNELS];
-#pragma unroll
-      for (int c = 0; c < CHANNELS; ++c) {
-        const float g = before_relu(grads[i][c], xs[i][c], scale[c], shift[c]);
-        results[c] = scale[c] * g + (slope[c] * (xs[i][c] - mean[c]) + constant[c]);
-      }
-      T::write(grad_x + place + i * step, results);
+    for (int c = 0; c < CHANNELS; ++c) {
+      const float g = before_relu(gradients[c], values[c], scale[c], shift[c]);
+      results[c] = scale[c] * g + (slope[c] * (values[c] - mean[c]) + constant[c]);
     }
+    T::write(grad_x + place, results);
   });
 }
