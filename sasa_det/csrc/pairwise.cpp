@@ -8,12 +8,8 @@ using Tensors = std::vector<at::Tensor>;
 
 // The tensors of a call, contiguous and alive until it ends.
 struct Arguments {
-  Arguments(const at::Tensor& own_, const at::Tensor& other_, const Optional& matrix_,
-            int64_t kernel_size)
-      : own(floats(own_)),
-        other(floats(other_)),
-        matrix(matrix_ ? floats(*matrix_) : at::Tensor()),
-        call() {
+  Arguments(const at::Tensor& own_, const at::Tensor& other_, int64_t kernel_size)
+      : own(floats(own_)), other(floats(other_)), call() {
     TORCH_CHECK_VALUE(own.dim() == 4 && kernel_size > 0, "own must be (N, C, H, W), got ",
                       own.sizes(), ".");
     call.batch = own.size(0);
@@ -28,14 +24,13 @@ struct Arguments {
                       at::IntArrayRef(padded), ", got ", other.sizes(), ".");
     call.own = own.const_data_ptr<float>();
     call.other = other.const_data_ptr<float>();
-    call.hidden = call.channels;
-    if (!matrix.defined()) return;
+  }
+  void map(const at::Tensor& matrix_, const at::Tensor& shift_, const at::Tensor& next_matrix_) {
+    matrix = floats(matrix_);
     TORCH_CHECK_VALUE(matrix.dim() == 2 && matrix.size(1) == call.channels,
                       "matrix must have ", call.channels, " columns, got ", matrix.sizes(), ".");
     call.hidden = matrix.size(0);
     call.matrix = matrix.const_data_ptr<float>();
-  }
-  void map_on(const at::Tensor& shift_, const at::Tensor& next_matrix_) {
     shift = floats(shift_);
     next_matrix = floats(next_matrix_);
     TORCH_CHECK_VALUE(shift.numel() == call.hidden && next_matrix.dim() == 2 &&
@@ -56,37 +51,49 @@ const PairwiseKernels& kernels(const std::string& instructions) {
   return choose_kernels(instructions).pairwise;
 }
 
-// Mean and biased variance of hidden, or of own_i + other_j without a matrix, of float64.
+// Mean and biased variance of own_i + other_j, (channels), or, of the relation, mean and covariance,
+// (channels, channels), all of float64.
 std::tuple<at::Tensor, at::Tensor> pairwise_moments(const at::Tensor& own, const at::Tensor& other,
-                                                    const Optional& matrix, int64_t kernel_size,
+                                                    bool rectified, int64_t kernel_size,
                                                     const std::string& instructions) {
-  Arguments a(own, other, matrix, kernel_size);
+  Arguments a(own, other, kernel_size);
+  Pairwise& call = a.call;
+  call.rectified = rectified;
   const PairwiseKernels& chosen = kernels(instructions);
-  const int64_t tasks = chosen.tasks(a.call), band = chosen.band(a.call);
-  const at::Tensor sums = empty_result({tasks, 2, a.call.hidden});
-  a.call.sums = sums.mutable_data_ptr<float>();
-  // The mean of one band lies so near that of all that differences from it lose no digits.
-  const at::Tensor zeros = at::zeros({a.call.hidden}, a.own.options());
-  a.call.center = zeros.const_data_ptr<float>();
-  const int64_t middle = tasks / 2, bands = tasks / a.call.batch;
-  chosen.moments(a.call, middle, middle + 1);
-  const int64_t rows = std::min(band, a.call.height - middle % bands * band);
-  const double places = double(a.call.kernel * a.call.kernel * a.call.width);
-  const at::Tensor center = (sums[middle][0] / (places * rows)).contiguous();
-  a.call.center = center.const_data_ptr<float>();
-  run(tasks, a.call, chosen.moments);
-  const double count = places * a.call.height * a.call.batch;
-  const at::Tensor means = sums.sum(0, false, at::kDouble) / count;
-  const at::Tensor mean = means[0], squares = means[1];
-  return {mean + center, squares - mean.square()};
+  const int64_t tasks = chosen.tasks(call), band = chosen.band(call);
+  const at::Tensor sums = empty_result({tasks, call.channels});
+  const at::Tensor squares = rectified ? empty_result({tasks, call.channels, call.channels})
+                                       : empty_result({tasks, call.channels});
+  call.sums = sums.mutable_data_ptr<float>();
+  call.squares = squares.mutable_data_ptr<float>();
+  const at::Tensor zeros = at::zeros({call.channels}, a.own.options());
+  call.center = zeros.const_data_ptr<float>();
+  const int64_t middle = tasks / 2, bands = tasks / call.batch;
+  chosen.moments(call, middle, middle + 1);
+  const int64_t rows = std::min(band, call.height - middle % bands * band);
+  const double places = double(call.kernel * call.kernel * call.width);
+  const at::Tensor band_mean = sums[middle] / (places * rows);
+  const at::Tensor band_square =
+      (rectified ? squares[middle].diagonal() : squares[middle]) / (places * rows);
+  // The mean of one band lies so near that of all that differences from it lose no digits. A mean
+  // that is small beside the deviation would do harm: a ReLU leaves many zeros, which add nothing
+  // as they are, but around a center the same square each, which is rounded the same way each time.
+  const at::Tensor center =
+      at::where(band_square < 1.1 * band_mean.square(), band_mean, zeros).contiguous();
+  call.center = center.const_data_ptr<float>();
+  run(tasks, call, chosen.moments);
+  const double count = places * call.height * call.batch;
+  const at::Tensor mean = sums.sum(0, false, at::kDouble) / count;
+  const at::Tensor square = squares.sum(0, false, at::kDouble) / count;
+  return {mean + center, square - (rectified ? mean.outer(mean) : mean.square())};
 }
 
 at::Tensor pairwise_weights(const at::Tensor& own, const at::Tensor& other,
                             const at::Tensor& matrix, const at::Tensor& shift,
                             const at::Tensor& next_matrix, const at::Tensor& bias,
                             int64_t kernel_size, const std::string& instructions) {
-  Arguments a(own, other, matrix, kernel_size);
-  a.map_on(shift, next_matrix);
+  Arguments a(own, other, kernel_size);
+  a.map(matrix, shift, next_matrix);
   const at::Tensor contiguous_bias = floats(bias);
   TORCH_CHECK_VALUE(bias.numel() == a.call.groups, "bias must have ", a.call.groups, " numbers.");
   a.call.bias = contiguous_bias.const_data_ptr<float>();
@@ -97,8 +104,7 @@ at::Tensor pairwise_weights(const at::Tensor& own, const at::Tensor& other,
   return weights;
 }
 
-// Gradients of own, other and matrix, empty for none, and with weights those of shift, next_matrix
-// and bias.
+// Gradients of own and other, and with weights those of matrix, shift, next_matrix and bias.
 Tensors gradients(Arguments& a, const std::string& instructions) {
   Pairwise& call = a.call;
   const PairwiseKernels& chosen = kernels(instructions);
@@ -125,21 +131,24 @@ Tensors gradients(Arguments& a, const std::string& instructions) {
     const int64_t top = task % bands * band, count = std::min(rows, height - top);
     other[task / bands].narrow(1, top, count).add_(others[task].narrow(1, 0, count));
   }
-  Tensors results = {own, other, call.matrix ? matrix.sum(0) : at::empty({0}, own.options())};
+  Tensors results = {own, other};
   if (call.slope == nullptr)
-    for (const at::Tensor& x : {shift, next_matrix, bias}) results.push_back(x.sum(0));
+    for (const at::Tensor& x : {matrix, shift, next_matrix, bias}) results.push_back(x.sum(0));
   return results;
 }
 
-// The gradients of own, other and matrix, where that of hidden is start + slope hidden.
+// The gradients of own and other, where that of own_i + other_j is start + slope (own_i + other_j), or
+// that of the relation start + slope relation with a symmetric matrix.
 Tensors pairwise_moments_backward(const at::Tensor& start, const at::Tensor& slope,
-                                  const at::Tensor& own, const at::Tensor& other,
-                                  const Optional& matrix, int64_t kernel_size,
-                                  const std::string& instructions) {
-  Arguments a(own, other, matrix, kernel_size);
-  TORCH_CHECK_VALUE(start.numel() == a.call.hidden && slope.numel() == a.call.hidden,
-                    "start and slope must have ", a.call.hidden, " numbers.");
+                                  const at::Tensor& own, const at::Tensor& other, bool rectified,
+                                  int64_t kernel_size, const std::string& instructions) {
+  Arguments a(own, other, kernel_size);
+  const int64_t channels = a.call.channels;
+  TORCH_CHECK_VALUE(
+      start.numel() == channels && slope.numel() == (rectified ? channels * channels : channels),
+      "start and slope must be of ", channels, " channels.");
   const at::Tensor contiguous_start = floats(start), contiguous_slope = floats(slope);
+  a.call.rectified = rectified;
   a.call.start = contiguous_start.const_data_ptr<float>();
   a.call.slope = contiguous_slope.const_data_ptr<float>();
   return gradients(a, instructions);
@@ -150,8 +159,8 @@ Tensors pairwise_weights_backward(const at::Tensor& grad, const at::Tensor& weig
                                   const at::Tensor& matrix, const at::Tensor& shift,
                                   const at::Tensor& next_matrix, int64_t kernel_size,
                                   const std::string& instructions) {
-  Arguments a(own, other, matrix, kernel_size);
-  a.map_on(shift, next_matrix);
+  Arguments a(own, other, kernel_size);
+  a.map(matrix, shift, next_matrix);
   const auto shape = a.weight_shape();
   TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(shape) && weights.sizes() == grad.sizes(),
                     "grad and weights must be ", at::IntArrayRef(shape), ".");
@@ -166,12 +175,12 @@ Tensors pairwise_weights_backward(const at::Tensor& grad, const at::Tensor& weig
 TORCH_LIBRARY_FRAGMENT(sasa_det_cpu, library) {
   const auto cpu = c10::DispatchKey::CPU;
   library.def(
-      "pairwise_moments(Tensor own, Tensor other, Tensor? matrix, int kernel_size, "
+      "pairwise_moments(Tensor own, Tensor other, bool rectified, int kernel_size, "
       "str instructions) -> (Tensor, Tensor)",
       torch::dispatch(cpu, pairwise_moments));
   library.def(
       "pairwise_moments_backward(Tensor start, Tensor slope, Tensor own, Tensor other, "
-      "Tensor? matrix, int kernel_size, str instructions) -> Tensor[]",
+      "bool rectified, int kernel_size, str instructions) -> Tensor[]",
       torch::dispatch(cpu, pairwise_moments_backward));
   library.def(
       "pairwise_weights(Tensor own, Tensor other, Tensor matrix, Tensor shift, "

@@ -13,13 +13,16 @@ struct Pairwise {
   int64_t batch, channels, hidden, groups, height, width, kernel;
   const float *own, *other, *matrix, *shift, *next_matrix, *bias;
   float* weights;
-  // Moments only: of every task the sums of hidden - center and of its squares, (tasks, 2, hidden).
-  // Without a matrix they are those of own_i + other_j, and so are the gradients of moments.
+  // Moments are those of own_i + other_j, or, if `rectified`, of the relation. Of every task, `sums`
+  // has the sums of these values less `center`, (tasks, channels), and `squares` those of their
+  // squares, or, of the relation, of their products with each other, (tasks, channels, channels).
+  bool rectified;
   const float* center;
-  float* sums;
-  // Backward only. The gradient of hidden is that of `grad_weights`, which needs `old_weights`, or
-  // start + slope hidden where `slope` is set. Those of other and of parameters are for each task:
-  // (tasks, channels, band + kernel - 1, W + kernel - 1), (tasks, hidden, channels) and so on.
+  float *sums, *squares;
+  // Backward only. Where `slope` is set, the gradient of these values is start + slope values, with
+  // a symmetric matrix for the relation; otherwise that of `grad_weights`, which needs
+  // `old_weights`, is passed on. The gradients of other and of parameters are for each task: (tasks,
+  // channels, band + kernel - 1, W + kernel - 1), (tasks, hidden, channels) and so on.
   const float *grad_weights, *old_weights, *start, *slope;
   float *grad_own, *grad_other, *grad_matrix, *grad_shift, *grad_next_matrix, *grad_bias;
 };

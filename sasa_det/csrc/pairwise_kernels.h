@@ -80,8 +80,10 @@ INLINE void transpose_tile(const float* from, int stride, float* to) {
       transpose_block(from + row * SPAN + v, SPAN, to + v * stride + row, stride);
 }
 
-// Add to (rows, stride) the products of x, (rows, SPAN), with columns (SPAN, stride).
-INLINE void add_outer(const float* x, int rows, const float* columns, int stride, float* to) {
+// Add to (rows, stride) the products of x, (rows, SPAN), with columns (SPAN, stride). Of a symmetric
+// result, what lies left of the diagonal may be left out.
+INLINE void add_outer(const float* x, int rows, const float* columns, int stride, float* to,
+                      bool symmetric = false) {
   const auto block = [&](int row, int col, auto height, auto vectors) {
     constexpr int M = decltype(height)::value, V = decltype(vectors)::value;
     Vec sums[M][V];
@@ -99,10 +101,11 @@ INLINE void add_outer(const float* x, int rows, const float* columns, int stride
       for (int v = 0; v < V; ++v) store(to + (row + i) * stride + col + v * LANES, sums[i][v]);
   };
   const auto rows_of = [&](int col, auto vectors) {
+    const int last = symmetric ? std::min(rows, col + decltype(vectors)::value * LANES) : rows;
     int row = 0;
-    for (; row + PANEL <= rows; row += PANEL)
+    for (; row + PANEL <= last; row += PANEL)
       block(row, col, std::integral_constant<int, PANEL>(), vectors);
-    for (; row < rows; ++row) block(row, col, std::integral_constant<int, 1>(), vectors);
+    for (; row < last; ++row) block(row, col, std::integral_constant<int, 1>(), vectors);
   };
   int col = 0;
   for (; col + 2 * LANES <= stride; col += 2 * LANES)
@@ -201,28 +204,47 @@ int64_t tasks(const Pairwise& a) { return a.batch * Geometry(a).bands; }
 void moments(const Pairwise& a, int64_t first_task, int64_t last_task) {
   const Geometry g(a);
   Scratch scratch;
-  const Packed matrix(a.matrix, a.matrix ? g.hidden : 0, g.channels, false, scratch);
   Band band(a, g, scratch);
-  float* sums = scratch.take(2 * g.hidden * LANES);
-  const auto add = [&](int row, int v, Vec hidden) {
-    const Vec x = band.inside(v) ? hidden - a.center[row] : Vec{};
-    float* sum = sums + 2 * row * LANES;
-    store(sum, load(sum) + x);
-    store(sum + LANES, load(sum + LANES) + x * x);
-  };
+  const int wide = a.rectified ? round_up(g.channels, LANES) : 0;
+  float* sums = scratch.take_unset(2 * g.channels * LANES);
+  float* centered = scratch.take(wide * SPAN);
+  float* columns = scratch.take_unset(wide * SPAN);
+  float* products = scratch.take(g.channels * wide);
+  std::vector<double> total(g.channels * wide);
   for (int64_t task = first_task; task < last_task; ++task) {
     band.open(task);
-    std::memset(sums, 0, 2 * g.hidden * LANES * 4);
+    std::memset(sums, 0, 2 * g.channels * LANES * 4);
+    std::fill(total.begin(), total.end(), 0);
     band.each_tile([&] {
-      for (int place = 0; place < g.window; ++place)
-        if (a.matrix)
-          matrix.times(band.relate(place), nullptr, add);
-        else
-          band.each_sum(place, add);
+      for (int place = 0; place < g.window; ++place) {
+        band.each_sum(place, [&](int c, int v, Vec x) {
+          const Vec value = band.inside(v) ? (a.rectified ? rectified(x) : x) - a.center[c] : Vec{};
+          float* sum = sums + 2 * c * LANES;
+          store(sum, load(sum) + value);
+          if (a.rectified)
+            store(centered + c * SPAN + v * LANES, value);
+          else
+            store(sum + LANES, load(sum + LANES) + value * value);
+        });
+        if (!a.rectified) continue;
+        transpose_tile(centered, wide, columns);
+        add_outer(centered, g.channels, columns, wide, products, true);
+      }
+      // Few products are summed up in a float.
+      for (int i = 0; i < g.channels * wide; ++i) total[i] += products[i];
+      std::memset(products, 0, g.channels * wide * 4);
     });
-    for (int row = 0; row < g.hidden; ++row)
-      for (int i = 0; i < 2; ++i)
-        a.sums[(task * 2 + i) * g.hidden + row] = lane_sum(sums + (2 * row + i) * LANES);
+    for (int row = 0; row < g.channels; ++row) {
+      a.sums[task * g.channels + row] = lane_sum(sums + 2 * row * LANES);
+      if (!a.rectified) {
+        a.squares[task * g.channels + row] = lane_sum(sums + (2 * row + 1) * LANES);
+        continue;
+      }
+      float* squares = a.squares + task * g.channels * g.channels;
+      for (int col = row; col < g.channels; ++col)
+        squares[row * g.channels + col] = squares[col * g.channels + row] =
+            float(total[row * wide + col]);
+    }
   }
 }
 
@@ -272,10 +294,11 @@ void backward(const Pairwise& a, int64_t first_task, int64_t last_task) {
   Scratch scratch;
   const bool of_weights = a.slope == nullptr;
   const int wide_hidden = round_up(g.hidden, LANES);
-  const Packed matrix(a.matrix, a.matrix ? g.hidden : 0, g.channels, false, scratch);
-  const Packed matrix_transposed(a.matrix, a.matrix ? g.channels : 0, g.hidden, true, scratch);
-  const int groups = of_weights ? g.groups : 0;
-  const Packed next_transposed(a.next_matrix, of_weights ? g.hidden : 0, groups, true, scratch);
+  const Packed matrix(a.matrix, g.hidden, g.channels, false, scratch);
+  const Packed matrix_transposed(a.matrix, g.channels, g.hidden, true, scratch);
+  const Packed slope(a.slope, a.rectified ? g.channels : 0, g.channels, false, scratch);
+  const int groups = g.groups;
+  const Packed next_transposed(a.next_matrix, g.hidden, groups, true, scratch);
   Band band(a, g, scratch);
   float* hidden = scratch.take(wide_hidden * SPAN);
   float* grad_hidden = scratch.take(wide_hidden * SPAN);
@@ -325,7 +348,7 @@ void backward(const Pairwise& a, int64_t first_task, int64_t last_task) {
           float* to = grad_other + channel * plane + offset + v * LANES;
           store(to, load(to) + grad);
         };
-        if (!a.matrix) {
+        if (!of_weights && !a.rectified) {
           band.each_sum(place, [&](int channel, int v, Vec x) {
             const Vec grad = x * a.slope[channel] + a.start[channel];
             pass_on(channel, v, band.inside(v) ? grad : Vec{});
@@ -333,30 +356,29 @@ void backward(const Pairwise& a, int64_t first_task, int64_t last_task) {
           continue;
         }
         const float* relation = band.relate(place);
-        if (of_weights) {
-          matrix.times(relation, a.shift, [&](int row, int v, Vec x) {
-            store(hidden + row * SPAN + v * LANES, rectified(x));
-          });
-          const float* grad = grad_logits + place * groups * SPAN;
-          next_transposed.times(grad, nullptr, [&](int row, int v, Vec x) {
-            const int at = row * SPAN + v * LANES;
-            const Vec here = load(hidden + at) > 0.0f ? x : Vec{};
-            store(grad_hidden + at, here);
-            store(grad_shift + row * LANES, load(grad_shift + row * LANES) + here);
-          });
-          transpose_tile(hidden, wide_hidden, columns);
-          add_outer(grad, groups, columns, wide_hidden, grad_next);
-        } else {
-          matrix.times(relation, nullptr, [&](int row, int v, Vec x) {
-            const Vec grad = x * a.slope[row] + a.start[row];
-            store(grad_hidden + row * SPAN + v * LANES, band.inside(v) ? grad : Vec{});
-          });
+        const auto pass_on_rectified = [&](int channel, int v, Vec x) {
+          const Vec here = load(relation + channel * SPAN + v * LANES) > 0.0f ? x : Vec{};
+          pass_on(channel, v, of_weights || band.inside(v) ? here : Vec{});
+        };
+        if (!of_weights) {
+          slope.times(relation, a.start, pass_on_rectified);
+          continue;
         }
+        matrix.times(relation, a.shift, [&](int row, int v, Vec x) {
+          store(hidden + row * SPAN + v * LANES, rectified(x));
+        });
+        const float* grad = grad_logits + place * groups * SPAN;
+        next_transposed.times(grad, nullptr, [&](int row, int v, Vec x) {
+          const int at = row * SPAN + v * LANES;
+          const Vec here = load(hidden + at) > 0.0f ? x : Vec{};
+          store(grad_hidden + at, here);
+          store(grad_shift + row * LANES, load(grad_shift + row * LANES) + here);
+        });
+        transpose_tile(hidden, wide_hidden, columns);
+        add_outer(grad, groups, columns, wide_hidden, grad_next);
         transpose_tile(grad_hidden, wide_hidden, columns);
         add_outer(relation, g.channels, columns, wide_hidden, grad_matrix);
-        matrix_transposed.times(grad_hidden, nullptr, [&](int channel, int v, Vec x) {
-          pass_on(channel, v, load(relation + channel * SPAN + v * LANES) > 0.0f ? x : Vec{});
-        });
+        matrix_transposed.times(grad_hidden, nullptr, pass_on_rectified);
       }
       for (int c = 0; c < g.channels; ++c)
         band.write(grad_own + c * SPAN,
@@ -374,8 +396,7 @@ void backward(const Pairwise& a, int64_t first_task, int64_t last_task) {
       for (int group = 0; group < groups; ++group)
         a.grad_next_matrix[(task * groups + group) * g.hidden + row] =
             grad_next[group * wide_hidden + row];
-      if (of_weights)
-        a.grad_shift[task * g.hidden + row] = lane_sum(grad_shift + row * LANES);
+      a.grad_shift[task * g.hidden + row] = lane_sum(grad_shift + row * LANES);
     }
     for (int group = 0; group < groups; ++group)
       a.grad_bias[task * groups + group] = lane_sum(grad_bias + group * LANES);

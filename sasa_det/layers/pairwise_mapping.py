@@ -88,7 +88,7 @@ class _Relation:
 
     def _moments(self) -> Moments:
         if self.form().has_kernels(self.own):
-            return PairwiseMoments.apply(self.own, self.padded, None, None, None, self.kernel_size)
+            return PairwiseMoments.apply(self.own, self.padded, None, None, self.kernel_size)
         moments = [moments_of_sums(self.own, self.others, self.kernel_size)]
         if self.factors:
             moments.insert(0, moments_of_products(*self.factors, self.kernel_size))
@@ -131,9 +131,12 @@ class _Form:
         Args:
             tensors: the relation's inputs and the half's matrix, (R, C).
         """
-        if self.has_kernels(tensors[0]):
-            return PairwiseMoments.apply(*tensors, self.kernel_size)
         *inputs, matrix = tensors
+        if self.has_kernels(inputs[0]):
+            mean, covariance = PairwiseMoments.apply(*inputs, self.kernel_size)
+            matrix = matrix.to(mean.dtype)
+            # Never negative, but by rounding.
+            return matrix @ mean, (matrix @ covariance * matrix).sum(1).clamp(min=0)
         bands = self._bands(self._hidden_of_band, inputs[0], matrix)
         return bands.moments(*self._normalize(inputs), matrix)
 

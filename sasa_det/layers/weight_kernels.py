@@ -18,11 +18,12 @@ def has_kernels(x: Tensor) -> bool:
 
 
 class PairwiseMoments(torch.autograd.Function):
-    """Mean and variance of ``matrix relu(scale (own_i + other_j) + shift)``, of float64.
+    """Moments over all pixels i and places j, of float64.
 
-    They are over all pixels i and places j. The arguments are own, (N, C, H, W), other, (N, C,
-    H + k - 1, W + k - 1), scale and shift, (C,), matrix, (R, C), and k. Without the tensors behind
-    other they are the mean and variance of ``own_i + other_j``.
+    The arguments are own, (N, C, H, W), other, (N, C, H + k - 1, W + k - 1), scale and shift, (C,)
+    or None, and k. Without scale and shift they are mean and variance of ``own_i + other_j``,
+    (C,); with them the mean, (C,), and covariance, (C, C), of ``relu(scale (own_i + other_j) +
+    shift)``.
     """
 
     @staticmethod
@@ -32,35 +33,40 @@ class PairwiseMoments(torch.autograd.Function):
         other: Tensor,
         scale: Tensor | None,
         shift: Tensor | None,
-        matrix: Tensor | None,
         kernel_size: int,
     ) -> tuple[Tensor, Tensor]:
         def moments() -> tuple[Tensor, Tensor]:
             inputs = _normalized(own, other, scale, shift)
-            return torch.ops.sasa_det_cpu.pairwise_moments(*inputs, matrix, kernel_size, "")
+            rectified = scale is not None
+            return torch.ops.sasa_det_cpu.pairwise_moments(*inputs, rectified, kernel_size, "")
 
-        mean, var = once(moments, count=2)
+        mean, spread = once(moments, count=2)
         ctx.kernel_size = kernel_size
-        ctx.save_for_backward(own, other, scale, shift, matrix, mean)
-        return mean, var
+        ctx.save_for_backward(own, other, scale, shift, mean)
+        return mean, spread
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
-        own, other, scale, shift, matrix, mean = ctx.saved_tensors
+    def backward(ctx, grad_mean: Tensor, grad_spread: Tensor) -> tuple[Tensor | None, ...]:
+        own, other, scale, shift, mean = ctx.saved_tensors
         count = own[:, 0].numel() * ctx.kernel_size**2
-        slope = 2 * grad_var / count
-        start = grad_mean / count - slope * mean
-        grad_own, grad_other, grad_matrix = torch.ops.sasa_det_cpu.pairwise_moments_backward(
-            start, slope, *_normalized(own, other, scale, shift), matrix, ctx.kernel_size, ""
+        rectified = scale is not None
+        if rectified:
+            slope = (grad_spread + grad_spread.T) / count
+            start = grad_mean / count - slope @ mean
+        else:
+            slope = 2 * grad_spread / count
+            start = grad_mean / count - slope * mean
+        grad_own, grad_other = torch.ops.sasa_det_cpu.pairwise_moments_backward(
+            start, slope, *_normalized(own, other, scale, shift), rectified, ctx.kernel_size, ""
         )
-        if scale is None:
-            return grad_own, grad_other, None, None, None, None
+        if not rectified:
+            return grad_own, grad_other, None, None, None
         dims = (0, 2, 3)
         grad_scale = (grad_own * own).sum(dims) + (grad_other * other).sum(dims)
         grad_shift = grad_own.sum(dims)
         grad_own, grad_other = (grad * scale[:, None, None] for grad in (grad_own, grad_other))
-        return grad_own, grad_other, grad_scale, grad_shift, grad_matrix, None
+        return grad_own, grad_other, grad_scale, grad_shift, None
 
 
 def _normalized(

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sasa_det.layers import PairwiseAttention2d, PatchwiseAttention2d
+from sasa_det.layers.weight_kernels import PairwiseMoments
 from sasa_det.ops import cpu
 
 pytestmark = pytest.mark.skipif(bool(cpu.MISSING), reason=str(cpu.MISSING))
@@ -79,27 +80,26 @@ def check_pairwise(sizes, instructions):
     found = OPS.pairwise_weights_backward(grad, weights, *tensors[:5], *options)
     assert_close([weights, *found], [expected, *gradients])
 
-    moments = OPS.pairwise_moments(own, other, matrix, *options)
-    assert moments[0].dtype == moments[1].dtype == torch.float64
-    dims = (0, 2, 3)
-    assert_close(moments, [hidden.mean(dims), hidden.var(dims, correction=0)])
-    start, slope = randn(len(matrix)), randn(len(matrix))
-    grad = (start.view(-1, 1, 1) + slope.view(-1, 1, 1) * hidden).detach()
-    gradients = torch.autograd.grad(hidden, exact[:3], grad)
-    found = OPS.pairwise_moments_backward(start, slope, own, other, matrix, *options)
-    assert_close(found, gradients)
-
-    # Those of the sums, without a matrix.
-    exact = exact[:2]
     sums = exact[0].flatten(2).unsqueeze(2) + windows(exact[1], kernel_size)
-    moments = OPS.pairwise_moments(own, other, None, *options)
-    assert_close(moments, [sums.mean(dims), sums.var(dims, correction=0)])
-    start, slope = randn(own.shape[1]), randn(own.shape[1])
-    grad = (start.view(-1, 1, 1) + slope.view(-1, 1, 1) * sums).detach()
-    gradients = torch.autograd.grad(sums, exact, grad)
-    *found, none = OPS.pairwise_moments_backward(start, slope, own, other, None, *options)
-    assert_close(found, gradients)
-    assert none.numel() == 0
+    dims = (0, 2, 3)
+    channels = own.shape[1]
+    for rectified in (False, True):
+        values = sums.relu() if rectified else sums
+        moments = OPS.pairwise_moments(own, other, rectified, *options)
+        assert moments[0].dtype == moments[1].dtype == torch.float64
+        mean = values.mean(dims)
+        centered = (values - mean.view(-1, 1, 1)).transpose(0, 1).flatten(1)
+        covariance = centered @ centered.T / centered.shape[1]
+        assert_close(moments, [mean, covariance if rectified else covariance.diag()])
+        start, slope = randn(channels), randn(channels)
+        by_channel = slope.diag()
+        if rectified:
+            slope = randn(channels, channels)
+            slope = by_channel = slope + slope.T
+        grad = start.view(-1, 1, 1) + torch.einsum("dc,nckp->ndkp", by_channel.double(), values)
+        gradients = torch.autograd.grad(values, exact[:2], grad.detach(), retain_graph=True)
+        found = OPS.pairwise_moments_backward(start, slope, own, other, rectified, *options)
+        assert_close(found, gradients)
 
 
 @pytest.mark.parametrize("instructions", cpu.instruction_sets())
@@ -148,13 +148,28 @@ def test_any_patchwise_shape(sizes, reach):
     check_patchwise((*sizes, 2 * reach + 1), "")
 
 
-def test_the_variance_of_values_far_from_zero():
+def test_the_covariance_of_values_far_from_zero():
     own, other, matrix, *_ = pairwise(1, 4, 3, 1, 20, 30, 7)
     own += 1000
     exact = pairwise_hidden(own.double(), other.double(), matrix.double(), 7).flatten(2)[0]
-    mean, var = OPS.pairwise_moments(own, other, matrix, 7, "")
-    torch.testing.assert_close(mean, exact.mean(1), rtol=1e-6, atol=0)
+    mean, covariance = OPS.pairwise_moments(own, other, True, 7, "")
+    matrix = matrix.double()
+    torch.testing.assert_close(matrix @ mean, exact.mean(1), rtol=1e-6, atol=0)
+    var = (matrix @ covariance * matrix).sum(1)
     torch.testing.assert_close(var, exact.var(1, correction=0), rtol=1e-3, atol=0)
+
+
+def test_the_variance_of_what_cancels():
+    """The relations of four channels are nearly the same, and the mapping takes their differences."""
+    torch.manual_seed(0)
+    own, other = torch.randn(1, 1, 40, 100), torch.randn(1, 1, 46, 106)
+    scale = torch.ones(4)
+    own, other = (x + 0.01 * torch.randn(1, 4, *x.shape[2:]) for x in (own, other))
+    matrix = torch.tensor([[1.0, -1, 1, -1]])
+    exact = pairwise_hidden(own.double(), other.double(), matrix.double(), 7).flatten(2)[0]
+    mean, covariance = PairwiseMoments.apply(own, other, scale, 0 * scale, 7)
+    var = (matrix.double() @ covariance * matrix).sum(1)
+    torch.testing.assert_close(var, exact.var(1, correction=0), rtol=5e-3, atol=0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
