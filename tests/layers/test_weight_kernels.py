@@ -160,7 +160,7 @@ def test_the_covariance_of_values_far_from_zero():
 
 
 def test_the_variance_of_what_cancels():
-    """The relations of four channels are nearly the same, and the mapping takes their differences."""
+    """The relations of four channels are nearly the same, and their differences are taken."""
     torch.manual_seed(0)
     own, other = torch.randn(1, 1, 40, 100), torch.randn(1, 1, 46, 106)
     scale = torch.ones(4)
