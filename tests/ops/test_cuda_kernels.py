@@ -730,7 +730,6 @@ def test_autocast_does_not_change_the_check(emulated):
         assert cuda_check.verdict_of(*arguments) == expected
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_sizes_are_counted_with_31_bits():
     assert cuda._why_not_of_size((2**10, 64, 2**9, 2**9), 4) is None
     assert cuda._why_not_of_size((2**10, 64, 2**9, 2**9), 8) == (
@@ -739,6 +738,7 @@ def test_sizes_are_counted_with_31_bits():
     assert "rows of 4194304 pixels" in cuda._why_not_of_size((1, 32, 1, 2**22), 1)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
     inputs = [x.permute(0, 3, 1, 2) for x in make(VARIANTS["32"], 1, 1, 3, 4)[:3]]
     with pytest.raises(RuntimeError, match="'cuda' cannot run here: "):
