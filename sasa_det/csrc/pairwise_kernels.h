@@ -201,32 +201,51 @@ class Band {
 int64_t band(const Pairwise&) { return BAND; }
 int64_t tasks(const Pairwise& a) { return a.batch * Geometry(a).bands; }
 
-void moments(const Pairwise& a, int64_t first_task, int64_t last_task) {
+void moments_of_sums(const Pairwise& a, int64_t first_task, int64_t last_task) {
   const Geometry g(a);
   Scratch scratch;
   Band band(a, g, scratch);
-  const int wide = a.rectified ? round_up(g.channels, LANES) : 0;
   float* sums = scratch.take_unset(2 * g.channels * LANES);
+  for (int64_t task = first_task; task < last_task; ++task) {
+    band.open(task);
+    std::memset(sums, 0, 2 * g.channels * LANES * 4);
+    band.each_tile([&] {
+      for (int place = 0; place < g.window; ++place)
+        band.each_sum(place, [&](int c, int v, Vec x) {
+          const Vec value = band.inside(v) ? x - a.center[c] : Vec{};
+          float* sum = sums + 2 * c * LANES;
+          store(sum, load(sum) + value);
+          store(sum + LANES, load(sum + LANES) + value * value);
+        });
+    });
+    for (int c = 0; c < g.channels; ++c) {
+      a.sums[task * g.channels + c] = lane_sum(sums + 2 * c * LANES);
+      a.squares[task * g.channels + c] = lane_sum(sums + (2 * c + 1) * LANES);
+    }
+  }
+}
+
+void moments_of_relations(const Pairwise& a, int64_t first_task, int64_t last_task) {
+  const Geometry g(a);
+  Scratch scratch;
+  Band band(a, g, scratch);
+  const int wide = round_up(g.channels, LANES);
+  float* sums = scratch.take_unset(g.channels * LANES);
   float* centered = scratch.take(wide * SPAN);
   float* columns = scratch.take_unset(wide * SPAN);
   float* products = scratch.take(g.channels * wide);
   std::vector<double> total(g.channels * wide);
   for (int64_t task = first_task; task < last_task; ++task) {
     band.open(task);
-    std::memset(sums, 0, 2 * g.channels * LANES * 4);
+    std::memset(sums, 0, g.channels * LANES * 4);
     std::fill(total.begin(), total.end(), 0);
     band.each_tile([&] {
       for (int place = 0; place < g.window; ++place) {
         band.each_sum(place, [&](int c, int v, Vec x) {
-          const Vec value = band.inside(v) ? (a.rectified ? rectified(x) : x) - a.center[c] : Vec{};
-          float* sum = sums + 2 * c * LANES;
-          store(sum, load(sum) + value);
-          if (a.rectified)
-            store(centered + c * SPAN + v * LANES, value);
-          else
-            store(sum + LANES, load(sum + LANES) + value * value);
+          const Vec value = band.inside(v) ? rectified(x) - a.center[c] : Vec{};
+          store(sums + c * LANES, load(sums + c * LANES) + value);
+          store(centered + c * SPAN + v * LANES, value);
         });
-        if (!a.rectified) continue;
         transpose_tile(centered, wide, columns);
         add_outer(centered, g.channels, columns, wide, products, true);
       }
@@ -234,18 +253,18 @@ void moments(const Pairwise& a, int64_t first_task, int64_t last_task) {
       for (int i = 0; i < g.channels * wide; ++i) total[i] += products[i];
       std::memset(products, 0, g.channels * wide * 4);
     });
+    float* squares = a.squares + task * g.channels * g.channels;
     for (int row = 0; row < g.channels; ++row) {
-      a.sums[task * g.channels + row] = lane_sum(sums + 2 * row * LANES);
-      if (!a.rectified) {
-        a.squares[task * g.channels + row] = lane_sum(sums + (2 * row + 1) * LANES);
-        continue;
-      }
-      float* squares = a.squares + task * g.channels * g.channels;
+      a.sums[task * g.channels + row] = lane_sum(sums + row * LANES);
       for (int col = row; col < g.channels; ++col)
         squares[row * g.channels + col] = squares[col * g.channels + row] =
             float(total[row * wide + col]);
     }
   }
+}
+
+void moments(const Pairwise& a, int64_t first_task, int64_t last_task) {
+  (a.rectified ? moments_of_relations : moments_of_sums)(a, first_task, last_task);
 }
 
 void forward(const Pairwise& a, int64_t first_task, int64_t last_task) {
@@ -297,32 +316,31 @@ void backward(const Pairwise& a, int64_t first_task, int64_t last_task) {
   const Packed matrix(a.matrix, g.hidden, g.channels, false, scratch);
   const Packed matrix_transposed(a.matrix, g.channels, g.hidden, true, scratch);
   const Packed slope(a.slope, a.rectified ? g.channels : 0, g.channels, false, scratch);
-  const int groups = g.groups;
-  const Packed next_transposed(a.next_matrix, g.hidden, groups, true, scratch);
+  const Packed next_transposed(a.next_matrix, g.hidden, g.groups, true, scratch);
   Band band(a, g, scratch);
   float* hidden = scratch.take(wide_hidden * SPAN);
   float* grad_hidden = scratch.take(wide_hidden * SPAN);
   float* columns = scratch.take(wide_hidden * SPAN);
-  float* grad_logits = scratch.take(int64_t(g.window) * groups * SPAN);
+  float* grad_logits = scratch.take(int64_t(g.window) * g.groups * SPAN);
   float* old_weights = scratch.take(int64_t(g.window) * SPAN);
   float* grad_own = scratch.take(g.channels * SPAN);
   const int64_t plane = int64_t(BAND + g.kernel - 1) * g.stride;
   float* grad_other = scratch.take_unset(g.channels * plane);
   // Transposed, (channels, hidden) and (groups, hidden).
   float* grad_matrix = scratch.take_unset(g.channels * wide_hidden);
-  float* grad_next = scratch.take_unset(groups * wide_hidden);
+  float* grad_next = scratch.take_unset(g.groups * wide_hidden);
   float* grad_shift = scratch.take_unset(g.hidden * LANES);
-  float* grad_bias = scratch.take_unset(groups * LANES);
+  float* grad_bias = scratch.take_unset(g.groups * LANES);
   for (int64_t task = first_task; task < last_task; ++task) {
     band.open(task);
     std::memset(grad_other, 0, g.channels * plane * 4);
     std::memset(grad_matrix, 0, g.channels * wide_hidden * 4);
-    std::memset(grad_next, 0, groups * wide_hidden * 4);
+    std::memset(grad_next, 0, g.groups * wide_hidden * 4);
     std::memset(grad_shift, 0, g.hidden * LANES * 4);
-    std::memset(grad_bias, 0, groups * LANES * 4);
+    std::memset(grad_bias, 0, g.groups * LANES * 4);
     band.each_tile([&] {
-      for (int group = 0; group < groups; ++group) {
-        const auto of = [&](int place) { return grad_logits + (place * groups + group) * SPAN; };
+      for (int group = 0; group < g.groups; ++group) {
+        const auto of = [&](int place) { return grad_logits + (place * g.groups + group) * SPAN; };
         for (int place = 0; place < g.window; ++place) {
           band.read(a.old_weights + band.weight(group, place), old_weights + place * SPAN);
           band.read(a.grad_weights + band.weight(group, place), of(place));
@@ -342,7 +360,8 @@ void backward(const Pairwise& a, int64_t first_task, int64_t last_task) {
       std::memset(grad_own, 0, g.channels * SPAN * 4);
       for (int place = 0; place < g.window; ++place) {
         const int64_t offset = band.offset(place);
-        const auto pass_on = [&](int channel, int v, Vec grad) {
+        const auto pass_on = [&](int channel, int v, Vec x) {
+          const Vec grad = band.inside(v) ? x : Vec{};
           const int at = channel * SPAN + v * LANES;
           store(grad_own + at, load(grad_own + at) + grad);
           float* to = grad_other + channel * plane + offset + v * LANES;
@@ -350,15 +369,13 @@ void backward(const Pairwise& a, int64_t first_task, int64_t last_task) {
         };
         if (!of_weights && !a.rectified) {
           band.each_sum(place, [&](int channel, int v, Vec x) {
-            const Vec grad = x * a.slope[channel] + a.start[channel];
-            pass_on(channel, v, band.inside(v) ? grad : Vec{});
+            pass_on(channel, v, x * a.slope[channel] + a.start[channel]);
           });
           continue;
         }
         const float* relation = band.relate(place);
         const auto pass_on_rectified = [&](int channel, int v, Vec x) {
-          const Vec here = load(relation + channel * SPAN + v * LANES) > 0.0f ? x : Vec{};
-          pass_on(channel, v, of_weights || band.inside(v) ? here : Vec{});
+          pass_on(channel, v, load(relation + channel * SPAN + v * LANES) > 0.0f ? x : Vec{});
         };
         if (!of_weights) {
           slope.times(relation, a.start, pass_on_rectified);
@@ -367,7 +384,7 @@ void backward(const Pairwise& a, int64_t first_task, int64_t last_task) {
         matrix.times(relation, a.shift, [&](int row, int v, Vec x) {
           store(hidden + row * SPAN + v * LANES, rectified(x));
         });
-        const float* grad = grad_logits + place * groups * SPAN;
+        const float* grad = grad_logits + place * g.groups * SPAN;
         next_transposed.times(grad, nullptr, [&](int row, int v, Vec x) {
           const int at = row * SPAN + v * LANES;
           const Vec here = load(hidden + at) > 0.0f ? x : Vec{};
@@ -375,7 +392,7 @@ void backward(const Pairwise& a, int64_t first_task, int64_t last_task) {
           store(grad_shift + row * LANES, load(grad_shift + row * LANES) + here);
         });
         transpose_tile(hidden, wide_hidden, columns);
-        add_outer(grad, groups, columns, wide_hidden, grad_next);
+        add_outer(grad, g.groups, columns, wide_hidden, grad_next);
         transpose_tile(grad_hidden, wide_hidden, columns);
         add_outer(relation, g.channels, columns, wide_hidden, grad_matrix);
         matrix_transposed.times(grad_hidden, nullptr, pass_on_rectified);
@@ -393,13 +410,13 @@ void backward(const Pairwise& a, int64_t first_task, int64_t last_task) {
     for (int row = 0; row < g.hidden; ++row) {
       for (int c = 0; c < g.channels; ++c)
         a.grad_matrix[(task * g.hidden + row) * g.channels + c] = grad_matrix[c * wide_hidden + row];
-      for (int group = 0; group < groups; ++group)
-        a.grad_next_matrix[(task * groups + group) * g.hidden + row] =
+      for (int group = 0; group < g.groups; ++group)
+        a.grad_next_matrix[(task * g.groups + group) * g.hidden + row] =
             grad_next[group * wide_hidden + row];
       a.grad_shift[task * g.hidden + row] = lane_sum(grad_shift + row * LANES);
     }
-    for (int group = 0; group < groups; ++group)
-      a.grad_bias[task * groups + group] = lane_sum(grad_bias + group * LANES);
+    for (int group = 0; group < g.groups; ++group)
+      a.grad_bias[task * g.groups + group] = lane_sum(grad_bias + group * LANES);
   }
 }
 

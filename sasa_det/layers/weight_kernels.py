@@ -36,9 +36,9 @@ class PairwiseMoments(torch.autograd.Function):
         kernel_size: int,
     ) -> tuple[Tensor, Tensor]:
         def moments() -> tuple[Tensor, Tensor]:
-            inputs = _normalized(own, other, scale, shift)
-            rectified = scale is not None
-            return torch.ops.sasa_det_cpu.pairwise_moments(*inputs, rectified, kernel_size, "")
+            return torch.ops.sasa_det_cpu.pairwise_moments(
+                *_normalized(own, other, scale, shift), scale is not None, kernel_size, ""
+            )
 
         mean, spread = once(moments, count=2)
         ctx.kernel_size = kernel_size
