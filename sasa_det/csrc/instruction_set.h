@@ -13,6 +13,7 @@ namespace {
 #include "vector_aggregation_kernels.h"
 #include "patchwise_kernels.h"
 #include "pairwise_kernels.h"
+#include "max_pool_kernels.h"
 }  // namespace
 
 extern const Kernels KERNELS = {
@@ -24,6 +25,8 @@ extern const Kernels KERNELS = {
     {vector_aggregation::tasks, vector_aggregation::forward, vector_aggregation::backward},
     {patchwise::forward_tasks, patchwise::forward, patchwise::backward_tasks, patchwise::backward},
     {pairwise::band, pairwise::tasks, pairwise::moments, pairwise::forward, pairwise::backward},
+    {max_pool::forward, max_pool::backward, max_pool::pointwise_tasks, max_pool::pointwise,
+     max_pool::pointwise_backward},
 };
 
 }  // namespace sasa_det

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "local_attention.h"
+#include "max_pool.h"
 #include "pairwise.h"
 #include "patchwise.h"
 #include "product.h"
@@ -30,6 +31,7 @@ struct Kernels {
   VectorAggregationKernels vector_aggregation;
   PatchwiseKernels patchwise;
   PairwiseKernels pairwise;
+  MaxPoolKernels max_pool;
 };
 
 extern const Kernels plain_kernels;

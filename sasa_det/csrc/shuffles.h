@@ -15,6 +15,16 @@ template <int... I>
 INLINE Vec interleave_high(Vec a, Vec b, std::integer_sequence<int, I...>) {
   return SHUFFLE(a, b, (LANES / 2 + I / 2 + I % 2 * LANES)...);
 }
+
+// a0 a2 ... b0 b2 ..., and a1 a3 ... b1 b3 ...
+template <int... I>
+INLINE Vec evens(Vec a, Vec b, std::integer_sequence<int, I...>) {
+  return SHUFFLE(a, b, (2 * I)...);
+}
+template <int... I>
+INLINE Vec odds(Vec a, Vec b, std::integer_sequence<int, I...>) {
+  return SHUFFLE(a, b, (2 * I + 1)...);
+}
 #undef SHUFFLE
 using Lanes = std::make_integer_sequence<int, LANES>;
 

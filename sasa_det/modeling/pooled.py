@@ -3,8 +3,6 @@
 At the size of the image every map of a few dozen channels takes as much memory as many that follow.
 """
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +17,6 @@ from ..ops.pooling import max_pool_rounding_up
 from .pointwise import is_product
 
 _NUMBERS_OF_BAND = 1 << 19
-_NUMBERS_OF_CHANNELS = 1 << 18
 
 
 def pooled_stem(x: Tensor, conv: nn.Module, norm: nn.Module, layer: nn.Module) -> Tensor | None:
@@ -53,8 +50,8 @@ def pooled_stem(x: Tensor, conv: nn.Module, norm: nn.Module, layer: nn.Module) -
     x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2), mode="replicate")
     # The four pixels that are pooled into one, (N, C_in, 4, H / 2, W / 2).
     squares = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 1, 3, 5, 2, 4).flatten(2, 3)
-    rows = max(_NUMBERS_OF_BAND // (4 * matrix.shape[0] * squares.shape[4]), 1)
-    return Bands(_pooled, 1, 0, 0, rows).map(squares, matrix, shift, layer.weight.flatten(1))
+    rows = max(_NUMBERS_OF_BAND // (matrix.shape[0] * squares.shape[4]), 1)
+    return Bands(_pooled, 1, 0, 0, rows).map(squares, matrix, shift, layer.weight)
 
 
 def pooled_product(x: Tensor, layer: nn.Module) -> Tensor:
@@ -71,7 +68,7 @@ def pooled_product(x: Tensor, layer: nn.Module) -> Tensor:
     """
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return multiply_by(_pool(x), weight, bias)
+        return multiply_by(_MaxPool.apply(x), weight, bias)
 
     if not (is_product(layer) and runs_products(x)):
         return layer(max_pool_rounding_up(x, 2))
@@ -81,84 +78,43 @@ def pooled_product(x: Tensor, layer: nn.Module) -> Tensor:
     return checkpoint(run, x, layer.weight, layer.bias, **options)
 
 
-def _pool(x: Tensor) -> Tensor:
-    """Take the largest value of squares of 2 x 2.
-
-    PyTorch's own, which looks for the places of maxima, takes ten times as long.
-    """
-    if x.shape[2] % 2 or x.shape[3] % 2:
-        return max_pool_rounding_up(x, 2)
-    return _Pool.apply(x)
-
-
-class _Pool(torch.autograd.Function):
-    """The largest of squares of 2 x 2, some channels at a time, which stay in the cache."""
+class _MaxPool(torch.autograd.Function):
+    """The largest of squares of 2 x 2, rounding up."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        n, channels, height, width = x.shape
-        output = x.new_empty(n, channels, height // 2, width // 2)
-        for of_x, of_output in zip(_some_channels(x), _some_channels(output, 4), strict=True):
-            rows = torch.maximum(of_x[:, ::2], of_x[:, 1::2])
-            torch.maximum(rows[..., ::2], rows[..., 1::2], out=of_output)
         ctx.save_for_backward(x)
-        return output
+        return torch.ops.sasa_det_cpu.max_pool(x, "")
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-        parts = (_some_channels(x), _some_channels(grad_x), _some_channels(grad, 4))
-        for of_x, to, of_grad in zip(*parts, strict=True):
-            rows = torch.maximum(of_x[:, ::2], of_x[:, 1::2])
-            of_rows = torch.empty_like(rows)
-            columns = (of_rows[..., ::2], of_rows[..., 1::2])
-            _to_larger(of_grad, rows[..., ::2], rows[..., 1::2], *columns)
-            _to_larger(of_rows, of_x[:, ::2], of_x[:, 1::2], to[:, ::2], to[:, 1::2])
-        return grad_x
+        return torch.ops.sasa_det_cpu.max_pool_backward(grad, *ctx.saved_tensors, "")
 
 
-def _some_channels(x: Tensor, share: int = 1) -> Iterator[Tensor]:
-    """Split (N, C, H, W), or what is a share of such a map, into views (c, H, W)."""
-    channels = max(_NUMBERS_OF_CHANNELS // (share * x.shape[2] * x.shape[3]), 1)
-    for image in x:
-        yield from image.split(channels)
-
-
-def _to_larger(
-    grad: Tensor, one: Tensor, other: Tensor, grad_one: Tensor, grad_other: Tensor
-) -> None:
-    """Write the gradients of two tensors of which the larger values were taken."""
-    torch.mul(grad, one >= other, out=grad_one)
-    torch.sub(grad, grad_one, out=grad_other)
-
-
-class _Largest(torch.autograd.Function):
-    """The largest of four, (C, 4, P) to (C, P)."""
+class _PointwiseMax(torch.autograd.Function):
+    """``relu(largest of matrix x + shift)`` of the four pixels in x, (C_in, 4, P): (C, P)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        pairs = torch.maximum(x[:, :2], x[:, 2:])
-        ctx.save_for_backward(x, pairs)
-        return torch.maximum(pairs[:, 0], pairs[:, 1])
+    def forward(ctx, x: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
+        ctx.save_for_backward(x, matrix, shift)
+        return torch.ops.sasa_det_cpu.pointwise_max(x, matrix, shift, "")
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
-        x, pairs = ctx.saved_tensors
-        grad_x, grad_pairs = torch.empty_like(x), torch.empty_like(pairs)
-        _to_larger(grad, pairs[:, 0], pairs[:, 1], grad_pairs[:, 0], grad_pairs[:, 1])
-        _to_larger(grad_pairs, x[:, :2], x[:, 2:], grad_x[:, :2], grad_x[:, 2:])
-        return grad_x
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs_x = ctx.needs_input_grad[0]
+        of_matrix, of_shift, of_x = torch.ops.sasa_det_cpu.pointwise_max_backward(
+            grad, *ctx.saved_tensors, needs_x, ""
+        )
+        return of_x, of_matrix, of_shift
 
 
-def _pooled(squares: Tensor, matrix: Tensor, shift: Tensor, next_matrix: Tensor) -> Tensor:
+def _pooled(squares: Tensor, matrix: Tensor, shift: Tensor, next_weight: Tensor) -> Tensor:
     _, _, _, rows, cols = squares.shape
-    maps = (matrix @ squares[0].flatten(1)).view(-1, 4, rows * cols)
     # What shift and ReLU would do to all pixels they do to the largest.
-    pooled = (_Largest.apply(maps) + shift[:, None]).relu_()
-    return (next_matrix @ pooled).view(1, -1, rows, cols)
+    pooled = _PointwiseMax.apply(squares[0].flatten(2), matrix, shift)
+    return multiply_by(pooled.view(1, -1, rows, cols), next_weight, None)
 
 
 def _moments(x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,8 +36,7 @@ except ImportError as error:
 else:
     MISSING = None
     # What was added last.
-    layer = getattr(torch.ops.sasa_det_gpu, "joined_layer", None)
-    if layer is None or "pooled" not in str(layer.default._schema):
+    if not hasattr(torch.ops.sasa_det_cpu, "pointwise_max"):
         MISSING = "the C++ kernels are those of an older sasa_det, reinstall it"
 
 SUMMARY = "C++, vectorised over pixels, for CPU tensors of float32 or bfloat16"
