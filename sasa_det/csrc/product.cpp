@@ -201,8 +201,9 @@ at::Tensor weight_gradient(const c10::List<at::Tensor>& grads, const Terms& grad
 }
 
 // relu?(first + second), where the second may not be there.
-at::Tensor add(const at::Tensor& first, const Terms& first_terms, const Optional& second,
-               const Terms& second_terms, bool relu, const std::string& instructions) {
+void add_into(const at::Tensor& to, const at::Tensor& first, const Terms& first_terms,
+              const Optional& second, const Terms& second_terms, bool relu,
+              const std::string& instructions) {
   const ProductKernels& chosen = kernels(instructions);
   Kept kept;
   Combination a = kept.combination(first, first_terms, relu && !second);
@@ -212,10 +213,22 @@ at::Tensor add(const at::Tensor& first, const Terms& first_terms, const Optional
     a.second = kept.operand(*second, second_terms, false);
   }
   a.relu = relu;
-  at::Tensor to = empty_result(first.sizes());
   a.to = to.mutable_data_ptr<float>();
   run(chosen.combination_tasks(a), a, chosen.combine);
+}
+
+at::Tensor add(const at::Tensor& first, const Terms& first_terms, const Optional& second,
+               const Terms& second_terms, bool relu, const std::string& instructions) {
+  at::Tensor to = empty_result(first.sizes());
+  add_into(to, first, first_terms, second, second_terms, relu, instructions);
   return to;
+}
+
+// The sum takes the place of the first operand's image.
+void add_(const at::Tensor& first, const Terms& first_terms, const Optional& second,
+          const std::string& instructions) {
+  TORCH_CHECK_VALUE(first.is_contiguous(), "what is written in place must be contiguous.");
+  add_into(first, first, first_terms, second, Terms(), false, instructions);
 }
 
 Tensors channel_moments(const at::Tensor& x, const std::string& instructions) {
@@ -268,6 +281,9 @@ TORCH_LIBRARY_FRAGMENT(sasa_det_cpu, library) {
       "add(Tensor first, Tensor?[] first_terms, Tensor? second, Tensor?[] second_terms, "
       "bool relu, str instructions) -> Tensor",
       torch::dispatch(cpu, add));
+  library.def(
+      "add_(Tensor(a!) first, Tensor?[] first_terms, Tensor? second, str instructions) -> ()",
+      torch::dispatch(cpu, add_));
   library.def("channel_moments(Tensor x, str instructions) -> Tensor[]",
               torch::dispatch(cpu, channel_moments));
   library.def(

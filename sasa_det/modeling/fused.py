@@ -34,6 +34,7 @@ from ..ops.product import (
     masked_gradient,
     masked_input_gradient,
     materialize,
+    materialize_in_place,
     product,
     product_with_moments,
     weight_gradient,
@@ -218,7 +219,7 @@ class _Bottleneck(torch.autograd.Function):
         # The attention between its norms.
         between = masked_input_gradient([grad_third], [weights.conv3], outer, center_of(norm2))
         grad_attended, *grads2 = norm_backward(norm2, *between, attended)
-        grad_attended = materialize(grad_attended)
+        grad_attended = materialize_in_place(grad_attended)
         grad_attended = _pool_backward(attention, grad_attended, kept[0].shape)
         inner = Operand(first, terms_of(norm1), relu=True)
         maps, grads_attention = attend_backward(
@@ -332,7 +333,7 @@ class _Tower(torch.autograd.Function):
             grad_attended, *grads_norm = norm_backward(ctx.affines[i], *between, attended)
             below = Operand(x) if i == 0 else Operand(maps[-1], terms_of(ctx.affines[i - 1]), True)
             grad_maps, grads_layer = attend_backward(
-                ctx.attentions[i], materialize(grad_attended), below, layers[i], kept
+                ctx.attentions[i], materialize_in_place(grad_attended), below, layers[i], kept
             )
             gradients = [*grads_layer, *grads_norm, *gradients]
             if i > 0:

@@ -18,6 +18,7 @@ from ..ops.product import (
     masked_gradient,
     masked_input_gradient,
     materialize,
+    materialize_in_place,
     product,
     products,
     weight_gradients,
@@ -38,7 +39,8 @@ def normed_products(
         residual: is added to the output of a single layer.
 
     Returns:
-        (N, C_out, H, W) of each layer; None where the kernels cannot stand for norm and layers.
+        (N, C_out, H, W) of each layer, and x, whose gradient need not be summed up apart where it
+        is used again; None where the kernels cannot stand for norm and layers.
     """
     if not (_can_normalize(x, norm) and all(map(is_product, layers))):
         return None
@@ -46,7 +48,7 @@ def normed_products(
     if torch.is_grad_enabled():
         return _NormedProducts.apply(x, norm, residual, *norm_parameters(norm), *parameters)
     operand = Operand(x, terms_of(normalize(norm, x)), relu=True)
-    return tuple(_multiply(operand, parameters, residual))
+    return (*_multiply(operand, parameters, residual), x)
 
 
 def normed_relu(x: Tensor, norm: nn.Module) -> Tensor | None:
@@ -81,7 +83,7 @@ class _NormedRelu(torch.autograd.Function):
         normed = ([], []) if ctx.affine is None else ([x], [ctx.affine.mean])
         masked = masked_gradient(grad.contiguous(), output, *normed)
         grad_x, *of_norm = norm_backward(ctx.affine, *masked, x)
-        return materialize(grad_x), None, *wanted(ctx.needs_input_grad[2:], of_norm)
+        return materialize_in_place(grad_x), None, *wanted(ctx.needs_input_grad[2:], of_norm)
 
 
 def _can_normalize(x: Tensor, norm: nn.Module) -> bool:
@@ -106,13 +108,18 @@ class _NormedProducts(torch.autograd.Function):
     def forward(ctx, x, norm, residual, norm_weight, norm_bias, *parameters) -> tuple[Tensor, ...]:
         ctx.affine = normalize(norm, x)
         ctx.save_for_backward(x, *parameters[::2])
+        ctx.set_materialize_grads(False)
         operand = Operand(x, terms_of(ctx.affine), relu=True)
-        return tuple(_multiply(operand, parameters, residual))
+        return (*_multiply(operand, parameters, residual), x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, *all_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *grads, of_x = all_grads
         x, *weights = ctx.saved_tensors
+        for i, weight in enumerate(weights):
+            if grads[i] is None:
+                grads[i] = x.new_zeros(x.shape[0], weight.shape[0], *x.shape[2:])
         operand = Operand(x, terms_of(ctx.affine), relu=True)
         maps = [Operand(grad.contiguous()) for grad in grads]
         gradients: list[Tensor | None] = []
@@ -122,4 +129,5 @@ class _NormedProducts(torch.autograd.Function):
         grad_x, *of_norm = norm_backward(ctx.affine, *between, x)
         needs = ctx.needs_input_grad
         residual = grads[0] if needs[2] else None
-        return materialize(grad_x), None, residual, *wanted(needs[3:], [*of_norm, *gradients])
+        grad_x = materialize_in_place(grad_x, of_x)
+        return grad_x, None, residual, *wanted(needs[3:], [*of_norm, *gradients])

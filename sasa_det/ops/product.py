@@ -166,6 +166,21 @@ def materialize(x: Operand) -> Tensor:
     return torch.ops.sasa_det_cpu.add(x.data, x.terms, None, [], x.relu, "")
 
 
+def materialize_in_place(x: Operand, residual: Tensor | None = None) -> Tensor:
+    """Write over a map, without ReLU, what products read of it, and what is added to that.
+
+    Args:
+        x: its ``data`` is contiguous, and nothing else needs it.
+        residual: map of the same shape.
+
+    Returns:
+        (N, C, H, W): ``x.data``.
+    """
+    if x.terms or residual is not None:
+        torch.ops.sasa_det_cpu.add_(x.data, x.terms, residual, "")
+    return x.data
+
+
 def masked_gradient(
     grad: Tensor, output: Tensor, others: Sequence[Tensor], centers: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:

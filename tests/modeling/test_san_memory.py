@@ -56,10 +56,29 @@ def test_normed_products(norm, training):
     x = 1 + 2 * torch.randn(2, 6, 5, 7)
 
     def expected(m, x):
-        x = F.relu(m[0](x))
-        return [layer(x) for layer in m[1:]]
+        normed = F.relu(m[0](x))
+        return [layer(normed) for layer in m[1:]] + [x]
 
     assert_same(modules, x, lambda m, x: normed_products(x, m[0], m[1:]), expected)
+
+
+@pytest.mark.parametrize("used", [0, 1, 2])
+def test_a_normed_product_of_which_one_result_is_used(used):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(6, 4, 1), nn.Conv2d(6, 5, 1)]
+    modules = randomize(nn.ModuleList([nn.BatchNorm2d(6), *layers]))
+    x = torch.randn(2, 6, 5, 7)
+
+    def expected(m, x):
+        normed = F.relu(m[0](x))
+        zero = 0 * sum(p.sum() for p in m.parameters())
+        return [[m[1](normed), m[2](normed), x][used] + zero]
+
+    def one(m, x):
+        zero = 0 * sum(p.sum() for p in m.parameters())
+        return [normed_products(x, m[0], m[1:])[used] + zero]
+
+    assert_same(modules, x, one, expected)
 
 
 def test_a_normed_product_with_a_residual():
@@ -69,7 +88,7 @@ def test_a_normed_product_with_a_residual():
     assert_same(
         modules,
         x,
-        lambda m, x: normed_products(x, m[0], m[1:], residual=x),
+        lambda m, x: normed_products(x, m[0], m[1:], residual=x)[:1],
         lambda m, x: [x + m[1](F.relu(m[0](x)))],
     )
 
@@ -86,7 +105,7 @@ def test_normed_relu(norm, training):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("size", [(6, 8), (7, 5), (1, 2), (1, 1), (40, 33)])
 def test_pooled_stem(norm, size, monkeypatch):
-    monkeypatch.setattr("sasa_det.modeling.pooled._NUMBERS_OF_BAND", 4 * 5 * 6 * 3)
+    monkeypatch.setattr("sasa_det.modeling.pooled._NUMBERS_OF_BAND", 5 * 6 * 3)
     torch.manual_seed(0)
     convolutions = [nn.Conv2d(3, 5, 1, bias=False), nn.Conv2d(5, 4, 1, bias=False)]
     modules = randomize(nn.ModuleList([convolutions[0], norm(5), convolutions[1]]))
@@ -100,8 +119,7 @@ def test_pooled_stem(norm, size, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [(7, 9), (6, 8)])
-def test_pooled_product(size, monkeypatch):
-    monkeypatch.setattr("sasa_det.modeling.pooled._NUMBERS_OF_CHANNELS", 2 * 6 * 8)
+def test_pooled_product(size):
     modules = nn.ModuleList([nn.Conv2d(3, 5, 1, bias=False)])
     assert_same(
         modules,

@@ -67,6 +67,7 @@ class _Block(nn.Module):
         if projected is None:
             out = attention(F.relu(self.norm1(x)))
         else:
+            *projected, x = projected
             out = attention.attend(*projected)
         projected = normed_products(out, self.norm2, (self.project,), residual=x)
         return x + self.project(F.relu(self.norm2(out))) if projected is None else projected[0]
