@@ -87,6 +87,12 @@ class Mapping:
         """Return the weights, (N, G, kernel_size^2, H, W)."""
         return self.function(*self.tensors)
 
+    def keeps_weights(self, value: Tensor, kernel_size: int) -> bool:
+        """Tell whether weights for a map like ``value`` are kept for the backward pass."""
+        numbers = self.groups * value[:, 0].numel() * kernel_size**2
+        small = numbers <= MOST_KEPT_WEIGHTS
+        return small and torch.is_grad_enabled() and not is_replaying()
+
     def aggregate(self, value: Tensor, kernel_size: int) -> Tensor:
         """Sum values with the weights, see :func:`sasa_det.ops.vector_aggregation`.
 
@@ -98,8 +104,7 @@ class Mapping:
 
         if not torch.is_grad_enabled():
             return once(lambda: run(value, *self.tensors))
-        numbers = self.groups * value[:, 0].numel() * kernel_size**2
-        if numbers <= MOST_KEPT_WEIGHTS and not is_replaying():
+        if self.keeps_weights(value, kernel_size):
             return run(value, *self.tensors)
         if runs_products(value):
             return _Aggregate.apply(self.function, kernel_size, value, *self.tensors)

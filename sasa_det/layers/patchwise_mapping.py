@@ -10,6 +10,7 @@ from ..ops.precision import accumulation_dtype, autocast_disabled
 from .bands import Bands, Windows
 from .mapping import Mapping, normed_affine, rows_of_band
 from .norm import call_norm
+from .pointwise_mapping import PointwiseMapping
 from .projection import multiply_by, project
 from .relation_moments import Moments, moments_by_place, moments_of_pixels
 from .weight_kernels import PatchwiseHidden, has_kernels
@@ -38,7 +39,7 @@ def patchwise_mapping(layer: nn.Module, query: Tensor, key: Tensor) -> Mapping:
 
     hidden = F.relu(call_norm(layer.weights[3], hidden))
     tensors = (hidden, second.weight, second.bias)
-    return Mapping(weights, tensors, groups)
+    return PointwiseMapping(weights, tensors, groups)
 
 
 def _concatenation(layer: nn.Module, query: Tensor, key: Tensor) -> Tensor:

@@ -7,7 +7,12 @@ import pytest
 import torch
 from detectron2.layers import FrozenBatchNorm2d
 
-from sasa_det.layers import PairwiseAttention2d, PatchwiseAttention2d, mapping
+from sasa_det.layers import (
+    PairwiseAttention2d,
+    PatchwiseAttention2d,
+    mapping,
+    pointwise_mapping,
+)
 from sasa_det.layers.vector_attention import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS
 from sasa_det.ops import aggregate
 from tests.ops.test_aggregation import LargestTensor
@@ -87,6 +92,40 @@ def test_weights_that_are_made_again(kind, relation, dtype, small_bands, monkeyp
         torch.testing.assert_close(
             found[name].double(), value, rtol=tolerance, atol=tolerance, msg=name
         )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("groups", [1, 3, 4])  # at a time, of 4
+@pytest.mark.parametrize("relation", PATCHWISE_RELATIONS)
+def test_weights_of_some_groups_at_a_time(relation, groups, bias, monkeypatch):
+    monkeypatch.setattr(mapping, "MOST_KEPT_WEIGHTS", 0)
+    monkeypatch.setattr(pointwise_mapping, "NUMBERS_OF_PART", groups * 2 * 7 * 6 * 9)
+    make_weights, seen = pointwise_mapping._Parts.weights, []
+
+    def weights_of_part(*arguments):
+        weights = make_weights(*arguments)
+        seen.append(weights.shape[1])
+        return weights
+
+    monkeypatch.setattr(pointwise_mapping._Parts, "weights", weights_of_part)
+    layer = make_layer(PatchwiseAttention2d, relation, torch.float32).eval()
+    if not bias:
+        layer.weights[5].bias = None
+    exact, x = copy.deepcopy(layer).double(), torch.randn(2, 5, 7, 6).requires_grad_()
+    x_exact = x.detach().double().requires_grad_()
+    query, key, value = exact.query(x_exact), exact.key(x_exact), exact.value(x_exact)
+    expected = aggregate(value, exact.window_weights(query, key), kernel_size=3)
+    output = layer(x)
+    grad = torch.randn_like(output)
+    output.backward(grad)
+    assert seen == 2 * {1: [1, 1, 1, 1], 3: [3, 1], 4: [4]}[groups]  # forward and backward
+    expected.backward(grad.double())
+    with torch.no_grad():
+        assert torch.equal(layer(x), output)
+    found = {"output": output, "x": x.grad, **{n: p.grad for n, p in layer.named_parameters()}}
+    exact = {n: p.grad for n, p in exact.named_parameters()}
+    for name, value in {"output": expected, "x": x_exact.grad, **exact}.items():
+        torch.testing.assert_close(found[name].double(), value, rtol=1e-3, atol=1e-3, msg=name)
 
 
 @pytest.mark.parametrize(
