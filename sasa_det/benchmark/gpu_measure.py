@@ -47,6 +47,7 @@ from .tiled_flex import TiledFlexAttention2d
 logger = logging.getLogger(__name__)
 
 ROUNDS = 11
+_LAST_PART = 30  # seconds that it may take
 _DTYPE = torch.bfloat16
 _COPIED_BYTES = 1 << 30
 _PRODUCT = 8192  # side of the matrices
@@ -55,24 +56,24 @@ Make = Callable[[], Run]
 Build = Callable[[Layer], nn.Module]
 
 
-def measure(output: Path, minutes: float, gpu: Gpu | None, predicted: Predicted) -> None:
+def measure(output: Path, end: float, gpu: Gpu | None, predicted: Predicted) -> None:
     """Measure, write ``report.json`` and ``report.md`` after each part, and print the second.
 
     Args:
         output: a new folder.
-        minutes: after which no measurement begins.
+        end: by ``time.monotonic``; no part begins in the last half minute before it.
         gpu: what was predicted for, or None.
         predicted: see :func:`sasa_det.benchmark.gpu_tables.as_markdown`.
     """
     device = torch.device("cuda", torch.cuda.current_device())
     measured = Measured(describe_machine("cuda", "bfloat16"), _describe_backends(device))
-    deadline = time.monotonic() + 60 * minutes
+    deadline = end - _LAST_PART
     parts = _parts(measured, device)
     torch.backends.cudnn.benchmark = True  # convolutions at their best
     for done, (name, run) in enumerate(parts):
         if time.monotonic() > deadline:
             left = ", ".join(name for name, _ in parts[done:])
-            measured.notes.append(f"Not begun in {minutes:g} minutes: {left}.")
+            measured.notes.append(f"Not begun for want of time (--minutes): {left}.")
             break
         start = time.monotonic()
         run()

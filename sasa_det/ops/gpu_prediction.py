@@ -4,10 +4,11 @@ Nothing here was measured on a GPU. The predictions may be wrong by 40%, and are
 compared with the first measurement.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from .cuda_kernels import Maps, Variant, blocks_of
+from .cuda_kernels import Maps, Variant, blocks_of, embedding_sums_shape
 
 _ISSUED = 0.6  # of the instructions that the SMs could issue
 _NOT_OVERLAPPED = 0.25  # of the shorter of arithmetic and memory traffic
@@ -55,11 +56,13 @@ GPUS = (
         product=200e12,
     ),
 )
+# The H100 with another memory.
+_H200 = replace(GPUS[0], name="H200", bandwidth=4.3e12)
 
 
 def gpu_of(name: str) -> Gpu | None:
     """Return the GPU that is predicted of a device's name, such as "NVIDIA H100 80GB HBM3"."""
-    return next((gpu for gpu in GPUS if gpu.name in name), None)
+    return next((gpu for gpu in (*GPUS, _H200) if gpu.name in name), None)
 
 
 WHOLE = "RetinaNet-50"  # all of its layers
@@ -197,21 +200,24 @@ def attention(layer: Layer, gpu: Gpu, instructions: Callable[[str, int, bool], f
     maps = Maps(layer.batch, tuple((size, size) for size in layer.sizes))
     pooled = layer.stride == 2
 
-    def kernel(name: str, units: float) -> float:
+    def kernel(name: str, units: float, more: float = 0) -> float:
         head_width = layer.channels // layer.heads
         variant = Variant(None, head_width, 7)
         blocks = blocks_of(variant, maps, layer.channels)
         warps = blocks * _WARPS_OF_BLOCK * variant.heads_of_block
         arithmetic = warps * instructions(name, head_width, pooled) / gpu.issue / _ISSUED
-        memory = units * layer.unit / gpu.bandwidth
+        memory = (units * layer.unit + more) / gpu.bandwidth
         smaller, larger = sorted((arithmetic, memory))
         return larger + _NOT_OVERLAPPED * smaller + _START
 
     # Maps that they read and write, of which the output, or its gradient, may be pooled.
     output = 1 / layer.stride**2
     forward = kernel("local_attention_forward", 3 + output)
-    backward = kernel("local_attention_query", 4 + output)
+    # The kernel for queries writes sums of each tile, and another one adds them up.
+    sums = 4 * math.prod(embedding_sums_shape(maps, layer.channels))
+    backward = kernel("local_attention_query", 4 + output, sums)
     backward += kernel("local_attention_key", 5 + output)
+    backward += sums / gpu.bandwidth + _START
     follows = _following(layer, gpu)
     return Times(product + forward, 2 * product + backward) + follows
 

@@ -11,6 +11,7 @@ It is a command, and as those of ``tools`` it may use every part of the project.
 import argparse
 import functools
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -116,35 +117,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"of {THREADS} threads), print what they take of a GPU, predict their times and, on a GPU, "
         "measure them.",
     )
-    parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES, metavar="sm_XY")
+    parser.add_argument(
+        "--architectures",
+        nargs="+",
+        metavar="sm_XY",
+        help=f"to compile for: that of the GPU at hand, or {' '.join(ARCHITECTURES)} without one",
+    )
     parser.add_argument("--head-widths", nargs="+", type=int, default=HEAD_WIDTHS, metavar="N")
     parser.add_argument(
         "--output", type=Path, default=Path("output/gpu"), help="new folder for what is measured"
     )
     parser.add_argument(
-        "--minutes", type=float, default=5.0, help="to begin measurements in; others are left out"
+        "--minutes",
+        type=float,
+        default=5.0,
+        help="that the command may take; measurements that do not fit are left out",
     )
-    options = parser.parse_args(arguments)
+    start, options = time.monotonic(), parser.parse_args(arguments)
     measuring = torch.cuda.is_available()
     if measuring:
         from ..command_line import refuse_existing
 
         refuse_existing(options.output)
-    print(markdown_table(resources(options.architectures, options.head_widths)))
+        gpu = gpu_of(torch.cuda.get_device_name())
+        predicted_gpus = [] if gpu is None else [gpu]
+        architectures = ["sm_{}{}".format(*torch.cuda.get_device_capability())]
+    else:
+        predicted_gpus, architectures = GPUS, ARCHITECTURES
+    print(markdown_table(resources(options.architectures or architectures, options.head_widths)))
     if disassembler() is None:
         print("\nnvdisasm, which Triton brings, is not installed: nothing is predicted.")
-    else:
+    elif predicted_gpus:
         what = "forward / backward, bfloat16, batch 8, 640 x 640 images"
         print(f"\nPredicted microseconds, {what}:\n")
-        print(markdown_table([row for gpu in GPUS for row in predictions(gpu)]))
+        print(markdown_table([row for x in predicted_gpus for row in predictions(x)]))
+    else:
+        print("\nNothing is predicted of this GPU.")
     if not measuring:
         print("\nNothing was measured, as PyTorch finds no GPU.")
         return
     from ..benchmark.gpu_measure import measure
 
-    gpu = gpu_of(torch.cuda.get_device_name())
     predicted = predict(gpu) if gpu and disassembler() else {}
-    measure(options.output, options.minutes, gpu, predicted)
+    measure(options.output, start + 60 * options.minutes, gpu, predicted)
 
 
 if __name__ == "__main__":

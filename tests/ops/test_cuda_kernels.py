@@ -738,6 +738,44 @@ def test_sizes_are_counted_with_31_bits():
     assert "rows of 4194304 pixels" in cuda._why_not_of_size((1, 32, 1, 2**22), 1)
 
 
+GPU = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    "properties,message",
+    [
+        ({"major": 7, "minor": 5}, "it takes GPUs of compute capability 8.0 and higher, not 7.5"),
+        (
+            {"shared_memory_per_block_optin": 64 << 10},
+            "it needs 81024 bytes of shared memory for a block, and the GPU has 65536",
+        ),
+        ({}, None),
+    ],
+)
+def test_small_gpus_are_refused(properties, message, monkeypatch):
+    h100 = {"major": 9, "minor": 0, "shared_memory_per_block_optin": 227 << 10}
+    found = SimpleNamespace(**(h100 | properties))
+    monkeypatch.setattr(cuda, "MISSING", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    arguments = (GPU, torch.bfloat16, (1, 64, 9, 9), 2, 7)
+    assert cuda.why_not_like(*arguments, traced=True) == message
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ((torch.device("cpu"), torch.bfloat16, (1, 64, 9, 9), 2, 7), "CUDA tensors, not cpu"),
+        ((GPU, torch.float32, (1, 64, 9, 9), 2, 7), "bfloat16 or float16, not torch.float32"),
+        ((GPU, torch.float16, (1, 48, 9, 9), 2, 7), "heads of width 8, 16, 32 or 64, not 24"),
+        ((GPU, torch.float16, (1, 64, 9, 9), 2, 9), "a kernel_size of 7 at most, not 9"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_named(arguments, message, monkeypatch):
+    monkeypatch.setattr(cuda, "MISSING", None)
+    assert message in cuda.why_not_like(*arguments)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
     inputs = [x.permute(0, 3, 1, 2) for x in make(VARIANTS["32"], 1, 1, 3, 4)[:3]]

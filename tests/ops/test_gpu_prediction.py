@@ -2,7 +2,7 @@
 
 import pytest
 
-from sasa_det.ops.gpu_prediction import GPUS, Layer, attention, convolution
+from sasa_det.ops.gpu_prediction import GPUS, Layer, attention, convolution, gpu_of
 
 H100 = GPUS[0]
 
@@ -18,7 +18,9 @@ def test_attention_without_instructions_is_bound_by_memory():
     one_map = 2 * 8 * 64 * 160 * 160
     # The product reads one map and writes three; the kernel reads three and writes one.
     assert times.forward == pytest.approx(8 * one_map / 3.0e12 + 3e-6)
-    assert times.backward == pytest.approx(19 * one_map / 3.0e12 + 6e-6)
+    # 8 sums of every channel and tile of 8 x 16 pixels are written and read again.
+    sums = 4 * 8 * 64 * 8 * 20 * 10
+    assert times.backward == pytest.approx((19 * one_map + 2 * sums) / 3.0e12 + 9e-6)
 
 
 def test_instructions_are_counted_for_whole_blocks():
@@ -56,3 +58,17 @@ def test_levels_are_one_call_of_attention_and_several_of_convolution():
     issued = 8 * 8 * 9 * 8 * 1e9 / (132 * 4 * 1.755e9) / 0.6
     times = attention(layer, H100, lambda *_: 1e9)
     assert times.forward == pytest.approx(issued, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name,expected",
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-SXM4-40GB", "A100"),
+        ("NVIDIA H200", "H200"),
+        ("Tesla T4", None),
+    ],
+)
+def test_gpus_are_known_by_their_names(name, expected):
+    gpu = gpu_of(name)
+    assert (gpu and gpu.name) == expected

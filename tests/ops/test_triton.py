@@ -5,7 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sasa_det.ops import available_backends, local_attention, triton
+from sasa_det.ops import (
+    available_backends,
+    local_attention,
+    triton,
+    triton_constants,
+    triton_kernels,
+)
 
 pytestmark = [
     pytest.mark.skipif("triton" not in available_backends(), reason="Triton is not installed"),
@@ -239,6 +245,15 @@ def test_small_gpus_are_refused():
     assert "compute capability 8.0 and higher, not 7.5" in triton.why_not_on(older)
     smaller = SimpleNamespace(major=9, minor=0, shared_memory_per_block_optin=32768)
     assert "may need 65536 bytes of shared memory" in triton.why_not_on(smaller)
+
+
+@pytest.mark.parametrize("precision,expected", [("tf32", "tf32"), ("ieee", "tf32x3")])
+def test_float32_is_as_exact_as_convolutions(precision, expected, monkeypatch):
+    monkeypatch.setattr(triton_constants.triton.knobs.runtime, "interpret", False)
+    torch.backends.cudnn.conv.fp32_precision = precision
+    wanted = triton_kernels._tf32_is_wanted()
+    constants = triton_constants.kernel_constants("forward", torch.float32, 32, 7, tf32=wanted)
+    assert constants["PRECISION"] == expected
 
 
 def test_too_large_windows_and_rows_are_refused():
