@@ -4,6 +4,7 @@ Meta tensors have shapes and strides and no values: whatever waits for a value r
 """
 
 import collections
+import sys
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from sasa_det.benchmark.gpu_networks import NETWORKS, network_maker
 from sasa_det.benchmark.measure import Settings
 from sasa_det.config_files import CONFIGS
 from sasa_det.layers import attention_stem
-from sasa_det.ops import cuda
+from sasa_det.ops import cuda, stem_cuda
 from sasa_det.ops.gpu_prediction import RETINANET
 
 COPIES = ("_to_copy", "clone", "copy_")
@@ -52,7 +53,9 @@ class Trace(TorchDispatchMode):
             self.layout_copies.append((name, tuple(result.shape)))
         if name in TAKE_CHANNELS_LAST:
             self.layout_copies += [
-                (name, tuple(x.shape)) for x in tensors if is_map(x) and not is_channels_last(x)
+                (name, tuple(x.shape))
+                for x in tensors
+                if is_map(x) and x.dtype == torch.bfloat16 and not is_channels_last(x)
             ]
         # Meta convolutions have contiguous results; cuDNN's have the layout of what is given.
         if name == "convolution" and is_channels_last(tensors[0]):
@@ -68,7 +71,7 @@ class Trace(TorchDispatchMode):
 
 def is_map(x):
     return (
-        x.dtype == torch.bfloat16
+        x.dtype in (torch.bfloat16, torch.float32)
         and x.dim() == 4
         and x.shape[1] > 1
         and x.shape[2] * x.shape[3] > 1
@@ -121,8 +124,35 @@ def test_predictions_are_of_the_layers_that_the_models_have():
     assert trace("convolutional", False).maps == convolutions
 
 
+@pytest.fixture
+def stem_kernels(monkeypatch):
+    """Let the stem start its CUDA kernels, none of which runs; their names."""
+    # Not what the package names like this, which is a function.
+    operator, started = sys.modules["sasa_det.ops.stem_attention"], []
+
+    def normalized(x, query, key, value, mixing, *arguments, num_heads, eps):
+        matrices = operator._projections(query, key, value, mixing)
+        return stem_cuda.normalized(x, *matrices, *arguments, num_heads, eps)
+
+    for module in (operator, attention_stem):
+        monkeypatch.setattr(module, "has_stem_kernels", lambda *arguments: True)
+        monkeypatch.setattr(module, "normalized_stem_attention", normalized)
+    monkeypatch.setattr(stem_cuda, "_grid", lambda inputs: 4 * 132)
+    monkeypatch.setattr(
+        cuda, "start", lambda launch, like: started.append(launch.name.split("<")[0])
+    )
+    return started
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "step"])
-def test_behind_the_attention_stem_no_map_is_copied(training):
+def test_no_map_is_copied_where_the_stem_has_kernels(training, stem_kernels):
+    traced = trace("attentional", training)
+    assert not traced.layout_copies
+    assert stem_kernels == ["stem_attention_forward", "stem_attention_backward"][: 1 + training]
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "step"])
+def test_a_stem_without_kernels_copies_its_own_maps_alone(training):
     traced = trace("attentional", training)
     names = [name for name, _ in traced.layout_copies]
     # Its output once; the gradients of its queries and keys, for the convolutions of the image.
