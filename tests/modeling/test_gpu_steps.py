@@ -148,7 +148,8 @@ def stem_kernels(monkeypatch):
 def test_no_map_is_copied_where_the_stem_has_kernels(training, stem_kernels):
     traced = trace("attentional", training)
     assert not traced.layout_copies
-    assert stem_kernels == ["stem_attention_forward", "stem_attention_backward"][: 1 + training]
+    kernels = ["stem_attention_forward", "stem_attention_backward"]
+    assert set(stem_kernels) == set(kernels[: 1 + training])
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "step"])
