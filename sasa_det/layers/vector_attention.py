@@ -140,7 +140,8 @@ class _VectorAttention2d(nn.Module):
         if self.is_reference:
             return aggregate(value, self.window_weights(query, key), kernel_size=self.kernel_size)
         reason = why_not(self.weights, query, self._count(query))
-        say_once(f"{self.kind} ({self.relation})", reason)
+        if not torch.compiler.is_compiling():  # programs cannot log
+            say_once(f"{self.kind} ({self.relation})", reason)
         if reason is None:
             return self.mapping(query, key).aggregate(value, self.kernel_size)
         return vector_aggregation(self.window_weights(query, key), value, self.kernel_size)

@@ -166,19 +166,15 @@ def test_float32_equals_float64(kind, relation):
         )
 
 
-@pytest.mark.parametrize(
-    "kind,relation",
-    [(PairwiseAttention2d, relation) for relation in PAIRWISE_RELATIONS]
-    + [(PatchwiseAttention2d, "concatenation"), (PatchwiseAttention2d, "star_product")],
-)
+@pytest.mark.parametrize("kind,relation", LAYERS)
 def test_relations_are_never_all_there(kind, relation, monkeypatch):
     monkeypatch.setattr(mapping, "NUMBERS_OF_BAND", 1)
     layer = kind(8, 8, relation=relation, relation_channels=8, share_channels=4)
-    x = torch.randn(1, 8, 24, 10, requires_grad=True)
+    x = torch.randn(1, 8, 30, 10, requires_grad=True)
     with LargestTensor() as largest:
         layer(x).sum().backward()
     # The weights themselves, of which there are two groups.
-    assert 0 < largest.elements <= 2 * 49 * 24 * 10
+    assert 0 < largest.elements <= 2 * 49 * 30 * 10
 
 
 @pytest.mark.parametrize("kind", [PairwiseAttention2d, PatchwiseAttention2d])
@@ -208,3 +204,29 @@ def test_other_layers_run_as_they_stand(kind, change, caplog):
 def sum_of_windows(layer, x, weights):
     windows = layer._windows(layer.value(x)).unflatten(3, x.shape[2:]).unflatten(1, (-1, 4))
     return (weights[:, None] * windows).sum(3).flatten(1, 2)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "kind,relation",
+    [
+        (PairwiseAttention2d, "subtraction"),
+        (PairwiseAttention2d, "dot_product"),
+        (PatchwiseAttention2d, "concatenation"),
+        (PatchwiseAttention2d, "clique_product"),
+    ],
+)
+def test_a_compiled_layer(kind, relation, training):
+    torch.compiler.reset()
+    layer = make_layer(kind, relation, torch.float32).train(training)
+    twin, x = copy.deepcopy(layer), torch.randn(2, 5, 7, 6)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [compiled(inputs[0]), twin(inputs[1])]
+    grad = torch.randn_like(outputs[0])
+    for output in outputs:
+        output.backward(grad)
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-3, atol=1e-3)
+    for (name, p), other in zip(layer.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, other.grad, rtol=2e-3, atol=2e-3, msg=name)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from detectron2.config import get_cfg
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_backbone, build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
 import sasa_det  # noqa: F401
@@ -257,7 +257,7 @@ def test_freeze_at(freeze_at):
         assert any(isinstance(m, FrozenBatchNorm2d) for m in modules) == frozen, name
 
 
-def detector(architecture, attention, fpn):
+def detector(architecture, attention, fpn, masks=False):
     levels = ["res3", "res4", "res5"]
     if architecture == "AttentionRetinaNet":
         cfg = config("build_retinanet_san_fpn_backbone", ATTENTION=attention, OUT_FEATURES=levels)
@@ -272,6 +272,10 @@ def detector(architecture, attention, fpn):
         cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
         cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
         cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 32
+        cfg.MODEL.MASK_ON = masks
+        cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
+        cfg.MODEL.ROI_MASK_HEAD.NUM_CONV = 1
+        cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 8
     cfg.MODEL.META_ARCHITECTURE = architecture
     cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32], [64], [128], [256], [512]]
     cfg.MODEL.FPN.IN_FEATURES = levels
@@ -282,25 +286,31 @@ def detector(architecture, attention, fpn):
 
 
 @pytest.mark.parametrize(
-    "architecture,attention,fpn",
+    "architecture,attention,fpn,masks",
     [
-        ("AttentionRetinaNet", "pairwise", "attention"),
-        ("AttentionRetinaNet", "patchwise", "convolution"),
-        ("GeneralizedRCNN", "patchwise", "attention"),
-        ("GeneralizedRCNN", "pairwise", "convolution"),
+        ("AttentionRetinaNet", "pairwise", "attention", False),
+        ("AttentionRetinaNet", "patchwise", "convolution", False),
+        ("GeneralizedRCNN", "patchwise", "attention", False),
+        ("GeneralizedRCNN", "pairwise", "convolution", False),
+        ("GeneralizedRCNN", "pairwise", "attention", True),
+        ("GeneralizedRCNN", "patchwise", "convolution", True),
     ],
 )
-def test_detectors_train_and_detect(architecture, attention, fpn):
+def test_detectors_train_and_detect(architecture, attention, fpn, masks):
     torch.manual_seed(0)
-    model = detector(architecture, attention, fpn).train()
+    model = detector(architecture, attention, fpn, masks).train()
     assert isinstance(model.backbone.bottom_up, SAN)
     instances = Instances((45, 61))
     instances.gt_boxes = Boxes(torch.tensor([[5.0, 5.0, 40.0, 38.0]]))
     instances.gt_classes = torch.tensor([1])
+    if masks:
+        instances.gt_masks = PolygonMasks([[[5.0, 5.0, 40.0, 5.0, 20.0, 38.0]]])
     image = torch.randint(0, 256, (3, 45, 61), dtype=torch.uint8)
     inputs = [{"image": image, "instances": instances, "height": 90, "width": 122}]
     with EventStorage():
-        sum(model(inputs).values()).backward()
+        losses = model(inputs)
+    assert ("loss_mask" in losses) == masks
+    sum(losses.values()).backward()
     for name, parameter in model.backbone.bottom_up.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     with torch.no_grad():
