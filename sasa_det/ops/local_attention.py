@@ -6,6 +6,7 @@ from torch import Tensor
 from . import reference, tiled_attention
 from .arguments import check_arguments, check_choice
 from .exporting import is_making_onnx
+from .gradient import wants_forward_gradients
 from .operator import BACKENDS
 
 BORDERS = ("mask", "zero")
@@ -65,7 +66,7 @@ def local_attention(
             as zero keys and values, which keep their logit q . r.
         content: False drops the term q . k (Table 6 of the paper).
         backend: "cpu", "cuda", "triton", "loop" or "reference"; None takes the first of them that
-            can run here.
+            can run here, and "reference" where forward-mode gradients may be asked for.
 
     Returns:
         (N, C, H, W) in the type of ``value``.
@@ -78,6 +79,12 @@ def local_attention(
     """
     check_choice("border", border, BORDERS)
     check_backend(backend)
+    if backend != "reference" and wants_forward_gradients():
+        if backend is not None:
+            raise RuntimeError(
+                f"backend {backend!r} has no forward-mode gradients; 'reference' has them."
+            )
+        backend = "reference"
     if not content:
         key = None
     elif key is None:

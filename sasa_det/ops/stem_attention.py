@@ -13,7 +13,7 @@ from . import cpu, standard_blocks, stem_check, stem_cuda
 from .block_attention import block_attention, mixed_values, mixture_gradients
 from .blocks import STEM_BLOCK, place_matrices, relative_embedding
 from .exporting import is_making_onnx
-from .gradient import define_operator, register_gradient
+from .gradient import define_operator, register_gradient, wants_forward_gradients
 from .pooling import max_pool_rounding_up
 
 
@@ -120,6 +120,8 @@ def has_stem_kernels(x: Tensor, block_size: int, channels: int, num_heads: int) 
     """
     if _has_cpu_kernels(x, block_size):
         return True
+    if wants_forward_gradients():
+        return False
     if block_size != STEM_BLOCK or stem_cuda.why_not(x, channels, num_heads) is not None:
         return False
     shape = (x.shape[1], num_heads, channels // num_heads)
@@ -127,7 +129,9 @@ def has_stem_kernels(x: Tensor, block_size: int, channels: int, num_heads: int) 
 
 
 def _has_cpu_kernels(x: Tensor, block_size: int) -> bool:
-    return block_size == STEM_BLOCK and cpu.why_not(x, num_heads=1, kernel_size=1) is None
+    if block_size != STEM_BLOCK or wants_forward_gradients():
+        return False
+    return cpu.why_not(x, num_heads=1, kernel_size=1) is None
 
 
 def normalized_stem_attention(

@@ -14,7 +14,7 @@ from . import aggregation_cuda, cpu
 from .aggregation import aggregate, check_aggregation, reflect, reflected
 from .arguments import check_kernel_size
 from .exporting import is_making_onnx
-from .gradient import define_operator, register_gradient
+from .gradient import define_operator, register_gradient, wants_forward_gradients
 from .precision import accumulation_dtype
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def vector_aggregation(weight: Tensor, value: Tensor, kernel_size: int) -> Tenso
     """
     check_kernel_size(kernel_size)
     check_aggregation(value, weight, kernel_size)
-    if is_making_onnx():
+    if is_making_onnx() or wants_forward_gradients():
         return aggregate(value, weight, kernel_size=kernel_size)
     return torch.ops.sasa_det.vector_aggregation(weight, value, kernel_size)
 
@@ -103,6 +103,7 @@ def window_product(query: Tensor, key: Tensor, kernel_size: int) -> Tensor:
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
+        NotImplementedError: where forward-mode gradients may be asked for.
     """
     check_kernel_size(kernel_size)
     if query.ndim != 4 or query.shape != key.shape:
@@ -110,6 +111,8 @@ def window_product(query: Tensor, key: Tensor, kernel_size: int) -> Tensor:
             f"query and key must both be (N, C, H, W), got {tuple(query.shape)} and "
             f"{tuple(key.shape)}."
         )
+    if wants_forward_gradients():
+        raise NotImplementedError("window_product has no forward-mode gradients.")
     return torch.ops.sasa_det.window_product(query, key, kernel_size)
 
 
