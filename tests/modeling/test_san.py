@@ -155,6 +155,13 @@ def test_odd_sizes_round_up_at_every_stage(attention):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("attention", ["pairwise", "patchwise"])
+def test_no_images_have_no_features(attention, backend):
+    model = SAN(attention=attention, width_multiplier=0.25, backend=backend, num_classes=7).eval()
+    assert model(torch.randn(0, 3, 33, 64))["linear"].shape == (0, 7)
+
+
 def test_stages_compute_what_they_say():
     torch.manual_seed(0)
     model = SAN(out_features=["stem", "res2"]).eval()
