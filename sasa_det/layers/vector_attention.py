@@ -170,7 +170,7 @@ class _VectorAttention2d(nn.Module):
         n, channels, height, width = x.shape
         unfolded = F.unfold(padded, self.kernel_size)
         # Not unflatten, which ONNX has since opset 13 alone.
-        return unfolded.reshape(n, channels, self.kernel_size**2, height * width)
+        return unfolded.reshape(n, channels, self.kernel_size * self.kernel_size, height * width)
 
     def extra_repr(self) -> str:
         return (
@@ -218,7 +218,7 @@ class PairwiseAttention2d(_VectorAttention2d):
         relation = self._relate(query.flatten(2).unsqueeze(2), self._windows(key))
         weights = self.weights(torch.cat([relation, positions], 1))
         weights = weights.softmax(2, dtype=accumulation_dtype(weights.dtype))
-        return weights.reshape(n, self.groups, self.kernel_size**2, height, width)
+        return weights.reshape(n, self.groups, self.kernel_size * self.kernel_size, height, width)
 
     def mapping(self, query: Tensor, key: Tensor) -> Mapping:
         """See :func:`sasa_det.layers.pairwise_mapping.pairwise_mapping`."""
@@ -291,7 +291,7 @@ class PatchwiseAttention2d(_VectorAttention2d):
         n, _, height, width = query.shape
         relation = self._relate(query, self._windows(key))
         weights = self.weights(relation.reshape(n, relation.shape[1], height, width))
-        return weights.reshape(n, self.groups, self.kernel_size**2, height, width)
+        return weights.reshape(n, self.groups, self.kernel_size * self.kernel_size, height, width)
 
     def mapping(self, query: Tensor, key: Tensor) -> Mapping:
         """See :func:`sasa_det.layers.patchwise_mapping.patchwise_mapping`."""
