@@ -112,8 +112,7 @@ void pointwise_of(const PointwiseMax& a, int64_t first_task, int64_t last_task) 
       const auto compute = [&](int i) {
         Vec sums[PLACES];
         multiply<CHANNELS>(a, x + i, weights, sums);
-        const Vec largest = larger(larger(sums[0], sums[1]), larger(sums[2], sums[3])) + shift;
-        return largest <= 0.0f ? Vec{} : largest;
+        return rectified(larger(larger(sums[0], sums[1]), larger(sums[2], sums[3])) + shift);
       };
       int i = 0;
       for (; i + LANES <= count; i += LANES) store(to + i, compute(i));

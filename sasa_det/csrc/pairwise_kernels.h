@@ -113,8 +113,6 @@ INLINE void add_outer(const float* x, int rows, const float* columns, int stride
   if (col < stride) rows_of(col, std::integral_constant<int, 1>());
 }
 
-INLINE Vec rectified(Vec x) { return x <= 0.0f ? Vec{} : x; }
-
 // The inputs of a band of rows, and the tile at hand.
 class Band {
  public:

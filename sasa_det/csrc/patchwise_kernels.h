@@ -44,8 +44,6 @@ void pack(const Patchwise& a, const Geometry& g, int64_t columns, float* to) {
       to[index * g.padded_groups + group] = a.matrix[group * columns + index];
 }
 
-INLINE Vec rectified(Vec x) { return x <= 0.0f ? Vec{} : x; }
-
 int64_t forward_tasks(const Patchwise& a) {
   return a.batch * ceil_div(a.height, Geometry(a).band);
 }

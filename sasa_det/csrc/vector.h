@@ -21,6 +21,7 @@ INLINE Vec held(Vec x) {
 
 INLINE Vec all(float x) { return Vec{} + x; }
 INLINE Vec greater(Vec a, Vec b) { return a > b ? a : b; }
+INLINE Vec rectified(Vec x) { return x <= 0.0f ? Vec{} : x; }
 
 INLINE Ints lane_numbers() {
   Ints lanes;

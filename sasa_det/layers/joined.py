@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..ops import cuda, cuda_layer, joined_attention
 from ..ops.cuda_kernels import LARGEST_ROW, Maps, Variant
-from ..ops.exporting import is_looked_at
+from ..ops.exporting import is_looked_at, wants_forward_gradients
 from ..ops.operator import layout_of
 from .one_piece import biases_of, projections, weights_of
 from .plain import is_plain_pointwise, is_plain_tensor
@@ -17,13 +17,14 @@ from .plain import is_plain_pointwise, is_plain_tensor
 def is_joined(layer: nn.Module, x: Tensor) -> bool:
     """Tell whether a :class:`LocalSelfAttention2d` is no more than its weights and CUDA kernels.
 
-    In traces and compiled models, the operators of each projection stay apart.
+    In traces and compiled models, the operators of each projection stay apart. There are no
+    forward-mode gradients.
 
     Args:
         layer: any of that class.
         x: its input.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or wants_forward_gradients():
         return False
     if x.dim() != 4 or not is_plain_tensor(x) or layer.backend not in (None, "cuda"):
         return False

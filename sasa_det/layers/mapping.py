@@ -14,11 +14,11 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import vector_aggregation
+from ..ops.exporting import wants_forward_gradients
 from .norm import batch_affine, constant_affine, norm_kind
 from .plain import is_plain_call, is_plain_pointwise, is_plain_tensor
 from .projection import runs_products
@@ -41,7 +41,7 @@ def why_not(weights: nn.Sequential, x: Tensor, count: int) -> str | None:
     """
     if not is_plain_tensor(x) or torch.jit.is_tracing() or torch.compiler.is_compiling():
         return "a trace or program is made"
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    if torch._C._functorch.peek_interpreter_stack() is not None or wants_forward_gradients():
         return "a transform of torch.func or a forward-mode gradient asks for it"
     norms, activations, maps = (weights[i::3] for i in range(3))
     for norm in norms:

@@ -10,8 +10,8 @@ from ..ops.precision import accumulation_dtype, autocast_disabled
 from .bands import Bands, Windows
 from .mapping import Mapping, normed_affine, rows_of_band
 from .norm import call_norm
-from .pointwise_mapping import PointwiseMapping
-from .projection import multiply_by, project
+from .pointwise_mapping import pointwise_mapping
+from .projection import project
 from .relation_moments import Moments, moments_by_place, moments_of_pixels
 from .weight_kernels import PatchwiseHidden, has_kernels
 
@@ -32,14 +32,8 @@ def patchwise_mapping(layer: nn.Module, query: Tensor, key: Tensor) -> Mapping:
         dtype = accumulation_dtype(query.dtype)
         with autocast_disabled(query.device):
             hidden = hide(layer, query.to(dtype), key.to(dtype)).to(query.dtype)
-    groups, second = layer.groups, layer.weights[5]
-
-    def weights(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return multiply_by(hidden, weight, bias).unflatten(1, (groups, -1))
-
     hidden = F.relu(call_norm(layer.weights[3], hidden))
-    tensors = (hidden, second.weight, second.bias)
-    return PointwiseMapping(weights, tensors, groups)
+    return pointwise_mapping(hidden, layer.weights[5], layer.groups)
 
 
 def _concatenation(layer: nn.Module, query: Tensor, key: Tensor) -> Tensor:

@@ -4,23 +4,35 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..ops.product import Operand, input_gradient, products, weight_gradient
 from .mapping import Mapping
-from .projection import runs_products
+from .projection import multiply_by, runs_products
 from .replay import once
 
 NUMBERS_OF_PART = 1 << 22  # weights, 16 MiB: memory that C libraries keep for the next part
 
 
-@dataclass(frozen=True)
-class PointwiseMapping(Mapping):
-    """A :class:`Mapping` whose tensors are a map, (N, C, H, W), and a layer's weight and bias.
+def pointwise_mapping(x: Tensor, layer: nn.Module, groups: int) -> Mapping:
+    """Let weights be what a layer makes of a map.
 
-    Its products run for a few groups at a time, so that large weights are never all there.
+    Args:
+        x: (N, C, H, W).
+        layer: a 1x1 convolution with groups * kernel_size^2 outputs.
+        groups: of the weights.
     """
+
+    def weights(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return multiply_by(x, weight, bias).unflatten(1, (groups, -1))
+
+    return _PointwiseMapping(weights, (x, layer.weight, layer.bias), groups)
+
+
+@dataclass(frozen=True)
+class _PointwiseMapping(Mapping):
+    """Its products run for a few groups at a time, so that large weights are never all there."""
 
     def aggregate(self, value: Tensor, kernel_size: int) -> Tensor:
         if not runs_products(value) or self.keeps_weights(value, kernel_size):

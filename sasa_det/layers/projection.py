@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from ..ops.exporting import wants_forward_gradients
 from ..ops.product import Operand, has_products, input_gradient, products, weight_gradient
 from .plain import is_plain_pointwise, is_plain_tensor
 
@@ -26,7 +26,7 @@ def runs_products(x: Tensor) -> bool:
         or torch.compiler.is_compiling()
         or _get_current_dispatch_mode() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
+        or wants_forward_gradients()
     )
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from . import standard_blocks
 from .blocks import cut, join, place_matrices
-from .exporting import is_making_onnx
-from .gradient import define_operator, register_gradient, wants_forward_gradients
+from .exporting import needs_standard_operators
+from .gradient import define_operator, register_gradient
 from .precision import accumulation_dtype
 
 
@@ -52,7 +52,7 @@ def block_attention(
         (N, C, H, W) in the type of ``value``.
     """
     arguments = (query, key, value, embedding, block_size, num_heads)
-    if is_making_onnx() or wants_forward_gradients():
+    if needs_standard_operators():
         return standard_blocks.block_attention(*arguments)
     return torch.ops.sasa_det.block_attention(*arguments)
 
@@ -71,7 +71,7 @@ def mixed_values(x: Tensor, weight: Tensor, mixing: Tensor) -> Tensor:
     Returns:
         (N, C, H, W) in the type of ``x``.
     """
-    if is_making_onnx() or wants_forward_gradients():
+    if needs_standard_operators():
         return standard_blocks.mixed_values(x, weight, mixing)
     return torch.ops.sasa_det.mixed_values(x, weight, mixing)
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def is_making_onnx() -> bool:
@@ -16,7 +17,24 @@ def is_exporting() -> bool:
 
 def is_looked_at() -> bool:
     """Tell whether something sees operators as they run, such as a counter or a transform."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or wants_forward_gradients()
+    )
+
+
+def wants_forward_gradients() -> bool:
+    """Tell whether forward-mode gradients may be asked for.
+
+    Operators of ``torch.library`` would lose them without a word; standard operators have them.
+    """
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def needs_standard_operators() -> bool:
+    """Tell whether operators of ours cannot do, and PyTorch's must."""
+    return is_making_onnx() or wants_forward_gradients()
 
 
 def why_not_instead(x: Tensor) -> str | None:

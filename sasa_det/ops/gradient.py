@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.library import CustomOpDef
 
 from .precision import without_autocast
@@ -29,14 +28,6 @@ def define_operator(name: str, schema: str) -> Callable[[Callable], CustomOpDef]
         )
 
     return define
-
-
-def wants_forward_gradients() -> bool:
-    """Tell whether forward-mode gradients may be asked for.
-
-    Operators of ``torch.library`` would lose them without a word; standard operators have them.
-    """
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def fake_gradients(num_tensors: int, *, first_on_demand: bool = False) -> Callable:

@@ -5,8 +5,7 @@ from torch import Tensor
 
 from . import reference, tiled_attention
 from .arguments import check_arguments, check_choice
-from .exporting import is_making_onnx
-from .gradient import wants_forward_gradients
+from .exporting import is_making_onnx, wants_forward_gradients
 from .operator import BACKENDS
 
 BORDERS = ("mask", "zero")

@@ -12,8 +12,8 @@ from torch import Tensor
 from . import cpu, standard_blocks, stem_check, stem_cuda
 from .block_attention import block_attention, mixed_values, mixture_gradients
 from .blocks import STEM_BLOCK, place_matrices, relative_embedding
-from .exporting import is_making_onnx
-from .gradient import define_operator, register_gradient, wants_forward_gradients
+from .exporting import is_making_onnx, wants_forward_gradients
+from .gradient import define_operator, register_gradient
 from .pooling import max_pool_rounding_up
 
 
@@ -120,8 +120,6 @@ def has_stem_kernels(x: Tensor, block_size: int, channels: int, num_heads: int) 
     """
     if _has_cpu_kernels(x, block_size):
         return True
-    if wants_forward_gradients():
-        return False
     if block_size != STEM_BLOCK or stem_cuda.why_not(x, channels, num_heads) is not None:
         return False
     shape = (x.shape[1], num_heads, channels // num_heads)

@@ -13,8 +13,8 @@ from torch import Tensor
 from . import aggregation_cuda, cpu
 from .aggregation import aggregate, check_aggregation, reflect, reflected
 from .arguments import check_kernel_size
-from .exporting import is_making_onnx
-from .gradient import define_operator, register_gradient, wants_forward_gradients
+from .exporting import needs_standard_operators, wants_forward_gradients
+from .gradient import define_operator, register_gradient
 from .precision import accumulation_dtype
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def vector_aggregation(weight: Tensor, value: Tensor, kernel_size: int) -> Tenso
     """
     check_kernel_size(kernel_size)
     check_aggregation(value, weight, kernel_size)
-    if is_making_onnx() or wants_forward_gradients():
+    if needs_standard_operators():
         return aggregate(value, weight, kernel_size=kernel_size)
     return torch.ops.sasa_det.vector_aggregation(weight, value, kernel_size)
 
