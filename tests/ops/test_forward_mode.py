@@ -10,7 +10,9 @@ from sasa_det.layers import (
     PairwiseAttention2d,
     PatchwiseAttention2d,
 )
-from sasa_det.ops import local_attention, vector_aggregation, window_product
+from sasa_det.layers.joined import is_joined
+from sasa_det.ops import cuda, local_attention, vector_aggregation, window_product
+from sasa_det.ops.exporting import why_not_instead
 
 LAYERS = {
     "local": lambda: LocalSelfAttention2d(4, 8, kernel_size=3, num_heads=2),
@@ -70,3 +72,11 @@ def test_what_has_none_says_so():
     options = {"kernel_size": 3, "num_heads": 2, "backend": "loop"}
     with pytest.raises(RuntimeError, match="'loop' has no forward-mode gradients; 'reference'"):
         torch.func.jvp(lambda x: local_attention(x, x, x, None, None, **options), (x,), (x,))
+
+
+def test_kernels_of_gpus_do_not_take_part(monkeypatch):
+    monkeypatch.setattr(cuda, "why_not_like", lambda *arguments, **options: None)
+    layer, x = LAYERS["local"](), torch.randn(1, 4, 5, 6)
+    assert is_joined(layer, x) and why_not_instead(x) is None
+    with forward_ad.dual_level():
+        assert not is_joined(layer, x) and why_not_instead(x) is not None
