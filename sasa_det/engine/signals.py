@@ -84,7 +84,9 @@ class StopSignals:
             result = work()
             self._at_once = False
             return result
-        except StopTraining:
+        except StopTraining as stop:
+            # What was interrupted goes with the traceback, while errors of that are ignored.
+            stop.__traceback__ = None
             if not self.agreed:
                 # The others come to this point of agreement where they have evaluated their images.
                 self.agree()
@@ -137,12 +139,13 @@ class StopSignals:
 
     def _raise_again(self, unraisable: Any) -> None:
         """Send the signal again if Python ignored the exception, as in a callback of a fork."""
-        if not isinstance(unraisable.exc_value, StopTraining):
+        if isinstance(unraisable.exc_value, StopTraining):
+            self._at_once = True
+            self._resend = threading.Timer(_RESEND_S, os.kill, (os.getpid(), self.received))
+            self._resend.start()
+        elif self.received is None or getattr(unraisable.object, "__name__", None) != "__del__":
             sys.__unraisablehook__(unraisable)
-            return
-        self._at_once = True
-        self._resend = threading.Timer(_RESEND_S, os.kill, (os.getpid(), self.received))
-        self._resend.start()
+        # Else an object, as the iterator of a DataLoader, is deleted that was not completely made.
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number)

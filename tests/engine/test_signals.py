@@ -96,6 +96,30 @@ def test_a_signal_stops_where_python_ignores_exceptions(capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_an_object_that_was_interrupted_while_it_was_made_goes_without_a_word(capsys):
+    class Iterator:  # as that of a DataLoader with workers
+        def __init__(self, number):
+            if number is not None:
+                os.kill(os.getpid(), number)
+            self.workers = []
+
+        def __del__(self):
+            self.workers.clear()
+
+    class Broken(Iterator):
+        def __init__(self):
+            pass
+
+    signals = StopSignals()
+    with signals.handled():
+        signals.at_once(lambda: [Broken()] and None)  # an error of the program is told
+        assert "AttributeError" in capsys.readouterr().err
+        with pytest.raises(StopTraining):
+            signals.at_once(lambda: [Iterator(None), Iterator(signal.SIGTERM)])
+        assert capsys.readouterr().err == ""
+
+
 def test_a_second_interrupt_does_not_wait(monkeypatch):
     signals = StopSignals()
     with signals.handled():
