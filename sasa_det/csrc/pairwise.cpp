@@ -8,22 +8,33 @@ using Tensors = std::vector<at::Tensor>;
 
 // The tensors of a call, contiguous and alive until it ends.
 struct Arguments {
-  Arguments(const at::Tensor& own_, const at::Tensor& other_, int64_t kernel_size)
-      : own(floats(own_)), other(floats(other_)), call() {
+  Arguments(const at::Tensor& own_, const at::Tensor& other_, const at::Tensor& product_shift_,
+            int64_t products, int64_t kernel_size)
+      : own(floats(own_)), other(floats(other_)), product_shift(floats(product_shift_)), call() {
     TORCH_CHECK_VALUE(own.dim() == 4 && kernel_size > 0, "own must be (N, C, H, W), got ",
                       own.sizes(), ".");
     call.batch = own.size(0);
-    call.channels = own.size(1);
+    call.inputs = own.size(1);
+    call.products = products;
+    call.product_channels = product_shift.numel();
+    const bool is_shared = call.product_channels == 0 ? products == 0
+                                                      : products % call.product_channels == 0;
+    TORCH_CHECK_VALUE(is_shared && products >= call.product_channels && products <= call.inputs,
+                      "products must be a multiple of the ", call.product_channels,
+                      " numbers of product_shift and at most ", call.inputs, ", got ", products,
+                      ".");
+    call.channels = call.product_channels + call.inputs - products;
     call.height = own.size(2);
     call.width = own.size(3);
     call.kernel = kernel_size;
-    const std::array<int64_t, 4> padded = {call.batch, call.channels,
+    const std::array<int64_t, 4> padded = {call.batch, call.inputs,
                                            call.height + kernel_size - 1,
                                            call.width + kernel_size - 1};
     TORCH_CHECK_VALUE(other.sizes() == at::IntArrayRef(padded), "other must be ",
                       at::IntArrayRef(padded), ", got ", other.sizes(), ".");
     call.own = own.const_data_ptr<float>();
     call.other = other.const_data_ptr<float>();
+    call.product_shift = product_shift.const_data_ptr<float>();
   }
   void map(const at::Tensor& matrix_, const at::Tensor& shift_, const at::Tensor& next_matrix_) {
     matrix = floats(matrix_);
@@ -43,7 +54,7 @@ struct Arguments {
   std::array<int64_t, 5> weight_shape() const {
     return {call.batch, call.groups, call.kernel * call.kernel, call.height, call.width};
   }
-  at::Tensor own, other, matrix, shift, next_matrix;
+  at::Tensor own, other, product_shift, matrix, shift, next_matrix;
   Pairwise call;
 };
 
@@ -51,12 +62,12 @@ const PairwiseKernels& kernels(const std::string& instructions) {
   return choose_kernels(instructions).pairwise;
 }
 
-// Mean and biased variance of own_i + other_j, (channels), or, of the relation, mean and covariance,
+// Mean and biased variance of the values, (channels), or, of the relation, mean and covariance,
 // (channels, channels), all of float64.
-std::tuple<at::Tensor, at::Tensor> pairwise_moments(const at::Tensor& own, const at::Tensor& other,
-                                                    bool rectified, int64_t kernel_size,
-                                                    const std::string& instructions) {
-  Arguments a(own, other, kernel_size);
+std::tuple<at::Tensor, at::Tensor> pairwise_moments(
+    const at::Tensor& own, const at::Tensor& other, const at::Tensor& product_shift,
+    int64_t products, bool rectified, int64_t kernel_size, const std::string& instructions) {
+  Arguments a(own, other, product_shift, products, kernel_size);
   Pairwise& call = a.call;
   call.rectified = rectified;
   const PairwiseKernels& chosen = kernels(instructions);
@@ -89,10 +100,11 @@ std::tuple<at::Tensor, at::Tensor> pairwise_moments(const at::Tensor& own, const
 }
 
 at::Tensor pairwise_weights(const at::Tensor& own, const at::Tensor& other,
-                            const at::Tensor& matrix, const at::Tensor& shift,
-                            const at::Tensor& next_matrix, const at::Tensor& bias,
-                            int64_t kernel_size, const std::string& instructions) {
-  Arguments a(own, other, kernel_size);
+                            const at::Tensor& product_shift, const at::Tensor& matrix,
+                            const at::Tensor& shift, const at::Tensor& next_matrix,
+                            const at::Tensor& bias, int64_t products, int64_t kernel_size,
+                            const std::string& instructions) {
+  Arguments a(own, other, product_shift, products, kernel_size);
   a.map(matrix, shift, next_matrix);
   const at::Tensor contiguous_bias = floats(bias);
   TORCH_CHECK_VALUE(bias.numel() == a.call.groups, "bias must have ", a.call.groups, " numbers.");
@@ -104,20 +116,23 @@ at::Tensor pairwise_weights(const at::Tensor& own, const at::Tensor& other,
   return weights;
 }
 
-// Gradients of own and other, and with weights those of matrix, shift, next_matrix and bias.
+// Gradients of own, other and product_shift, and with weights those of matrix, shift, next_matrix and
+// bias.
 Tensors gradients(Arguments& a, const std::string& instructions) {
   Pairwise& call = a.call;
   const PairwiseKernels& chosen = kernels(instructions);
   const int64_t tasks = chosen.tasks(call), band = chosen.band(call), bands = tasks / call.batch;
   const int64_t rows = band + call.kernel - 1, padded = call.width + call.kernel - 1;
   const at::Tensor own = empty_result(a.own.sizes());
-  const at::Tensor others = empty_result({tasks, call.channels, rows, padded});
+  const at::Tensor others = empty_result({tasks, call.inputs, rows, padded});
+  const at::Tensor product_shift = empty_result({tasks, call.product_channels});
   const at::Tensor matrix = empty_result({tasks, call.hidden, call.channels});
   const at::Tensor shift = empty_result({tasks, call.hidden});
   const at::Tensor next_matrix = empty_result({tasks, call.groups, call.hidden});
   const at::Tensor bias = empty_result({tasks, call.groups});
   call.grad_own = own.mutable_data_ptr<float>();
   call.grad_other = others.mutable_data_ptr<float>();
+  call.grad_product_shift = product_shift.mutable_data_ptr<float>();
   call.grad_matrix = matrix.mutable_data_ptr<float>();
   call.grad_shift = shift.mutable_data_ptr<float>();
   call.grad_next_matrix = next_matrix.mutable_data_ptr<float>();
@@ -131,18 +146,20 @@ Tensors gradients(Arguments& a, const std::string& instructions) {
     const int64_t top = task % bands * band, count = std::min(rows, height - top);
     other[task / bands].narrow(1, top, count).add_(others[task].narrow(1, 0, count));
   }
-  Tensors results = {own, other};
+  Tensors results = {own, other, product_shift.sum(0)};
   if (call.slope == nullptr)
     for (const at::Tensor& x : {matrix, shift, next_matrix, bias}) results.push_back(x.sum(0));
   return results;
 }
 
-// The gradients of own and other, where that of own_i + other_j is start + slope (own_i + other_j), or
+// The gradients of own, other and product_shift, where that of the values is start + slope values, or
 // that of the relation start + slope relation with a symmetric matrix.
 Tensors pairwise_moments_backward(const at::Tensor& start, const at::Tensor& slope,
-                                  const at::Tensor& own, const at::Tensor& other, bool rectified,
-                                  int64_t kernel_size, const std::string& instructions) {
-  Arguments a(own, other, kernel_size);
+                                  const at::Tensor& own, const at::Tensor& other,
+                                  const at::Tensor& product_shift, int64_t products,
+                                  bool rectified, int64_t kernel_size,
+                                  const std::string& instructions) {
+  Arguments a(own, other, product_shift, products, kernel_size);
   const int64_t channels = a.call.channels;
   TORCH_CHECK_VALUE(
       start.numel() == channels && slope.numel() == (rectified ? channels * channels : channels),
@@ -156,10 +173,11 @@ Tensors pairwise_moments_backward(const at::Tensor& start, const at::Tensor& slo
 
 Tensors pairwise_weights_backward(const at::Tensor& grad, const at::Tensor& weights,
                                   const at::Tensor& own, const at::Tensor& other,
-                                  const at::Tensor& matrix, const at::Tensor& shift,
-                                  const at::Tensor& next_matrix, int64_t kernel_size,
+                                  const at::Tensor& product_shift, const at::Tensor& matrix,
+                                  const at::Tensor& shift, const at::Tensor& next_matrix,
+                                  int64_t products, int64_t kernel_size,
                                   const std::string& instructions) {
-  Arguments a(own, other, kernel_size);
+  Arguments a(own, other, product_shift, products, kernel_size);
   a.map(matrix, shift, next_matrix);
   const auto shape = a.weight_shape();
   TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(shape) && weights.sizes() == grad.sizes(),
@@ -175,21 +193,23 @@ Tensors pairwise_weights_backward(const at::Tensor& grad, const at::Tensor& weig
 TORCH_LIBRARY_FRAGMENT(sasa_det_cpu, library) {
   const auto cpu = c10::DispatchKey::CPU;
   library.def(
-      "pairwise_moments(Tensor own, Tensor other, bool rectified, int kernel_size, "
-      "str instructions) -> (Tensor, Tensor)",
+      "pairwise_moments(Tensor own, Tensor other, Tensor product_shift, int products, "
+      "bool rectified, int kernel_size, str instructions) -> (Tensor, Tensor)",
       torch::dispatch(cpu, pairwise_moments));
   library.def(
       "pairwise_moments_backward(Tensor start, Tensor slope, Tensor own, Tensor other, "
-      "bool rectified, int kernel_size, str instructions) -> Tensor[]",
+      "Tensor product_shift, int products, bool rectified, int kernel_size, str instructions) "
+      "-> Tensor[]",
       torch::dispatch(cpu, pairwise_moments_backward));
   library.def(
-      "pairwise_weights(Tensor own, Tensor other, Tensor matrix, Tensor shift, "
-      "Tensor next_matrix, Tensor bias, int kernel_size, str instructions) -> Tensor",
+      "pairwise_weights(Tensor own, Tensor other, Tensor product_shift, Tensor matrix, "
+      "Tensor shift, Tensor next_matrix, Tensor bias, int products, int kernel_size, "
+      "str instructions) -> Tensor",
       torch::dispatch(cpu, pairwise_weights));
   library.def(
       "pairwise_weights_backward(Tensor grad, Tensor weights, Tensor own, Tensor other, "
-      "Tensor matrix, Tensor shift, Tensor next_matrix, int kernel_size, str instructions) "
-      "-> Tensor[]",
+      "Tensor product_shift, Tensor matrix, Tensor shift, Tensor next_matrix, int products, "
+      "int kernel_size, str instructions) -> Tensor[]",
       torch::dispatch(cpu, pairwise_weights_backward));
 }
 

@@ -13,7 +13,10 @@ constexpr int BAND = 8;
 
 struct Geometry {
   explicit Geometry(const Pairwise& a)
-      : channels(int(a.channels)),
+      : inputs(int(a.inputs)),
+        products(int(a.products)),
+        product_channels(int(a.product_channels)),
+        channels(int(a.channels)),
         hidden(int(a.hidden)),
         groups(int(a.groups)),
         height(int(a.height)),
@@ -23,7 +26,13 @@ struct Geometry {
         padded_width(width + kernel - 1),
         stride(round_up(width, SPAN) + round_up(kernel - 1, LANES)),
         bands(int(ceil_div(a.height, BAND))) {}
-  int channels, hidden, groups, height, width, kernel, window, padded_width;
+  // The inputs of a channel of products.
+  int first_input(int channel) const { return products / product_channels * channel; }
+  int last_input(int channel) const { return first_input(channel + 1); }
+  // The input that a channel of sums adds to.
+  int input(int channel) const { return channel - product_channels + products; }
+  int inputs, products, product_channels, channels, hidden, groups, height, width, kernel, window;
+  int padded_width;
   int stride;  // floats of a row of others, at each column of which the tiles of a row may start
   int bands;
 };
@@ -120,8 +129,8 @@ class Band {
       : a_(a),
         g_(g),
         plane_(int64_t(BAND + g.kernel - 1) * g.stride),
-        others_(scratch.take(g.channels * plane_)),
-        own_(scratch.take(g.channels * SPAN)),
+        others_(scratch.take(g.inputs * plane_)),
+        own_(scratch.take(g.inputs * SPAN)),
         relation_(scratch.take(round_up(g.channels, LANES) * SPAN)) {}
 
   void open(int64_t task) {
@@ -129,10 +138,10 @@ class Band {
     top_ = int(task % g_.bands) * BAND;
     bottom_ = std::min(top_ + BAND, g_.height);
     const int64_t rows = g_.height + g_.kernel - 1;
-    for (int c = 0; c < g_.channels; ++c)
+    for (int c = 0; c < g_.inputs; ++c)
       for (int row = 0; row < bottom_ - top_ + g_.kernel - 1; ++row)
         std::memcpy(others_ + c * plane_ + row * g_.stride,
-                    a_.other + ((image_ * g_.channels + c) * rows + top_ + row) * g_.padded_width,
+                    a_.other + ((image_ * g_.inputs + c) * rows + top_ + row) * g_.padded_width,
                     g_.padded_width * 4);
   }
   // Call f for the tiles of a band.
@@ -141,25 +150,36 @@ class Band {
     for (y_ = top_; y_ < bottom_; ++y_)
       for (x_ = 0; x_ < g_.width; x_ += SPAN) {
         count_ = std::min(SPAN, g_.width - x_);
-        for (int c = 0; c < g_.channels; ++c)
-          read(a_.own + ((image_ * g_.channels + c) * g_.height + y_) * g_.width + x_,
+        for (int c = 0; c < g_.inputs; ++c)
+          read(a_.own + ((image_ * g_.inputs + c) * g_.height + y_) * g_.width + x_,
                own_ + c * SPAN);
         f();
       }
   }
-  // Call f(channel, vector, own_i + other_j) for a place.
+  // What the tile's pixels and those at a place have in an input.
+  INLINE Vec own(int input, int v) const { return load(own_ + input * SPAN + v * LANES); }
+  INLINE Vec other(int input, int64_t offset, int v) const {
+    return load(others_ + input * plane_ + offset + v * LANES);
+  }
+  // Call f(channel, vector, value) for a place.
   template <typename F>
-  INLINE void each_sum(int place, F f) const {
-    for (int c = 0; c < g_.channels; ++c) {
-      const float* other = others_ + c * plane_ + offset(place);
+  INLINE void each_value(int place, F f) const {
+    const int64_t at = offset(place);
+    for (int c = 0; c < g_.product_channels; ++c)
 #pragma GCC unroll 3
-      for (int v = 0; v < VECTORS; ++v)
-        f(c, v, load(own_ + c * SPAN + v * LANES) + load(other + v * LANES));
-    }
+      for (int v = 0; v < VECTORS; ++v) {
+        Vec sum = all(a_.product_shift[c]);
+        for (int i = g_.first_input(c); i < g_.last_input(c); ++i)
+          sum += own(i, v) * other(i, at, v);
+        f(c, v, sum);
+      }
+    for (int c = g_.product_channels; c < g_.channels; ++c)
+#pragma GCC unroll 3
+      for (int v = 0; v < VECTORS; ++v) f(c, v, own(g_.input(c), v) + other(g_.input(c), at, v));
   }
   // The relations (channels, SPAN) at a place.
   INLINE const float* relate(int place) {
-    each_sum(place, [&](int c, int v, Vec x) {
+    each_value(place, [&](int c, int v, Vec x) {
       store(relation_ + c * SPAN + v * LANES, rectified(x));
     });
     return relation_;
@@ -199,7 +219,7 @@ class Band {
 int64_t band(const Pairwise&) { return BAND; }
 int64_t tasks(const Pairwise& a) { return a.batch * Geometry(a).bands; }
 
-void moments_of_sums(const Pairwise& a, int64_t first_task, int64_t last_task) {
+void moments_of_values(const Pairwise& a, int64_t first_task, int64_t last_task) {
   const Geometry g(a);
   Scratch scratch;
   Band band(a, g, scratch);
@@ -209,7 +229,7 @@ void moments_of_sums(const Pairwise& a, int64_t first_task, int64_t last_task) {
     std::memset(sums, 0, 2 * g.channels * LANES * 4);
     band.each_tile([&] {
       for (int place = 0; place < g.window; ++place)
-        band.each_sum(place, [&](int c, int v, Vec x) {
+        band.each_value(place, [&](int c, int v, Vec x) {
           const Vec value = band.inside(v) ? x - a.center[c] : Vec{};
           float* sum = sums + 2 * c * LANES;
           store(sum, load(sum) + value);
@@ -239,7 +259,7 @@ void moments_of_relations(const Pairwise& a, int64_t first_task, int64_t last_ta
     std::fill(total.begin(), total.end(), 0);
     band.each_tile([&] {
       for (int place = 0; place < g.window; ++place) {
-        band.each_sum(place, [&](int c, int v, Vec x) {
+        band.each_value(place, [&](int c, int v, Vec x) {
           const Vec value = band.inside(v) ? rectified(x) - a.center[c] : Vec{};
           store(sums + c * LANES, load(sums + c * LANES) + value);
           store(centered + c * SPAN + v * LANES, value);
@@ -262,7 +282,7 @@ void moments_of_relations(const Pairwise& a, int64_t first_task, int64_t last_ta
 }
 
 void moments(const Pairwise& a, int64_t first_task, int64_t last_task) {
-  (a.rectified ? moments_of_relations : moments_of_sums)(a, first_task, last_task);
+  (a.rectified ? moments_of_relations : moments_of_values)(a, first_task, last_task);
 }
 
 void forward(const Pairwise& a, int64_t first_task, int64_t last_task) {
@@ -321,9 +341,10 @@ void backward(const Pairwise& a, int64_t first_task, int64_t last_task) {
   float* columns = scratch.take(wide_hidden * SPAN);
   float* grad_logits = scratch.take(int64_t(g.window) * g.groups * SPAN);
   float* old_weights = scratch.take(int64_t(g.window) * SPAN);
-  float* grad_own = scratch.take(g.channels * SPAN);
+  float* grad_own = scratch.take(g.inputs * SPAN);
   const int64_t plane = int64_t(BAND + g.kernel - 1) * g.stride;
-  float* grad_other = scratch.take_unset(g.channels * plane);
+  float* grad_other = scratch.take_unset(g.inputs * plane);
+  float* grad_product_shift = scratch.take_unset(g.product_channels * LANES);
   // Transposed, (channels, hidden) and (groups, hidden).
   float* grad_matrix = scratch.take_unset(g.channels * wide_hidden);
   float* grad_next = scratch.take_unset(g.groups * wide_hidden);
@@ -331,7 +352,8 @@ void backward(const Pairwise& a, int64_t first_task, int64_t last_task) {
   float* grad_bias = scratch.take_unset(g.groups * LANES);
   for (int64_t task = first_task; task < last_task; ++task) {
     band.open(task);
-    std::memset(grad_other, 0, g.channels * plane * 4);
+    std::memset(grad_other, 0, g.inputs * plane * 4);
+    std::memset(grad_product_shift, 0, g.product_channels * LANES * 4);
     std::memset(grad_matrix, 0, g.channels * wide_hidden * 4);
     std::memset(grad_next, 0, g.groups * wide_hidden * 4);
     std::memset(grad_shift, 0, g.hidden * LANES * 4);
@@ -355,18 +377,25 @@ void backward(const Pairwise& a, int64_t first_task, int64_t last_task) {
           store(grad_bias + group * LANES, load(grad_bias + group * LANES) + total);
         }
       }
-      std::memset(grad_own, 0, g.channels * SPAN * 4);
+      std::memset(grad_own, 0, g.inputs * SPAN * 4);
       for (int place = 0; place < g.window; ++place) {
         const int64_t offset = band.offset(place);
+        const auto pass_to = [&](int input, int v, Vec to_own, Vec to_other) {
+          float* own = grad_own + input * SPAN + v * LANES;
+          store(own, load(own) + to_own);
+          float* other = grad_other + input * plane + offset + v * LANES;
+          store(other, load(other) + to_other);
+        };
         const auto pass_on = [&](int channel, int v, Vec x) {
           const Vec grad = band.inside(v) ? x : Vec{};
-          const int at = channel * SPAN + v * LANES;
-          store(grad_own + at, load(grad_own + at) + grad);
-          float* to = grad_other + channel * plane + offset + v * LANES;
-          store(to, load(to) + grad);
+          if (channel >= g.product_channels) return pass_to(g.input(channel), v, grad, grad);
+          float* sum = grad_product_shift + channel * LANES;
+          store(sum, load(sum) + grad);
+          for (int i = g.first_input(channel); i < g.last_input(channel); ++i)
+            pass_to(i, v, grad * band.other(i, offset, v), grad * band.own(i, v));
         };
         if (!of_weights && !a.rectified) {
-          band.each_sum(place, [&](int channel, int v, Vec x) {
+          band.each_value(place, [&](int channel, int v, Vec x) {
             pass_on(channel, v, x * a.slope[channel] + a.start[channel]);
           });
           continue;
@@ -395,16 +424,18 @@ void backward(const Pairwise& a, int64_t first_task, int64_t last_task) {
         add_outer(relation, g.channels, columns, wide_hidden, grad_matrix);
         matrix_transposed.times(grad_hidden, nullptr, pass_on_rectified);
       }
-      for (int c = 0; c < g.channels; ++c)
+      for (int c = 0; c < g.inputs; ++c)
         band.write(grad_own + c * SPAN,
-                   a.grad_own + ((band.image() * g.channels + c) * g.height + band.y()) * g.width +
+                   a.grad_own + ((band.image() * g.inputs + c) * g.height + band.y()) * g.width +
                        band.x());
     });
-    for (int c = 0; c < g.channels; ++c)
+    for (int c = 0; c < g.inputs; ++c)
       for (int row = 0; row < BAND + g.kernel - 1; ++row)
-        std::memcpy(a.grad_other + ((task * g.channels + c) * (BAND + g.kernel - 1) + row) *
+        std::memcpy(a.grad_other + ((task * g.inputs + c) * (BAND + g.kernel - 1) + row) *
                                        g.padded_width,
                     grad_other + c * plane + row * g.stride, g.padded_width * 4);
+    for (int c = 0; c < g.product_channels; ++c)
+      a.grad_product_shift[task * g.product_channels + c] = lane_sum(grad_product_shift + c * LANES);
     for (int row = 0; row < g.hidden; ++row) {
       for (int c = 0; c < g.channels; ++c)
         a.grad_matrix[(task * g.hidden + row) * g.channels + c] = grad_matrix[c * wide_hidden + row];

@@ -9,7 +9,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..ops.product import has_products
-from .replay import once
+from .pairwise_form import PairwiseForm
+from .replay import gradients, once
 
 
 def has_kernels(x: Tensor) -> bool:
@@ -18,12 +19,12 @@ def has_kernels(x: Tensor) -> bool:
 
 
 class PairwiseMoments(torch.autograd.Function):
-    """Moments over all pixels i and places j, of float64.
+    """Moments of a pairwise relation over all pixels i and places j, of float64.
 
-    The arguments are own, (N, C, H, W), other, (N, C, H + k - 1, W + k - 1), scale and shift, (C,)
-    or None, and k. Without scale and shift they are mean and variance of ``own_i + other_j``,
-    (C,); with them the mean, (C,), and covariance, (C, C), of ``relu(scale (own_i + other_j) +
-    shift)``.
+    The arguments are own, (N, C, H, W), other, (N, C, H + k - 1, W + k - 1), scale and shift, of
+    each of the relation's channels or None, and the form. Without scale and shift they are mean
+    and variance of each channel of the values; with them the mean and, of all channels with each
+    other, the covariance of ``relu(scale values + shift)``.
     """
 
     @staticmethod
@@ -33,74 +34,72 @@ class PairwiseMoments(torch.autograd.Function):
         other: Tensor,
         scale: Tensor | None,
         shift: Tensor | None,
-        kernel_size: int,
+        form: PairwiseForm,
     ) -> tuple[Tensor, Tensor]:
         def moments() -> tuple[Tensor, Tensor]:
             return torch.ops.sasa_det_cpu.pairwise_moments(
-                *_normalized(own, other, scale, shift), scale is not None, kernel_size, ""
+                *_normalized(form, own, other, scale, shift), *_options(form, scale)
             )
 
         mean, spread = once(moments, count=2)
-        ctx.kernel_size = kernel_size
+        ctx.form = form
         ctx.save_for_backward(own, other, scale, shift, mean)
         return mean, spread
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_mean: Tensor, grad_spread: Tensor) -> tuple[Tensor | None, ...]:
-        own, other, scale, shift, mean = ctx.saved_tensors
-        count = own[:, 0].numel() * ctx.kernel_size**2
-        rectified = scale is not None
-        if rectified:
+        *tensors, mean = ctx.saved_tensors
+        own, _, scale, _ = tensors
+        form, count = ctx.form, own[:, 0].numel() * ctx.form.kernel_size**2
+        if scale is not None:
             slope = (grad_spread + grad_spread.T) / count
             start = grad_mean / count - slope @ mean
         else:
             slope = 2 * grad_spread / count
             start = grad_mean / count - slope * mean
-        grad_own, grad_other = torch.ops.sasa_det_cpu.pairwise_moments_backward(
-            start, slope, *_normalized(own, other, scale, shift), rectified, ctx.kernel_size, ""
+        found = torch.ops.sasa_det_cpu.pairwise_moments_backward(
+            start, slope, *_normalized(form, *tensors), *_options(form, scale)
         )
-        if not rectified:
-            return grad_own, grad_other, None, None, None
-        dims = (0, 2, 3)
-        grad_scale = (grad_own * own).sum(dims) + (grad_other * other).sum(dims)
-        grad_shift = grad_own.sum(dims)
-        grad_own, grad_other = (grad * scale[:, None, None] for grad in (grad_own, grad_other))
-        return grad_own, grad_other, grad_scale, grad_shift, None
+        if scale is None:
+            return *found[:2], None, None, None
+        return *gradients(form.normalize, tensors, ctx.needs_input_grad[:4], found), None
 
 
 def _normalized(
-    own: Tensor, other: Tensor, scale: Tensor | None, shift: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    form: PairwiseForm, own: Tensor, other: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     if scale is None or shift is None:
-        return own, other
-    scale, shift = scale[:, None, None], shift[:, None, None]
-    return torch.addcmul(shift, scale, own), scale * other
+        return own, other, own.new_zeros(form.product_channels)
+    return form.normalize(own, other, scale, shift)
+
+
+def _options(form: PairwiseForm, scale: Tensor | None) -> tuple[int, bool, int, str]:
+    return form.products, scale is not None, form.kernel_size, ""
 
 
 class PairwiseWeights(torch.autograd.Function):
-    """Softmax over j of ``next_matrix relu(matrix relu(own_i + other_j) + shift) + bias``.
+    """Softmax over j of ``next_matrix relu(matrix relu(values) + shift) + bias``.
 
-    The arguments are those of :class:`PairwiseMoments` with shift, (R,), next_matrix, (G, R), and
-    bias, (G,), before the last; the result is (N, G, k^2, H, W).
+    The arguments are the form; own, other and the shift of products as
+    :meth:`PairwiseForm.normalize` returns them; matrix, (R, C), shift, (R,), next_matrix, (G, R),
+    and bias, (G,). The result is (N, G, k^2, H, W).
     """
 
     @staticmethod
-    def forward(ctx, *arguments) -> Tensor:
-        weights = torch.ops.sasa_det_cpu.pairwise_weights(*arguments, "")
-        *tensors, bias, ctx.kernel_size = arguments
-        ctx.save_for_backward(weights, *tensors)
+    def forward(ctx, form: PairwiseForm, *tensors: Tensor) -> Tensor:
+        ctx.options = form.products, form.kernel_size, ""
+        weights = torch.ops.sasa_det_cpu.pairwise_weights(*tensors, *ctx.options)
+        ctx.save_for_backward(weights, *tensors[:-1])
         return weights
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        own, other, matrix, shift, next_matrix, bias = (
-            torch.ops.sasa_det_cpu.pairwise_weights_backward(
-                grad, *ctx.saved_tensors, ctx.kernel_size, ""
-            )
+        found = torch.ops.sasa_det_cpu.pairwise_weights_backward(
+            grad, *ctx.saved_tensors, *ctx.options
         )
-        return own, other, matrix, shift, next_matrix, bias, None
+        return None, *found
 
 
 class PatchwiseHidden(torch.autograd.Function):

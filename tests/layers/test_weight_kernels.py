@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sasa_det.layers import PairwiseAttention2d, PatchwiseAttention2d
+from sasa_det.layers.pairwise_form import PairwiseForm
 from sasa_det.layers.weight_kernels import PairwiseMoments
 from sasa_det.ops import cpu
 
@@ -34,61 +35,86 @@ def randn(*shape):
     return torch.randn(shape)
 
 
-def windows(x, kernel_size):
-    """(N, C, H, W) to (N, C, k^2, pixels) of the windows that fit."""
-    return F.unfold(x, kernel_size).unflatten(1, (x.shape[1], -1))
-
-
 def assert_close(actual, expected):
     for ours, exact in zip(actual, expected, strict=True):
-        size = max(1.0, float(exact.detach().abs().max()))
+        size = float(exact.detach().abs().clamp(min=1).max()) if exact.numel() else 1.0
         torch.testing.assert_close(ours.double(), exact.detach(), rtol=0, atol=1e-5 * size)
 
 
-def pairwise(n, channels, hidden, groups, height, width, kernel_size):
+# How many of some inputs are multiplied, and how many channels of a relation that makes.
+FORMS = {
+    "sums": lambda inputs: (0, 0),
+    "products": lambda inputs: (inputs, inputs),
+    "sum_of_products": lambda inputs: (inputs, 1),
+    "products_and_sums": lambda inputs: (inputs // 2, inputs // 2),
+    "sums_of_products_and_sums": lambda inputs: (inputs // 4 * 2, inputs // 4),
+}
+
+
+def pairwise(n, inputs, hidden, groups, height, width, kernel_size, form="sums"):
+    """Return the number of products, and the tensors that pairwise weights are made of."""
     torch.manual_seed(0)
     reach = kernel_size - 1
-    return (
-        randn(n, channels, height, width),
-        randn(n, channels, height + reach, width + reach),
-        randn(hidden, channels) * channels**-0.5,
+    products, product_channels = FORMS[form](inputs)
+    channels = product_channels + inputs - products
+    return products, (
+        randn(n, inputs, height, width),
+        randn(n, inputs, height + reach, width + reach),
+        randn(product_channels),
+        randn(hidden, channels) * max(channels, 1) ** -0.5,
         randn(hidden),
         randn(groups, hidden) * hidden**-0.5,
         randn(groups),
     )
 
 
+def pairwise_values(own, other, product_shift, products, kernel_size):
+    """Return what relations are the ReLU of, (N, C, k^2, H, W), place by place."""
+    height, width = own.shape[2:]
+    places = []
+    for row in range(kernel_size):
+        for col in range(kernel_size):
+            there = other[:, :, row : row + height, col : col + width]
+            values = []
+            for channel, shift in enumerate(product_shift):
+                count = products // len(product_shift)
+                of_channel = slice(channel * count, (channel + 1) * count)
+                values.append(shift + (own[:, of_channel] * there[:, of_channel]).sum(1))
+            values += [own[:, i] + there[:, i] for i in range(products, own.shape[1])]
+            places.append(torch.stack(values, 1))
+    return torch.stack(places, 2)
+
+
 def pairwise_hidden(own, other, matrix, kernel_size):
-    relation = (own.flatten(2).unsqueeze(2) + windows(other, kernel_size)).relu()
-    return torch.einsum("rc,nckp->nrkp", matrix, relation)
+    values = pairwise_values(own, other, matrix[0, :0], 0, kernel_size)
+    return torch.einsum("rc,nckhw->nrkhw", matrix, values.relu())
 
 
-def check_pairwise(sizes, instructions):
-    tensors = pairwise(*sizes)
-    own, other, matrix, shift, next_matrix, bias = tensors
+def check_pairwise(sizes, instructions, form="sums"):
+    products, tensors = pairwise(*sizes, form)
     kernel_size = sizes[-1]
     exact = [x.double().requires_grad_() for x in tensors]
-    hidden = pairwise_hidden(*exact[:3], kernel_size)
-    logits = torch.einsum(
-        "gr,nrkp->ngkp", exact[4], (hidden + exact[3][:, None, None]).relu()
-    ) + exact[5].view(-1, 1, 1)
-    expected = logits.softmax(2).unflatten(3, own.shape[2:])
+    values = pairwise_values(*exact[:3], products, kernel_size)
+    _, _, _, matrix, shift, next_matrix, bias = exact
+    hidden = torch.einsum("rc,nckhw->nrkhw", matrix, values.relu()) + shift.view(-1, 1, 1, 1)
+    logits = torch.einsum("gr,nrkhw->ngkhw", next_matrix, hidden.relu()) + bias.view(-1, 1, 1, 1)
+    expected = logits.softmax(2)
     options = (kernel_size, instructions)
-    weights = OPS.pairwise_weights(*tensors, *options)
+    weights = OPS.pairwise_weights(*tensors, products, *options)
     grad = torch.randn_like(weights)
-    gradients = torch.autograd.grad(expected, exact, grad.double(), retain_graph=True)
-    found = OPS.pairwise_weights_backward(grad, weights, *tensors[:5], *options)
+    gradients = torch.autograd.grad(
+        expected, exact, grad.double(), retain_graph=True, materialize_grads=True
+    )
+    found = OPS.pairwise_weights_backward(grad, weights, *tensors[:-1], products, *options)
     assert_close([weights, *found], [expected, *gradients])
 
-    sums = exact[0].flatten(2).unsqueeze(2) + windows(exact[1], kernel_size)
-    dims = (0, 2, 3)
-    channels = own.shape[1]
+    channels, dims = values.shape[1], (0, 2, 3, 4)
     for rectified in (False, True):
-        values = sums.relu() if rectified else sums
-        moments = OPS.pairwise_moments(own, other, rectified, *options)
+        x = values.relu() if rectified else values
+        moments = OPS.pairwise_moments(*tensors[:3], products, rectified, *options)
         assert moments[0].dtype == moments[1].dtype == torch.float64
-        mean = values.mean(dims)
-        centered = (values - mean.view(-1, 1, 1)).transpose(0, 1).flatten(1)
+        mean = x.mean(dims)
+        centered = (x - mean.view(-1, 1, 1, 1)).transpose(0, 1).flatten(1)
         covariance = centered @ centered.T / centered.shape[1]
         assert_close(moments, [mean, covariance if rectified else covariance.diag()])
         start, slope = randn(channels), randn(channels)
@@ -96,16 +122,29 @@ def check_pairwise(sizes, instructions):
         if rectified:
             slope = randn(channels, channels)
             slope = by_channel = slope + slope.T
-        grad = start.view(-1, 1, 1) + torch.einsum("dc,nckp->ndkp", by_channel.double(), values)
-        gradients = torch.autograd.grad(values, exact[:2], grad.detach(), retain_graph=True)
-        found = OPS.pairwise_moments_backward(start, slope, own, other, rectified, *options)
+        grad = start.view(-1, 1, 1, 1) + torch.einsum("dc,nckhw->ndkhw", by_channel.double(), x)
+        gradients = torch.autograd.grad(
+            x, exact[:3], grad.detach(), retain_graph=True, materialize_grads=True
+        )
+        found = OPS.pairwise_moments_backward(
+            start, slope, *tensors[:3], products, rectified, *options
+        )
         assert_close(found, gradients)
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("instructions", cpu.instruction_sets())
 @pytest.mark.parametrize("sizes", PAIRWISE_SIZES)
-def test_pairwise(sizes, instructions):
-    check_pairwise(sizes, instructions)
+def test_pairwise(sizes, instructions, form):
+    check_pairwise(sizes, instructions, form)
+
+
+@pytest.mark.parametrize("products,product_channels", [(2, 0), (0, 1), (3, 2), (6, 2)])
+def test_products_that_make_no_channels(products, product_channels):
+    own, other, shift = randn(1, 5, 4, 4), randn(1, 5, 6, 6), randn(product_channels)
+    expected = f"a multiple of the {product_channels} numbers of product_shift and at most 5, got"
+    with pytest.raises(ValueError, match=f"{expected} {products}"):
+        OPS.pairwise_moments(own, other, shift, products, False, 3, "")
 
 
 def check_patchwise(sizes, instructions):
@@ -137,9 +176,13 @@ small, reach = st.integers(1, 20), st.integers(0, 3)
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.tuples(st.integers(1, 2), small, small, small, small, st.integers(1, 60)), reach)
-def test_any_pairwise_shape(sizes, reach):
-    check_pairwise((*sizes, 2 * reach + 1), "")
+@given(
+    st.tuples(st.integers(1, 2), small, small, small, small, st.integers(1, 60)),
+    reach,
+    st.sampled_from(list(FORMS)),
+)
+def test_any_pairwise_shape(sizes, reach, form):
+    check_pairwise((*sizes, 2 * reach + 1), "", form)
 
 
 @settings(max_examples=15, deadline=None)
@@ -149,10 +192,10 @@ def test_any_patchwise_shape(sizes, reach):
 
 
 def test_the_covariance_of_values_far_from_zero():
-    own, other, matrix, *_ = pairwise(1, 4, 3, 1, 20, 30, 7)
+    _, (own, other, no_shift, matrix, *_) = pairwise(1, 4, 3, 1, 20, 30, 7)
     own += 1000
     exact = pairwise_hidden(own.double(), other.double(), matrix.double(), 7).flatten(2)[0]
-    mean, covariance = OPS.pairwise_moments(own, other, True, 7, "")
+    mean, covariance = OPS.pairwise_moments(own, other, no_shift, 0, True, 7, "")
     matrix = matrix.double()
     torch.testing.assert_close(matrix @ mean, exact.mean(1), rtol=1e-6, atol=0)
     var = (matrix @ covariance * matrix).sum(1)
@@ -167,21 +210,22 @@ def test_the_variance_of_what_cancels():
     own, other = (x + 0.01 * torch.randn(1, 4, *x.shape[2:]) for x in (own, other))
     matrix = torch.tensor([[1.0, -1, 1, -1]])
     exact = pairwise_hidden(own.double(), other.double(), matrix.double(), 7).flatten(2)[0]
-    mean, covariance = PairwiseMoments.apply(own, other, scale, 0 * scale, 7)
+    mean, covariance = PairwiseMoments.apply(own, other, scale, 0 * scale, PairwiseForm(7))
     var = (matrix.double() @ covariance * matrix).sum(1)
     torch.testing.assert_close(var, exact.var(1, correction=0), rtol=5e-3, atol=0)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_finite_stays_in_its_windows(bad):
-    own, other, *others = pairwise(1, 3, 4, 2, 20, 60, 7)
+# A product with infinity may be negative, and its ReLU finite.
+@pytest.mark.parametrize("bad,form", [(math.inf, "sums"), *((math.nan, form) for form in FORMS)])
+def test_what_is_not_finite_stays_in_its_windows(bad, form):
+    products, (own, other, *others) = pairwise(1, 4, 4, 2, 20, 60, 7, form)
     window = torch.zeros(20, 60, dtype=torch.bool)
     window[2:9, 44:51] = True
     other[0, 1, 8, 50] = bad
-    weights = OPS.pairwise_weights(own, other, *others, 7, "")
+    weights = OPS.pairwise_weights(own, other, *others, products, 7, "")
     assert torch.equal(~weights[0].isfinite().flatten(0, 1).all(0), window)
-    values = torch.ones(3 * 49)
-    hidden = OPS.patchwise_hidden(other, values, values, torch.ones(5, 3 * 49), 7, "")
+    values = torch.ones(4 * 49)
+    hidden = OPS.patchwise_hidden(other, values, values, torch.ones(5, 4 * 49), 7, "")
     assert torch.equal(~hidden[0].isfinite().all(0), window)
 
 
