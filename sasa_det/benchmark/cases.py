@@ -18,6 +18,7 @@ GROUPS = {
     "kernel_size": "operators",
     "image_size": "operators",
     "trainer": "training",
+    "aggregation": "aggregation",
     "san": "san",
 }
 _NEED_DETECTRON2 = ("models", "training", "san")

@@ -1,22 +1,18 @@
-"""Cases of SAN: its aggregation, and detectors with and without all relations in memory."""
+"""Cases of SAN: detectors with and without all relations in memory."""
 
 from collections.abc import Callable
 from functools import partial
 from types import MethodType
 
-import torch
 from torch import Tensor, nn
 
 from ..layers import PairwiseAttention2d, PatchwiseAttention2d
 from ..layers.projection import project
 from ..modeling import use_products
-from ..ops import vector_aggregation
 from ..ops.aggregation import aggregate
-from .measure import Case, Contender, Run, Settings, cases_of_passes
+from .measure import Case, Contender, Settings
 from .models import Way, check_size, detection, stock
-from .operators import module_contender
 
-_KERNEL_SIZE, _CHANNELS, _SHARED = 7, 256, 8
 _ASPECT = 1.68  # of a COCO image at 800 x 1344
 _STRIDE = 32
 _IN_PYTORCH = ("MODEL.SASA.BACKEND", "reference")
@@ -38,42 +34,9 @@ def _unfolded(layer: nn.Module, x: Tensor) -> Tensor:
     return aggregate(value, weights, kernel_size=layer.kernel_size)
 
 
-def _aggregation_run(settings: Settings, size: int, training: bool, aggregation: Callable) -> Run:
-    shape = (settings.batch, _CHANNELS // _SHARED, _KERNEL_SIZE**2, size, size)
-    weight = torch.randn(shape, device=settings.device, dtype=settings.dtype)
-    value = settings.features(_CHANNELS, size)
-    if not training:
-        return lambda: aggregation(weight, value)
-    weight.requires_grad_(), value.requires_grad_()
-    grad = settings.features(_CHANNELS, size)
-    return lambda: torch.autograd.grad(aggregation(weight, value), (weight, value), grad)
-
-
-def _aggregations(settings: Settings, size: int, training: bool) -> list[Contender]:
-    def convolution() -> nn.Module:
-        return nn.Conv2d(_CHANNELS, _CHANNELS, 3, padding=1, bias=False)
-
-    def in_one(weight: Tensor, value: Tensor) -> Tensor:
-        return vector_aggregation(weight, value, _KERNEL_SIZE)
-
-    def in_pytorch(weight: Tensor, value: Tensor) -> Tensor:
-        return aggregate(value, weight, kernel_size=_KERNEL_SIZE)
-
-    run = partial(_aggregation_run, settings, size, training)
-    return [
-        module_contender(settings, "3x3 convolution", convolution, _CHANNELS, size, training),
-        Contender("aggregation", partial(run, in_one)),
-        Contender("aggregation in PyTorch", partial(run, in_pytorch), slow=True),
-    ]
-
-
 def _cases(settings: Settings) -> list[Case]:
     check_size(settings, "san", 85)  # up to which P7 of an image is one pixel
-    size = settings.image_size // 8
-    features = f"{settings.batch}x{_CHANNELS}x{size}x{size}"
-    title = f"vector aggregation, {{}}, {features}, k {_KERNEL_SIZE}, {_SHARED} channels a weight"
-    aggregations = partial(_aggregations, settings, size)
-    cases = cases_of_passes("san", "vector aggregation", title, aggregations)
+    cases = []
     height = settings.image_size
     width = round(height * _ASPECT / _STRIDE) * _STRIDE
     for kind in ("pairwise", "patchwise"):

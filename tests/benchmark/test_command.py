@@ -107,7 +107,7 @@ from sasa_det.benchmark.measure import Settings
 from sasa_det_cli import run
 peak._CALLS, peak._LARGE_MATRIX = 1, {"cpu": 256}
 settings = Settings("cpu", torch.float32, 1, 64, Path("configs"), bfloat16=True)
-for case in make_cases(settings, ["op", "layer", "stem"]):
+for case in make_cases(settings, ["op", "layer", "stem", "aggregation"]):
     for contender in case.contenders:
         if not contender.foreign:
             contender.make()()
