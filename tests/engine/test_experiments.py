@@ -58,7 +58,7 @@ def experiments(output):
 
 
 @pytest.mark.slow
-def test_experiments_run_once_and_start_from_each_other(tmp_path, tiny):
+def test_experiments_run_once_and_start_from_each_other(tmp_path, tiny, digits):
     first = tiny("first")
     (outcome,) = experiments(tmp_path).run([first]).values()
     assert [iteration for iteration, _ in outcome.curve] == [4]
@@ -68,8 +68,13 @@ def test_experiments_run_once_and_start_from_each_other(tmp_path, tiny):
     written = log.stat().st_mtime_ns
     # An interrupted one without a checkpoint begins again; one that has ended stays as it is.
     (tmp_path / "runs" / "second").mkdir()
-    still = overrides({"SOLVER.BASE_LR": 1e-12, "TEST.EVAL_PERIOD": 4, "SEED": 1})
-    second = Experiment("second", "train_net", "Quick/retinanet_SASA.yaml", still, after="first")
+    still = {"SOLVER.BASE_LR": 1e-12, "TEST.EVAL_PERIOD": 4, "SEED": 1}
+    for split, folder in (("TRAIN", "train"), ("TEST", "val")):
+        still[f"DATASETS.{split}_JSON"] = f"{digits / folder}.json"
+        still[f"DATASETS.{split}_IMAGES"] = str(digits / folder)
+    second = Experiment(
+        "second", "train_net", "Quick/retinanet_SASA.yaml", overrides(still), after="first"
+    )
     results = experiments(tmp_path).run([first, second])
     assert list(results) == ["first", "second"]
     assert results["first"] == outcome
