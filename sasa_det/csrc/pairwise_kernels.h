@@ -23,16 +23,15 @@ struct Geometry {
         width(int(a.width)),
         kernel(int(a.kernel)),
         window(kernel * kernel),
+        products_of_channel(products / std::max(product_channels, 1)),
         padded_width(width + kernel - 1),
         stride(round_up(width, SPAN) + round_up(kernel - 1, LANES)),
         bands(int(ceil_div(a.height, BAND))) {}
-  // The inputs of a channel of products.
-  int first_input(int channel) const { return products / product_channels * channel; }
-  int last_input(int channel) const { return first_input(channel + 1); }
-  // The input that a channel of sums adds to.
+  // The first of the inputs of a channel of products, and the input of a channel of sums.
+  int first_input(int channel) const { return channel * products_of_channel; }
   int input(int channel) const { return channel - product_channels + products; }
   int inputs, products, product_channels, channels, hidden, groups, height, width, kernel, window;
-  int padded_width;
+  int products_of_channel, padded_width;
   int stride;  // floats of a row of others, at each column of which the tiles of a row may start
   int bands;
 };
@@ -169,7 +168,7 @@ class Band {
 #pragma GCC unroll 3
       for (int v = 0; v < VECTORS; ++v) {
         Vec sum = all(a_.product_shift[c]);
-        for (int i = g_.first_input(c); i < g_.last_input(c); ++i)
+        for (int i = g_.first_input(c); i < g_.first_input(c + 1); ++i)
           sum += own(i, v) * other(i, at, v);
         f(c, v, sum);
       }
@@ -391,7 +390,7 @@ void backward(const Pairwise& a, int64_t first_task, int64_t last_task) {
           if (channel >= g.product_channels) return pass_to(g.input(channel), v, grad, grad);
           float* sum = grad_product_shift + channel * LANES;
           store(sum, load(sum) + grad);
-          for (int i = g.first_input(channel); i < g.last_input(channel); ++i)
+          for (int i = g.first_input(channel); i < g.first_input(channel + 1); ++i)
             pass_to(i, v, grad * band.other(i, offset, v), grad * band.own(i, v));
         };
         if (!of_weights && !a.rectified) {
