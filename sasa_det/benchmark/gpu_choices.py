@@ -105,13 +105,13 @@ def make_launch(
         tensors["grad"] = torch.randn_like(output)
         tensors["log_sum"] = torch.full(plane, math.log2(variant.kernel_size**2), device=device)
         # The key kernel reads what the query kernel has written.
-        mean = torch.zeros(plane, device=device)
+        minus_mean = torch.zeros(plane, device=device)
         if kernel == "local_attention_query":
             sums = embedding_sums_shape(Maps.of(query), channels)
             written = {"grad_query": output, "grad_embeddings": torch.empty(sums, device=device)}
-            written["mean"] = mean
+            written["minus_mean"] = minus_mean
         else:
-            tensors["mean"] = mean
+            tensors["minus_mean"] = minus_mean
             written = {"grad_key": output, "grad_value": torch.empty_like(output)}
     launch = launch_of(kernel, variant, **tensors, **written)
 

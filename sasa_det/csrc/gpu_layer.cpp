@@ -208,7 +208,7 @@ struct JoinedLayerFunction : torch::autograd::Function<JoinedLayerFunction> {
     const std::vector<Tensor> plans = data["plans"].toTensorVector();
     Tensor grad = as_pixels(grad_output, joined.scalar_type());
     if (data["pooled"].toBool()) grad = as_squares(grad, joined.size(1), joined.size(2));
-    const Tensor mean = at::empty_like(log_sum);
+    const Tensor minus_mean = at::empty_like(log_sum);
     const Slices of(joined, channels), to(grad_joined, channels);
     const bool is_empty = joined.numel() == 0;
     Tensor sums, grad_rows, grad_cols;
@@ -221,11 +221,11 @@ struct JoinedLayerFunction : torch::autograd::Function<JoinedLayerFunction> {
     const int64_t stream = data["stream"].toInt();
     Launch(plans.at(QUERY))
         .start({address(grad), of.query, of.key, of.value, address(rows), address(cols),
-                address(log_sum), to.query, address(mean), address(sums)},
+                address(log_sum), to.query, address(minus_mean), address(sums)},
                stream);
     Launch(plans.at(KEY))
         .start({address(grad), of.query, of.key, of.value, address(rows), address(cols),
-                address(log_sum), address(mean), to.key, to.value},
+                address(log_sum), address(minus_mean), to.key, to.value},
                stream);
     if (rows.defined())
       Launch(plans.at(EMBEDDINGS))

@@ -184,7 +184,7 @@ def backward(
         "rel_rows": _exact(rel_rows),
         "rel_cols": _exact(rel_cols),
         "log_sum": log_sum,
-        "mean": torch.empty_like(log_sum),
+        "minus_mean": torch.empty_like(log_sum),
     }
     has_position = rel_rows is not None
     sums = None

@@ -184,7 +184,7 @@ KERNELS = {
         Variant.query_bytes,
         _structure(
             "grad query key value grad_query",
-            "grad query key value rel_rows rel_cols log_sum grad_query mean grad_embeddings",
+            "grad query key value rel_rows rel_cols log_sum grad_query minus_mean grad_embeddings",
         ),
     ),
     "local_attention_key": Kernel(
@@ -192,7 +192,7 @@ KERNELS = {
         Variant.key_bytes,
         _structure(
             "grad query key value grad_key grad_value",
-            "grad query key value rel_rows rel_cols log_sum mean grad_key grad_value",
+            "grad query key value rel_rows rel_cols log_sum minus_mean grad_key grad_value",
         ),
         Variant.query_terms_of_warp,
     ),
@@ -222,9 +222,9 @@ def launch_of(
         maps: of which the pixels are; None for those of images (N, H, W, C).
         **tensors: what its file names, None for what the variant does not have. Pixels are
             (N, H, W, C) or (P, C), and :func:`pixel_stride` has a stride of each; embeddings are
-            (num_heads, C // num_heads // 2, kernel_size), log_sum and mean have num_heads numbers
-            of each pixel, as (N, num_heads, H, W) of each level, all contiguous and float32, and
-            grad_embeddings has :func:`embedding_sums_shape`.
+            (num_heads, C // num_heads // 2, kernel_size), log_sum and minus_mean have num_heads
+            numbers of each pixel, as (N, num_heads, H, W) of each level, all contiguous and
+            float32, and grad_embeddings has :func:`embedding_sums_shape`.
     """
     query = tensors["query"]
     sizes, grid = _sizes_and_grid(variant, maps or Maps.of(query), query.shape[-1])

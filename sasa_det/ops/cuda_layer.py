@@ -90,7 +90,7 @@ def plans_of(
     slices = {"query": query, "key": key[0] if key else None, "value": value}
     gradients = {f"grad_{name}": x for name, x in slices.items()}
     images = {**slices, **gradients, "output": output, "grad": output}
-    others = dict.fromkeys(("rel_rows", "rel_cols", "log_sum", "mean", "grad_embeddings"))
+    others = dict.fromkeys(("rel_rows", "rel_cols", "log_sum", "minus_mean", "grad_embeddings"))
     kernels = ["local_attention_forward"]
     if trains:
         kernels += ["local_attention_query", "local_attention_key"]

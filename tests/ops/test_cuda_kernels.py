@@ -141,11 +141,11 @@ def backward(library, case, inputs, grad, log_sum, **options):
         grad = as_squares(grad, *query.shape[1:3])
     tensors = {"grad": grad, **dict(zip(NAMES, inputs, strict=True)), "log_sum": log_sum}
     grad_query, grad_key, grad_value = (nan(*query.shape, dtype=variant.dtype) for _ in range(3))
-    results = {"grad_query": grad_query, "mean": nan(*log_sum.shape)}
+    results = {"grad_query": grad_query, "minus_mean": nan(*log_sum.shape)}
     results["grad_embeddings"] = sums = nan(*embedding_sums_shape(Maps.of(query), query.shape[3]))
     message, first = run(library, "local_attention_query", case, tensors, results, **options)
     assert message == ""
-    tensors["mean"] = results["mean"]
+    tensors["minus_mean"] = results["minus_mean"]
     results = {"grad_key": grad_key if variant.content else None, "grad_value": grad_value}
     message, second = run(library, "local_attention_key", case, tensors, results, **options)
     assert message == ""
@@ -267,7 +267,7 @@ def test_levels_in_one_launch_are_the_same_as_each_in_its_own(library, case, hea
     grad = torch.randn(sum(maps.pixels), channels).to(variant.dtype)
     names = ("output", "grad_query", "grad_key", "grad_value")
     images = {name: nan(*grad.shape, dtype=variant.dtype) for name in names}
-    planes = {name: nan(sum(maps.pixels) * heads) for name in ("log_sum", "mean")}
+    planes = {name: nan(sum(maps.pixels) * heads) for name in ("log_sum", "minus_mean")}
     sums = {"grad_embeddings": nan(*embedding_sums_shape(maps, channels))}
     inputs = dict(zip(NAMES, (*joined.split(channels, 1), rows, cols), strict=True))
     start_all(library, case, maps, {**inputs, "grad": grad}, {**images, **planes, **sums})

@@ -12,7 +12,7 @@ struct KeyArguments {
   u32 grad_stride, query_stride, key_stride, value_stride, grad_key_stride, grad_value_stride;
   const u16 *grad, *query, *key, *value;  // (pixels, heads * DEPTH)
   const float *rel_rows, *rel_cols;       // (heads, DEPTH / 2, KERNEL)
-  const float *log_sum, *mean;            // (batch, heads, height, width) of each level
+  const float *log_sum, *minus_mean;      // (batch, heads, height, width) of each level
   u16 *grad_key, *grad_value;
 };
 
@@ -24,7 +24,7 @@ struct QueryTables {
   static constexpr int COLS = TILE_COLS + 7;
   // For each row of queries: its terms by column offset, 8 for each query; log_sum less the terms
   // by row offset, for each offset and each query, in lines in which a warp that writes meets each
-  // bank once; the mean of grad.value, for each query.
+  // bank once; less the mean of grad.value, for each query.
   static constexpr int LINE = 28, BY_ROW = COLS * 8 * 4, MEAN = BY_ROW + 8 * LINE * 4,
                        ROW_BYTES = MEAN + (COLS + 1) * 4, BYTES = ROWS * ROW_BYTES;
 
@@ -33,11 +33,11 @@ struct QueryTables {
     return ((col / 8 * 8 + col % 8 / 2 + col % 2 * 4) * 8 + offset) * 4;
   }
   static DEVICE Shared by_row(int col, int offset) { return BY_ROW + (offset * LINE + col) * 4; }
-  static DEVICE Shared mean(int col) { return MEAN + col * 4; }
+  static DEVICE Shared minus_mean(int col) { return MEAN + col * 4; }
   // log_sum itself, until the terms are there: there are at most 7 offsets.
   static DEVICE Shared log_sum(int col) { return by_row(col, 7); }
 
-  // Starts to copy log_sum and mean of the queries of two rows, which `prepare` has in the same
+  // Starts to copy log_sum and minus_mean of the queries of two rows, which `prepare` has in the same
   // warp.
   static DEVICE void copy(Shared to, const KeyArguments& x, const Block& block, int head,
                           const Thread& me) {
@@ -46,8 +46,8 @@ struct QueryTables {
     const int row = 2 * me.warp + me.lane / 8 % 2, col = me.lane % 8;
     const int y = block.top + row - REACH, left = block.left + col - REACH;
     const float* from =
-        (first ? x.log_sum : x.mean) + block.in_planes(head, row - REACH, col - REACH);
-    to += row * ROW_BYTES + (first ? log_sum(col) : mean(col));
+        (first ? x.log_sum : x.minus_mean) + block.in_planes(head, row - REACH, col - REACH);
+    to += row * ROW_BYTES + (first ? log_sum(col) : minus_mean(col));
 #pragma unroll
     for (int c = 0; c < COLS; c += 8)
       copy_async(to + 4 * c, from + c, block.has_row(y) && block.has_col(left + c), c + col < COLS);
@@ -142,13 +142,13 @@ SELDOM void key_gradients_one_by_one(const KeyArguments x, Shared grads, Shared 
         if (CONTENT) sum += q * T::low(load(key + d));
         product += pixel.of_window(grads, row, col, d) * T::low(load(value + d));
       }
-      float log_sum, term, mean;  // the terms by row are in log_sum
+      float log_sum, term, minus_mean;  // the terms by row are in log_sum
       const Shared in_row = tables + (pixel.y + row) * Tables::ROW_BYTES;
       load_shared(term, in_row + Tables::by_col(pixel.x + col, LAST - col));
       load_shared(log_sum, in_row + Tables::by_row(pixel.x + col, LAST - row));
-      load_shared(mean, in_row + Tables::mean(pixel.x + col));
+      load_shared(minus_mean, in_row + Tables::minus_mean(pixel.x + col));
       const float weight = exp2_of(smaller_of((sum + term) * LOG2_E - log_sum, 0.f));
-      const float slope = weight * (product - mean);
+      const float slope = weight * (product + minus_mean);
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         to_value[e] += weight * pixel.of_window(grads, row, col, 8 * chunk + e);
@@ -172,6 +172,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_key(const Key
   using S = KeyShared<DEPTH, KERNEL>;
   using Tables = QueryTables<DEPTH, KERNEL>;
   constexpr int ROWS = KERNEL + 1, LAST = KERNEL - 1;
+  // Whether grad.value less its mean begins with the latter: below 32 channels, the compiler copies
+  // it to more registers than there are sums.
+  constexpr bool BEGINS = DEPTH >= 32;
   const Thread me;
   const ForProducts<DEPTH> for_products;
   const Block block = Block::of<DEPTH>(x.sizes);
@@ -226,22 +229,21 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_key(const Key
     u32 weights[ROWS / 2][4], slopes[ROWS / 2][4];
 #pragma unroll
     for (int j = 0; j < ROWS; j += 2) {
-      float logits[2][4], products[2][4], term[2][2];
+      float logits[2][4], products[2][4], term[2][2], minus_mean[2][2];
 #pragma unroll
       for (int r = 0; r < 2; ++r)
 #pragma unroll
-        for (int i = 0; i < 2; ++i) load_shared(term[r][i], terms[i] + (j + r) * Tables::ROW_BYTES);
+        for (int i = 0; i < 2; ++i) {
+          load_shared(term[r][i], terms[i] + (j + r) * Tables::ROW_BYTES);
+          load_shared(minus_mean[r][i], others[i] + (j + r) * Tables::ROW_BYTES +
+                                            (Tables::minus_mean(0) - Tables::by_row(0, 0)));
+        }
       window_products<T, CONTENT>(logits, k, queries_as_columns, windows, j,
                                   [&](int r, int i) { return term[r][i % 2]; });
       window_products<T, CONTENT>(products, v, grads_as_columns, windows, j,
-                                  [](int, int) { return 0.f; });
+                                  [&](int r, int i) { return BEGINS ? minus_mean[r][i % 2] : 0.f; });
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float mean[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-          load_shared(mean[i], others[i] + (j + r) * Tables::ROW_BYTES +
-                                   (Tables::mean(0) - Tables::by_row(0, 0)));
+      for (int r = 0; r < 2; ++r)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           u32 &weight_word = weights[j / 2][2 * r + h], &slope_word = slopes[j / 2][2 * r + h];
@@ -256,12 +258,11 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_key(const Key
                                      (Tables::by_row(0, offset) - Tables::by_row(0, 0)));
             // Rounding of huge logits shall not make a weight of more than 1.
             weight[i] = exp2_of(smaller_of(multiply_add(logits[r][n], LOG2_E, -log_sum), 0.f));
-            slope[i] = weight[i] * (products[r][n] - mean[i]);
+            slope[i] = weight[i] * (BEGINS ? products[r][n] : products[r][n] + minus_mean[r][i]);
           }
           weight_word = T::pack(weight[0], weight[1]);
           slope_word = T::pack(slope[0], slope[1]);
         }
-      }
     }
     const ForSums<DEPTH> for_sums;
     // Out of the window.

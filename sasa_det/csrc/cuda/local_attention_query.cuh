@@ -1,6 +1,6 @@
 // Gradients of local attention for queries and embeddings, and what the kernel for keys needs: the
-// mean of grad.value over each window. That mean is exact, from the same weights as the gradients,
-// because values far from zero make it large beside the differences from it.
+// mean of grad.value over each window, negative. That mean is exact, from the same weights as the
+// gradients, because values far from zero make it large beside the differences from it.
 #pragma once
 
 #include <one_by_one.cuh>
@@ -14,7 +14,7 @@ struct QueryArguments {
   const float *rel_rows, *rel_cols;       // (heads, DEPTH / 2, KERNEL)
   const float* log_sum;                   // (batch, heads, height, width) of each level
   u16* grad_query;
-  float* mean;  // as log_sum
+  float* minus_mean;  // as log_sum
   // (tiles of all images, heads * DEPTH, 8): sums over a tile for each channel and offset, of rows
   // for the first half of a head's channels, of columns for the second.
   float* grad_embeddings;
@@ -60,7 +60,7 @@ SELDOM void query_gradients_one_by_one(const QueryArguments x, Shared keys, Shar
       pair(i / KERNEL, i % KERNEL, weight, product);
       mean += weight * product;
     }
-  if (pixel.first_chunk == 0) store(x.mean + in_planes, mean);
+  if (pixel.first_chunk == 0) store(x.minus_mean + in_planes, -mean);
 #pragma unroll 1
   for (int chunk = pixel.first_chunk; chunk < Heads<DEPTH>::HEAD_CHUNKS; chunk += 2) {
     float sums[8] = {};
@@ -159,14 +159,17 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_query(const Q
     grads.template load<POOLED>(g, for_products, x.grad, x.grad_stride, block, pixels, me, head);
     float mean[2] = {0.f, 0.f};
     if (DEPTH < 32) load_shifts(head);
-    terms.template find<T>(a, attended.embeddings, head, me);
+    // What is subtracted from logits by row, with the sum of their powers, for nothing.
+    terms.template find<T>(a, attended.embeddings, head, me, [&](float term, int h) {
+      return multiply_add(-term, LOG2_E, shift[h]);
+    });
     float weights[ROWS / 2][2][4], products[ROWS / 2][2][4];
     const PixelsAsColumns<DEPTH> keys_as_columns(attended.keys, for_products, head);
     const PixelsAsColumns<DEPTH> values_as_columns(attended.values, for_products, head);
 #pragma unroll
     for (int j = 0; j < ROWS; j += 2) {
       window_products<T, CONTENT>(weights[j / 2], a, keys_as_columns, windows, j,
-                                  [&](int r, int i) { return terms.start(j + r, i); });
+                                  [&](int, int i) { return terms.by_col[i]; });
       window_products<T, true>(products[j / 2], g, values_as_columns, windows, j,
                                [](int, int) { return 0.f; });
 #pragma unroll
@@ -177,7 +180,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_query(const Q
           if (j + r - h < 0 || j + r - h >= KERNEL) continue;
           float& weight = weights[j / 2][r][i];
           // Rounding of huge logits shall not make a weight of more than 1.
-          weight = exp2_of(smaller_of(multiply_add(weight, LOG2_E, -shift[h]), 0.f));
+          const float shifted = multiply_add(weight, LOG2_E, -terms.by_row[h][j + r - h]);
+          weight = exp2_of(smaller_of(shifted, 0.f));
           mean[h] += weight * products[j / 2][r][i];
         }
     }
@@ -223,7 +227,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_query(const Q
         results.put(words, for_sums, x.grad_query, x.grad_query_stride, block, pixels, me, head, c);
       }
     }
-    one.store(x.mean, block, head, one.of(mean));
+    one.store(x.minus_mean, block, head, -one.of(mean));
     if (in_any_thread(not_finite(collected))) {
       wait_for_warp();  // whose threads have written what others write again
       query_gradients_one_by_one<T, DEPTH, KERNEL, MASK, CONTENT, POSITION, POOLED>(

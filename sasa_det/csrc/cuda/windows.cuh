@@ -228,10 +228,18 @@ class Terms {
   template <typename T>
   DEVICE void find(const u32 (&a)[Heads<DEPTH>::STEPS][4], Shared embeddings, int head,
                    const Thread& me) {
+    find<T>(a, embeddings, head, me, [](float term, int) { return term; });
+  }
+  // The same with by_row as a function has it of a term and the row of pixels, 0 or 1.
+  template <typename T, typename Change>
+  DEVICE void find(const u32 (&a)[Heads<DEPTH>::STEPS][4], Shared embeddings, int head,
+                   const Thread& me, Change change) {
     float row[4], col[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) row[i] = row_start_[i / 2 + i % 2], col[i] = col_start_[i % 2];
     if (POSITION) Embeddings<DEPTH, KERNEL>::template product<T>(row, col, a, embeddings, head, me);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) row[i] = change(row[i], i / 2);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
 #pragma unroll

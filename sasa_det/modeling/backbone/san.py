@@ -36,8 +36,8 @@ KERNEL_SIZES = (3, 7, 7, 7, 7)
 # Blocks of every stage by depth (Table 1 of the paper).
 NUM_BLOCKS = {10: (2, 1, 2, 4, 1), 15: (3, 2, 3, 5, 2), 19: (3, 3, 4, 6, 3)}
 
-# Stages that the backward pass runs again. They have the most pixels; the others take a third of the
-# memory and half of the time of a second run.
+# Stages that the backward pass runs again: those of the most pixels. The others would take a third
+# of the memory, and half of the time of second runs.
 REPLAYED_STAGES = ("stem", "res2")
 LEAST_REPLAYED = 1 << 20  # numbers of a stage's maps: to keep fewer costs less than time
 
