@@ -6,9 +6,11 @@ from types import MethodType
 
 from torch import Tensor, nn
 
+from ..engine.model_options import checkpoint_stages
 from ..layers import PairwiseAttention2d, PatchwiseAttention2d
 from ..layers.projection import project
 from ..modeling import use_products
+from ..modeling.backbone.san import STAGES
 from ..ops.aggregation import aggregate
 from .measure import Case, Contender, Settings
 from .models import Way, check_size, detection, stock
@@ -28,6 +30,11 @@ def unfold(model: nn.Module) -> nn.Module:
     return model
 
 
+def _checkpointed(model: nn.Module) -> nn.Module:
+    checkpoint_stages(model.backbone, STAGES)
+    return model
+
+
 def _unfolded(layer: nn.Module, x: Tensor) -> Tensor:
     query, key, value = project(x, (layer.query, layer.key, layer.value))
     weights = layer.window_weights(query, key)
@@ -43,8 +50,9 @@ def _cases(settings: Settings) -> list[Case]:
         plain = (Way("plain PyTorch", kind, stock), _IN_PYTORCH)
         unfolded = Way("all relations at once", kind, unfold)
         built = Way("as built", kind, lambda model: model)
+        checkpointed = Way("activation checkpointing", kind, _checkpointed)
         steps = {
-            "training step": (plain, (unfolded, ()), (built, ())),
+            "training step": (plain, (unfolded, ()), (built, ()), (checkpointed, ())),
             # Plain PyTorch would have all relations of the heads too, which are not SAN's.
             "training step, attentional FPN and heads": (
                 (unfolded, _ATTENTIONAL),

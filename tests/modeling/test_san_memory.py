@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
+from sasa_det.engine.model_options import checkpoint_stages
 from sasa_det.layers.replay import replayed
 from sasa_det.layers.vector_attention import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS
 from sasa_det.modeling.backbone import san
@@ -166,6 +167,7 @@ def test_stages_that_run_again(attention, relation, norm, monkeypatch):
     expected, names = step(model, x)
     assert not any("Replayed" in name for name in names)
     monkeypatch.setattr(san, "LEAST_REPLAYED", 0)
+    checkpoint_stages(model, ["stem", "res2"])
     actual, names = step(model, x)
     assert all("Replayed" in name for name in names)
     assert actual.keys() == expected.keys()
@@ -177,6 +179,7 @@ def test_stages_that_run_again(attention, relation, norm, monkeypatch):
 def test_what_stages_that_run_again_keep(attention, monkeypatch):
     monkeypatch.setattr(san, "LEAST_REPLAYED", 0)
     model, kept = SAN(attention=attention, out_features=["res2"]), {}
+    checkpoint_stages(model, ["stem", "res2"])
 
     def keep(x):
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // 4
@@ -204,6 +207,7 @@ def test_other_stages_run_once(monkeypatch):
             model.stem.out_norm = nn.GroupNorm(2, 16)
         elif change == 3:
             model.stem.blocks[0].project.bias.register_hook(lambda grad: 2 * grad)
+        checkpoint_stages(model, ["stem"])
         names.append(type(model(x)["stem"].grad_fn).__name__)
     assert ["Replayed" in name for name in names] == [True, False, False, False]
 
@@ -223,6 +227,7 @@ def test_a_second_run_that_differs_is_refused(norms):
 def test_parameters_that_are_replaced_before_the_second_run_are_refused(monkeypatch):
     monkeypatch.setattr(san, "LEAST_REPLAYED", 0)
     model = SAN(width_multiplier=0.25, out_features=["stem"])
+    checkpoint_stages(model, ["stem"])
     output = model(torch.randn(1, 3, 20, 24))["stem"]
     model.stem.out_norm.weight = nn.Parameter(torch.ones(16))
     with pytest.raises(RuntimeError, match="Parameters were replaced"):

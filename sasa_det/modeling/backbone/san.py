@@ -36,9 +36,6 @@ KERNEL_SIZES = (3, 7, 7, 7, 7)
 # Blocks of every stage by depth (Table 1 of the paper).
 NUM_BLOCKS = {10: (2, 1, 2, 4, 1), 15: (3, 2, 3, 5, 2), 19: (3, 3, 4, 6, 3)}
 
-# Stages that the backward pass runs again: those of the most pixels. The others would take a third
-# of the memory, and half of the time of second runs.
-REPLAYED_STAGES = ("stem", "res2")
 LEAST_REPLAYED = 1 << 20  # numbers of a stage's maps: to keep fewer costs less than time
 
 MakeNorm = Callable[[int], nn.Module]
@@ -76,7 +73,7 @@ class _Block(nn.Module):
         return x + self.project(F.relu(self.norm2(out))) if projected is None else projected[0]
 
 
-class _Stage(CNNBlockBase):
+class SANStage(CNNBlockBase):
     """2x2 max pool, pointwise layer to the stage's width, blocks, norm and ReLU.
 
     The first stage has them behind a pointwise layer on the image's pixels.
@@ -92,7 +89,6 @@ class _Stage(CNNBlockBase):
         make_attention: Callable[..., nn.Module],
         norm: MakeNorm,
         is_stem: bool,
-        is_replayed: bool,
     ):
         super().__init__(in_channels, out_channels, stride=2)
         width = out_channels if is_stem else in_channels
@@ -104,7 +100,7 @@ class _Stage(CNNBlockBase):
         self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False) if is_stem else None
         self.norm = norm(out_channels) if is_stem else None
         self.is_reference = self.blocks[0].attention.is_reference
-        self.is_replayed = is_replayed
+        self.is_replayed = False
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # alone, or TorchScript compiles what it cannot
@@ -119,7 +115,7 @@ class _Stage(CNNBlockBase):
             return self._run_on_kernels(x)
 
     def _run_on_kernels(self, x: Tensor) -> Tensor:
-        if self._can_replay(x):
+        if self.is_replayed and self.can_replay(x):
             return replayed(self._run, x, lambda: list(self.parameters()))
         return self._run(x)
 
@@ -128,18 +124,16 @@ class _Stage(CNNBlockBase):
         normed = normed_relu(x, self.out_norm)
         return F.relu(self.out_norm(x)) if normed is None else normed
 
-    def _can_replay(self, x: Tensor) -> bool:
-        """Tell whether the backward pass should run the stage again, to save memory.
+    def can_replay(self, x: Tensor) -> bool:
+        """Tell whether the backward pass can run the stage again as ``is_replayed`` asks it to.
 
-        A second run must be no more than numbers. The modules that it would call have no hooks and
-        keep their forward; that of the stage is replaced by those who checkpoint it.
+        It keeps less than a checkpoint of PyTorch, and takes less time. A second run must be no
+        more than numbers, and the modules that it would call have no hooks and keep their forward.
         """
         numbers = x.shape[0] * self.out_channels * x.shape[-2:].numel() // 4
-        if not self.is_replayed or numbers < LEAST_REPLAYED:
+        if numbers < LEAST_REPLAYED or not (torch.is_grad_enabled() and runs_products(x)):
             return False
-        if not (torch.is_grad_enabled() and runs_products(x)):
-            return False
-        if "forward" in self.__dict__ or not any(p.requires_grad for p in self.parameters()):
+        if not any(p.requires_grad for p in self.parameters()):
             return False
         return all(_is_known(module, x) for module in self.modules() if module is not self)
 
@@ -267,14 +261,13 @@ class SAN(WarnsInTraining, Backbone):
             }
             if attention == "pairwise":
                 options["position_size"] = -(-position_size // stride)
-            stage = _Stage(
+            stage = SANStage(
                 channels,
                 widths[i],
                 NUM_BLOCKS[depth][i],
                 partial(layer, **options),
                 lambda channels: get_norm(norm, channels) or nn.Identity(),
                 is_stem=name == "stem",
-                is_replayed=name in REPLAYED_STAGES,
             )
             self.add_module(name, stage)
             channels = widths[i]
