@@ -45,7 +45,8 @@ def apply_options(model: nn.Module, options: RunOptions) -> nn.Module:
 def checkpoint_stages(backbone: nn.Module, stages: Sequence[str]) -> None:
     """Compute stages of a backbone again in the backward pass instead of storing activations.
 
-    The results and the statistics of batch norms do not change.
+    The results and the statistics of batch norms do not change. Stages of a SAN keep small results
+    where :meth:`SANStage.can_replay` says so, and their second run takes less time.
 
     Args:
         backbone: a backbone or, with ``bottom_up``, a feature pyramid on one; changed in place.

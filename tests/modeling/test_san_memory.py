@@ -11,7 +11,6 @@ from torch import nn
 from sasa_det.engine.model_options import checkpoint_stages
 from sasa_det.layers.replay import replayed
 from sasa_det.layers.vector_attention import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS
-from sasa_det.modeling.backbone import san
 from sasa_det.modeling.backbone.san import SAN
 from sasa_det.modeling.normed_products import normed_products, normed_relu
 from sasa_det.modeling.pooled import pooled_product, pooled_stem
@@ -159,14 +158,13 @@ def step(model, x):
 
 
 @pytest.mark.parametrize("attention,relation,norm", STAGES)
-def test_stages_that_run_again(attention, relation, norm, monkeypatch):
+def test_stages_that_run_again(attention, relation, norm):
     torch.manual_seed(0)
     options = {"attention": attention, "relation": relation, "norm": norm}
     model = SAN(width_multiplier=0.25, out_features=["stem", "res2"], **options)
     x = torch.randn(2, 3, 13, 18)
     expected, names = step(model, x)
     assert not any("Replayed" in name for name in names)
-    monkeypatch.setattr(san, "LEAST_REPLAYED", 0)
     checkpoint_stages(model, ["stem", "res2"])
     actual, names = step(model, x)
     assert all("Replayed" in name for name in names)
@@ -176,8 +174,7 @@ def test_stages_that_run_again(attention, relation, norm, monkeypatch):
 
 
 @pytest.mark.parametrize("attention", ["pairwise", "patchwise"])
-def test_what_stages_that_run_again_keep(attention, monkeypatch):
-    monkeypatch.setattr(san, "LEAST_REPLAYED", 0)
+def test_what_stages_that_run_again_keep(attention):
     model, kept = SAN(attention=attention, out_features=["res2"]), {}
     checkpoint_stages(model, ["stem", "res2"])
 
@@ -196,11 +193,11 @@ def test_what_stages_that_run_again_keep(attention, monkeypatch):
     output.sum().backward()
 
 
-def test_other_stages_run_once(monkeypatch):
-    monkeypatch.setattr(san, "LEAST_REPLAYED", 0)
+def test_other_stages_run_as_checkpoints_of_pytorch():
     x, names = torch.randn(1, 3, 20, 24), []
-    for change in range(4):
-        model = SAN(width_multiplier=0.25, out_features=["stem"])
+    for change in range(5):
+        backend = "reference" if change == 4 else None
+        model = SAN(width_multiplier=0.25, out_features=["stem"], backend=backend)
         if change == 1:
             model.stem.blocks[0].norm2.register_forward_hook(lambda *arguments: None)
         elif change == 2:
@@ -208,8 +205,14 @@ def test_other_stages_run_once(monkeypatch):
         elif change == 3:
             model.stem.blocks[0].project.bias.register_hook(lambda grad: 2 * grad)
         checkpoint_stages(model, ["stem"])
-        names.append(type(model(x)["stem"].grad_fn).__name__)
-    assert ["Replayed" in name for name in names] == [True, False, False, False]
+        runs = []
+        if change:
+            model.stem.transition.register_forward_hook(lambda *arguments, to=runs: to.append(1))
+        output = model(x)["stem"]
+        names.append(type(output.grad_fn).__name__)
+        output.sum().backward()
+        assert len(runs) == (2 if change else 0)
+    assert ["Replayed" in name for name in names] == [True, False, False, False, False]
 
 
 @pytest.mark.parametrize("norms", [(1, 0), (0, 1)])
@@ -224,8 +227,7 @@ def test_a_second_run_that_differs_is_refused(norms):
         output.sum().backward()
 
 
-def test_parameters_that_are_replaced_before_the_second_run_are_refused(monkeypatch):
-    monkeypatch.setattr(san, "LEAST_REPLAYED", 0)
+def test_parameters_that_are_replaced_before_the_second_run_are_refused():
     model = SAN(width_multiplier=0.25, out_features=["stem"])
     checkpoint_stages(model, ["stem"])
     output = model(torch.randn(1, 3, 20, 24))["stem"]

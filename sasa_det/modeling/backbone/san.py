@@ -36,8 +36,6 @@ KERNEL_SIZES = (3, 7, 7, 7, 7)
 # Blocks of every stage by depth (Table 1 of the paper).
 NUM_BLOCKS = {10: (2, 1, 2, 4, 1), 15: (3, 2, 3, 5, 2), 19: (3, 3, 4, 6, 3)}
 
-LEAST_REPLAYED = 1 << 20  # numbers of a stage's maps: to keep fewer costs less than time
-
 MakeNorm = Callable[[int], nn.Module]
 
 
@@ -77,6 +75,10 @@ class SANStage(CNNBlockBase):
     """2x2 max pool, pointwise layer to the stage's width, blocks, norm and ReLU.
 
     The first stage has them behind a pointwise layer on the image's pixels.
+
+    Attributes:
+        is_replayed (bool): whether the backward pass runs the stage again where it can, to save
+            memory; see :func:`sasa_det.engine.model_options.checkpoint_stages`.
     """
 
     __constants__ = ["is_reference"]
@@ -130,8 +132,7 @@ class SANStage(CNNBlockBase):
         It keeps less than a checkpoint of PyTorch, and takes less time. A second run must be no
         more than numbers, and the modules that it would call have no hooks and keep their forward.
         """
-        numbers = x.shape[0] * self.out_channels * x.shape[-2:].numel() // 4
-        if numbers < LEAST_REPLAYED or not (torch.is_grad_enabled() and runs_products(x)):
+        if self.is_reference or not (torch.is_grad_enabled() and runs_products(x)):
             return False
         if not any(p.requires_grad for p in self.parameters()):
             return False
