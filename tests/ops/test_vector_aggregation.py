@@ -116,6 +116,11 @@ def test_operators_are_registered_as_pytorch_wants_it(dtype):
     torch.library.opcheck(torch.ops.sasa_det.vector_aggregation.default, (weight, value, 3))
     query, key = value, torch.randn_like(value, requires_grad=True)
     torch.library.opcheck(torch.ops.sasa_det.window_product.default, (query, key, 3))
+    weight, value, query, key = (x.detach() for x in (weight, value, query, key))
+    backward = torch.ops.sasa_det.vector_aggregation_backward.default
+    torch.library.opcheck(backward, (torch.randn_like(value), weight, value, 3))
+    backward, grad = torch.ops.sasa_det.window_product_backward.default, weight[:, 0]
+    torch.library.opcheck(backward, (grad, query, key, 3))
 
 
 def test_compiled():
