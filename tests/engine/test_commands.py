@@ -136,8 +136,9 @@ def test_ctrl_c_while_a_command_is_imported(start, read_until):
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_the_demo(start, read_until, tmp_path):
-    process = start(tool="tools/digits_demo.py", data=["--output", tmp_path / "demo"])
+def test_ctrl_c_in_the_demo(start, read_until, demo_opts, tmp_path):
+    words = ["--output", tmp_path / "demo", *demo_opts, "SOLVER.MAX_ITER", "1000"]
+    process = start(tool="tools/digits_demo.py", data=words)
     output = read_until(process, "Starting training")
     process.send_signal(signal.SIGINT)
     output += process.communicate()[0]
