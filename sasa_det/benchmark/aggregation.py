@@ -4,19 +4,15 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops import vector_aggregation
 from ..ops.aggregation import aggregate
 from .measure import Case, Contender, Run, Settings, cases_of_passes
-from .operators import module_contender
+from .operators import CONVOLUTION, module_contender, square_convolution
 from .peak import count_flops, of_pass
 
 _KERNEL_SIZE, _CHANNELS, _SHARED = 7, 256, 8
-
-
-def _convolution() -> nn.Module:
-    return nn.Conv2d(_CHANNELS, _CHANNELS, 3, padding=1, bias=False)
 
 
 def _as_built(weight: Tensor, value: Tensor) -> Tensor:
@@ -51,8 +47,9 @@ def _flops(settings: Settings, size: int, training: bool) -> int:
 def _contenders(settings: Settings, size: int, training: bool) -> list[Contender]:
     arguments = (settings, size, training)
     run, flops = partial(_run, *arguments), partial(_flops, *arguments)
+    build = partial(square_convolution, _CHANNELS)
     return [
-        module_contender(settings, "3x3 convolution", _convolution, _CHANNELS, size, training),
+        module_contender(settings, CONVOLUTION, build, _CHANNELS, size, training),
         Contender("aggregation", partial(run, _as_built), flops=flops),
         Contender("aggregation in PyTorch", partial(run, _in_pytorch), flops=flops, slow=True),
     ]

@@ -15,7 +15,7 @@ from .peak import count_flops, of_pass
 from .tiled_flex import TiledFlexAttention2d
 
 _ATTENTION = "attention"
-_CONVOLUTION = "3x3 convolution"
+CONVOLUTION = "3x3 convolution"
 _HEADS = 8
 
 
@@ -90,7 +90,7 @@ def module_contender(
     return Contender(name, make, **options)
 
 
-def _convolution(channels: int, kernel_size: int = 3) -> nn.Module:
+def square_convolution(channels: int, kernel_size: int = 3) -> nn.Module:
     return nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, bias=False)
 
 
@@ -143,9 +143,9 @@ def _op_contenders(
 ) -> list[Contender]:
     arguments = (settings, channels, size, 7, training)
     run, flops = partial(_op_run, *arguments), partial(_op_flops, *arguments)
-    build = partial(_convolution, channels)
+    build = partial(square_convolution, channels)
     contenders = [
-        module_contender(settings, _CONVOLUTION, build, channels, size, training),
+        module_contender(settings, CONVOLUTION, build, channels, size, training),
         Contender(_ATTENTION, run, flops=flops),
     ]
     if not others_too:
@@ -186,7 +186,10 @@ def _op_cases(settings: Settings) -> list[Case]:
 
 def _layer_cases(settings: Settings) -> list[Case]:
     size = settings.image_size // 8
-    convolution, attention = partial(_convolution, 256), partial(LocalSelfAttention2d, 256, 256)
+    convolution, attention = (
+        partial(square_convolution, 256),
+        partial(LocalSelfAttention2d, 256, 256),
+    )
     unfold, halo = partial(attention, backend="reference"), partial(others.halo_attention, 256)
 
     def contenders(training: bool) -> list[Contender]:
@@ -194,7 +197,7 @@ def _layer_cases(settings: Settings) -> list[Case]:
             return module_contender(settings, name, build, 256, size, training, **options)
 
         made = [
-            contender(_CONVOLUTION, convolution),
+            contender(CONVOLUTION, convolution),
             contender(_ATTENTION, attention),
             contender("unfold", unfold, counted=attention, slow=True),
             contender("HaloAttn (timm)", halo, flops=None, foreign=True),
@@ -203,7 +206,7 @@ def _layer_cases(settings: Settings) -> list[Case]:
             flex = partial(TiledFlexAttention2d, 256, size, size)
             made.append(contender("FlexAttention", flex, flops=None, foreign=True, slow=True))
         if settings.bfloat16:
-            rival = f"{_CONVOLUTION}, bfloat16"
+            rival = f"{CONVOLUTION}, bfloat16"
             for name, build in ((rival, convolution), (f"{_ATTENTION}, bfloat16", attention)):
                 made.append(contender(name, build, rival=rival, dtype=torch.bfloat16))
         return made
@@ -257,7 +260,7 @@ def _kernel_size_cases(settings: Settings) -> list[Case]:
 
 def _image_size_cases(settings: Settings) -> list[Case]:
     return [
-        _growth_case(settings, "image_size", size, size // 8, {_CONVOLUTION: 3, _ATTENTION: 7})
+        _growth_case(settings, "image_size", size, size // 8, {CONVOLUTION: 3, _ATTENTION: 7})
         for size in (320, 640, 960, 1280)
     ]
 
@@ -268,7 +271,7 @@ def _growth_case(
     """Compare a convolution with attention, by name and kernel size, in the forward pass."""
     baseline, attention = kernel_sizes
     layers = {
-        baseline: partial(_convolution, 256, kernel_sizes[baseline]),
+        baseline: partial(square_convolution, 256, kernel_sizes[baseline]),
         attention: partial(LocalSelfAttention2d, 256, 256, kernel_sizes[attention]),
     }
     contenders = tuple(

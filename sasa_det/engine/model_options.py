@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config.options import RunOptions
 from ..errors import UsageError
+from ..layers.replay import replayed
 from ..modeling.backbone.san import SANStage
 
 
@@ -61,8 +62,6 @@ def checkpoint_stages(backbone: nn.Module, stages: Sequence[str]) -> None:
         if not isinstance(stage, nn.Module):
             known = ", ".join(name for name, _ in backbone.named_children())
             raise ValueError(f"each stage must be one of {known}, got {name}.")
-        if isinstance(stage, SANStage):
-            stage.is_replayed = True
         stage.forward = partial(_checkpointed, stage, stage.forward)
 
 
@@ -70,7 +69,7 @@ def _checkpointed(stage: nn.Module, forward, *args):
     if not (stage.training and torch.is_grad_enabled()):
         return forward(*args)
     if isinstance(stage, SANStage) and stage.can_replay(*args):
-        return forward(*args)
+        return replayed(forward, *args, lambda: list(stage.parameters()))
     return checkpoint(
         forward,
         *args,

@@ -1,7 +1,7 @@
 """The mapping from pairwise relations to weights."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +36,9 @@ def pairwise_mapping(layer: nn.Module, query: Tensor, key: Tensor) -> Mapping:
         scale, shift = normed_affine(norm, lambda: _moments(form, own, other, padded), count, dtype)
         if scale is None or shift is None:
             scale, shift = matrix.new_ones(matrix.shape[1]), matrix.new_zeros(matrix.shape[1])
-        inputs, run = (own, padded, scale, shift), _Run(form)
+        inputs = (own, padded, scale, shift)
         next_scale, next_shift = normed_affine(
-            next_norm, lambda: run.hidden_moments(*inputs, matrix), count, dtype
+            next_norm, lambda: _hidden_moments(form, *inputs, matrix), count, dtype
         )
         # The norm's scale becomes one of the matrix.
         matrix = matrix if next_scale is None else next_scale[:, None] * matrix
@@ -47,7 +47,7 @@ def pairwise_mapping(layer: nn.Module, query: Tensor, key: Tensor) -> Mapping:
 
     def weights(*tensors: Tensor) -> Tensor:
         with autocast_disabled(tensors[0].device):
-            return run.weights(*tensors).to(output_dtype)
+            return _weights(form, *tensors).to(output_dtype)
 
     return Mapping(weights, (*inputs, matrix, next_shift, next_matrix, bias), layer.groups)
 
@@ -84,79 +84,86 @@ def _moments(form: PairwiseForm, own: Tensor, other: Tensor, padded: Tensor) -> 
     return torch.cat(means), torch.cat(variances)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What is computed of a relation's own and padded other, and the scale and shift of values."""
+def _hidden_moments(
+    form: PairwiseForm, own: Tensor, other: Tensor, scale: Tensor, shift: Tensor, matrix: Tensor
+) -> Moments:
+    """Return the moments of the mapping's first half, (R,) each.
 
-    form: PairwiseForm
+    Args:
+        own, other: of the relation, the latter padded.
+        scale, shift: of its values.
+        matrix: (R, C).
+    """
+    if has_kernels(own):
+        mean, covariance = PairwiseMoments.apply(own, other, scale, shift, form)
+        matrix = matrix.to(mean.dtype)
+        # Never negative, but by rounding.
+        return matrix @ mean, (matrix @ covariance * matrix).sum(1).clamp(min=0)
+    inputs = form.normalize(own, other, scale, shift)
+    return _bands(form, _hidden_of_band, own, matrix).moments(*inputs, matrix)
 
-    def hidden_moments(
-        self, own: Tensor, other: Tensor, scale: Tensor, shift: Tensor, matrix: Tensor
-    ) -> Moments:
-        """Return the moments of the mapping's first half, (R,) each, whose matrix is (R, C)."""
-        if has_kernels(own):
-            mean, covariance = PairwiseMoments.apply(own, other, scale, shift, self.form)
-            matrix = matrix.to(mean.dtype)
-            # Never negative, but by rounding.
-            return matrix @ mean, (matrix @ covariance * matrix).sum(1).clamp(min=0)
-        inputs = self.form.normalize(own, other, scale, shift)
-        return self._bands(self._hidden_of_band, own, matrix).moments(*inputs, matrix)
 
-    def weights(
-        self, own: Tensor, other: Tensor, scale: Tensor, shift: Tensor, *matrices: Tensor
-    ) -> Tensor:
-        """Return the weights, (N, G, kernel_size^2, H, W).
+def _weights(
+    form: PairwiseForm, own: Tensor, other: Tensor, scale: Tensor, shift: Tensor, *matrices: Tensor
+) -> Tensor:
+    """Return the weights, (N, G, kernel_size^2, H, W).
 
-        Args:
-            matrices: the matrix, (R, C), and shift, (R,), of the mapping's first half, and the
-                matrix, (G, R), and bias, (G,), of its second.
-        """
-        inputs = self.form.normalize(own, other, scale, shift)
-        if has_kernels(own):
-            return PairwiseWeights.apply(self.form, *inputs, *matrices)
-        return self._bands(self._weights_of_band, own, matrices[0]).map(*inputs, *matrices)
+    Args:
+        own, other, scale, shift: see :func:`_hidden_moments`.
+        matrices: the matrix, (R, C), and shift, (R,), of the mapping's first half, and the matrix,
+            (G, R), and bias, (G,), of its second.
+    """
+    inputs = form.normalize(own, other, scale, shift)
+    if has_kernels(own):
+        return PairwiseWeights.apply(form, *inputs, *matrices)
+    return _bands(form, _weights_of_band, own, matrices[0]).map(*inputs, *matrices)
 
-    def _bands(self, function: Callable[..., Tensor], own: Tensor, matrix: Tensor) -> Bands:
-        channels = max(*matrix.shape, own.shape[1])
-        rows = rows_of_band(channels * self.form.kernel_size**2 * own.shape[3])
-        return Bands(function, 1, 1, self.form.kernel_size // 2, rows)
 
-    def _hidden_of_band(
-        self, own: Tensor, other: Tensor, product_shift: Tensor, matrix: Tensor
-    ) -> Tensor:
-        hidden = self._multiply(own, other, product_shift, matrix)
-        return hidden.view(1, -1, self.form.kernel_size**2, *own.shape[2:])
+def _bands(
+    form: PairwiseForm, function: Callable[..., Tensor], own: Tensor, matrix: Tensor
+) -> Bands:
+    channels = max(*matrix.shape, own.shape[1])
+    rows = rows_of_band(channels * form.kernel_size**2 * own.shape[3])
+    return Bands(partial(function, form), 1, 1, form.kernel_size // 2, rows)
 
-    def _weights_of_band(
-        self,
-        own: Tensor,
-        other: Tensor,
-        product_shift: Tensor,
-        matrix: Tensor,
-        shift: Tensor,
-        next_matrix: Tensor,
-        bias: Tensor,
-    ) -> Tensor:
-        hidden = self._multiply(own, other, product_shift, matrix, shift).relu_()
-        logits = torch.addmm(bias[:, None], next_matrix, hidden)
-        weights = logits.view(len(bias), self.form.kernel_size**2, -1).softmax(1)
-        return weights.view(1, len(bias), self.form.kernel_size**2, *own.shape[2:])
 
-    def _multiply(
-        self,
-        own: Tensor,
-        other: Tensor,
-        product_shift: Tensor,
-        matrix: Tensor,
-        shift: Tensor | None = None,
-    ) -> Tensor:
-        """Multiply a band's relations: (R, kernel_size^2 rows W)."""
-        form, own = self.form, own[0, :, None, None]
-        windows = Windows.apply(other, form.kernel_size)
-        values = (own[form.products :] + windows[form.products :]).relu_().flatten(1)
-        columns = matrix[:, form.product_channels :]
-        result = columns @ values if shift is None else torch.addmm(shift[:, None], columns, values)
-        products = (own[: form.products] * windows[: form.products]).flatten(1)
-        products = products.unflatten(0, (form.product_channels, form.products_of_channel)).sum(1)
-        values = (products + product_shift[:, None]).relu_()
-        return torch.addmm(result, matrix[:, : form.product_channels], values)
+def _hidden_of_band(
+    form: PairwiseForm, own: Tensor, other: Tensor, product_shift: Tensor, matrix: Tensor
+) -> Tensor:
+    hidden = _multiply(form, own, other, product_shift, matrix)
+    return hidden.view(1, -1, form.kernel_size**2, *own.shape[2:])
+
+
+def _weights_of_band(
+    form: PairwiseForm,
+    own: Tensor,
+    other: Tensor,
+    product_shift: Tensor,
+    matrix: Tensor,
+    shift: Tensor,
+    next_matrix: Tensor,
+    bias: Tensor,
+) -> Tensor:
+    hidden = _multiply(form, own, other, product_shift, matrix, shift).relu_()
+    logits = torch.addmm(bias[:, None], next_matrix, hidden)
+    weights = logits.view(len(bias), form.kernel_size**2, -1).softmax(1)
+    return weights.view(1, len(bias), form.kernel_size**2, *own.shape[2:])
+
+
+def _multiply(
+    form: PairwiseForm,
+    own: Tensor,
+    other: Tensor,
+    product_shift: Tensor,
+    matrix: Tensor,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """Multiply a band's relations: (R, kernel_size^2 rows W)."""
+    own, windows = own[0, :, None, None], Windows.apply(other, form.kernel_size)
+    values = (own[form.products :] + windows[form.products :]).relu_().flatten(1)
+    columns = matrix[:, form.product_channels :]
+    result = columns @ values if shift is None else torch.addmm(shift[:, None], columns, values)
+    products = (own[: form.products] * windows[: form.products]).flatten(1)
+    products = products.unflatten(0, (form.product_channels, form.products_of_channel)).sum(1)
+    values = (products + product_shift[:, None]).relu_()
+    return torch.addmm(result, matrix[:, : form.product_channels], values)

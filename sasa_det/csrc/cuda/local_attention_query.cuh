@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_query(const Q
     grads.template load<POOLED>(g, for_products, x.grad, x.grad_stride, block, pixels, me, head);
     float mean[2] = {0.f, 0.f};
     if (DEPTH < 32) load_shifts(head);
-    // What is subtracted from logits by row, with the sum of their powers, for nothing.
+    // By row, terms become part of what is subtracted from the logits.
     terms.template find<T>(a, attended.embeddings, head, me, [&](float term, int h) {
       return multiply_add(-term, LOG2_E, shift[h]);
     });

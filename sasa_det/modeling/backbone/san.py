@@ -20,7 +20,6 @@ from ...layers.mapping import why_not
 from ...layers.norm import norm_kind
 from ...layers.plain import is_plain_call
 from ...layers.projection import runs_products
-from ...layers.replay import replayed
 from ...ops.arguments import check_choice, check_type
 from ..attention_options import check_norm
 from ..normed_products import normed_products, normed_relu
@@ -75,10 +74,6 @@ class SANStage(CNNBlockBase):
     """2x2 max pool, pointwise layer to the stage's width, blocks, norm and ReLU.
 
     The first stage has them behind a pointwise layer on the image's pixels.
-
-    Attributes:
-        is_replayed (bool): whether the backward pass runs the stage again where it can, to save
-            memory; see :func:`sasa_det.engine.model_options.checkpoint_stages`.
     """
 
     __constants__ = ["is_reference"]
@@ -102,7 +97,6 @@ class SANStage(CNNBlockBase):
         self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False) if is_stem else None
         self.norm = norm(out_channels) if is_stem else None
         self.is_reference = self.blocks[0].attention.is_reference
-        self.is_replayed = False
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # alone, or TorchScript compiles what it cannot
@@ -114,12 +108,7 @@ class SANStage(CNNBlockBase):
             x = self.transition(F.max_pool2d(x, 2, ceil_mode=True))
             return F.relu(self.out_norm(self.blocks(x)))
         else:
-            return self._run_on_kernels(x)
-
-    def _run_on_kernels(self, x: Tensor) -> Tensor:
-        if self.is_replayed and self.can_replay(x):
-            return replayed(self._run, x, lambda: list(self.parameters()))
-        return self._run(x)
+            return self._run(x)
 
     def _run(self, x: Tensor) -> Tensor:
         x = self.blocks(self._enter(x))
@@ -127,7 +116,7 @@ class SANStage(CNNBlockBase):
         return F.relu(self.out_norm(x)) if normed is None else normed
 
     def can_replay(self, x: Tensor) -> bool:
-        """Tell whether the backward pass can run the stage again as ``is_replayed`` asks it to.
+        """Tell whether :func:`sasa_det.layers.replay.replayed` can run the stage.
 
         It keeps less than a checkpoint of PyTorch, and takes less time. A second run must be no
         more than numbers, and the modules that it would call have no hooks and keep their forward.
