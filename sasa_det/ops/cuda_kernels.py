@@ -119,13 +119,9 @@ class Variant:
     def key_bytes(self) -> int:
         """Return the shared memory of a block of the kernel for gradients of keys and values."""
         # Of each row: 8 terms by column of each query, lines of terms by row, and means.
-        cols = _TILE_COLS + 7
-        tables = self._halo_rows() * 4 * (8 * cols + 8 * _LINE + cols + 1)
+        cols = _TILE_COLS + 8
+        tables = self._halo_rows() * 4 * (8 * cols + 8 * _LINE + cols)
         return 2 * self.tile_bytes() + 2 * self.own_bytes() + tables + self.embedding_bytes()
-
-    def query_terms_of_warp(self) -> int:
-        """Return how often a warp of that kernel finds the terms of 16 queries of a head."""
-        return -(-(_TILE_COLS + 7) // 8)
 
     def _halo_rows(self) -> int:
         return _TILE_ROWS + self.kernel_size - 1
@@ -165,8 +161,6 @@ class Kernel:
     header: str
     shared_bytes: Callable[[Variant], int]
     arguments: type[ctypes.Structure]
-    # How often a warp runs through the loop inside of the loop over heads, where there is one.
-    inner_loop: Callable[[Variant], int] = lambda variant: 1
     # Blocks that an SM may hold, by head width. The first number is in use, and the others are
     # measured beside it: with fewer blocks, threads have more registers, and more time to wait.
     blocks: Callable[[int], tuple[int, ...]] = lambda head_width: (2, 1)
@@ -194,7 +188,6 @@ KERNELS = {
             "grad query key value grad_key grad_value",
             "grad query key value rel_rows rel_cols log_sum minus_mean grad_key grad_value",
         ),
-        Variant.query_terms_of_warp,
     ),
 }
 

@@ -75,7 +75,7 @@ def is_conditional(instruction: Instruction) -> bool:
     return bool(predicate or _CONDITION.match(operands) or name.startswith("BRA.DIV"))
 
 
-def instructions_per_head(kernel: CompiledKernel, heads: int, inner: int = 1) -> float:
+def instructions_per_head(kernel: CompiledKernel, heads: int) -> float:
     """Count the instructions that a warp executes in a block, over the heads of the block.
 
     It is the longest way through the code, but for what follows a vote: that is for values that are
@@ -84,20 +84,17 @@ def instructions_per_head(kernel: CompiledKernel, heads: int, inner: int = 1) ->
     Args:
         kernel: what was compiled.
         heads: number of the block's heads, over which the kernel loops.
-        inner: how often a loop inside of that one is run through for a head, if there is one.
 
     Raises:
         RuntimeError: if the disassembler is not installed, or cannot read the code.
     """
-    return _executed(print_code(kernel.code, kernel.name), heads, inner) / heads
+    return _executed(print_code(kernel.code, kernel.name), heads) / heads
 
 
-def _executed(listing: str, heads: int, inner: int) -> int:
+def _executed(listing: str, heads: int) -> int:
     code, labels = read_listing(listing)
-    # Branches back; the loop over heads is the one with the vote.
-    limits: dict[int, int] = {}
-    rounds: dict[int, int] = {}
-    vote = next(i for i, (_, name, _) in enumerate(code) if name.startswith("VOTE.ANY"))
+    # The only loop on this way is that over heads, if a block has several.
+    rounds = 1
     count = at = 0
     voted = False
     while True:
@@ -110,11 +107,8 @@ def _executed(listing: str, heads: int, inner: int) -> int:
         elif name.startswith(("BRA", "EXIT")):
             target = target_of(instruction, labels)
             if target is not None and target < at:
-                limits[at] = heads if target <= vote < at else inner
-                rounds[at] = rounds.get(at, 0) + 1
-                taken = rounds[at] < limits[at]
-                if not taken:
-                    rounds[at] = 0
+                taken = rounds < heads
+                rounds += 1
             else:
                 taken = voted or not is_conditional(instruction)
             voted = False

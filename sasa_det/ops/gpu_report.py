@@ -36,14 +36,14 @@ def _compiled(name: str, variant: Variant, architecture: str) -> CompiledKernel:
     return compile_kernel(KERNELS[name].header, variant.name(name), architecture)
 
 
+@functools.cache
 def count_instructions(
     name: str, head_width: int, pooled: bool = False, architecture: str = "sm_90"
 ) -> float:
     """Count as :func:`instructions_per_head`, for bfloat16 and the widest windows."""
     variant = _variant(head_width, pooled)
-    inner = KERNELS[name].inner_loop(variant)
     compiled = _compiled(name, variant, architecture)
-    return instructions_per_head(compiled, variant.heads_of_block, inner)
+    return instructions_per_head(compiled, variant.heads_of_block)
 
 
 def resources(architectures: Sequence[str], head_widths: Sequence[int]) -> list[dict[str, object]]:

@@ -81,6 +81,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
   const Block block = Block::of<DEPTH>(x.sizes);
   if (!block.is_there()) return;
   const Attended<T, DEPTH, KERNEL, CONTENT, POSITION> attended(x, block, {block, me}, me);
+  attended.prepare(x, block, me);
   const OwnPixels<DEPTH>& outputs = attended.queries;  // in their place
   const Pixels pixels(block, me);
   const OneOfPair one(block, pixels, me);
@@ -175,5 +176,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
   }
   wait_for_warp();
-  outputs.template store_all<POOLED>(x.output, x.output_stride, block, me);
+  // What a loop over heads does not need takes no registers there.
+  outputs.template store_all<POOLED>(x.output, x.output_stride, block,
+                                     H::COUNT > 1 ? Thread(thread_again()) : me);
 }

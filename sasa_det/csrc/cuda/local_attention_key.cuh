@@ -21,12 +21,12 @@ template <int DEPTH, int KERNEL>
 struct QueryTables {
   static constexpr int REACH = KERNEL / 2, ROWS = halo_rows(KERNEL);
   // Columns that warps read, of which the last is in no window.
-  static constexpr int COLS = TILE_COLS + 7;
+  static constexpr int COLS = TILE_COLS + 8;
   // For each row of queries: its terms by column offset, 8 for each query; log_sum less the terms
   // by row offset, for each offset and each query, in lines in which a warp that writes meets each
   // bank once; less the mean of grad.value, for each query.
   static constexpr int LINE = 28, BY_ROW = COLS * 8 * 4, MEAN = BY_ROW + 8 * LINE * 4,
-                       ROW_BYTES = MEAN + (COLS + 1) * 4, BYTES = ROWS * ROW_BYTES;
+                       ROW_BYTES = MEAN + COLS * 4, BYTES = ROWS * ROW_BYTES;
 
   // Even columns come before odd ones, so that the columns that a warp reads share no bank.
   static DEVICE Shared by_col(int col, int offset) {
@@ -37,12 +37,11 @@ struct QueryTables {
   // log_sum itself, until the terms are there: there are at most 7 offsets.
   static DEVICE Shared log_sum(int col) { return by_row(col, 7); }
 
-  // Starts to copy log_sum and minus_mean of the queries of two rows, which `prepare` has in the same
-  // warp.
+  // Starts to copy log_sum and minus_mean of the queries of two rows, which `prepare` has in the
+  // same warp.
   static DEVICE void copy(Shared to, const KeyArguments& x, const Block& block, int head,
                           const Thread& me) {
-    if (2 * me.warp >= ROWS) return;
-    const bool first = me.lane < 16;
+    const bool first = me.lane < 16, wanted = 2 * me.warp < ROWS;
     const int row = 2 * me.warp + me.lane / 8 % 2, col = me.lane % 8;
     const int y = block.top + row - REACH, left = block.left + col - REACH;
     const float* from =
@@ -50,7 +49,7 @@ struct QueryTables {
     to += row * ROW_BYTES + (first ? log_sum(col) : minus_mean(col));
 #pragma unroll
     for (int c = 0; c < COLS; c += 8)
-      copy_async(to + 4 * c, from + c, block.has_row(y) && block.has_col(left + c), c + col < COLS);
+      copy_async(to + 4 * c, from + c, block.has_row(y) && block.has_col(left + c), wanted);
   }
 
   template <typename T, bool POSITION>
@@ -69,10 +68,11 @@ struct QueryTables {
     bool in_rows[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) in_rows[h] = block.has_row(block.top + 2 * me.warp + h - REACH);
-    // 16 queries at a time, 8 columns of both rows. Unrolled, the compiler keeps addresses of all
-    // columns in the loop over heads, for which the kernel of 16 channels has no registers.
-    constexpr int UNROLLED = DEPTH == 16 ? 1 : (COLS + 7) / 8;
-#pragma unroll UNROLLED
+    using E = Embeddings<DEPTH, KERNEL>;
+    u32 b[E::OF_HEAD][4];
+    if (POSITION) E::load_operands(b, embeddings, head, me);
+    // 16 queries at a time, 8 columns of both rows.
+#pragma unroll
     for (int first = 0; first < COLS; first += 8) {
       float row_terms[4] = {0.f, 0.f, 0.f, 0.f}, col_terms[4] = {0.f, 0.f, 0.f, 0.f};
       if (POSITION) {
@@ -80,12 +80,10 @@ struct QueryTables {
 #pragma unroll
         for (int s = 0; s < H::STEPS; ++s)
           load_matrices(a[s], (operands[s] ^ H::turn(first) << 4) + first * H::PIXEL_BYTES);
-        Embeddings<DEPTH, KERNEL>::template product<T>(row_terms, col_terms, a, embeddings, head,
-                                                       me);
+        E::template product<T>(row_terms, col_terms, a, b);
       }
       const int col = first + me.g;
       const bool in_cols = block.has_col(block.left + col - REACH);
-      if (col >= COLS) continue;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const Shared table = to + h * ROW_BYTES;
@@ -172,9 +170,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_key(const Key
   using S = KeyShared<DEPTH, KERNEL>;
   using Tables = QueryTables<DEPTH, KERNEL>;
   constexpr int ROWS = KERNEL + 1, LAST = KERNEL - 1;
-  // Whether grad.value less its mean begins with the latter: below 32 channels, the compiler copies
-  // it to more registers than there are sums.
-  constexpr bool BEGINS = DEPTH >= 32;
+  // Whether weights are added up as soon as they are there: the sums of 64 channels take more
+  // registers than the weights of all rows.
+  constexpr bool AT_ONCE = DEPTH < 64;
   const Thread me;
   const ForProducts<DEPTH> for_products;
   const Block block = Block::of<DEPTH>(x.sizes);
@@ -226,9 +224,25 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_key(const Key
     wait_for_block();
     const PixelsAsColumns<DEPTH> queries_as_columns(queries, for_products, head);
     const PixelsAsColumns<DEPTH> grads_as_columns(grads, for_products, head);
+    const u32 zero = held_zero();
+    // What the products of both rows of keys begin with is in four registers: the compiler copies
+    // a pair that stands for both for each product.
+    const auto for_both = [&](const float (&pair)[2], int i) {
+      return i < 2 ? pair[i] : in_own_register(pair[i - 2], zero);
+    };
+    const ForSums<DEPTH> for_sums;
+    const PixelsAsRows<DEPTH> queries_as_rows(queries, for_sums, head);
+    const PixelsAsRows<DEPTH> grads_as_rows(grads, for_sums, head);
     u32 weights[ROWS / 2][4], slopes[ROWS / 2][4];
+    float to_value[H::HEAD_CHUNKS][4] = {}, to_key[H::HEAD_CHUNKS][4] = {};
+    const auto add_rows = [&](int j, int c) {
+      grads_as_rows.template product<T>(to_value[c], weights[j / 2], j, c);
+      if (CONTENT) queries_as_rows.template product<T>(to_key[c], slopes[j / 2], j, c);
+    };
 #pragma unroll
     for (int j = 0; j < ROWS; j += 2) {
+      // So that operands of later rows take no registers yet.
+      if (AT_ONCE && j > 0) wait_for_warp();
       float logits[2][4], products[2][4], term[2][2], minus_mean[2][2];
 #pragma unroll
       for (int r = 0; r < 2; ++r)
@@ -239,9 +253,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_key(const Key
                                             (Tables::minus_mean(0) - Tables::by_row(0, 0)));
         }
       window_products<T, CONTENT>(logits, k, queries_as_columns, windows, j,
-                                  [&](int r, int i) { return term[r][i % 2]; });
+                                  [&](int r, int i) { return for_both(term[r], i); });
       window_products<T, CONTENT>(products, v, grads_as_columns, windows, j,
-                                  [&](int r, int i) { return BEGINS ? minus_mean[r][i % 2] : 0.f; });
+                                  [&](int r, int i) { return for_both(minus_mean[r], i); });
+      // Out of the window.
+      if (j == 0) weights[0][1] = slopes[0][1] = held_zero();
+      if (j == ROWS - 2) weights[j / 2][2] = slopes[j / 2][2] = held_zero();
 #pragma unroll
       for (int r = 0; r < 2; ++r)
 #pragma unroll
@@ -256,34 +273,27 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_key(const Key
             float log_sum;
             load_shared(log_sum, others[i] + (j + r) * Tables::ROW_BYTES +
                                      (Tables::by_row(0, offset) - Tables::by_row(0, 0)));
-            // Rounding of huge logits shall not make a weight of more than 1.
+            // Rounding of huge logits shall not make a weight of more than 1, and the keys outside
+            // of the image, which are in no sum, no infinite one.
             weight[i] = exp2_of(smaller_of(multiply_add(logits[r][n], LOG2_E, -log_sum), 0.f));
-            slope[i] = weight[i] * (BEGINS ? products[r][n] : products[r][n] + minus_mean[r][i]);
+            slope[i] = weight[i] * products[r][n];
           }
           weight_word = T::pack(weight[0], weight[1]);
           slope_word = T::pack(slope[0], slope[1]);
         }
+#pragma unroll
+      for (int c = 0; c < H::HEAD_CHUNKS && AT_ONCE; ++c) add_rows(j, c);
     }
-    const ForSums<DEPTH> for_sums;
-    // Out of the window.
-    weights[0][1] = slopes[0][1] = held_zero();
-    weights[ROWS / 2 - 1][2] = slopes[ROWS / 2 - 1][2] = held_zero();
-    const PixelsAsRows<DEPTH> queries_as_rows(queries, for_sums, head);
-    const PixelsAsRows<DEPTH> grads_as_rows(grads, for_sums, head);
     u32 collected = 0;
 #pragma unroll
     for (int c = 0; c < H::HEAD_CHUNKS; ++c) {
-      float to_value[4] = {0.f, 0.f, 0.f, 0.f}, to_key[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-      for (int j = 0; j < ROWS; j += 2) {
-        grads_as_rows.template product<T>(to_value, weights[j / 2], j, c);
-        if (CONTENT) queries_as_rows.template product<T>(to_key, slopes[j / 2], j, c);
-      }
+      for (int j = 0; j < ROWS && !AT_ONCE; j += 2) add_rows(j, c);
       u32 words[2];
-      pack_pair<T>(words, collected, to_value, PART<POOLED>, PART<POOLED>);
+      pack_pair<T>(words, collected, to_value[c], PART<POOLED>, PART<POOLED>);
       values.put(words, for_sums, x.grad_value, x.grad_value_stride, block, pixels, me, head, c);
       if (!CONTENT) continue;
-      pack_pair<T>(words, collected, to_key, PART<POOLED>, PART<POOLED>);
+      pack_pair<T>(words, collected, to_key[c], PART<POOLED>, PART<POOLED>);
       keys.put(words, for_sums, x.grad_key, x.grad_key_stride, block, pixels, me, head, c);
     }
     if (in_any_thread(not_finite(collected))) {
@@ -293,6 +303,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_key(const Key
     }
   }
   wait_for_warp();
-  values.store_all(x.grad_value, x.grad_value_stride, block, me);
-  if (CONTENT) keys.store_all(x.grad_key, x.grad_key_stride, block, me);
+  // What the loop does not need takes no registers there.
+  values.store_all(x.grad_value, x.grad_value_stride, block, Thread(thread_again()));
+  if (CONTENT) keys.store_all(x.grad_key, x.grad_key_stride, block, Thread(thread_again()));
 }

@@ -88,21 +88,19 @@ SELDOM void query_gradients_one_by_one(const QueryArguments x, Shared keys, Shar
 template <typename T, int ROWS>
 DEVICE void sums_by_offset(u32 (&by_offset)[4], const u32 (&slopes)[ROWS / 2][4], u32 places,
                            const Thread& me) {
-  const u32 ones = T::pack(1.f, 1.f);
-  const float zeros[4] = {0.f, 0.f, 0.f, 0.f};
-  // Sums of two rows of windows are in all even and all odd columns, of which thread t wants those
-  // of rows 2t and 2t + 1.
-  const u32 even = me.g % 2 ? 0u : ones, odd = me.g % 2 ? ones : 0u;
+  // Operands of four registers: the compiler copies a pair that stands twice for each product.
+  const u32 ones = T::pack(1.f, 1.f), zero = held_zero();
   // Near and far of columns 0 to 3, and of 4 to 7, become columns 0 to 3 and 4 to 7.
   const u32 low = me.g == me.t ? ones : 0u, high = me.g == me.t + 4 ? ones : 0u;
+  const u32 of_cols[4] = {low, high, in_own_register(low, zero), in_own_register(high, zero)};
   float row[4] = {0.f, 0.f, 0.f, 0.f}, col[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
   for (int p = 0; p < ROWS / 2; ++p) {
-    float sums[4];
-    T::sparse_product(sums, slopes[p], places, {even, even, odd, odd}, zeros);
-    T::sparse_product(col, slopes[p], places, {low, high, low, high}, col);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) row[i] = me.t == p ? sums[i] : row[i];
+    // The two rows of windows become columns 2p and 2p + 1.
+    const u32 even = me.g == 2 * p ? ones : 0u, odd = me.g == 2 * p + 1 ? ones : 0u;
+    const u32 of_rows[4] = {even, in_own_register(even, zero), odd, in_own_register(odd, zero)};
+    T::sparse_product(row, slopes[p], places, of_rows, row);
+    T::sparse_product(col, slopes[p], places, of_cols, col);
   }
   // Rows of the second pixel are one further on than its offsets.
   const float next = of_quad(row[2], me.t + 1 & 3);
@@ -135,6 +133,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_query(const Q
   const Attended<T, DEPTH, KERNEL, CONTENT, POSITION> attended(x, block, own_copies, me);
   const OwnPixels<DEPTH> grads(attended.end);
   grads.template copy<POOLED>(own_copies, x.grad, x.grad_stride, block);
+  attended.prepare(x, block, me);
   const OwnPixels<DEPTH>& results = attended.queries;  // in their place
   // Heads of 64 channels leave no room beside the tiles.
   const Shared sums = DEPTH < 64 ? attended.end + grads.BYTES : attended.values;
@@ -168,10 +167,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_query(const Q
     const PixelsAsColumns<DEPTH> values_as_columns(attended.values, for_products, head);
 #pragma unroll
     for (int j = 0; j < ROWS; j += 2) {
-      window_products<T, CONTENT>(weights[j / 2], a, keys_as_columns, windows, j,
-                                  [&](int, int i) { return terms.by_col[i]; });
+      // So that operands of later rows take no registers yet. Wider heads have none to gain.
+      if (DEPTH < 32 && j > 0) wait_for_warp();
       window_products<T, true>(products[j / 2], g, values_as_columns, windows, j,
                                [](int, int) { return 0.f; });
+      window_products<T, CONTENT>(weights[j / 2], a, keys_as_columns, windows, j,
+                                  [&](int, int i) { return terms.by_col[i]; });
 #pragma unroll
       for (int r = 0; r < 2; ++r)
 #pragma unroll
@@ -263,7 +264,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_query(const Q
     }
   }
   wait_for_warp();
-  results.store_all(x.grad_query, x.grad_query_stride, block, me);
+  // What a loop over heads does not need takes no registers there.
+  results.store_all(x.grad_query, x.grad_query_stride, block,
+                    H::COUNT > 1 ? Thread(thread_again()) : me);
   if (POSITION) {
     wait_for_block();
     // The sums of all warps.

@@ -194,12 +194,10 @@ class OwnPixels {
   template <bool MEANS = false>
   DEVICE void store_all(u16* images, u32 stride, const Block& block, const Thread& me) const {
     if constexpr (STAGED) {
-      // What a loop over heads does not need takes no registers there.
-      const Thread again = H::COUNT > 1 ? Thread(thread_again()) : me;
       if constexpr (MEANS)
-        store_means(images, stride, block, again);
+        store_means(images, stride, block, me);
       else
-        store_pixels(images, stride, block, again);
+        store_pixels(images, stride, block, me);
     }
   }
 

@@ -105,7 +105,7 @@ struct Block {
     block.height = level.height, block.width = level.width;
     block.top = tile_row * TILE_ROWS, block.left = tile_col * TILE_COLS;
     block.first_head = (blockIdx.x - tile_col * groups) * COUNT;
-    block.heads = min(COUNT, sizes.heads - block.first_head);
+    block.heads = COUNT == 1 ? 1 : min(COUNT, sizes.heads - block.first_head);
     const int place = block.place(block.top, block.left), image = blockIdx.z;
     const int area = level.height * level.width, first_pixel = level.first_pixel;
     block.corner = first_pixel + image * area + place;

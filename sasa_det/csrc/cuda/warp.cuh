@@ -85,7 +85,11 @@ DEVICE void load(u32 (&words)[4], const u32* from) {
 }
 // Of a table in the memory of the GPU, which is loaded with the kernel's code.
 #define TABLE __device__ constexpr
-DEVICE void load_of_table(u32 (&words)[4], const u32* from) { load(words, from); }
+DEVICE void load_of_table(u32 (&words)[4], const u32* from) {
+  asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+      : "l"(from));
+}
 // Of memory that the kernel writes as well, which those above must not read.
 DEVICE float load_own(const float* from) {
   float value;
@@ -122,6 +126,12 @@ DEVICE u32 held_zero() {
   u32 depth;
   asm volatile("mov.u32 %0, %%ntid.z;" : "=r"(depth));
   return depth - 1;
+}
+
+// The same number in a register of its own, by a zero of which the compiler does not know.
+DEVICE u32 in_own_register(u32 x, u32 held_zero) { return x | held_zero; }
+DEVICE float in_own_register(float x, u32 held_zero) {
+  return __uint_as_float(in_own_register(__float_as_uint(x), held_zero));
 }
 
 DEVICE void load_shared(u32 (&words)[4], Shared from) {

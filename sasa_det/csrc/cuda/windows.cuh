@@ -18,11 +18,13 @@ struct Windows {
 template <int DEPTH>
 class PixelsAsColumns {
   using H = Heads<DEPTH>;
-  Shared near_, far_;  // only near_ below 32 channels
+  Shared tile_;
+  u32 near_, far_;  // in the tile; only near_ below 32 channels
 
  public:
   DEVICE PixelsAsColumns(Shared tile, const ForProducts<DEPTH>& places, int head)
-      : near_(tile + places.columns ^ head * H::HEAD_CHUNKS << 4),
+      : tile_(tile),
+        near_(places.columns ^ head * H::HEAD_CHUNKS << 4),
         // 8 columns further on, or 4 chunks of 8, chunks are turned by half.
         far_(near_ ^ 8 * H::CHUNKS) {}
 
@@ -32,7 +34,7 @@ class PixelsAsColumns {
                       int j) const {
     if constexpr (DEPTH == 8) {
       u32 b[4];
-      load_matrices(b, near_ + j * H::ROW_BYTES);
+      load_matrices(b, near_ + (tile_ + j * H::ROW_BYTES));
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         T::product(near[r], a[0][0], a[0][1], b[2 * r], near[r]);
@@ -48,7 +50,7 @@ class PixelsAsColumns {
   template <typename T>
   DEVICE void product(float (&near)[4], float (&far)[4], const u32 (&a)[H::STEPS][4], int j) const {
     u32 b[4];
-    const Shared row = j * H::ROW_BYTES;
+    const Shared row = tile_ + j * H::ROW_BYTES;
     if constexpr (DEPTH == 16) {
       load_matrices(b, near_ + row);
       T::product(near, a[0][0], a[0][1], a[0][2], a[0][3], b[0], b[1], near);
@@ -74,26 +76,29 @@ class PixelsAsColumns {
 template <int DEPTH>
 class PixelsAsRows {
   using H = Heads<DEPTH>;
-  Shared first_;
-  u32 far_of_four_;
+  Shared tile_;
+  u32 first_, far_of_four_;
 
  public:
   DEVICE PixelsAsRows(Shared tile, const ForSums<DEPTH>& places, int head)
-      : first_(tile + places.rows ^ head * H::HEAD_CHUNKS << 4), far_of_four_(places.far_of_four) {}
+      : tile_(tile),
+        first_(places.rows ^ head * H::HEAD_CHUNKS << 4),
+        far_of_four_(places.far_of_four) {}
 
   // sum += weights of the windows' pixels in rows j and j + 1, times 8 channels of theirs.
   template <typename T>
   DEVICE void product(float (&sum)[4], const u32 (&weights)[4], int j, int chunk) const {
     u32 b[4];
-    load_matrices_transposed(b, (first_ ^ chunk << 4) + j * H::ROW_BYTES);
+    load_matrices_transposed(b, (first_ ^ chunk << 4) + (tile_ + j * H::ROW_BYTES));
     T::sparse_product(sum, weights, far_of_four_, b, sum);
   }
 };
 
 // Relative embeddings of a block's heads in shared memory, as right operands of the products with
 // 16 pixels: a word of two 16-bit numbers for the value of each, and one for what rounding left
-// out. Heads below 32 channels have a slot, with these words of the row and of the column
-// embeddings; wider ones have one for each 16 channels, with those of their two halves.
+// out. Heads below 32 channels have a slot, with both words of the row and then of the column
+// embeddings; wider ones have one for each 16 channels, with the values of their two halves and
+// then what was left out, each of which is an operand.
 template <int DEPTH, int KERNEL>
 struct Embeddings {
   using H = Heads<DEPTH>;
@@ -118,35 +123,41 @@ struct Embeddings {
     const float first = known ? load(from) : 0.f, second = known ? load(from + KERNEL) : 0.f;
     const u32 value = T::pack(first, second);
     const u32 rest = T::pack(first - T::low(value), second - T::high(value));
-    store_shared(to + (slot * 32 + me.lane) * 16 + 8 * half, value, rest);
+    to += (slot * 32 + me.lane) * 16;
+    if (DEPTH < 32)
+      store_shared(to + 8 * half, value, rest);
+    else
+      store_shared(to + 4 * half, value), store_shared(to + 8 + 4 * half, rest);
   }
 
-  // by_row and by_col += the products of 16 pixels with the embeddings of row and column offsets.
+  // The slots of a head.
+  static constexpr int OF_HEAD = DEPTH < 32 ? 1 : SLOTS;
+  static DEVICE void load_operands(u32 (&b)[OF_HEAD][4], Shared from, int head, const Thread& me) {
+#pragma unroll
+    for (int s = 0; s < OF_HEAD; ++s)
+      load_shared(b[s], from + ((DEPTH < 32 ? head : s) * 32 + me.lane) * 16);
+  }
+
+  // by_row and by_col += the products of 16 pixels a with the embeddings of row and column offsets.
   template <typename T>
   static DEVICE void product(float (&by_row)[4], float (&by_col)[4], const u32 (&a)[H::STEPS][4],
-                             Shared from, int head, const Thread& me) {
-    u32 b[4];
-    from += me.lane * 16;
-    if constexpr (DEPTH < 32) {
-      load_shared(b, from + head * 512);
-      // Heads of 8 channels have their operands twice.
-      if constexpr (DEPTH == 8) {
-        T::product(by_row, a[0][0], a[0][1], a[0][2], a[0][3], b[0], b[1], by_row);
-        T::product(by_col, a[0][0], a[0][1], a[0][2], a[0][3], b[2], b[3], by_col);
-      } else {
+                             const u32 (&b)[OF_HEAD][4]) {
+    if constexpr (DEPTH == 8) {
+      // These have their operands twice.
+      T::product(by_row, a[0][0], a[0][1], a[0][2], a[0][3], b[0][0], b[0][1], by_row);
+      T::product(by_col, a[0][0], a[0][1], a[0][2], a[0][3], b[0][2], b[0][3], by_col);
+    } else if constexpr (DEPTH == 16) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          T::product(by_row, a[0][0], a[0][1], b[e], by_row);
-          T::product(by_col, a[0][2], a[0][3], b[2 + e], by_col);
-        }
+      for (int e = 0; e < 2; ++e) {
+        T::product(by_row, a[0][0], a[0][1], b[0][e], by_row);
+        T::product(by_col, a[0][2], a[0][3], b[0][2 + e], by_col);
       }
     } else {
 #pragma unroll
       for (int s = 0; s < SLOTS; ++s) {
-        load_shared(b, from + s * 512);
         float (&sum)[4] = s < SLOTS / 2 ? by_row : by_col;
-        T::product(sum, a[s][0], a[s][1], a[s][2], a[s][3], b[0], b[2], sum);
-        T::product(sum, a[s][0], a[s][1], a[s][2], a[s][3], b[1], b[3], sum);
+        T::product(sum, a[s][0], a[s][1], a[s][2], a[s][3], b[s][0], b[s][1], sum);
+        T::product(sum, a[s][0], a[s][1], a[s][2], a[s][3], b[s][2], b[s][3], sum);
       }
     }
   }
@@ -156,7 +167,7 @@ struct Embeddings {
   template <typename T>
   static DEVICE void product_by_offset(float (&sum)[4], const u32 (&by_offset)[4], Shared from,
                                        int head, int chunk, const Thread& me) {
-    u32 b[4];
+    u32 b[DEPTH < 32 ? 4 : 2];
     const int slot = DEPTH < 32 ? head : chunk / 2;
     load_shared(b, from + (slot * 32 + me.lane) * 16);
     if constexpr (DEPTH == 8)
@@ -164,7 +175,8 @@ struct Embeddings {
                  transposed(b[2]), sum);
     else {
       const int first = chunk < H::HEAD_CHUNKS / 2 ? 0 : 2;
-      T::product(sum, by_offset[first], by_offset[first + 1], transposed(b[chunk % 2 * 2]), sum);
+      T::product(sum, by_offset[first], by_offset[first + 1],
+                 transposed(b[DEPTH < 32 ? chunk % 2 * 2 : chunk % 2]), sum);
     }
   }
 };
@@ -190,6 +202,10 @@ struct Attended {
     if (CONTENT) copies.start(keys, x.key, x.key_stride, block);
     queries.copy(own_copies, x.query, x.query_stride, block);
     copies.start(values, x.value, x.value_stride, block);
+  }
+  // After all copies have been started, as those behind a branch cost more.
+  template <typename Arguments>
+  DEVICE void prepare(const Arguments& x, const Block& block, const Thread& me) const {
     if (POSITION)
       Embeddings<DEPTH, KERNEL>::template prepare<T>(embeddings, x.rel_rows, x.rel_cols, block, me);
   }
@@ -237,7 +253,12 @@ class Terms {
     float row[4], col[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) row[i] = row_start_[i / 2 + i % 2], col[i] = col_start_[i % 2];
-    if (POSITION) Embeddings<DEPTH, KERNEL>::template product<T>(row, col, a, embeddings, head, me);
+    if (POSITION) {
+      using E = Embeddings<DEPTH, KERNEL>;
+      u32 b[E::OF_HEAD][4];
+      E::load_operands(b, embeddings, head, me);
+      E::template product<T>(row, col, a, b);
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) row[i] = change(row[i], i / 2);
 #pragma unroll
