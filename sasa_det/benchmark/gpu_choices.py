@@ -1,5 +1,6 @@
 """The choices that there are for the CUDA kernels of local attention, timed beside each other.
 
+A warp that has two parts of the tile loads and executes less, and there are half as many of them.
 How many blocks an SM is to hold decides how many registers a thread has, and how much there is to
 do while one block waits for its copies. What is best depends on the GPU.
 """
@@ -33,8 +34,8 @@ _SIZES = {8: 160, 16: 80, 32: 80, 64: 20}
 
 def choices_of(kernel: str, head_width: int) -> Iterator[Variant]:
     """Yield the variants of a kernel that do the same, the one in use first."""
-    for blocks in KERNELS[kernel].blocks(head_width):
-        yield Variant(torch.bfloat16, head_width, WIDEST_KERNEL, blocks=blocks)
+    for split in KERNELS[kernel].splits(head_width):
+        yield Variant(torch.bfloat16, head_width, WIDEST_KERNEL, split=split)
 
 
 def measure_choices(kernel: str, rounds: int) -> list[Choice]:
@@ -42,7 +43,7 @@ def measure_choices(kernel: str, rounds: int) -> list[Choice]:
     architecture = "sm_{}{}".format(*torch.cuda.get_device_capability())
     rows = []
     for head_width in HEAD_WIDTHS:
-        variants = {str(x.blocks): x for x in choices_of(kernel, head_width)}
+        variants = {str(x.split): x for x in choices_of(kernel, head_width)}
         size = _SIZES[head_width]
         makes = {
             name: partial(make_launch, kernel, variant, _BATCH, _HEADS, size, "cuda")
@@ -57,7 +58,7 @@ def measure_choices(kernel: str, rounds: int) -> list[Choice]:
             choice = Choice(
                 kernel.removeprefix("local_attention_"),
                 f"{_HEADS * head_width}@{size}",
-                variant.blocks,
+                name,
                 in_use=i == 0,
                 taken=taken,
                 seconds=seconds.get(name),

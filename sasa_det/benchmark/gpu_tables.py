@@ -61,7 +61,7 @@ class Choice:
     Attributes:
         kernel: "forward", "query" or "key".
         what: the layer that it is timed in, such as "256@80".
-        blocks: that an SM is to hold.
+        split: of a block's tile, and blocks that an SM is to hold.
         in_use: whether layers use it.
         taken: registers and spilled bytes of a thread; None, like the next, if it was not measured.
         seconds: of a call.
@@ -70,7 +70,7 @@ class Choice:
 
     kernel: str
     what: str
-    blocks: int
+    split: str
     in_use: bool
     taken: Resources | None
     seconds: float | None
@@ -134,9 +134,7 @@ def as_markdown(measured: Measured, predicted: Predicted, gpu: Gpu | None) -> st
     rows = measured.layers + measured.models
     missing = [f"- {row.what}, {row.way}: {row.why_not}" for row in rows if row.why_not]
     missing += [
-        f"- {x.what}, {x.kernel} with {x.blocks} blocks of an SM: {x.why_not}"
-        for x in measured.choices
-        if x.why_not
+        f"- {x.what}, {x.kernel} with {x.split}: {x.why_not}" for x in measured.choices if x.why_not
     ]
     if missing:
         parts += ["Not measured:", "\n".join(missing)]
@@ -157,8 +155,8 @@ _MODELS = (
     "8 images of 640 x 640 under autocast in bfloat16, without losses and boxes, as CUDA graphs:"
 )
 _CHOICES = (
-    "Microseconds of the kernels alone, with as many blocks for an SM as there are choices, "
-    "bfloat16, batch 8. Layers use the first choice of each:"
+    "Microseconds of the kernels alone, with one or two parts of 16 pixels for a warp and several "
+    "numbers of blocks for an SM, bfloat16, batch 8. Layers use the first choice of each:"
 )
 
 
@@ -246,13 +244,13 @@ def choices_table(rows: Sequence[Choice]) -> str:
         fastest = min(timed, key=lambda x: x.seconds, default=None)
         cells = {"kernel": kernel, "layer": what}
         for name, choice in zip(_ORDINALS, choices, strict=False):
-            cells[name] = f"? ({choice.blocks} blocks)"
+            cells[name] = f"? ({choice.split})"
             if choice.taken and choice.seconds is not None:
                 registers, spilled = choice.taken.registers, choice.taken.spill_bytes
-                facts = f"{choice.blocks} blocks, {registers} registers, {spilled} bytes spilled"
+                facts = f"{choice.split}, {registers} registers, {spilled} bytes spilled"
                 cells[name] = f"{1e6 * choice.seconds:.0f} ({facts})"
         in_use = next((x for x in timed if x.in_use), None)
-        cells["fastest"] = _NONE if fastest is None else f"{fastest.blocks} blocks"
+        cells["fastest"] = _NONE if fastest is None else fastest.split
         if fastest and in_use:
             cells["of the one in use"] = f"{fastest.seconds / in_use.seconds:.2f}"
         table.append(cells)

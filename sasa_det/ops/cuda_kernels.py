@@ -17,7 +17,7 @@ from .layout import stride_between_pixels
 
 HEAD_WIDTHS = (8, 16, 32, 64)
 WIDEST_KERNEL = 7
-THREADS = 256
+THREADS = 256  # of a block whose warps have a part each
 # Elements of a row of pixels: those of 16 rows are counted with 31 bits.
 LARGEST_ROW = 2**31 // 32
 
@@ -25,8 +25,29 @@ LARGEST_ROW = 2**31 // 32
 MOST_LEVELS = 8
 
 # As in csrc/cuda/tile.cuh, and in the tables of local_attention_key.cuh.
-_TILE_ROWS, _TILE_COLS, _WARPS, _LINE = 8, 16, 8, 28
+_TILE_ROWS, _TILE_COLS, _LINE = 8, 16, 28
 _TYPES = {torch.bfloat16: "Bfloat16", torch.float16: "Float16"}
+
+
+class Split(NamedTuple):
+    """How kernels split the tile of a block, which decides how many registers a thread has.
+
+    Args:
+        parts: of 2 x 8 pixels that a warp has: one, or two that share what they load.
+        blocks: that an SM is to hold.
+    """
+
+    parts: int
+    blocks: int
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return THREADS // self.parts
+
+    def __str__(self) -> str:
+        parts = f"{self.parts} part{'s' if self.parts > 1 else ''}"
+        return f"{parts}, {self.blocks} block{'s' if self.blocks > 1 else ''}"
 
 
 class Maps(NamedTuple):
@@ -67,8 +88,7 @@ class Variant:
         position: whether they contain q.r.
         pooled: whether the output are means of squares of 2 x 2 pixels, those at the edge over
             their pixels inside of the image.
-        blocks: of a kernel that an SM is to hold, which limits the registers of a thread; None for
-            the first of :attr:`Kernel.blocks`.
+        split: of a block's tile; None for the first of :attr:`Kernel.splits`.
     """
 
     dtype: torch.dtype
@@ -78,18 +98,22 @@ class Variant:
     content: bool = True
     position: bool = True
     pooled: bool = False
-    blocks: int | None = None
+    split: Split | None = None
 
     @property
     def heads_of_block(self) -> int:
         """Number of heads that a block takes, which have 32 channels or more."""
         return max(1, 32 // self.head_width)
 
+    def split_of(self, kernel: str) -> Split:
+        """Return how a kernel splits the tile of a block."""
+        return self.split or KERNELS[kernel].splits(self.head_width)[0]
+
     def name(self, kernel: str) -> str:
         """Return a kernel's name with its template arguments."""
         flags = (str(x).lower() for x in (self.mask, self.content, self.position, self.pooled))
-        blocks = self.blocks or KERNELS[kernel].blocks(self.head_width)[0]
-        arguments = (_TYPES[self.dtype], self.head_width, self.kernel_size, *flags, blocks)
+        split = self.split_of(kernel)
+        arguments = (_TYPES[self.dtype], self.head_width, self.kernel_size, *flags, *split)
         return f"{kernel}<{', '.join(map(str, arguments))}>"
 
     def tile_bytes(self) -> int:
@@ -113,7 +137,8 @@ class Variant:
     def query_bytes(self) -> int:
         """Return the shared memory of a block of the kernel for gradients of queries."""
         # For heads of 64 channels the sums take the place of the tiles.
-        sums = _WARPS * 32 * 8 * 4 if self.position and self.head_width < 64 else 0
+        warps = self.split_of("local_attention_query").threads // 32
+        sums = warps * 32 * 8 * 4 if self.position and self.head_width < 64 else 0
         return self.forward_bytes() + self.own_bytes() + sums
 
     def key_bytes(self) -> int:
@@ -161,9 +186,16 @@ class Kernel:
     header: str
     shared_bytes: Callable[[Variant], int]
     arguments: type[ctypes.Structure]
-    # Blocks that an SM may hold, by head width. The first number is in use, and the others are
-    # measured beside it: with fewer blocks, threads have more registers, and more time to wait.
-    blocks: Callable[[int], tuple[int, ...]] = lambda head_width: (2, 1)
+    # By head width. The first one is in use, and the others are measured beside it.
+    splits: Callable[[int], tuple[Split, ...]]
+
+
+def _splits_forward(head_width: int) -> tuple[Split, ...]:
+    if head_width == 64:
+        return Split(2, 2), Split(1, 2)
+    # With four blocks, narrower heads have too few registers.
+    first, second = (4, 3) if head_width == 32 else (3, 4)
+    return Split(2, first), Split(2, second), Split(1, 3)
 
 
 KERNELS = {
@@ -171,7 +203,7 @@ KERNELS = {
         "local_attention_forward.cuh",
         Variant.forward_bytes,
         _structure("query key value output", "query key value rel_rows rel_cols output log_sum"),
-        blocks=lambda head_width: (3, 2, 4) if head_width < 64 else (2, 1),
+        _splits_forward,
     ),
     "local_attention_query": Kernel(
         "local_attention_query.cuh",
@@ -180,6 +212,7 @@ KERNELS = {
             "grad query key value grad_query",
             "grad query key value rel_rows rel_cols log_sum grad_query minus_mean grad_embeddings",
         ),
+        lambda head_width: (Split(2, 2), Split(1, 2)),
     ),
     "local_attention_key": Kernel(
         "local_attention_key.cuh",
@@ -188,6 +221,7 @@ KERNELS = {
             "grad query key value grad_key grad_value",
             "grad query key value rel_rows rel_cols log_sum minus_mean grad_key grad_value",
         ),
+        lambda head_width: (Split(2, 2), Split(1, 2)),
     ),
 }
 
@@ -201,7 +235,7 @@ class Launch:
     grid: tuple[int, int, int]
     shared_bytes: int
     arguments: ctypes.Structure
-    threads: int = THREADS  # of a block
+    threads: int  # of a block
 
 
 def launch_of(
@@ -230,7 +264,9 @@ def launch_of(
             setattr(arguments, name, x.data_ptr())
             if stride:
                 setattr(arguments, stride, pixel_stride(x))
-    return Launch(KERNELS[kernel].header, facts.name, grid, facts.shared_bytes, arguments)
+    return Launch(
+        KERNELS[kernel].header, facts.name, grid, facts.shared_bytes, arguments, facts.threads
+    )
 
 
 class _Facts(NamedTuple):
@@ -238,6 +274,7 @@ class _Facts(NamedTuple):
 
     name: str
     shared_bytes: int
+    threads: int
     pointers: tuple[tuple[str, str], ...]  # names, and those of the strides of images
 
 
@@ -250,7 +287,8 @@ def _facts(kernel: str, variant: Variant) -> _Facts:
         (name, f"{name}_stride" if f"{name}_stride" in names else "")
         for name in pointers_of(structure)
     )
-    return _Facts(variant.name(kernel), KERNELS[kernel].shared_bytes(variant), pointers)
+    shared_bytes, threads = KERNELS[kernel].shared_bytes(variant), variant.split_of(kernel).threads
+    return _Facts(variant.name(kernel), shared_bytes, threads, pointers)
 
 
 def pointers_of(structure: type[ctypes.Structure]) -> list[str]:
@@ -344,6 +382,7 @@ def launch_of_embeddings(
         (channels * 8 // 32, 1, 1),
         THREADS * 4 * 4,
         arguments,
+        THREADS,
     )
 
 

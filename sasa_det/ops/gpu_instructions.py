@@ -1,4 +1,4 @@
-"""The instructions that a kernel executes, counted in what NVIDIA's disassembler prints."""
+"""What a kernel executes, counted in what NVIDIA's disassembler prints."""
 
 import importlib.util
 import re
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 from .cuda_compiler import CompiledKernel
 
@@ -75,8 +76,21 @@ def is_conditional(instruction: Instruction) -> bool:
     return bool(predicate or _CONDITION.match(operands) or name.startswith("BRA.DIV"))
 
 
-def instructions_per_head(kernel: CompiledKernel, heads: int) -> float:
-    """Count the instructions that a warp executes in a block, over the heads of the block.
+class Work(NamedTuple):
+    """What a warp does for 16 queries, or keys, of a head.
+
+    Args:
+        instructions: that it executes.
+        wavefronts: of 128 bytes that pass between registers and shared memory or L1 cache, one a
+            clock for an SM. It is their least number, as addresses may share a bank.
+    """
+
+    instructions: float
+    wavefronts: float
+
+
+def work_per_head(kernel: CompiledKernel, heads: int, parts: int) -> Work:
+    """Count what a warp does in a block, over the heads of the block and the parts of the warp.
 
     It is the longest way through the code, but for what follows a vote: that is for values that are
     not finite.
@@ -84,23 +98,44 @@ def instructions_per_head(kernel: CompiledKernel, heads: int) -> float:
     Args:
         kernel: what was compiled.
         heads: number of the block's heads, over which the kernel loops.
+        parts: of 16 pixels that a warp has.
 
     Raises:
         RuntimeError: if the disassembler is not installed, or cannot read the code.
     """
-    return _executed(print_code(kernel.code, kernel.name), heads) / heads
+    executed = _executed(print_code(kernel.code, kernel.name), heads)
+    wavefronts = sum(_wavefronts(*instruction[:2]) for instruction in executed)
+    return Work(len(executed) / heads / parts, wavefronts / heads / parts)
 
 
-def _executed(listing: str, heads: int) -> int:
+_PASSING = ("LDS", "STS", "LDG", "STG", "LDL", "STL", "LDGSTS")
+
+
+def _wavefronts(predicate: str | None, name: str) -> int:
+    """Return those of an instruction."""
+    kind, *modifiers = name.split(".")
+    if predicate == "@!PT":  # never done
+        return 0
+    if kind == "LDSM":  # a matrix is one
+        return int(modifiers[-1]) if modifiers[-1].isdigit() else 1
+    if kind == "SHFL":
+        return 1
+    if kind in _PASSING:
+        return next((bits // 32 for bits in (128, 64) if str(bits) in modifiers), 1)
+    return 0
+
+
+def _executed(listing: str, heads: int) -> list[Instruction]:
     code, labels = read_listing(listing)
     # The only loop on this way is that over heads, if a block has several.
     rounds = 1
-    count = at = 0
+    executed: list[Instruction] = []
+    at = 0
     voted = False
     while True:
         instruction = code[at]
         name = instruction[1]
-        count += 1
+        executed.append(instruction)
         at += 1
         if name.startswith("VOTE.ANY"):
             voted = True
@@ -113,6 +148,6 @@ def _executed(listing: str, heads: int) -> int:
                 taken = voted or not is_conditional(instruction)
             voted = False
             if taken and target is None:
-                return count
+                return executed
             if taken:
                 at = target

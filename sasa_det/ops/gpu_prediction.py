@@ -1,7 +1,8 @@
-"""A model of the time that the CUDA kernels take, from their instructions and memory traffic.
+"""A model of the time that the CUDA kernels take, from what they execute and move.
 
-Nothing here was measured on a GPU. The predictions may be wrong by 40%, and are there to be
-compared with the first measurement.
+The time of an SM is that of issuing all instructions and, after it, that of all wavefronts between
+registers and shared memory: warps wait for each other too often for both at once. This comes close
+to what an H200 took for an earlier version of the kernels (docs/gpu.md).
 """
 
 import math
@@ -9,22 +10,23 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from .cuda_kernels import Maps, Variant, blocks_of, embedding_sums_shape
+from .gpu_instructions import Work
 
-_ISSUED = 0.6  # of the instructions that the SMs could issue
+_ISSUES = 4  # instructions that an SM issues in a clock, in which it has one wavefront
 _NOT_OVERLAPPED = 0.25  # of the shorter of arithmetic and memory traffic
 _START = 3e-6  # seconds to start a kernel
 _SHORTEST = 5e-6  # seconds of a convolution or a product, at least
-_WARPS_OF_BLOCK = 8
+_PARTS_OF_BLOCK = 8  # of 16 pixels
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU, in FLOPs, bytes and instructions per second.
+    """A GPU, in FLOPs, bytes and clocks per second.
 
     Args:
         name: what it is called.
         architecture: what kernels are compiled for.
-        issue: instructions of warps that all SMs could issue.
+        clocks: of all SMs together.
         bandwidth: of its memory.
         convolution: of cuDNN's 3x3 convolutions in bfloat16 by number of channels.
         product: of large matrix products in bfloat16.
@@ -32,7 +34,7 @@ class Gpu:
 
     name: str
     architecture: str
-    issue: float
+    clocks: float
     bandwidth: float
     convolution: dict[int, float]
     product: float
@@ -42,7 +44,7 @@ GPUS = (
     Gpu(
         "H100",
         "sm_90",
-        issue=132 * 4 * 1.755e9,
+        clocks=132 * 1.755e9,
         bandwidth=3.0e12,
         convolution={64: 300e12, 128: 450e12, 256: 550e12, 512: 550e12},
         product=550e12,
@@ -50,7 +52,7 @@ GPUS = (
     Gpu(
         "A100",
         "sm_80",
-        issue=108 * 4 * 1.41e9,
+        clocks=108 * 1.41e9,
         bandwidth=1.7e12,
         convolution={64: 130e12, 128: 180e12, 256: 200e12, 512: 200e12},
         product=200e12,
@@ -184,7 +186,7 @@ def convolution(layer: Layer, gpu: Gpu) -> Times:
     return Times(forward, 2 * forward)
 
 
-def attention(layer: Layer, gpu: Gpu, instructions: Callable[[str, int, bool], float]) -> Times:
+def attention(layer: Layer, gpu: Gpu, work: Callable[[str, int, bool], Work]) -> Times:
     """Predict the attention layer: the product that makes query, key and value, and the kernels.
 
     And the 1x1 convolution that follows it, if there is one.
@@ -192,8 +194,8 @@ def attention(layer: Layer, gpu: Gpu, instructions: Callable[[str, int, bool], f
     Args:
         layer: what to predict.
         gpu: on what.
-        instructions: of a kernel, a head width, and whether it pools, as
-            :func:`sasa_det.ops.gpu_instructions.instructions_per_head` counts them.
+        work: of a kernel, a head width, and whether it pools, as
+            :func:`sasa_det.ops.gpu_instructions.work_per_head` counts it.
     """
     flops = 3 * layer.channels * layer.unit
     product = max(flops / gpu.product, 4 * layer.unit / gpu.bandwidth, _SHORTEST)
@@ -204,8 +206,10 @@ def attention(layer: Layer, gpu: Gpu, instructions: Callable[[str, int, bool], f
         head_width = layer.channels // layer.heads
         variant = Variant(None, head_width, 7)
         blocks = blocks_of(variant, maps, layer.channels)
-        warps = blocks * _WARPS_OF_BLOCK * variant.heads_of_block
-        arithmetic = warps * instructions(name, head_width, pooled) / gpu.issue / _ISSUED
+        done = work(name, head_width, pooled)
+        clocks = done.instructions / _ISSUES + done.wavefronts
+        parts = blocks * _PARTS_OF_BLOCK * variant.heads_of_block
+        arithmetic = parts * clocks / gpu.clocks
         memory = (units * layer.unit + more) / gpu.bandwidth
         smaller, larger = sorted((arithmetic, memory))
         return larger + _NOT_OVERLAPPED * smaller + _START

@@ -19,8 +19,8 @@ import torch
 
 from ..utils.text import markdown_table
 from .cuda_compiler import CompiledKernel, compile_kernel
-from .cuda_kernels import HEAD_WIDTHS, KERNELS, THREADS, WIDEST_KERNEL, Variant
-from .gpu_instructions import disassembler, instructions_per_head
+from .cuda_kernels import HEAD_WIDTHS, KERNELS, WIDEST_KERNEL, Variant
+from .gpu_instructions import Work, disassembler, work_per_head
 from .gpu_prediction import GPUS, WHOLE, Gpu, Times, attention, convolution, gpu_of, layers_by_size
 
 # Of every generation of GPUs with these instructions, the one in data centres.
@@ -37,13 +37,13 @@ def _compiled(name: str, variant: Variant, architecture: str) -> CompiledKernel:
 
 
 @functools.cache
-def count_instructions(
+def count_work(
     name: str, head_width: int, pooled: bool = False, architecture: str = "sm_90"
-) -> float:
-    """Count as :func:`instructions_per_head`, for bfloat16 and the widest windows."""
+) -> Work:
+    """Count as :func:`work_per_head`, for bfloat16 and the widest windows."""
     variant = _variant(head_width, pooled)
     compiled = _compiled(name, variant, architecture)
-    return instructions_per_head(compiled, variant.heads_of_block)
+    return work_per_head(compiled, variant.heads_of_block, variant.split_of(name).parts)
 
 
 def resources(architectures: Sequence[str], head_widths: Sequence[int]) -> list[dict[str, object]]:
@@ -58,13 +58,15 @@ def resources(architectures: Sequence[str], head_widths: Sequence[int]) -> list[
                     "architecture": architecture,
                     "kernel": name.removeprefix("local_attention_"),
                     "head width": head_width,
+                    "threads": variant.split_of(name).threads,
                     "registers": taken.registers,
                     "spilled bytes": taken.spill_bytes,
                     "shared KiB": round(kernel.shared_bytes(variant) / 1024, 1),
                 }
                 if disassembler():
-                    count = count_instructions(name, head_width, architecture=architecture)
-                    row["instructions"] = round(count)
+                    work = count_work(name, head_width, architecture=architecture)
+                    row["instructions"] = round(work.instructions)
+                    row["wavefronts"] = round(work.wavefronts)
                 rows.append(row)
     return rows
 
@@ -75,12 +77,10 @@ def predict(gpu: Gpu) -> dict[str, tuple[Times, Times]]:
     Returns:
         dict: name of a layer, or WHOLE, to the times of convolution and attention.
     """
-    instructions = functools.cache(
-        functools.partial(count_instructions, architecture=gpu.architecture)
-    )
+    work = functools.partial(count_work, architecture=gpu.architecture)
     layers, totals = {}, (Times(0, 0), Times(0, 0))
     for layer in layers_by_size():
-        pair = convolution(layer, gpu), attention(layer, gpu, instructions)
+        pair = convolution(layer, gpu), attention(layer, gpu, work)
         layers[layer.name] = pair
         totals = tuple(a + layer.count * b for a, b in zip(totals, pair, strict=True))
     return {**layers, WHOLE: totals}
@@ -113,9 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(
         prog="python -m sasa_det.ops.gpu_report",
-        description="Compile the CUDA kernels of local attention (bfloat16, 7 x 7 windows, blocks "
-        f"of {THREADS} threads), print what they take of a GPU, predict their times and, on a GPU, "
-        "measure them.",
+        description="Compile the CUDA kernels of local attention (bfloat16, 7 x 7 windows), print "
+        "what they take of a GPU, predict their times and, on a GPU, measure them.",
     )
     parser.add_argument(
         "--architectures",

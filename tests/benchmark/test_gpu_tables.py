@@ -81,11 +81,11 @@ def test_models_are_compared_with_the_first():
 
 
 CHOICES = [
-    Choice("forward", "64@160", 3, True, Resources(80, 48), 100e-6),
-    Choice("forward", "64@160", 2, False, Resources(108, 0), 90e-6),
-    Choice("forward", "64@160", 4, False, None, None, "it does not start"),
-    Choice("key", "512@20", 2, True, Resources(128, 104), 12e-6),
-    Choice("key", "512@20", 1, False, Resources(202, 0), 15e-6),
+    Choice("forward", "64@160", "2 parts, 3 blocks", True, Resources(168, 48), 100e-6),
+    Choice("forward", "64@160", "1 part, 3 blocks", False, Resources(80, 0), 90e-6),
+    Choice("forward", "64@160", "2 parts, 4 blocks", False, None, None, "it does not start"),
+    Choice("key", "512@20", "2 parts, 2 blocks", True, Resources(255, 104), 12e-6),
+    Choice("key", "512@20", "1 part, 2 blocks", False, Resources(128, 0), 15e-6),
 ]
 
 
@@ -94,13 +94,14 @@ def test_the_fastest_choice_is_named():
     assert first == {
         "kernel": "forward",
         "layer": "64@160",
-        "in use": "100 (3 blocks, 80 registers, 48 bytes spilled)",
-        "second choice": "90 (2 blocks, 108 registers, 0 bytes spilled)",
-        "third choice": "? (4 blocks)",
-        "fastest": "2 blocks",
+        "in use": "100 (2 parts, 3 blocks, 168 registers, 48 bytes spilled)",
+        "second choice": "90 (1 part, 3 blocks, 80 registers, 0 bytes spilled)",
+        "third choice": "? (2 parts, 4 blocks)",
+        "fastest": "1 part, 3 blocks",
         "of the one in use": "0.90",
     }
-    assert second["fastest"] == "2 blocks" and second["of the one in use"] == "1.00"
+    assert second["fastest"] == "2 parts, 2 blocks"
+    assert second["of the one in use"] == "1.00"
     assert second["third choice"] == ""
 
 
@@ -120,7 +121,7 @@ def test_the_whole_report():
     assert "601 TFLOP/s (predictions assume 550)" in text
     missing = "- 256@5, HaloAttn (timm): AssertionError: 5 is odd\n"
     missing += "- 64@160, FlexAttention in tiles: it takes wider heads\n"
-    missing += "- 64@160, forward with 4 blocks of an SM: it does not start\n"
+    missing += "- 64@160, forward with 2 parts, 4 blocks: it does not start\n"
     assert f"\n\nNot measured:\n\n{missing}\n" in text
     assert text.endswith("Models were left out, as detectron2 is not installed.\n")
     # A report of what has been measured so far is whole too.
@@ -128,6 +129,6 @@ def test_the_whole_report():
 
     record = json.loads(as_json(measured, {WHOLE: (Times(1.0, 2.0), Times(3.0, 4.0))}))
     assert record["layers"][1]["step"] == 453e-6
-    assert record["choices"][1]["taken"] == {"registers": 108, "spill_bytes": 0}
+    assert record["choices"][1]["taken"] == {"registers": 80, "spill_bytes": 0}
     assert record["ceilings"] == {"copy": 2.9e12, "product": 601e12}
     assert record["predicted"][WHOLE]["attention"] == {"forward": 3.0, "backward": 4.0}

@@ -21,6 +21,7 @@ from sasa_det.ops.cuda_kernels import (
     EMBEDDINGS_HEADER,
     KERNELS,
     Maps,
+    Split,
     Variant,
     embedding_sums_shape,
     embeddings_name,
@@ -51,6 +52,10 @@ VARIANTS = {
     "16-pooled": Variant(FP16, 16, 5, mask=False, pooled=True),
     "32-pooled": Variant(BF16, 32, 7, pooled=True),
     "64-pooled": Variant(BF16, 64, 7, pooled=True),
+    # The others have two parts of 16 pixels for a warp.
+    "8-part": Variant(BF16, 8, 7, split=Split(1, 2)),
+    "32-part": Variant(FP16, 32, 5, split=Split(1, 2)),
+    "64-part": Variant(BF16, 64, 7, pooled=True, split=Split(1, 2)),
 }
 
 
@@ -243,6 +248,9 @@ SIZES = pytest.mark.parametrize(
         ("8-pooled", 1, 5, 9, 18),
         ("32-pooled", 2, 1, 10, 17),
         ("64-pooled", 2, 1, 5, 19),
+        ("8-part", 1, 5, 9, 17),
+        ("32-part", 2, 1, 9, 17),
+        ("64-part", 1, 1, 5, 19),
     ],
 )
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from sasa_det.ops.gpu_instructions import Work
 from sasa_det.ops.gpu_prediction import GPUS, Layer, attention, convolution, gpu_of
 
 H100 = GPUS[0]
@@ -13,8 +14,11 @@ def test_a_convolution_is_bound_by_its_products():
     assert times.step == pytest.approx(3 * times.forward)
 
 
-def test_attention_without_instructions_is_bound_by_memory():
-    times = attention(Layer(64, 160), H100, lambda *_: 0)
+NOTHING = Work(0, 0)
+
+
+def test_attention_that_executes_nothing_is_bound_by_memory():
+    times = attention(Layer(64, 160), H100, lambda *_: NOTHING)
     one_map = 2 * 8 * 64 * 160 * 160
     # The product reads one map and writes three; the kernel reads three and writes one.
     assert times.forward == pytest.approx(8 * one_map / 3.0e12 + 3e-6)
@@ -23,22 +27,22 @@ def test_attention_without_instructions_is_bound_by_memory():
     assert times.backward == pytest.approx((19 * one_map + 2 * sums) / 3.0e12 + 9e-6)
 
 
-def test_instructions_are_counted_for_whole_blocks():
+def test_work_is_counted_for_whole_blocks():
     def microseconds(size):
         # So many that nothing else matters.
-        return attention(Layer(256, size), H100, lambda *_: 1e9).forward
+        return attention(Layer(256, size), H100, lambda *_: Work(2e9, 5e8)).forward
 
     # 3 x 2 tiles of 8 x 16 pixels for 17 x 17 pixels, 2 x 1 for 16 x 16.
     assert microseconds(17) / microseconds(16) == pytest.approx(3, rel=1e-3)
-    # 8 images, 8 heads of 32 channels, 6 tiles, 8 warps, twice as many where the first kernel is.
-    issued = 8 * 8 * 6 * 8 * 1e9 / (132 * 4 * 1.755e9) / 0.6
+    # 8 images, 8 heads of 32 channels, 6 tiles of 8 times 16 pixels, four instructions a clock.
+    issued = 8 * 8 * 6 * 8 * (2e9 / 4 + 5e8) / (132 * 1.755e9)
     assert microseconds(17) == pytest.approx(issued, rel=1e-3)
 
 
 def test_what_follows_attention_is_counted():
     def extra(**options):
         layers = (Layer(256, 80, **options), Layer(256, 80))
-        first, second = (attention(x, H100, lambda *_: 0) for x in layers)
+        first, second = (attention(x, H100, lambda *_: NOTHING) for x in layers)
         return first.forward - second.forward
 
     unit = 2 * 8 * 80 * 80 * 256
@@ -55,8 +59,8 @@ def test_levels_are_one_call_of_attention_and_several_of_convolution():
     levels = [convolution(Layer(256, size), H100).forward for size in (20, 10, 5)]
     assert convolution(layer, H100).forward == pytest.approx(sum(levels))
     # 3 x 2 tiles, 2 x 1 and one, of 8 images and 8 heads.
-    issued = 8 * 8 * 9 * 8 * 1e9 / (132 * 4 * 1.755e9) / 0.6
-    times = attention(layer, H100, lambda *_: 1e9)
+    issued = 8 * 8 * 9 * 8 * 1e9 / (132 * 1.755e9)
+    times = attention(layer, H100, lambda *_: Work(2e9, 5e8))
     assert times.forward == pytest.approx(issued, rel=1e-3)
 
 

@@ -5,9 +5,10 @@
 
 // Copies of `ROWS` x `COLS` pixels to shared memory, from `REACH` above and left of the tile, zeros
 // outside of the image.
-template <int DEPTH, int REACH, int ROWS, int COLS>
+template <int DEPTH, int REACH, int ROWS, int COLS, int PARTS>
 class PixelCopies {
   using H = Heads<DEPTH>;
+  static constexpr int WARPS = WARPS_OF<PARTS>;
   static constexpr int STEP = 32 / H::CHUNKS, ROW_BYTES = COLS * H::PIXEL_BYTES;
   static constexpr int ROW_STEPS = (ROWS + WARPS - 1) / WARPS, COL_STEPS = (COLS + STEP - 1) / STEP;
   Shared places_[2];  // of chunks as they are in the first columns, and turned by those of a step
@@ -67,7 +68,8 @@ class PixelCopies {
 };
 
 // Of the tile and its halo, and of the tile alone.
-template <int DEPTH, int KERNEL>
-using TileCopies = PixelCopies<DEPTH, KERNEL / 2, halo_rows(KERNEL), Heads<DEPTH>::HALO_COLS>;
-template <int DEPTH>
-using OwnCopies = PixelCopies<DEPTH, 0, TILE_ROWS, TILE_COLS>;
+template <int DEPTH, int KERNEL, int PARTS>
+using TileCopies =
+    PixelCopies<DEPTH, KERNEL / 2, halo_rows(KERNEL), Heads<DEPTH>::HALO_COLS, PARTS>;
+template <int DEPTH, int PARTS>
+using OwnCopies = PixelCopies<DEPTH, 0, TILE_ROWS, TILE_COLS, PARTS>;

@@ -17,13 +17,14 @@ struct ForwardArguments {
   float* log_sum;  // (batch, heads, height, width) of each level
 };
 
-template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION, bool POOLED>
+template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION, bool POOLED,
+          int PARTS>
 SELDOM void attend_one_by_one(const ForwardArguments x, Shared keys, Shared values,
-                              Shared outputs_tile, int head) {
-  const Thread me;
+                              Shared outputs_tile, int head, int part) {
+  const Thread me(threadIdx.x, PARTS);
   const Block block = Block::of<DEPTH>(x.sizes);
   const OwnPixels<DEPTH> outputs(outputs_tile);
-  const OnePixel<T, DEPTH, KERNEL> pixel(block, me, head);
+  const OnePixel<T, DEPTH, KERNEL> pixel(block, me, head, part);
   // Squares of pixels meet in one result, and threads of all of them must come there.
   if (!POOLED && !pixel.inside) return;
   const u16* query = pixel.of(x.query, x.query_stride, 0);
@@ -69,114 +70,156 @@ SELDOM void attend_one_by_one(const ForwardArguments x, Shared keys, Shared valu
   }
 }
 
-// BLOCKS are those that an SM is to hold, which limits the registers of a thread.
+// A warp has PARTS parts of the tile, which share what they load. BLOCKS are those that an SM is to
+// hold, which limits the registers of a thread.
 template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION, bool POOLED,
-          int BLOCKS>
-__global__ void __launch_bounds__(THREADS, BLOCKS)
+          int PARTS, int BLOCKS>
+__global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
     local_attention_forward(const ForwardArguments x) {
   using H = Heads<DEPTH>;
-  constexpr int ROWS = KERNEL + 1;
-  const Thread me;
-  const ForProducts<DEPTH> for_products;
+  using Columns = PixelsAsColumns<DEPTH>;
+  constexpr int ROWS = KERNEL + 1, PAIRS = ROWS / 2;
+  const Thread me(threadIdx.x, PARTS);
+  const ForProducts<DEPTH, PARTS> for_products;
   const Block block = Block::of<DEPTH>(x.sizes);
   if (!block.is_there()) return;
-  const Attended<T, DEPTH, KERNEL, CONTENT, POSITION> attended(x, block, {block, me}, me);
+  const Attended<T, DEPTH, KERNEL, CONTENT, POSITION, PARTS> attended(x, block, {block, me}, me);
   attended.prepare(x, block, me);
   const OwnPixels<DEPTH>& outputs = attended.queries;  // in their place
-  const Pixels pixels(block, me);
-  const OneOfPair one(block, pixels, me);
   const Windows windows(me);
-  Terms<DEPTH, KERNEL, MASK, POSITION> terms(block, me);
-  float parts[2] = {1.f, 1.f};  // of the pixels in what is written
-  if (POOLED)
+  Terms<DEPTH, KERNEL, MASK, POSITION> terms[PARTS];
+  float factors[PARTS][2];  // of the pixels in what is written
+#pragma unroll
+  for (int part = 0; part < PARTS; ++part) {
+    terms[part].begin(block, me, part);
+    const Pixels pixels(block, me, part);
 #pragma unroll
     for (int h = 0; h < 2; ++h)
-      parts[h] = pixels.inside[h] ? outputs.part_of(block, pixels.row, pixels.col) : 0.f;
+      factors[part][h] = !POOLED              ? 1.f
+                         : pixels.inside[h] ? outputs.part_of(block, pixels.row, pixels.col)
+                                            : 0.f;
+  }
   wait_for_copies();
   wait_for_block();
 #pragma unroll 1
   for (int head = 0; head < block.heads; ++head) {
-    u32 a[H::STEPS][4];
-    attended.queries.load(a, for_products, x.query, x.query_stride, block, pixels, me, head);
-    terms.template find<T>(a, attended.embeddings, head, me);
-    float logits[ROWS / 2][2][4];
-    const PixelsAsColumns<DEPTH> keys_as_columns(attended.keys, for_products, head);
+    u32 a[PARTS][H::STEPS][4];
+    using E = Embeddings<DEPTH, KERNEL>;
+    u32 embeddings[E::OF_HEAD][4];
+    if (POSITION) E::load_operands(embeddings, attended.embeddings, head, me);
 #pragma unroll
-    for (int j = 0; j < ROWS; j += 2)
-      window_products<T, CONTENT>(logits[j / 2], a, keys_as_columns, windows, j,
-                                  [&](int r, int i) { return terms.start(j + r, i); });
-    float shift[2], total[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float highest = fmaxf(logits[h / 2][h % 2][2 * h], logits[h / 2][h % 2][2 * h + 1]);
-#pragma unroll
-      for (int o = 1; o < KERNEL; ++o)
-        highest = fmaxf(highest, fmaxf(logits[(o + h) / 2][(o + h) % 2][2 * h],
-                                       logits[(o + h) / 2][(o + h) % 2][2 * h + 1]));
-      highest = fmaxf(highest, of_neighbour(highest, 1));
-      highest = fmaxf(highest, of_neighbour(highest, 2));
-      shift[h] = highest * LOG2_E;
-      total[h] = 0.f;
+    for (int part = 0; part < PARTS; ++part) {
+      const Pixels pixels(block, me, part);
+      attended.queries.load(a[part], for_products, x.query, x.query_stride, block, pixels, me, head,
+                            part);
+      terms[part].template find<T>(a[part], embeddings, me);
     }
-    u32 weights[ROWS / 2][4];
+    float logits[PARTS][PAIRS][2][4];
+    const Columns keys_as_columns(attended.keys, for_products, head);
+    // Rows 2p and 2p + 1 are rows 2 (p - part) and the next of a part's windows.
 #pragma unroll
-    for (int j = 0; j < ROWS; ++j)
+    for (int p = 0; p < PAIRS + PARTS - 1; ++p) {
+      u32 b[Columns::LOADS][4];
+      if (CONTENT) keys_as_columns.load(b, 2 * p);
+#pragma unroll
+      for (int part = 0; part < PARTS; ++part) {
+        const int q = p - part;
+        if (q < 0 || q >= PAIRS) continue;
+        window_products<T, CONTENT, DEPTH>(
+            logits[part][q], a[part], b, windows,
+            [&](int r, int i) { return terms[part].start(2 * q + r, i); });
+      }
+    }
+    float shift[PARTS][2], total[PARTS][2], inverse[PARTS][2];
+    u32 weights[PARTS][PAIRS][4];
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+      const float(&of)[PAIRS][2][4] = logits[part];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        u32& word = weights[j / 2][j % 2 * 2 + h];
-        const int offset = j - h;
-        if (offset < 0 || offset >= KERNEL) continue;
-        float pair[2];
+        float highest = fmaxf(of[h / 2][h % 2][2 * h], of[h / 2][h % 2][2 * h + 1]);
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-          pair[i] = exp2_of(multiply_add(logits[j / 2][j % 2][2 * h + i], LOG2_E, -shift[h]));
-        total[h] += pair[0] + pair[1];
-        word = T::pack(pair[0], pair[1]);
+        for (int o = 1; o < KERNEL; ++o)
+          highest = fmaxf(highest, fmaxf(of[(o + h) / 2][(o + h) % 2][2 * h],
+                                         of[(o + h) / 2][(o + h) % 2][2 * h + 1]));
+        highest = fmaxf(highest, of_neighbour(highest, 1));
+        highest = fmaxf(highest, of_neighbour(highest, 2));
+        shift[part][h] = highest * LOG2_E;
+        total[part][h] = 0.f;
       }
-    float inverse[2];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      total[h] = sum_of_quad(total[h]);
-      inverse[h] = reciprocal_of(total[h]) * parts[h];
+      for (int j = 0; j < ROWS; ++j)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int offset = j - h;
+          if (offset < 0 || offset >= KERNEL) continue;
+          float pair[2];
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            pair[i] =
+                exp2_of(multiply_add(of[j / 2][j % 2][2 * h + i], LOG2_E, -shift[part][h]));
+          total[part][h] += pair[0] + pair[1];
+          weights[part][j / 2][j % 2 * 2 + h] = T::pack(pair[0], pair[1]);
+        }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        total[part][h] = sum_of_quad(total[part][h]);
+        inverse[part][h] = reciprocal_of(total[part][h]) * factors[part][h];
+      }
+      weights[part][0][1] = weights[part][PAIRS - 1][2] = held_zero();  // out of the window
     }
-    const ForSums<DEPTH> for_sums;
-    weights[0][1] = weights[ROWS / 2 - 1][2] = held_zero();  // out of the window
+    const ForSums<DEPTH, PARTS> for_sums;
     const PixelsAsRows<DEPTH> values_as_rows(attended.values, for_sums, head);
     u32 collected = 0;
     wait_for_warp();  // whose queries give way to its outputs
 #pragma unroll
     for (int first = 0; first < H::HEAD_CHUNKS; first += H::IN_TURN) {
-      float sums[H::IN_TURN][4] = {};
+      float sums[PARTS][H::IN_TURN][4] = {};
 #pragma unroll
-      for (int j = 0; j < ROWS; j += 2)
+      for (int p = 0; p < PAIRS + PARTS - 1; ++p)
 #pragma unroll
-        for (int c = 0; c < H::IN_TURN; ++c)
-          values_as_rows.template product<T>(sums[c], weights[j / 2], j, first + c);
+        for (int c = 0; c < H::IN_TURN; ++c) {
+          u32 b[4];
+          values_as_rows.load(b, 2 * p, first + c);
 #pragma unroll
-      for (int c = 0; c < H::IN_TURN; ++c) {
-        const float (&sum)[4] = sums[c];
-        if constexpr (POOLED) {
-          const u32 word =
-              outputs.template put_sums<T>(sum, inverse, for_sums, x.output, x.output_stride, block,
-                                           pixels, me, head, first + c);
-          collected = T::add_zero_times(word, collected);
-        } else {
-          u32 words[2];
-          pack_pair<T>(words, collected, sum, inverse[0], inverse[1]);
-          outputs.put(words, for_sums, x.output, x.output_stride, block, pixels, me, head,
-                      first + c);
+          for (int part = 0; part < PARTS; ++part)
+            if (p >= part && p - part < PAIRS)
+              values_as_rows.template product<T>(sums[part][c], weights[part][p - part], b);
         }
-      }
+#pragma unroll
+      for (int part = 0; part < PARTS; ++part)
+#pragma unroll
+        for (int c = 0; c < H::IN_TURN; ++c) {
+          const Pixels pixels(block, me, part);
+          const float(&sum)[4] = sums[part][c];
+          if constexpr (POOLED) {
+            const u32 word = outputs.template put_sums<T>(sum, inverse[part], for_sums, x.output,
+                                                          x.output_stride, block, pixels, me, head,
+                                                          first + c, part);
+            collected = T::add_zero_times(word, collected);
+          } else {
+            u32 words[2];
+            pack_pair<T>(words, collected, sum, inverse[part][0], inverse[part][1]);
+            outputs.put(words, for_sums, x.output, x.output_stride, block, pixels, me, head,
+                        first + c, part);
+          }
+        }
     }
-    one.store(x.log_sum, block, head, one.of(shift) + log2_of(one.of(total)));
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+      const OneOfPair one(block, Pixels(block, me, part), me);
+      one.store(x.log_sum, block, head, one.of(shift[part]) + log2_of(one.of(total[part])));
+    }
     if (in_any_thread(not_finite(collected))) {
       wait_for_warp();  // whose threads have written what others write again
-      attend_one_by_one<T, DEPTH, KERNEL, MASK, CONTENT, POSITION, POOLED>(
-          x, attended.keys, attended.values, outputs.tile(), head);
+#pragma unroll 1
+      for (int part = 0; part < PARTS; ++part)
+        attend_one_by_one<T, DEPTH, KERNEL, MASK, CONTENT, POSITION, POOLED, PARTS>(
+            x, attended.keys, attended.values, outputs.tile(), head, part);
     }
   }
   wait_for_warp();
   // What a loop over heads does not need takes no registers there.
-  outputs.template store_all<POOLED>(x.output, x.output_stride, block,
-                                     H::COUNT > 1 ? Thread(thread_again()) : me);
+  outputs.template store_all<POOLED, PARTS>(
+      x.output, x.output_stride, block, H::COUNT > 1 ? Thread(thread_again(), PARTS) : me);
 }

@@ -17,9 +17,10 @@ struct KeyArguments {
 };
 
 // What a warp needs of each query of the tile and its halo, in shared memory and float32.
-template <int DEPTH, int KERNEL>
+template <int DEPTH, int KERNEL, int PARTS>
 struct QueryTables {
   static constexpr int REACH = KERNEL / 2, ROWS = halo_rows(KERNEL);
+  static constexpr int WARPS = WARPS_OF<PARTS>;
   // Columns that warps read, of which the last is in no window.
   static constexpr int COLS = TILE_COLS + 8;
   // For each row of queries: its terms by column offset, 8 for each query; log_sum less the terms
@@ -37,40 +38,55 @@ struct QueryTables {
   // log_sum itself, until the terms are there: there are at most 7 offsets.
   static DEVICE Shared log_sum(int col) { return by_row(col, 7); }
 
-  // Starts to copy log_sum and minus_mean of the queries of two rows, which `prepare` has in the
-  // same warp.
+  // Starts to copy log_sum and minus_mean of the queries, two rows at a time, which `prepare` has in
+  // the same warp.
   static DEVICE void copy(Shared to, const KeyArguments& x, const Block& block, int head,
                           const Thread& me) {
-    const bool first = me.lane < 16, wanted = 2 * me.warp < ROWS;
-    const int row = 2 * me.warp + me.lane / 8 % 2, col = me.lane % 8;
-    const int y = block.top + row - REACH, left = block.left + col - REACH;
-    const float* from =
-        (first ? x.log_sum : x.minus_mean) + block.in_planes(head, row - REACH, col - REACH);
-    to += row * ROW_BYTES + (first ? log_sum(col) : minus_mean(col));
+    const bool first = me.lane < 16;
+    const int col = me.lane % 8, left = block.left + col - REACH;
 #pragma unroll
-    for (int c = 0; c < COLS; c += 8)
-      copy_async(to + 4 * c, from + c, block.has_row(y) && block.has_col(left + c), wanted);
+    for (int done = 0; done < ROWS; done += 2 * WARPS) {
+      const int row = done + 2 * me.warp + me.lane / 8 % 2, y = block.top + row - REACH;
+      const float* from =
+          (first ? x.log_sum : x.minus_mean) + block.in_planes(head, row - REACH, col - REACH);
+      const Shared in_row = to + row * ROW_BYTES + (first ? log_sum(col) : minus_mean(col));
+#pragma unroll
+      for (int c = 0; c < COLS; c += 8)
+        copy_async(in_row + 4 * c, from + c, block.has_row(y) && block.has_col(left + c),
+                   row < ROWS);
+    }
   }
 
   template <typename T, bool POSITION>
   static DEVICE void prepare(Shared to, Shared queries, Shared embeddings, const Block& block,
                              int head, const Thread& me) {
+    using E = Embeddings<DEPTH, KERNEL>;
+    u32 b[E::OF_HEAD][4];
+    if (POSITION) E::load_operands(b, embeddings, head, me);
+#pragma unroll
+    for (int done = 0; done < ROWS; done += 2 * WARPS)
+      if (done + 2 * me.warp < ROWS)
+        prepare_rows<T, POSITION>(to, queries, b, block, head, me, done + 2 * me.warp);
+  }
+
+ private:
+  // Those of two rows.
+  template <typename T, bool POSITION>
+  static DEVICE void prepare_rows(Shared to, Shared queries,
+                                  const u32 (&b)[Embeddings<DEPTH, KERNEL>::OF_HEAD][4],
+                                  const Block& block, int head, const Thread& me, int row) {
     using H = Heads<DEPTH>;
-    if (2 * me.warp >= ROWS) return;
-    to += 2 * me.warp * ROW_BYTES;
+    to += row * ROW_BYTES;
     const int matrix = me.lane / 8, offset = 2 * me.t;
     Shared operands[H::STEPS];
 #pragma unroll
     for (int s = 0; s < H::STEPS; ++s) {
       const int chunk = head * H::HEAD_CHUNKS + (DEPTH == 8 ? 0 : 2 * s + matrix / 2);
-      operands[s] = queries + (2 * me.warp + matrix % 2) * H::ROW_BYTES + H::at(me.lane % 8, chunk);
+      operands[s] = queries + (row + matrix % 2) * H::ROW_BYTES + H::at(me.lane % 8, chunk);
     }
     bool in_rows[2];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) in_rows[h] = block.has_row(block.top + 2 * me.warp + h - REACH);
-    using E = Embeddings<DEPTH, KERNEL>;
-    u32 b[E::OF_HEAD][4];
-    if (POSITION) E::load_operands(b, embeddings, head, me);
+    for (int h = 0; h < 2; ++h) in_rows[h] = block.has_row(block.top + row + h - REACH);
     // 16 queries at a time, 8 columns of both rows.
 #pragma unroll
     for (int first = 0; first < COLS; first += 8) {
@@ -80,7 +96,7 @@ struct QueryTables {
 #pragma unroll
         for (int s = 0; s < H::STEPS; ++s)
           load_matrices(a[s], (operands[s] ^ H::turn(first) << 4) + first * H::PIXEL_BYTES);
-        E::template product<T>(row_terms, col_terms, a, b);
+        Embeddings<DEPTH, KERNEL>::template product<T>(row_terms, col_terms, a, b);
       }
       const int col = first + me.g;
       const bool in_cols = block.has_col(block.left + col - REACH);
@@ -108,20 +124,20 @@ struct KeyShared {
                        VALUES = QUERIES + tile_bytes<DEPTH, KERNEL>(),
                        KEYS = VALUES + OwnPixels<DEPTH>::BYTES,
                        TABLES = KEYS + OwnPixels<DEPTH>::BYTES,
-                       EMBEDDINGS = TABLES + QueryTables<DEPTH, KERNEL>::BYTES;
+                       EMBEDDINGS = TABLES + QueryTables<DEPTH, KERNEL, 1>::BYTES;
 };
 
-template <typename T, int DEPTH, int KERNEL, bool CONTENT, bool POOLED>
+template <typename T, int DEPTH, int KERNEL, bool CONTENT, bool POOLED, int PARTS>
 SELDOM void key_gradients_one_by_one(const KeyArguments x, Shared grads, Shared queries,
                                      Shared tables, Shared grad_keys_tile, Shared grad_values_tile,
-                                     int head) {
-  const Thread me;
+                                     int head, int part) {
+  const Thread me(threadIdx.x, PARTS);
   const Block block = Block::of<DEPTH>(x.sizes);
   const OwnPixels<DEPTH> grad_keys(grad_keys_tile);
   const OwnPixels<DEPTH> grad_values(grad_values_tile);
-  using Tables = QueryTables<DEPTH, KERNEL>;
+  using Tables = QueryTables<DEPTH, KERNEL, PARTS>;
   constexpr int LAST = KERNEL - 1;
-  const OnePixel<T, DEPTH, KERNEL> pixel(block, me, head);
+  const OnePixel<T, DEPTH, KERNEL> pixel(block, me, head, part);
   if (!pixel.inside) return;
   const u16* value = pixel.of(x.value, x.value_stride, 0);
   const u16* key = value;
@@ -164,34 +180,33 @@ SELDOM void key_gradients_one_by_one(const KeyArguments x, Shared grads, Shared 
 
 // MASK makes no difference: pairs of a query and a key inside of the image are the same.
 template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION, bool POOLED,
-          int BLOCKS>
-__global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_key(const KeyArguments x) {
+          int PARTS, int BLOCKS>
+__global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
+    local_attention_key(const KeyArguments x) {
   using H = Heads<DEPTH>;
   using S = KeyShared<DEPTH, KERNEL>;
-  using Tables = QueryTables<DEPTH, KERNEL>;
-  constexpr int ROWS = KERNEL + 1, LAST = KERNEL - 1;
-  // Whether weights are added up as soon as they are there: the sums of 64 channels take more
-  // registers than the weights of all rows.
-  constexpr bool AT_ONCE = DEPTH < 64;
-  const Thread me;
-  const ForProducts<DEPTH> for_products;
+  using Tables = QueryTables<DEPTH, KERNEL, PARTS>;
+  using Columns = PixelsAsColumns<DEPTH>;
+  constexpr int PAIRS = (KERNEL + 1) / 2, LAST = KERNEL - 1;
+  const Thread me(threadIdx.x, PARTS);
+  const ForProducts<DEPTH, PARTS> for_products;
   const Block block = Block::of<DEPTH>(x.sizes);
   if (!block.is_there()) return;
   const Shared grads = shared_memory() + S::GRADS, queries = shared_memory() + S::QUERIES;
   const Shared tables = shared_memory() + S::TABLES, embeddings = shared_memory() + S::EMBEDDINGS;
-  const TileCopies<DEPTH, KERNEL> copies(block, me);
+  const TileCopies<DEPTH, KERNEL, PARTS> copies(block, me);
   copies.start(queries, x.query, x.query_stride, block);
   copies.template start<POOLED>(grads, x.grad, x.grad_stride, block);
   // Then their gradients, in their place.
   const OwnPixels<DEPTH> keys(shared_memory() + S::KEYS);
   const OwnPixels<DEPTH> values(shared_memory() + S::VALUES);
-  const OwnCopies<DEPTH> own_copies(block, me);
+  const OwnCopies<DEPTH, PARTS> own_copies(block, me);
   if (CONTENT) keys.copy(own_copies, x.key, x.key_stride, block);
   values.copy(own_copies, x.value, x.value_stride, block);
   Tables::copy(tables, x, block, 0, me);
   if (POSITION)
-    Embeddings<DEPTH, KERNEL>::template prepare<T>(embeddings, x.rel_rows, x.rel_cols, block, me);
-  const Pixels pixels(block, me);
+    Embeddings<DEPTH, KERNEL>::template prepare<T, PARTS>(embeddings, x.rel_rows, x.rel_cols, block,
+                                                          me);
   const Windows windows(me);
   // Tables of the queries in columns 2t and 2t + 1, or 8 further on: terms for the offset of key g,
   // and the others for offset 0.
@@ -211,99 +226,130 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_key(const Key
       wait_for_block();  // which may still read the tables
       Tables::copy(tables, x, block, head, me);
     }
-    u32 k[H::STEPS][4], v[H::STEPS][4];
-    if (CONTENT) {
-      keys.load(k, for_products, x.key, x.key_stride, block, pixels, me, head);
-      values.load(v, for_products, x.value, x.value_stride, block, pixels, me, head);
-    }
+    u32 k[PARTS][H::STEPS][4], v[PARTS][H::STEPS][4];
+    if (CONTENT)
+#pragma unroll
+      for (int part = 0; part < PARTS; ++part) {
+        const Pixels pixels(block, me, part);
+        keys.load(k[part], for_products, x.key, x.key_stride, block, pixels, me, head, part);
+        values.load(v[part], for_products, x.value, x.value_stride, block, pixels, me, head, part);
+      }
     if (head) {
       wait_for_copies();
       wait_for_warp();
     }
-    Tables::template prepare<T, POSITION>(tables, queries, embeddings, block, head, me);
+    // Places of a thread take no registers for the next head.
+    Tables::template prepare<T, POSITION>(tables, queries, embeddings, block, head,
+                                          H::COUNT > 1 ? Thread(thread_again(), PARTS) : me);
     wait_for_block();
-    const PixelsAsColumns<DEPTH> queries_as_columns(queries, for_products, head);
-    const PixelsAsColumns<DEPTH> grads_as_columns(grads, for_products, head);
+    const Columns queries_as_columns(queries, for_products, head);
+    const Columns grads_as_columns(grads, for_products, head);
     const u32 zero = held_zero();
     // What the products of both rows of keys begin with is in four registers: the compiler copies
     // a pair that stands for both for each product.
     const auto for_both = [&](const float (&pair)[2], int i) {
       return i < 2 ? pair[i] : in_own_register(pair[i - 2], zero);
     };
-    const ForSums<DEPTH> for_sums;
+    const ForSums<DEPTH, PARTS> for_sums;
     const PixelsAsRows<DEPTH> queries_as_rows(queries, for_sums, head);
     const PixelsAsRows<DEPTH> grads_as_rows(grads, for_sums, head);
-    u32 weights[ROWS / 2][4], slopes[ROWS / 2][4];
-    float to_value[H::HEAD_CHUNKS][4] = {}, to_key[H::HEAD_CHUNKS][4] = {};
-    const auto add_rows = [&](int j, int c) {
-      grads_as_rows.template product<T>(to_value[c], weights[j / 2], j, c);
-      if (CONTENT) queries_as_rows.template product<T>(to_key[c], slopes[j / 2], j, c);
-    };
+    float to_value[PARTS][H::HEAD_CHUNKS][4] = {}, to_key[PARTS][H::HEAD_CHUNKS][4] = {};
+    // Rows 2p and 2p + 1 are rows 2 (p - part) and the next of a part's windows.
 #pragma unroll
-    for (int j = 0; j < ROWS; j += 2) {
-      // So that operands of later rows take no registers yet.
-      if (AT_ONCE && j > 0) wait_for_warp();
-      float logits[2][4], products[2][4], term[2][2], minus_mean[2][2];
+    for (int p = 0; p < PAIRS + PARTS - 1; ++p) {
+      float term[2][2], minus_mean[2][2];
+      u32 weights[PARTS][4], slopes[PARTS][4];
 #pragma unroll
       for (int r = 0; r < 2; ++r)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          load_shared(term[r][i], terms[i] + (j + r) * Tables::ROW_BYTES);
-          load_shared(minus_mean[r][i], others[i] + (j + r) * Tables::ROW_BYTES +
-                                            (Tables::minus_mean(0) - Tables::by_row(0, 0)));
+          const int row = (2 * p + r) * Tables::ROW_BYTES;
+          load_shared(term[r][i], terms[i] + row);
+          load_shared(minus_mean[r][i],
+                      others[i] + row + (Tables::minus_mean(0) - Tables::by_row(0, 0)));
         }
-      window_products<T, CONTENT>(logits, k, queries_as_columns, windows, j,
-                                  [&](int r, int i) { return for_both(term[r], i); });
-      window_products<T, CONTENT>(products, v, grads_as_columns, windows, j,
-                                  [&](int r, int i) { return for_both(minus_mean[r], i); });
-      // Out of the window.
-      if (j == 0) weights[0][1] = slopes[0][1] = held_zero();
-      if (j == ROWS - 2) weights[j / 2][2] = slopes[j / 2][2] = held_zero();
+      u32 of_queries[Columns::LOADS][4], of_grads[Columns::LOADS][4];
+      if (CONTENT) {
+        queries_as_columns.load(of_queries, 2 * p);
+        grads_as_columns.load(of_grads, 2 * p);
+      }
 #pragma unroll
-      for (int r = 0; r < 2; ++r)
+      for (int part = 0; part < PARTS; ++part) {
+        const int q = p - part;
+        if (q < 0 || q >= PAIRS) continue;
+        float logits[2][4], products[2][4];
+        window_products<T, CONTENT, DEPTH>(logits, k[part], of_queries, windows,
+                                           [&](int r, int i) { return for_both(term[r], i); });
+        window_products<T, CONTENT, DEPTH>(
+            products, v[part], of_grads, windows,
+            [&](int r, int i) { return for_both(minus_mean[r], i); });
+        // Out of the window.
+        if (q == 0) weights[part][1] = slopes[part][1] = held_zero();
+        if (q == PAIRS - 1) weights[part][2] = slopes[part][2] = held_zero();
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          u32 &weight_word = weights[j / 2][2 * r + h], &slope_word = slopes[j / 2][2 * r + h];
-          const int offset = h + LAST - j - r;  // of the key's row from the query's
-          if (offset < 0 || offset >= KERNEL) continue;
-          float weight[2], slope[2];
+        for (int r = 0; r < 2; ++r)
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int n = 2 * h + i;
-            float log_sum;
-            load_shared(log_sum, others[i] + (j + r) * Tables::ROW_BYTES +
-                                     (Tables::by_row(0, offset) - Tables::by_row(0, 0)));
-            // Rounding of huge logits shall not make a weight of more than 1, and the keys outside
-            // of the image, which are in no sum, no infinite one.
-            weight[i] = exp2_of(smaller_of(multiply_add(logits[r][n], LOG2_E, -log_sum), 0.f));
-            slope[i] = weight[i] * products[r][n];
+          for (int h = 0; h < 2; ++h) {
+            const int offset = h + LAST - 2 * q - r;  // of the key's row from the query's
+            if (offset < 0 || offset >= KERNEL) continue;
+            float weight[2], slope[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              const int n = 2 * h + i;
+              float log_sum;
+              load_shared(log_sum, others[i] + (2 * p + r) * Tables::ROW_BYTES +
+                                       (Tables::by_row(0, offset) - Tables::by_row(0, 0)));
+              // Rounding of huge logits shall not make a weight of more than 1, and the keys
+              // outside of the image, which are in no sum, no infinite one.
+              weight[i] = exp2_of(smaller_of(multiply_add(logits[r][n], LOG2_E, -log_sum), 0.f));
+              slope[i] = weight[i] * products[r][n];
+            }
+            weights[part][2 * r + h] = T::pack(weight[0], weight[1]);
+            slopes[part][2 * r + h] = T::pack(slope[0], slope[1]);
           }
-          weight_word = T::pack(weight[0], weight[1]);
-          slope_word = T::pack(slope[0], slope[1]);
-        }
+      }
 #pragma unroll
-      for (int c = 0; c < H::HEAD_CHUNKS && AT_ONCE; ++c) add_rows(j, c);
+      for (int c = 0; c < H::HEAD_CHUNKS; ++c) {
+        u32 grad_rows[4], query_rows[4];
+        grads_as_rows.load(grad_rows, 2 * p, c);
+        if (CONTENT) queries_as_rows.load(query_rows, 2 * p, c);
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part) {
+          if (p < part || p - part >= PAIRS) continue;
+          grads_as_rows.template product<T>(to_value[part][c], weights[part], grad_rows);
+          if (CONTENT)
+            queries_as_rows.template product<T>(to_key[part][c], slopes[part], query_rows);
+        }
+      }
     }
     u32 collected = 0;
 #pragma unroll
     for (int c = 0; c < H::HEAD_CHUNKS; ++c) {
 #pragma unroll
-      for (int j = 0; j < ROWS && !AT_ONCE; j += 2) add_rows(j, c);
-      u32 words[2];
-      pack_pair<T>(words, collected, to_value[c], PART<POOLED>, PART<POOLED>);
-      values.put(words, for_sums, x.grad_value, x.grad_value_stride, block, pixels, me, head, c);
-      if (!CONTENT) continue;
-      pack_pair<T>(words, collected, to_key[c], PART<POOLED>, PART<POOLED>);
-      keys.put(words, for_sums, x.grad_key, x.grad_key_stride, block, pixels, me, head, c);
+      for (int part = 0; part < PARTS; ++part) {
+        const Pixels pixels(block, me, part);
+        u32 words[2];
+        pack_pair<T>(words, collected, to_value[part][c], PART<POOLED>, PART<POOLED>);
+        values.put(words, for_sums, x.grad_value, x.grad_value_stride, block, pixels, me, head, c,
+                   part);
+        if (!CONTENT) continue;
+        pack_pair<T>(words, collected, to_key[part][c], PART<POOLED>, PART<POOLED>);
+        keys.put(words, for_sums, x.grad_key, x.grad_key_stride, block, pixels, me, head, c, part);
+      }
     }
     if (in_any_thread(not_finite(collected))) {
       wait_for_warp();  // whose threads have written what others write again
-      key_gradients_one_by_one<T, DEPTH, KERNEL, CONTENT, POOLED>(x, grads, queries, tables,
-                                                                  keys.tile(), values.tile(), head);
+#pragma unroll 1
+      for (int part = 0; part < PARTS; ++part)
+        key_gradients_one_by_one<T, DEPTH, KERNEL, CONTENT, POOLED, PARTS>(
+            x, grads, queries, tables, keys.tile(), values.tile(), head, part);
     }
   }
   wait_for_warp();
   // What the loop does not need takes no registers there.
-  values.store_all(x.grad_value, x.grad_value_stride, block, Thread(thread_again()));
-  if (CONTENT) keys.store_all(x.grad_key, x.grad_key_stride, block, Thread(thread_again()));
+  values.template store_all<false, PARTS>(x.grad_value, x.grad_value_stride, block,
+                                          Thread(thread_again(), PARTS));
+  if (CONTENT)
+    keys.template store_all<false, PARTS>(x.grad_key, x.grad_key_stride, block,
+                                          Thread(thread_again(), PARTS));
 }

@@ -20,19 +20,15 @@ struct QueryArguments {
   float* grad_embeddings;
 };
 
-// The sums of a block's warps for the gradients of embeddings, in shared memory.
-template <int DEPTH>
-constexpr int embedding_sums_bytes() {
-  return WARPS * Heads<DEPTH>::CHANNELS * 8 * 4;
-}
 
-template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION, bool POOLED>
+template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION, bool POOLED,
+          int PARTS>
 SELDOM void query_gradients_one_by_one(const QueryArguments x, Shared keys, Shared values,
-                                       Shared results_tile, int head) {
-  const Thread me;
+                                       Shared results_tile, int head, int part) {
+  const Thread me(threadIdx.x, PARTS);
   const Block block = Block::of<DEPTH>(x.sizes);
   const OwnPixels<DEPTH> results(results_tile);
-  const OnePixel<T, DEPTH, KERNEL> pixel(block, me, head);
+  const OnePixel<T, DEPTH, KERNEL> pixel(block, me, head, part);
   if (!pixel.inside) return;
   const u16* query = pixel.of(x.query, x.query_stride, 0);
   const u16* grad =
@@ -119,141 +115,190 @@ DEVICE void sums_by_offset(u32 (&by_offset)[4], const u32 (&slopes)[ROWS / 2][4]
   }
 }
 
-// Weights and products of all windows stay in registers.
+// Weights and products of all windows stay in registers. PARTS and BLOCKS are as those of the
+// forward kernel.
 template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION, bool POOLED,
-          int BLOCKS>
-__global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_query(const QueryArguments x) {
+          int PARTS, int BLOCKS>
+__global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
+    local_attention_query(const QueryArguments x) {
   using H = Heads<DEPTH>;
-  constexpr int ROWS = KERNEL + 1;
-  const Thread me;
-  const ForProducts<DEPTH> for_products;
+  using Columns = PixelsAsColumns<DEPTH>;
+  constexpr int ROWS = KERNEL + 1, PAIRS = ROWS / 2;
+  const Thread me(threadIdx.x, PARTS);
+  const ForProducts<DEPTH, PARTS> for_products;
   const Block block = Block::of<DEPTH>(x.sizes);
   if (!block.is_there()) return;
-  const OwnCopies<DEPTH> own_copies(block, me);
-  const Attended<T, DEPTH, KERNEL, CONTENT, POSITION> attended(x, block, own_copies, me);
+  const OwnCopies<DEPTH, PARTS> own_copies(block, me);
+  const Attended<T, DEPTH, KERNEL, CONTENT, POSITION, PARTS> attended(x, block, own_copies, me);
   const OwnPixels<DEPTH> grads(attended.end);
   grads.template copy<POOLED>(own_copies, x.grad, x.grad_stride, block);
   attended.prepare(x, block, me);
   const OwnPixels<DEPTH>& results = attended.queries;  // in their place
   // Heads of 64 channels leave no room beside the tiles.
-  const Shared sums = DEPTH < 64 ? attended.end + grads.BYTES : attended.values;
-  const Pixels pixels(block, me);
-  const OneOfPair one(block, pixels, me);
+  const Shared sums_of_warps = DEPTH < 64 ? attended.end + grads.BYTES : attended.values;
   const Windows windows(me);
-  Terms<DEPTH, KERNEL, MASK, POSITION> terms(block, me);
-  float shift[2];
-  const auto load_shifts = [&](int head) {
+  Terms<DEPTH, KERNEL, MASK, POSITION> terms[PARTS];
+  float shift[PARTS][2];
+  const auto load_shifts = [&](int part, int head) {
+    const Pixels pixels(block, me, part);
     const float* log_sum[2];
     pixels.of_planes(log_sum, x.log_sum, block, head);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) shift[h] = pixels.inside[h] ? load(log_sum[h]) : 0.f;
+    for (int h = 0; h < 2; ++h) shift[part][h] = pixels.inside[h] ? load(log_sum[h]) : 0.f;
   };
-  if (DEPTH >= 32) load_shifts(0);  // while copies are on their way
+#pragma unroll
+  for (int part = 0; part < PARTS; ++part) {
+    terms[part].begin(block, me, part);
+    if (DEPTH >= 32) load_shifts(part, 0);  // while copies are on their way
+  }
   wait_for_copies();
   wait_for_block();
 #pragma unroll 1
   for (int head = 0; head < block.heads; ++head) {
-    u32 a[H::STEPS][4], g[H::STEPS][4];
-    attended.queries.load(a, for_products, x.query, x.query_stride, block, pixels, me, head);
-    grads.template load<POOLED>(g, for_products, x.grad, x.grad_stride, block, pixels, me, head);
-    float mean[2] = {0.f, 0.f};
-    if (DEPTH < 32) load_shifts(head);
-    // By row, terms become part of what is subtracted from the logits.
-    terms.template find<T>(a, attended.embeddings, head, me, [&](float term, int h) {
-      return multiply_add(-term, LOG2_E, shift[h]);
-    });
-    float weights[ROWS / 2][2][4], products[ROWS / 2][2][4];
-    const PixelsAsColumns<DEPTH> keys_as_columns(attended.keys, for_products, head);
-    const PixelsAsColumns<DEPTH> values_as_columns(attended.values, for_products, head);
+    u32 a[PARTS][H::STEPS][4], g[PARTS][H::STEPS][4];
+    float mean[PARTS][2] = {};
+    using E = Embeddings<DEPTH, KERNEL>;
+    u32 embeddings[E::OF_HEAD][4];
+    if (POSITION) E::load_operands(embeddings, attended.embeddings, head, me);
 #pragma unroll
-    for (int j = 0; j < ROWS; j += 2) {
-      // So that operands of later rows take no registers yet. Wider heads have none to gain.
-      if (DEPTH < 32 && j > 0) wait_for_warp();
-      window_products<T, true>(products[j / 2], g, values_as_columns, windows, j,
-                               [](int, int) { return 0.f; });
-      window_products<T, CONTENT>(weights[j / 2], a, keys_as_columns, windows, j,
-                                  [&](int, int i) { return terms.by_col[i]; });
-#pragma unroll
-      for (int r = 0; r < 2; ++r)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int h = i / 2;
-          if (j + r - h < 0 || j + r - h >= KERNEL) continue;
-          float& weight = weights[j / 2][r][i];
-          // Rounding of huge logits shall not make a weight of more than 1.
-          const float shifted = multiply_add(weight, LOG2_E, -terms.by_row[h][j + r - h]);
-          weight = exp2_of(smaller_of(shifted, 0.f));
-          mean[h] += weight * products[j / 2][r][i];
-        }
+    for (int part = 0; part < PARTS; ++part) {
+      const Pixels pixels(block, me, part);
+      attended.queries.load(a[part], for_products, x.query, x.query_stride, block, pixels, me, head,
+                            part);
+      grads.template load<POOLED>(g[part], for_products, x.grad, x.grad_stride, block, pixels, me,
+                                  head, part);
+      if (DEPTH < 32) load_shifts(part, head);
+      // By row, terms become part of what is subtracted from the logits.
+      terms[part].template find<T>(a[part], embeddings, me, [&](float term, int h) {
+        return multiply_add(-term, LOG2_E, shift[part][h]);
+      });
     }
-    mean[0] = sum_of_quad(mean[0]), mean[1] = sum_of_quad(mean[1]);
-    u32 slopes[ROWS / 2][4];
+    float weights[PARTS][PAIRS][2][4], products[PARTS][PAIRS][2][4];
+    const Columns keys_as_columns(attended.keys, for_products, head);
+    const Columns values_as_columns(attended.values, for_products, head);
+    // Rows 2p and 2p + 1 are rows 2 (p - part) and the next of a part's windows.
 #pragma unroll
-    for (int j = 0; j < ROWS; ++j)
+    for (int p = 0; p < PAIRS + PARTS - 1; ++p) {
+      u32 of_keys[Columns::LOADS][4], of_values[Columns::LOADS][4];
+      values_as_columns.load(of_values, 2 * p);
+      if (CONTENT) keys_as_columns.load(of_keys, 2 * p);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        if (j - h < 0 || j - h >= KERNEL) continue;
-        float slope[2];
+      for (int part = 0; part < PARTS; ++part) {
+        const int q = p - part;
+        if (q < 0 || q >= PAIRS) continue;
+        window_products<T, true, DEPTH>(products[part][q], g[part], of_values, windows,
+                                        [](int, int) { return 0.f; });
+        window_products<T, CONTENT, DEPTH>(weights[part][q], a[part], of_keys, windows,
+                                           [&](int, int i) { return terms[part].by_col[i]; });
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-          slope[i] =
-              weights[j / 2][j % 2][2 * h + i] * (products[j / 2][j % 2][2 * h + i] - mean[h]);
-        slopes[j / 2][j % 2 * 2 + h] = T::pack(slope[0], slope[1]);
+        for (int r = 0; r < 2; ++r)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int h = i / 2, offset = 2 * q + r - h;
+            if (offset < 0 || offset >= KERNEL) continue;
+            float& weight = weights[part][q][r][i];
+            // Rounding of huge logits shall not make a weight of more than 1.
+            const float shifted = multiply_add(weight, LOG2_E, -terms[part].by_row[h][offset]);
+            weight = exp2_of(smaller_of(shifted, 0.f));
+            mean[part][h] += weight * products[part][q][r][i];
+          }
       }
-    const ForSums<DEPTH> for_sums;
-    slopes[0][1] = slopes[ROWS / 2 - 1][2] = held_zero();  // out of the window
-    u32 by_offset[4];
-    if (POSITION) sums_by_offset<T, ROWS>(by_offset, slopes, for_sums.far_of_four, me);
+    }
+    const ForSums<DEPTH, PARTS> for_sums;
+    u32 slopes[PARTS][PAIRS][4], by_offset[PARTS][4];
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+      float (&m)[2] = mean[part];
+      m[0] = sum_of_quad(m[0]), m[1] = sum_of_quad(m[1]);
+#pragma unroll
+      for (int j = 0; j < ROWS; ++j)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          if (j - h < 0 || j - h >= KERNEL) continue;
+          float slope[2];
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            slope[i] = weights[part][j / 2][j % 2][2 * h + i] *
+                       (products[part][j / 2][j % 2][2 * h + i] - m[h]);
+          slopes[part][j / 2][j % 2 * 2 + h] = T::pack(slope[0], slope[1]);
+        }
+      slopes[part][0][1] = slopes[part][PAIRS - 1][2] = held_zero();  // out of the window
+      if (POSITION)
+        sums_by_offset<T, ROWS>(by_offset[part], slopes[part], for_sums.far_of_four, me);
+    }
     const PixelsAsRows<DEPTH> keys_as_rows(attended.keys, for_sums, head);
     u32 collected = 0;
     wait_for_warp();  // whose queries give way to their gradients
 #pragma unroll
     for (int first = 0; first < H::HEAD_CHUNKS; first += H::IN_TURN) {
-      float sums[H::IN_TURN][4] = {};
+      float sums[PARTS][H::IN_TURN][4] = {};
       if (CONTENT)
 #pragma unroll
-        for (int j = 0; j < ROWS; j += 2)
+        for (int p = 0; p < PAIRS + PARTS - 1; ++p)
 #pragma unroll
-          for (int c = 0; c < H::IN_TURN; ++c)
-            keys_as_rows.template product<T>(sums[c], slopes[j / 2], j, first + c);
+          for (int c = 0; c < H::IN_TURN; ++c) {
+            u32 b[4];
+            keys_as_rows.load(b, 2 * p, first + c);
 #pragma unroll
-      for (int in_turn = 0; in_turn < H::IN_TURN; ++in_turn) {
-        const int c = first + in_turn;
-        float (&sum)[4] = sums[in_turn];
-        if (POSITION)
-          Embeddings<DEPTH, KERNEL>::template product_by_offset<T>(
-              sum, by_offset, attended.embeddings, head, c, me);
-        u32 words[2];
-        pack_pair<T>(words, collected, sum, PART<POOLED>, PART<POOLED>);
-        results.put(words, for_sums, x.grad_query, x.grad_query_stride, block, pixels, me, head, c);
-      }
+            for (int part = 0; part < PARTS; ++part)
+              if (p >= part && p - part < PAIRS)
+                keys_as_rows.template product<T>(sums[part][c], slopes[part][p - part], b);
+          }
+#pragma unroll
+      for (int in_turn = 0; in_turn < H::IN_TURN; ++in_turn)
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part) {
+          const int c = first + in_turn;
+          const Pixels pixels(block, me, part);
+          float (&sum)[4] = sums[part][in_turn];
+          if (POSITION)
+            Embeddings<DEPTH, KERNEL>::template product_by_offset<T>(
+                sum, by_offset[part], attended.embeddings, head, c, me);
+          u32 words[2];
+          pack_pair<T>(words, collected, sum, PART<POOLED>, PART<POOLED>);
+          results.put(words, for_sums, x.grad_query, x.grad_query_stride, block, pixels, me, head,
+                      c, part);
+        }
     }
-    one.store(x.minus_mean, block, head, -one.of(mean));
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+      const OneOfPair one(block, Pixels(block, me, part), me);
+      one.store(x.minus_mean, block, head, -one.of(mean[part]));
+    }
     if (in_any_thread(not_finite(collected))) {
       wait_for_warp();  // whose threads have written what others write again
-      query_gradients_one_by_one<T, DEPTH, KERNEL, MASK, CONTENT, POSITION, POOLED>(
-          x, attended.keys, attended.values, results.tile(), head);
+#pragma unroll 1
+      for (int part = 0; part < PARTS; ++part)
+        query_gradients_one_by_one<T, DEPTH, KERNEL, MASK, CONTENT, POSITION, POOLED, PARTS>(
+            x, attended.keys, attended.values, results.tile(), head, part);
     }
     if (POSITION) {
       // Channels by queries, times queries by offsets.
       if (DEPTH == 64) wait_for_block();  // no warp reads values any more
-      const Shared to = sums + (me.warp * H::CHANNELS + head * DEPTH + me.g) * 32 + 8 * me.t;
-      const u32 rows[2] = {transposed(by_offset[0]), transposed(by_offset[1])};
-      const u32 cols[2] = {transposed(by_offset[2]), transposed(by_offset[3])};
-      const float zeros[4] = {0.f, 0.f, 0.f, 0.f};
+      const Shared to =
+          sums_of_warps + (me.warp * H::CHANNELS + head * DEPTH + me.g) * 32 + 8 * me.t;
+      u32 offsets[PARTS][4];
+#pragma unroll
+      for (int part = 0; part < PARTS; ++part)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) offsets[part][i] = transposed(by_offset[part][i]);
 #pragma unroll
       for (int s = 0; s < H::STEPS; ++s) {
-        u32 channels[4];
+        float by_row[4] = {0.f, 0.f, 0.f, 0.f}, by_col[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-        for (int e = 0; e < 4; ++e)
-          channels[e] = DEPTH >= 16 || e % 2 == 0 ? transposed(a[s][e / 2 + e % 2 * 2]) : 0u;
-        float by_row[4], by_col[4];
-        if (DEPTH < 32 || s < H::STEPS / 2)
-          T::product(by_row, channels[0], channels[1], channels[2], channels[3], rows[0], rows[1],
-                     zeros);
-        if (DEPTH < 32 || s >= H::STEPS / 2)
-          T::product(by_col, channels[0], channels[1], channels[2], channels[3], cols[0], cols[1],
-                     zeros);
+        for (int part = 0; part < PARTS; ++part) {
+          u32 channels[4];
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            channels[e] =
+                DEPTH >= 16 || e % 2 == 0 ? transposed(a[part][s][e / 2 + e % 2 * 2]) : 0u;
+          if (DEPTH < 32 || s < H::STEPS / 2)
+            T::product(by_row, channels[0], channels[1], channels[2], channels[3], offsets[part][0],
+                       offsets[part][1], by_row);
+          if (DEPTH < 32 || s >= H::STEPS / 2)
+            T::product(by_col, channels[0], channels[1], channels[2], channels[3], offsets[part][2],
+                       offsets[part][3], by_col);
+        }
 #pragma unroll
         for (int h = 0; h < (DEPTH >= 16 ? 2 : 1); ++h) {
           const bool is_row = DEPTH == 8 ? me.g < 4 : DEPTH == 16 ? h == 0 : s < H::STEPS / 2;
@@ -265,21 +310,23 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) local_attention_query(const Q
   }
   wait_for_warp();
   // What a loop over heads does not need takes no registers there.
-  results.store_all(x.grad_query, x.grad_query_stride, block,
-                    H::COUNT > 1 ? Thread(thread_again()) : me);
+  results.template store_all<false, PARTS>(
+      x.grad_query, x.grad_query_stride, block,
+      H::COUNT > 1 ? Thread(thread_again(), PARTS) : me);
   if (POSITION) {
     wait_for_block();
     // The sums of all warps.
+    constexpr int STEP = 32 * WARPS_OF<PARTS>;
     float* to = x.grad_embeddings +
                 (static_cast<u64>(block.tile) * x.sizes.heads + block.first_head) * DEPTH * 8;
 #pragma unroll
-    for (int part = 0; part < H::CHANNELS * 8 / THREADS; ++part) {
-      const int i = part * THREADS + threadIdx.x;
+    for (int first = 0; first < H::CHANNELS * 8; first += STEP) {
+      const int i = first + threadIdx.x;
       float sum = 0.f;
 #pragma unroll
-      for (int w = 0; w < WARPS; ++w) {
+      for (int w = 0; w < WARPS_OF<PARTS>; ++w) {
         float value;
-        load_shared(value, sums + (w * H::CHANNELS * 8 + i) * 4);
+        load_shared(value, sums_of_warps + (w * H::CHANNELS * 8 + i) * 4);
         sum += value;
       }
       if (i < block.heads * DEPTH * 8) store(to + i, PART<POOLED> * sum);

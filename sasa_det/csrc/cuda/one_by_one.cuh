@@ -36,10 +36,10 @@ struct OnePixel {
   int head, y, x, first_chunk;  // head: in the block; y and x: in the tile
   bool inside;
 
-  DEVICE OnePixel(const Block& block, const Thread& me, int head)
+  DEVICE OnePixel(const Block& block, const Thread& me, int head, int part = 0)
       : block(block),
         head(head),
-        y(me.row() + me.lane / 8 % 2),
+        y(me.row() + 2 * part + me.lane / 8 % 2),
         x(me.col() + me.lane % 8),
         first_chunk(DEPTH == 8 ? 0 : me.lane / 16) {
     inside = block.has_row(block.top + y) && block.has_col(block.left + x);

@@ -8,7 +8,9 @@
 struct Pixels {
   int row, col;  // of the first of a thread's two in the tile
   bool inside[2];
-  DEVICE Pixels(const Block& block, const Thread& me) : row(me.row()), col(me.col() + me.g) {
+  // Of a part of the warp's.
+  DEVICE Pixels(const Block& block, const Thread& me, int part = 0)
+      : row(me.row() + 2 * part), col(me.col() + me.g) {
 #pragma unroll
     for (int h = 0; h < 2; ++h)
       inside[h] = block.has_row(block.top + row + h) && block.has_col(block.left + col);
@@ -52,7 +54,7 @@ template <int DEPTH>
 class OwnPixels {
   using H = Heads<DEPTH>;
   static constexpr bool STAGED = DEPTH < 64;
-  static constexpr int ROW_BYTES = Places<DEPTH>::OWN_ROW_BYTES;
+  static constexpr int ROW_BYTES = TILE_COLS * H::PIXEL_BYTES;
   Shared tile_;
 
   DEVICE static Shared at(int row, int col, int chunk) {
@@ -75,21 +77,22 @@ class OwnPixels {
   }
 
   // Starts to copy operands.
-  template <bool POOLED = false>
-  DEVICE void copy(const OwnCopies<DEPTH>& copies, const u16* images, u32 stride,
+  template <bool POOLED = false, int PARTS>
+  DEVICE void copy(const OwnCopies<DEPTH, PARTS>& copies, const u16* images, u32 stride,
                    const Block& block) const {
     if (STAGED) copies.template start<POOLED>(tile_, images, stride, block);
   }
 
-  // A head's channels of the warp's 16 pixels as left operands.
-  template <bool POOLED = false>
-  DEVICE void load(u32 (&a)[H::STEPS][4], const ForProducts<DEPTH>& places, const u16* images,
-                   u32 stride, const Block& block, const Pixels& pixels, const Thread& me,
-                   int head) const {
+  // A head's channels of 16 pixels as left operands.
+  template <bool POOLED = false, int PARTS>
+  DEVICE void load(u32 (&a)[H::STEPS][4], const ForProducts<DEPTH, PARTS>& places,
+                   const u16* images, u32 stride, const Block& block, const Pixels& pixels,
+                   const Thread& me, int head, int part = 0) const {
     if constexpr (STAGED) {
 #pragma unroll
       for (int s = 0; s < H::STEPS; ++s)
-        load_matrices(a[s], tile_ + turned(places.operands, head * H::HEAD_CHUNKS + 2 * s));
+        load_matrices(a[s], turned(places.operands, head * H::HEAD_CHUNKS + 2 * s) +
+                                (tile_ + 2 * part * ROW_BYTES));
     } else {
       const u16* from[2];
       if constexpr (POOLED)
@@ -109,13 +112,15 @@ class OwnPixels {
 
   // Takes a chunk of the results of a head, as products have them. They take the place of the
   // head's operands, which all threads of the warp must have loaded.
-  DEVICE void put(const u32 (&words)[2], const ForSums<DEPTH>& places, u16* images, u32 stride,
-                  const Block& block, const Pixels& pixels, const Thread& me, int head,
-                  int chunk) const {
+  template <int PARTS>
+  DEVICE void put(const u32 (&words)[2], const ForSums<DEPTH, PARTS>& places, u16* images,
+                  u32 stride, const Block& block, const Pixels& pixels, const Thread& me, int head,
+                  int chunk, int part = 0) const {
     if constexpr (STAGED) {
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        store_shared(tile_ + h * ROW_BYTES + turned(places.words, head * H::HEAD_CHUNKS + chunk),
+        store_shared(turned(places.words, head * H::HEAD_CHUNKS + chunk) +
+                         (tile_ + (2 * part + h) * ROW_BYTES),
                      words[h]);
     } else {
       u16* to[2];
@@ -139,10 +144,11 @@ class OwnPixels {
 
   // Takes a chunk of a head, as products have it, with what a thread's two pixels are multiplied
   // with, and puts the sums of squares, which it returns. What is not inside has the factor 0.
-  template <typename T>
+  template <typename T, int PARTS>
   DEVICE u32 put_sums(const float (&sum)[4], const float (&factors)[2],
-                      const ForSums<DEPTH>& places, u16* images, u32 stride, const Block& block,
-                      const Pixels& pixels, const Thread& me, int head, int chunk) const {
+                      const ForSums<DEPTH, PARTS>& places, u16* images, u32 stride,
+                      const Block& block, const Pixels& pixels, const Thread& me, int head,
+                      int chunk, int part = 0) const {
     float sums[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -152,7 +158,9 @@ class OwnPixels {
     const u32 word = T::pack(sums[0], sums[1]);
     if constexpr (STAGED) {
       if (me.g % 2 == 0)
-        store_shared(tile_ + turned(places.words, head * H::HEAD_CHUNKS + chunk), word);
+        store_shared(turned(places.words, head * H::HEAD_CHUNKS + chunk) +
+                         (tile_ + 2 * part * ROW_BYTES),
+                     word);
     } else {
       if (me.g % 2 == 0 && pixels.inside[0])
         ::store(reinterpret_cast<u32*>(Squares(block).of(images, stride, pixels.row, pixels.col,
@@ -191,33 +199,37 @@ class OwnPixels {
 
   // Writes the results of all heads, or their means of squares, which all threads of the warp must
   // have put.
-  template <bool MEANS = false>
+  template <bool MEANS = false, int PARTS = 1>
   DEVICE void store_all(u16* images, u32 stride, const Block& block, const Thread& me) const {
     if constexpr (STAGED) {
-      if constexpr (MEANS)
-        store_means(images, stride, block, me);
-      else
-        store_pixels(images, stride, block, me);
+#pragma unroll
+      for (int part = 0; part < PARTS; ++part)
+        if constexpr (MEANS)
+          store_means(images, stride, block, me, part);
+        else
+          store_pixels(images, stride, block, me, part);
     }
   }
 
  private:
-  DEVICE void store_pixels(u16* images, u32 stride, const Block& block, const Thread& me) const {
-    const Pixels pixels(block, me);
+  DEVICE void store_pixels(u16* images, u32 stride, const Block& block, const Thread& me,
+                           int part) const {
+    const Pixels pixels(block, me, part);
     u16* to[2];
     pixels.of(to, images, stride, block, block.first_head * DEPTH + 8 * me.t);
     const bool wanted = 8 * me.t < block.heads * DEPTH;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       u32 words[4];
-      load_shared(words, tile_ + at(me.row() + h, pixels.col, me.t));
+      load_shared(words, tile_ + at(pixels.row + h, pixels.col, me.t));
       if (pixels.inside[h] && wanted) store(reinterpret_cast<u32*>(to[h]), words);
     }
   }
 
   // A thread has four channels of a square.
-  DEVICE void store_means(u16* images, u32 stride, const Block& block, const Thread& me) const {
-    const int row = me.row(), col = me.col() + me.lane / 8 * 2;
+  DEVICE void store_means(u16* images, u32 stride, const Block& block, const Thread& me,
+                          int part) const {
+    const int row = me.row() + 2 * part, col = me.col() + me.lane / 8 * 2;
     const int chunk = me.lane % 8 / 2, half = me.lane % 2;
     u32 means[2];
     load_shared(means, tile_ + at(row, col, chunk) + 8 * half);

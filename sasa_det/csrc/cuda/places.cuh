@@ -6,15 +6,15 @@
 #include <tile.cuh>
 
 // Those of all threads, as ForProducts and ForSums have them.
-template <int DEPTH>
+template <int DEPTH, int PARTS>
 struct Places {
   using H = Heads<DEPTH>;
-  static constexpr int OWN_ROW_BYTES = TILE_COLS * H::PIXEL_BYTES;
+  static constexpr int OWN_ROW_BYTES = TILE_COLS * H::PIXEL_BYTES, THREADS = 32 * WARPS_OF<PARTS>;
   alignas(16) u32 for_products[THREADS][4], for_sums[THREADS][4];
 
   DEVICE constexpr Places() : for_products{}, for_sums{} {
     for (int number = 0; number < THREADS; ++number) {
-      const Thread me(number);
+      const Thread me(number, PARTS);
       const int pixel = me.lane % 8, matrix = me.lane / 8;
       for_products[number][0] = (me.row() + matrix % 2) * OWN_ROW_BYTES +
                                 H::at(me.col() + pixel, DEPTH == 8 ? 0 : matrix / 2);
@@ -31,24 +31,24 @@ struct Places {
     }
   }
 };
-template <int DEPTH>
-TABLE Places<DEPTH> PLACES{};
+template <int DEPTH, int PARTS>
+TABLE Places<DEPTH, PARTS> PLACES{};
 
-// Of a thread, what products of queries begin with.
-template <int DEPTH>
+// Of a thread, what products of queries begin with, for the first part of its warp.
+template <int DEPTH, int PARTS = 1>
 struct ForProducts {
   u32 operands;  // of its own pixels, in OwnPixels
   u32 columns;   // in PixelsAsColumns
 
   DEVICE ForProducts() {
     u32 words[4];
-    load_of_table(words, PLACES<DEPTH>.for_products[threadIdx.x]);
+    load_of_table(words, PLACES<DEPTH, PARTS>.for_products[threadIdx.x]);
     operands = words[0], columns = words[1];
   }
 };
 
 // And what sums of values take, which is loaded when it is wanted.
-template <int DEPTH>
+template <int DEPTH, int PARTS = 1>
 struct ForSums {
   u32 words;  // of its own pixels, in OwnPixels
   u32 rows;   // in PixelsAsRows
@@ -58,7 +58,7 @@ struct ForSums {
 
   DEVICE ForSums() {
     u32 all[4];
-    load_of_table(all, PLACES<DEPTH>.for_sums[threadIdx.x]);
+    load_of_table(all, PLACES<DEPTH, PARTS>.for_sums[threadIdx.x]);
     words = all[0], rows = all[1], far_of_four = all[2];
   }
 };

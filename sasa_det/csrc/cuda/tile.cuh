@@ -1,15 +1,18 @@
 // What the kernels of local attention share: a block's tile of pixels in shared memory.
 //
 // A block has a tile of 8 x 16 pixels and 32 channels, of one head or several, or one head of 64; a
-// warp has 2 x 8 of the pixels, the 16 rows of a product. Pixel g of each of its two rows is row g
-// and g + 8.
+// warp has one or two parts of 2 x 8 pixels, one below the other, the 16 rows of a product each.
+// Pixel g of the two rows of a part is row g and g + 8.
 #pragma once
 
 #include <levels.cuh>
 #include <warp.cuh>
 
 constexpr int TILE_ROWS = 8, TILE_COLS = 16;
+// Of a block whose warps have one part, or another number.
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
+template <int PARTS>
+constexpr int WARPS_OF = WARPS / PARTS;
 
 // Logit of what is outside of the window or the image. Finite, as it may be added to itself, and a
 // power of 2: its product with LOG2_E is exact, and less itself it is 0 in a fused operation too.
@@ -51,11 +54,12 @@ constexpr int tile_bytes() {
 // Where a thread is.
 struct Thread {
   int lane, warp, g, t;  // lane = 4 g + t
+  int parts;             // of its warp
   DEVICE Thread() : Thread(threadIdx.x) {}
-  DEVICE constexpr explicit Thread(u32 number)
-      : lane(number % 32), warp(number / 32), g(lane / 4), t(lane % 4) {}
+  DEVICE constexpr explicit Thread(u32 number, int parts = 1)
+      : lane(number % 32), warp(number / 32), g(lane / 4), t(lane % 4), parts(parts) {}
   // The first of its warp's pixels in the block.
-  DEVICE constexpr int row() const { return warp / 2 * 2; }
+  DEVICE constexpr int row() const { return warp / 2 * 2 * parts; }
   DEVICE constexpr int col() const { return warp % 2 * 8; }
 };
 

@@ -22,50 +22,55 @@ class PixelsAsColumns {
   u32 near_, far_;  // in the tile; only near_ below 32 channels
 
  public:
-  DEVICE PixelsAsColumns(Shared tile, const ForProducts<DEPTH>& places, int head)
+  template <int PARTS>
+  DEVICE PixelsAsColumns(Shared tile, const ForProducts<DEPTH, PARTS>& places, int head)
       : tile_(tile),
         near_(places.columns ^ head * H::HEAD_CHUNKS << 4),
         // 8 columns further on, or 4 chunks of 8, chunks are turned by half.
         far_(near_ ^ 8 * H::CHUNKS) {}
 
-  // near and far += the 16 pixels a times the columns of rows j and j + 1.
-  template <typename T>
-  DEVICE void product(float (&near)[2][4], float (&far)[2][4], const u32 (&a)[H::STEPS][4],
-                      int j) const {
-    if constexpr (DEPTH == 8) {
-      u32 b[4];
-      load_matrices(b, near_ + (tile_ + j * H::ROW_BYTES));
+  // The operands of rows j and j + 1.
+  static constexpr int LOADS = DEPTH == 8 ? 1 : 2 * H::STEPS;
+  DEVICE void load(u32 (&b)[LOADS][4], int j) const {
+    if constexpr (DEPTH == 8)
+      load_matrices(b[0], near_ + (tile_ + j * H::ROW_BYTES));
+    else
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        T::product(near[r], a[0][0], a[0][1], b[2 * r], near[r]);
-        T::product(far[r], a[0][0], a[0][1], b[2 * r + 1], far[r]);
-      }
-    } else {
+        const Shared row = tile_ + (j + r) * H::ROW_BYTES;
+        if constexpr (DEPTH == 16)
+          load_matrices(b[r], near_ + row);
+        else
 #pragma unroll
-      for (int r = 0; r < 2; ++r) product<T>(near[r], far[r], a, j + r);
-    }
+          for (int s = 0; s < H::STEPS; s += 2) {
+            load_matrices(b[r * H::STEPS + s], (s == 0 ? near_ : far_) + row);
+            load_matrices(b[r * H::STEPS + s + 1],
+                          (s == 0 ? far_ : near_) + row + 8 * H::PIXEL_BYTES);
+          }
+      }
   }
 
-  // The same of row j, for heads of 16 channels and more.
+  // near and far += the 16 pixels a times the columns of two rows.
   template <typename T>
-  DEVICE void product(float (&near)[4], float (&far)[4], const u32 (&a)[H::STEPS][4], int j) const {
-    u32 b[4];
-    const Shared row = tile_ + j * H::ROW_BYTES;
-    if constexpr (DEPTH == 16) {
-      load_matrices(b, near_ + row);
-      T::product(near, a[0][0], a[0][1], a[0][2], a[0][3], b[0], b[1], near);
-      T::product(far, a[0][0], a[0][1], a[0][2], a[0][3], b[2], b[3], far);
-    } else {
+  static DEVICE void product(float (&near)[2][4], float (&far)[2][4], const u32 (&a)[H::STEPS][4],
+                             const u32 (&b)[LOADS][4]) {
 #pragma unroll
-      for (int s = 0; s < H::STEPS; s += 2) {
-        u32 d[4];
-        load_matrices(b, (s == 0 ? near_ : far_) + row);
-        load_matrices(d, (s == 0 ? far_ : near_) + row + 8 * H::PIXEL_BYTES);
-        // In turn, as a product that waits for the one before costs more.
-        T::product(near, a[s][0], a[s][1], a[s][2], a[s][3], b[0], b[1], near);
-        T::product(far, a[s][0], a[s][1], a[s][2], a[s][3], d[0], d[1], far);
-        T::product(near, a[s + 1][0], a[s + 1][1], a[s + 1][2], a[s + 1][3], b[2], b[3], near);
-        T::product(far, a[s + 1][0], a[s + 1][1], a[s + 1][2], a[s + 1][3], d[2], d[3], far);
+    for (int r = 0; r < 2; ++r) {
+      if constexpr (DEPTH == 8) {
+        T::product(near[r], a[0][0], a[0][1], b[0][2 * r], near[r]);
+        T::product(far[r], a[0][0], a[0][1], b[0][2 * r + 1], far[r]);
+      } else if constexpr (DEPTH == 16) {
+        T::product(near[r], a[0][0], a[0][1], a[0][2], a[0][3], b[r][0], b[r][1], near[r]);
+        T::product(far[r], a[0][0], a[0][1], a[0][2], a[0][3], b[r][2], b[r][3], far[r]);
+      } else {
+#pragma unroll
+        for (int s = 0; s < H::STEPS; ++s) {
+          const int first = r * H::STEPS + s / 2 * 2, w = s % 2 * 2;
+          const u32 (&n)[4] = b[first], (&f)[4] = b[first + 1];
+          // In turn, as a product that waits for the one before costs more.
+          T::product(near[r], a[s][0], a[s][1], a[s][2], a[s][3], n[w], n[w + 1], near[r]);
+          T::product(far[r], a[s][0], a[s][1], a[s][2], a[s][3], f[w], f[w + 1], far[r]);
+        }
       }
     }
   }
@@ -80,17 +85,27 @@ class PixelsAsRows {
   u32 first_, far_of_four_;
 
  public:
-  DEVICE PixelsAsRows(Shared tile, const ForSums<DEPTH>& places, int head)
+  template <int PARTS>
+  DEVICE PixelsAsRows(Shared tile, const ForSums<DEPTH, PARTS>& places, int head)
       : tile_(tile),
         first_(places.rows ^ head * H::HEAD_CHUNKS << 4),
         far_of_four_(places.far_of_four) {}
 
-  // sum += weights of the windows' pixels in rows j and j + 1, times 8 channels of theirs.
+  // The operand of rows j and j + 1, of 8 channels.
+  DEVICE void load(u32 (&b)[4], int j, int chunk) const {
+    load_matrices_transposed(b, (first_ ^ chunk << 4) + (tile_ + j * H::ROW_BYTES));
+  }
+  // sum += weights of the windows' pixels in two rows, times these channels of theirs.
+  template <typename T>
+  DEVICE void product(float (&sum)[4], const u32 (&weights)[4], const u32 (&b)[4]) const {
+    T::sparse_product(sum, weights, far_of_four_, b, sum);
+  }
+  // The same of rows j and j + 1.
   template <typename T>
   DEVICE void product(float (&sum)[4], const u32 (&weights)[4], int j, int chunk) const {
     u32 b[4];
-    load_matrices_transposed(b, (first_ ^ chunk << 4) + (tile_ + j * H::ROW_BYTES));
-    T::sparse_product(sum, weights, far_of_four_, b, sum);
+    load(b, j, chunk);
+    product<T>(sum, weights, b);
   }
 };
 
@@ -105,11 +120,17 @@ struct Embeddings {
   static constexpr int SLOTS = DEPTH < 32 ? H::COUNT : H::STEPS;
   static constexpr int BYTES = SLOTS * 32 * 16;
 
-  // Both are (heads, DEPTH / 2, KERNEL). Each warp prepares half of a slot.
-  template <typename T>
+  // Both are (heads, DEPTH / 2, KERNEL). Each warp prepares half of a slot, or two.
+  template <typename T, int PARTS = 1>
   static DEVICE void prepare(Shared to, const float* rel_rows, const float* rel_cols,
                              const Block& block, const Thread& me) {
-    const int slot = me.warp / 2, half = me.warp % 2;
+#pragma unroll
+    for (int first = 0; first < 2 * SLOTS; first += WARPS_OF<PARTS>)
+      prepare_half<T>(to, rel_rows, rel_cols, block, me, (first + me.warp) / 2, me.warp % 2);
+  }
+  template <typename T>
+  static DEVICE void prepare_half(Shared to, const float* rel_rows, const float* rel_cols,
+                                  const Block& block, const Thread& me, int slot, int half) {
     const int head = DEPTH < 32 ? slot : 0;
     if (slot >= SLOTS || head >= block.heads) return;
     const bool of_rows = DEPTH < 32 ? half == 0 : slot < SLOTS / 2;
@@ -183,7 +204,7 @@ struct Embeddings {
 
 // The queries of a block and what they attend to, in shared memory: keys if logits contain q.k,
 // values, and embeddings. It is there when the copies have landed and all threads have come so far.
-template <typename T, int DEPTH, int KERNEL, bool CONTENT, bool POSITION>
+template <typename T, int DEPTH, int KERNEL, bool CONTENT, bool POSITION, int PARTS = 1>
 struct Attended {
   static constexpr int TILE = tile_bytes<DEPTH, KERNEL>();
   Shared keys, values;
@@ -191,14 +212,14 @@ struct Attended {
   Shared embeddings, end;
 
   template <typename Arguments>
-  DEVICE Attended(const Arguments& x, const Block& block, const OwnCopies<DEPTH>& own_copies,
-                  const Thread& me)
+  DEVICE Attended(const Arguments& x, const Block& block,
+                  const OwnCopies<DEPTH, PARTS>& own_copies, const Thread& me)
       : keys(shared_memory()),
         values(CONTENT ? keys + TILE : keys),
         queries(values + TILE),
         embeddings(values + TILE + OwnPixels<DEPTH>::BYTES),
         end(embeddings + (POSITION ? Embeddings<DEPTH, KERNEL>::BYTES : 0)) {
-    const TileCopies<DEPTH, KERNEL> copies(block, me);
+    const TileCopies<DEPTH, KERNEL, PARTS> copies(block, me);
     if (CONTENT) copies.start(keys, x.key, x.key_stride, block);
     queries.copy(own_copies, x.query, x.query_stride, block);
     copies.start(values, x.value, x.value_stride, block);
@@ -207,7 +228,8 @@ struct Attended {
   template <typename Arguments>
   DEVICE void prepare(const Arguments& x, const Block& block, const Thread& me) const {
     if (POSITION)
-      Embeddings<DEPTH, KERNEL>::template prepare<T>(embeddings, x.rel_rows, x.rel_cols, block, me);
+      Embeddings<DEPTH, KERNEL>::template prepare<T, PARTS>(embeddings, x.rel_rows, x.rel_cols,
+                                                            block, me);
   }
 };
 
@@ -220,7 +242,8 @@ class Terms {
   // By row offset, for each of the two rows of pixels; by column, for the results of a thread.
   float by_row[2][KERNEL], by_col[4];
 
-  DEVICE Terms(const Block& block, const Thread& me) {
+  // For a part of a warp's pixels.
+  DEVICE void begin(const Block& block, const Thread& me, int part = 0) {
     constexpr int REACH = KERNEL / 2;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -229,7 +252,7 @@ class Terms {
       col_start_[i] = offset < KERNEL && (!MASK || block.has_col(x)) ? 0.f : LOWEST;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int y = block.top + me.row() + h + offset - REACH;
+        const int y = block.top + me.row() + 2 * part + h + offset - REACH;
         row_start_[h + i] = (!MASK || block.has_row(y) ? 0.f : LOWEST);
       }
     }
@@ -241,24 +264,22 @@ class Terms {
     return offset >= 0 && offset < KERNEL ? by_col[i] + by_row[h][offset] : 0.f;
   }
 
+  using E = Embeddings<DEPTH, KERNEL>;
+
+  // Of pixels a and the operands of the embeddings.
   template <typename T>
-  DEVICE void find(const u32 (&a)[Heads<DEPTH>::STEPS][4], Shared embeddings, int head,
+  DEVICE void find(const u32 (&a)[Heads<DEPTH>::STEPS][4], const u32 (&embeddings)[E::OF_HEAD][4],
                    const Thread& me) {
-    find<T>(a, embeddings, head, me, [](float term, int) { return term; });
+    find<T>(a, embeddings, me, [](float term, int) { return term; });
   }
   // The same with by_row as a function has it of a term and the row of pixels, 0 or 1.
   template <typename T, typename Change>
-  DEVICE void find(const u32 (&a)[Heads<DEPTH>::STEPS][4], Shared embeddings, int head,
+  DEVICE void find(const u32 (&a)[Heads<DEPTH>::STEPS][4], const u32 (&embeddings)[E::OF_HEAD][4],
                    const Thread& me, Change change) {
     float row[4], col[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) row[i] = row_start_[i / 2 + i % 2], col[i] = col_start_[i % 2];
-    if (POSITION) {
-      using E = Embeddings<DEPTH, KERNEL>;
-      u32 b[E::OF_HEAD][4];
-      E::load_operands(b, embeddings, head, me);
-      E::template product<T>(row, col, a, b);
-    }
+    if (POSITION) E::template product<T>(row, col, a, embeddings);
 #pragma unroll
     for (int i = 0; i < 4; ++i) row[i] = change(row[i], i / 2);
 #pragma unroll
@@ -275,12 +296,12 @@ class Terms {
   }
 };
 
-// Products of the 16 pixels a with those of their windows in rows j and j + 1. They begin with
-// start(r, i) for result i of row j + r.
+// Products of the 16 pixels a with those of their windows in two rows, whose operands are b. They
+// begin with start(r, i) for result i of row r.
 template <typename T, bool PRODUCTS, int DEPTH, typename Start>
 DEVICE void window_products(float (&results)[2][4], const u32 (&a)[Heads<DEPTH>::STEPS][4],
-                            const PixelsAsColumns<DEPTH>& columns, const Windows& windows, int j,
-                            Start start) {
+                            const u32 (&b)[PixelsAsColumns<DEPTH>::LOADS][4],
+                            const Windows& windows, Start start) {
   float near[2][4], far[2][4];
 #pragma unroll
   for (int r = 0; r < 2; ++r)
@@ -288,11 +309,21 @@ DEVICE void window_products(float (&results)[2][4], const u32 (&a)[Heads<DEPTH>:
     for (int i = 0; i < 4; ++i) {
       near[r][i] = far[r][i] = start(r, i);
     }
-  if (PRODUCTS) columns.template product<T>(near, far, a, j);
+  if (PRODUCTS) PixelsAsColumns<DEPTH>::template product<T>(near, far, a, b);
 #pragma unroll
   for (int r = 0; r < 2; ++r)
 #pragma unroll
     for (int i = 0; i < 4; ++i) results[r][i] = windows.near[i % 2] ? near[r][i] : far[r][i];
+}
+
+// The same of rows j and j + 1 of a tile.
+template <typename T, bool PRODUCTS, int DEPTH, typename Start>
+DEVICE void window_products(float (&results)[2][4], const u32 (&a)[Heads<DEPTH>::STEPS][4],
+                            const PixelsAsColumns<DEPTH>& columns, const Windows& windows, int j,
+                            Start start) {
+  u32 b[PixelsAsColumns<DEPTH>::LOADS][4];
+  if (PRODUCTS) columns.load(b, j);
+  window_products<T, PRODUCTS, DEPTH>(results, a, b, windows, start);
 }
 
 // Sums over the four threads that have the results of a pixel.
