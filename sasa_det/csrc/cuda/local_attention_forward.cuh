@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
         if (q < 0 || q >= PAIRS) continue;
         window_products<T, CONTENT, DEPTH>(
             logits[part][q], a[part], b, windows,
-            [&](int r, int i) { return terms[part].start(2 * q + r, i); });
+            [&](float (&quad)[4], int r) { terms[part].start(quad, 2 * q + r); });
       }
     }
     float shift[PARTS][2], total[PARTS][2], inverse[PARTS][2];

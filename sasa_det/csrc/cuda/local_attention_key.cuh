@@ -38,8 +38,8 @@ struct QueryTables {
   // log_sum itself, until the terms are there: there are at most 7 offsets.
   static DEVICE Shared log_sum(int col) { return by_row(col, 7); }
 
-  // Starts to copy log_sum and minus_mean of the queries, two rows at a time, which `prepare` has in
-  // the same warp.
+  // Starts to copy log_sum and minus_mean of the queries, two rows at a time, which `prepare` has
+  // in the same warp.
   static DEVICE void copy(Shared to, const KeyArguments& x, const Block& block, int head,
                           const Thread& me) {
     const bool first = me.lane < 16;
@@ -247,8 +247,12 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
     const u32 zero = held_zero();
     // What the products of both rows of keys begin with is in four registers: the compiler copies
     // a pair that stands for both for each product.
-    const auto for_both = [&](const float (&pair)[2], int i) {
-      return i < 2 ? pair[i] : in_own_register(pair[i - 2], zero);
+    const auto for_both = [&](float (&quad)[4], const float (&pair)[2]) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        quad[i] = pair[i];
+        quad[2 + i] = in_own_register(pair[i], zero);
+      }
     };
     const ForSums<DEPTH, PARTS> for_sums;
     const PixelsAsRows<DEPTH> queries_as_rows(queries, for_sums, head);
@@ -278,11 +282,12 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
         const int q = p - part;
         if (q < 0 || q >= PAIRS) continue;
         float logits[2][4], products[2][4];
-        window_products<T, CONTENT, DEPTH>(logits, k[part], of_queries, windows,
-                                           [&](int r, int i) { return for_both(term[r], i); });
+        window_products<T, CONTENT, DEPTH>(
+            logits, k[part], of_queries, windows,
+            [&](float (&quad)[4], int r) { for_both(quad, term[r]); });
         window_products<T, CONTENT, DEPTH>(
             products, v[part], of_grads, windows,
-            [&](int r, int i) { return for_both(minus_mean[r], i); });
+            [&](float (&quad)[4], int r) { for_both(quad, minus_mean[r]); });
         // Out of the window.
         if (q == 0) weights[part][1] = slopes[part][1] = held_zero();
         if (q == PAIRS - 1) weights[part][2] = slopes[part][2] = held_zero();

@@ -168,10 +168,7 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
       grads.template load<POOLED>(g[part], for_products, x.grad, x.grad_stride, block, pixels, me,
                                   head, part);
       if (DEPTH < 32) load_shifts(part, head);
-      // By row, terms become part of what is subtracted from the logits.
-      terms[part].template find<T>(a[part], embeddings, me, [&](float term, int h) {
-        return multiply_add(-term, LOG2_E, shift[part][h]);
-      });
+      terms[part].template find<T>(a[part], embeddings, me);
     }
     float weights[PARTS][PAIRS][2][4], products[PARTS][PAIRS][2][4];
     const Columns keys_as_columns(attended.keys, for_products, head);
@@ -187,9 +184,12 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
         const int q = p - part;
         if (q < 0 || q >= PAIRS) continue;
         window_products<T, true, DEPTH>(products[part][q], g[part], of_values, windows,
-                                        [](int, int) { return 0.f; });
-        window_products<T, CONTENT, DEPTH>(weights[part][q], a[part], of_keys, windows,
-                                           [&](int, int i) { return terms[part].by_col[i]; });
+                                        [](float (&quad)[4], int) {
+                                          quad[0] = quad[1] = quad[2] = quad[3] = 0.f;
+                                        });
+        window_products<T, CONTENT, DEPTH>(
+            weights[part][q], a[part], of_keys, windows,
+            [&](float (&quad)[4], int r) { terms[part].start(quad, 2 * q + r); });
 #pragma unroll
         for (int r = 0; r < 2; ++r)
 #pragma unroll
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
             if (offset < 0 || offset >= KERNEL) continue;
             float& weight = weights[part][q][r][i];
             // Rounding of huge logits shall not make a weight of more than 1.
-            const float shifted = multiply_add(weight, LOG2_E, -terms[part].by_row[h][offset]);
+            const float shifted = multiply_add(weight, LOG2_E, -shift[part][h]);
             weight = exp2_of(smaller_of(shifted, 0.f));
             mean[part][h] += weight * products[part][q][r][i];
           }

@@ -236,12 +236,14 @@ struct Attended {
 // What is added to the logits of a warp's windows: terms by row and by column offset, or LOWEST.
 template <int DEPTH, int KERNEL, bool MASK, bool POSITION>
 class Terms {
+  using E = Embeddings<DEPTH, KERNEL>;
   float row_start_[3], col_start_[2];
+  // A left operand: the terms of each pixel by row of the part's windows, and what rounding left.
+  u32 by_row_[4];
+  float by_col_[4];  // for the results of a thread
+  int t_;
 
  public:
-  // By row offset, for each of the two rows of pixels; by column, for the results of a thread.
-  float by_row[2][KERNEL], by_col[4];
-
   // For a part of a warp's pixels.
   DEVICE void begin(const Block& block, const Thread& me, int part = 0) {
     constexpr int REACH = KERNEL / 2;
@@ -258,72 +260,60 @@ class Terms {
     }
   }
 
-  // What a logit begins with, in row j of the windows and result i of a thread.
-  DEVICE float start(int j, int i) const {
-    const int h = i / 2, offset = j - h;
-    return offset >= 0 && offset < KERNEL ? by_col[i] + by_row[h][offset] : 0.f;
-  }
-
-  using E = Embeddings<DEPTH, KERNEL>;
-
   // Of pixels a and the operands of the embeddings.
   template <typename T>
   DEVICE void find(const u32 (&a)[Heads<DEPTH>::STEPS][4], const u32 (&embeddings)[E::OF_HEAD][4],
                    const Thread& me) {
-    find<T>(a, embeddings, me, [](float term, int) { return term; });
-  }
-  // The same with by_row as a function has it of a term and the row of pixels, 0 or 1.
-  template <typename T, typename Change>
-  DEVICE void find(const u32 (&a)[Heads<DEPTH>::STEPS][4], const u32 (&embeddings)[E::OF_HEAD][4],
-                   const Thread& me, Change change) {
+    // Read again, what is found from it takes no registers for the next head.
+    t_ = Heads<DEPTH>::COUNT > 1 ? thread_again() % 4 : me.t;
     float row[4], col[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) row[i] = row_start_[i / 2 + i % 2], col[i] = col_start_[i % 2];
     if (POSITION) E::template product<T>(row, col, a, embeddings);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) row[i] = change(row[i], i / 2);
+    // Offset o of the second pixel is in row o + 1. Those of no window are not used.
+    const float before = of_quad(row[3], me.t + 3 & 3);
+    const float of_second[2] = {before, row[2]};
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-#pragma unroll
-      for (int o = 0; o < KERNEL; ++o) by_row[h][o] = of_quad(row[2 * h + o % 2], o / 2);
+      const float (&of)[2] = h ? of_second : reinterpret_cast<const float (&)[2]>(row);
+      by_row_[h] = Bfloat16::pack(of[0], of[1]);
+      by_row_[2 + h] = Bfloat16::pack(of[0] - Bfloat16::low(by_row_[h]),
+                                      of[1] - Bfloat16::high(by_row_[h]));
       // Column 2t + i is at offset 2t + i - g of pixel g, modulo 8: an even one for every second g.
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float term = me.g % 2 ? col[2 * h + 1 - i] : col[2 * h + i];
-        by_col[2 * h + i] = of_quad(term, (2 * me.t + i - me.g & 7) / 2);
+        by_col_[2 * h + i] = of_quad(term, (2 * me.t + i - me.g & 7) / 2);
       }
     }
+  }
+
+  // What the logits of row j begin with: a product that picks the terms of this row.
+  DEVICE void start(float (&logits)[4], int j) const {
+    const u32 one = j % 2 ? 0x3f800000u : 0x3f80u, picked = t_ == j / 2 ? one : 0u;
+    Bfloat16::product(logits, by_row_[0], by_row_[1], by_row_[2], by_row_[3], picked, picked,
+                      by_col_);
   }
 };
 
 // Products of the 16 pixels a with those of their windows in two rows, whose operands are b. They
-// begin with start(r, i) for result i of row r.
+// begin with what start(quad, r) makes of those of row r.
 template <typename T, bool PRODUCTS, int DEPTH, typename Start>
 DEVICE void window_products(float (&results)[2][4], const u32 (&a)[Heads<DEPTH>::STEPS][4],
                             const u32 (&b)[PixelsAsColumns<DEPTH>::LOADS][4],
                             const Windows& windows, Start start) {
   float near[2][4], far[2][4];
 #pragma unroll
-  for (int r = 0; r < 2; ++r)
+  for (int r = 0; r < 2; ++r) {
+    start(near[r], r);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      near[r][i] = far[r][i] = start(r, i);
-    }
+    for (int i = 0; i < 4; ++i) far[r][i] = near[r][i];
+  }
   if (PRODUCTS) PixelsAsColumns<DEPTH>::template product<T>(near, far, a, b);
 #pragma unroll
   for (int r = 0; r < 2; ++r)
 #pragma unroll
     for (int i = 0; i < 4; ++i) results[r][i] = windows.near[i % 2] ? near[r][i] : far[r][i];
-}
-
-// The same of rows j and j + 1 of a tile.
-template <typename T, bool PRODUCTS, int DEPTH, typename Start>
-DEVICE void window_products(float (&results)[2][4], const u32 (&a)[Heads<DEPTH>::STEPS][4],
-                            const PixelsAsColumns<DEPTH>& columns, const Windows& windows, int j,
-                            Start start) {
-  u32 b[PixelsAsColumns<DEPTH>::LOADS][4];
-  if (PRODUCTS) columns.load(b, j);
-  window_products<T, PRODUCTS, DEPTH>(results, a, b, windows, start);
 }
 
 // Sums over the four threads that have the results of a pixel.
