@@ -577,6 +577,34 @@ def test_a_layer_as_one_node_of_autograd(launched, options, bias, layout):
     assert {x.dtype for x in results[0][1:]} == {torch.float32}
 
 
+def copies_of_maps(run, smallest):
+    """Return the operators within ``run`` that copy tensors of ``smallest`` elements or more."""
+    with torch.profiler.profile(record_shapes=True) as recorded:
+        run()
+    return [
+        (event.name, event.input_shapes)
+        for event in recorded.events()
+        if event.name in ("aten::copy_", "aten::clone", "aten::contiguous")
+        and math.prod(event.input_shapes[0]) >= smallest
+    ]
+
+
+def test_a_layer_as_one_node_copies_no_map(launched):
+    layer = make_layer().to(BF16)
+    make = partial(torch.randn, 2, 24, 16, 12, dtype=BF16)
+    x = make().to(memory_format=torch.channels_last).requires_grad_()
+    grad = torch.randn_like(layer(x).detach())
+    assert grad.is_contiguous(memory_format=torch.channels_last)
+    leaves = [x, *layer.parameters()]
+
+    def step(x, grad):
+        torch.autograd.grad(joined.attend(layer, x), leaves, grad)
+
+    assert copies_of_maps(partial(step, x, grad), x.numel()) == []
+    # It is seen where there is one.
+    assert copies_of_maps(partial(step, x, grad.contiguous()), x.numel()) != []
+
+
 @pytest.mark.parametrize("frozen", ["input", "embeddings", "weights", "all but biases"])
 def test_a_node_gives_the_gradients_that_are_wanted(launched, frozen):
     """They are those that it gives where all are."""
