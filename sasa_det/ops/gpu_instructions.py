@@ -81,8 +81,8 @@ class Work(NamedTuple):
 
     Args:
         instructions: that it executes.
-        wavefronts: of 128 bytes that pass between registers and shared memory or L1 cache, one a
-            clock for an SM. It is their least number, as addresses may share a bank.
+        wavefronts: of 128 bytes that pass into or out of shared memory or L1 cache, one a clock for
+            an SM. It is their least number, as addresses may share a bank.
     """
 
     instructions: float

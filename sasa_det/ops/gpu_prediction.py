@@ -1,8 +1,9 @@
 """A model of the time that the CUDA kernels take, from what they execute and move.
 
-The time of an SM is that of issuing all instructions and, after it, that of all wavefronts between
-registers and shared memory: warps wait for each other too often for both at once. This comes close
-to what an H200 took for an earlier version of the kernels (docs/gpu.md).
+The time of an SM is that of issuing all instructions and, after it, that of all wavefronts into and
+out of shared memory: warps wait for each other too often for both at once. Products of the tensor
+cores take less time than that, and are not counted. This comes close to what an H200 took for an
+earlier version of the kernels, which had more warps (docs/gpu.md).
 """
 
 import math

@@ -400,13 +400,13 @@ def test_large_logits_do_not_overflow(library):
     assert all(x.isfinite().all() for x in actual)
 
 
-@pytest.mark.parametrize("case,heads", [("32", 1), ("16-half", 2)])
-def test_without_a_barrier_it_is_wrong(library, case, heads):
+@pytest.mark.parametrize("case,heads,of_query", [("32", 1, 2), ("16-half", 2, 2), ("64", 1, 3)])
+def test_without_a_barrier_it_is_wrong(library, case, heads, of_query):
     inputs = make(VARIANTS[case], 1, heads, 8, 16)
     grad = make_grad(inputs)
     output, log_sum, barriers = forward(library, case, inputs)
     right, (first, second) = backward(library, case, inputs, grad, log_sum)
-    assert barriers == 1 and first == 2 and second == 2 * heads
+    assert barriers == 1 and first == of_query and second == 2 * heads
     for barrier in range(barriers):
         wrong, *_ = forward(library, case, inputs, skipped=barrier)
         assert not torch.equal(wrong, output)

@@ -11,9 +11,11 @@ struct EmbeddingArguments {
 
 // A block has 32 of the sums: 8 threads read four each, of every 32nd tile. The order of additions
 // is the same in every run.
+constexpr int EMBEDDING_THREADS = 256;
 template <int DEPTH, int KERNEL>
-__global__ void __launch_bounds__(THREADS) local_attention_embeddings(const EmbeddingArguments x) {
-  constexpr int SUMS = 32, STEP = THREADS * 4 / SUMS;
+__global__ void __launch_bounds__(EMBEDDING_THREADS)
+    local_attention_embeddings(const EmbeddingArguments x) {
+  constexpr int SUMS = 32, STEP = EMBEDDING_THREADS * 4 / SUMS;
   const u32 quarter = threadIdx.x % 8, first = threadIdx.x / 8;
   const u32 of_tile = x.channels * 8;
   const float* from = x.grad_embeddings + blockIdx.x * SUMS + 4 * quarter;

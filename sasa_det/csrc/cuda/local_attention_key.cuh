@@ -1,6 +1,6 @@
 // Gradients of local attention for keys and values. The roles are those of the other kernels
-// turned round: a warp has 2 x 8 keys, and meets the queries whose windows they are in, which lie
-// in windows of the same size around the keys. Nothing is added up by several blocks.
+// turned round: a part of a warp has 2 x 8 keys, and meets the queries whose windows they are in,
+// which lie in windows of the same size around the keys. Nothing is added up by several blocks.
 #pragma once
 
 #include <one_by_one.cuh>
@@ -21,7 +21,7 @@ template <int DEPTH, int KERNEL, int PARTS>
 struct QueryTables {
   static constexpr int REACH = KERNEL / 2, ROWS = halo_rows(KERNEL);
   static constexpr int WARPS = WARPS_OF<PARTS>;
-  // Columns that warps read, of which the last is in no window.
+  // Columns that warps have, of which the last two are in no window.
   static constexpr int COLS = TILE_COLS + 8;
   // For each row of queries: its terms by column offset, 8 for each query; log_sum less the terms
   // by row offset, for each offset and each query, in lines in which a warp that writes meets each
@@ -29,9 +29,10 @@ struct QueryTables {
   static constexpr int LINE = 28, BY_ROW = COLS * 8 * 4, MEAN = BY_ROW + 8 * LINE * 4,
                        ROW_BYTES = MEAN + COLS * 4, BYTES = ROWS * ROW_BYTES;
 
-  // Even columns come before odd ones, so that the columns that a warp reads share no bank.
+  // Of each four columns after four, neighbours change places, so that neither the columns that a
+  // warp reads nor those that half of it writes share a bank.
   static DEVICE Shared by_col(int col, int offset) {
-    return ((col / 8 * 8 + col % 8 / 2 + col % 2 * 4) * 8 + offset) * 4;
+    return ((col ^ col / 4 % 2) * 8 + offset) * 4;
   }
   static DEVICE Shared by_row(int col, int offset) { return BY_ROW + (offset * LINE + col) * 4; }
   static DEVICE Shared minus_mean(int col) { return MEAN + col * 4; }

@@ -20,7 +20,6 @@ struct QueryArguments {
   float* grad_embeddings;
 };
 
-
 template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSITION, bool POOLED,
           int PARTS>
 SELDOM void query_gradients_one_by_one(const QueryArguments x, Shared keys, Shared values,
@@ -144,7 +143,7 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
     const float* log_sum[2];
     pixels.of_planes(log_sum, x.log_sum, block, head);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) shift[part][h] = pixels.inside[h] ? load(log_sum[h]) : 0.f;
+    for (int h = 0; h < 2; ++h) shift[part][h] = pixels.inside[h] ? load_now(log_sum[h]) : 0.f;
   };
 #pragma unroll
   for (int part = 0; part < PARTS; ++part) {
@@ -244,6 +243,8 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
               if (p >= part && p - part < PAIRS)
                 keys_as_rows.template product<T>(sums[part][c], slopes[part][p - part], b);
           }
+      u32 of_offsets[H::IN_TURN][2];
+      if (POSITION) E::load_by_offset(of_offsets, attended.embeddings, head, first, me);
 #pragma unroll
       for (int in_turn = 0; in_turn < H::IN_TURN; ++in_turn)
 #pragma unroll
@@ -252,8 +253,7 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
           const Pixels pixels(block, me, part);
           float (&sum)[4] = sums[part][in_turn];
           if (POSITION)
-            Embeddings<DEPTH, KERNEL>::template product_by_offset<T>(
-                sum, by_offset[part], attended.embeddings, head, c, me);
+            E::template product_by_offset<T>(sum, by_offset[part], of_offsets[in_turn], c);
           u32 words[2];
           pack_pair<T>(words, collected, sum, PART<POOLED>, PART<POOLED>);
           results.put(words, for_sums, x.grad_query, x.grad_query_stride, block, pixels, me, head,

@@ -4,12 +4,11 @@
 #include <copies.cuh>
 #include <places.cuh>
 
-// A warp's 16 pixels: those in row g and g + 8 of products.
+// The 16 pixels of a part of a warp: those in row g and g + 8 of products.
 struct Pixels {
   int row, col;  // of the first of a thread's two in the tile
   bool inside[2];
-  // Of a part of the warp's.
-  DEVICE Pixels(const Block& block, const Thread& me, int part = 0)
+  DEVICE Pixels(const Block& block, const Thread& me, int part)
       : row(me.row() + 2 * part), col(me.col() + me.g) {
 #pragma unroll
     for (int h = 0; h < 2; ++h)
@@ -48,7 +47,7 @@ struct OneOfPair {
 
 // The pixels of the tile without halo: operands of the warps' products, and results on their way
 // to the images. Those of up to 32 channels pass through shared memory, where a warp has room for
-// its 16 pixels: so they are read before they are wanted, and all channels of a pixel are read and
+// its pixels: so they are read before they are wanted, and all channels of a pixel are read and
 // written at once. Heads of 64 channels leave no room for that.
 template <int DEPTH>
 class OwnPixels {
@@ -199,7 +198,7 @@ class OwnPixels {
 
   // Writes the results of all heads, or their means of squares, which all threads of the warp must
   // have put.
-  template <bool MEANS = false, int PARTS = 1>
+  template <bool MEANS, int PARTS>
   DEVICE void store_all(u16* images, u32 stride, const Block& block, const Thread& me) const {
     if constexpr (STAGED) {
 #pragma unroll

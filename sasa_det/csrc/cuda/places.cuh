@@ -35,7 +35,7 @@ template <int DEPTH, int PARTS>
 TABLE Places<DEPTH, PARTS> PLACES{};
 
 // Of a thread, what products of queries begin with, for the first part of its warp.
-template <int DEPTH, int PARTS = 1>
+template <int DEPTH, int PARTS>
 struct ForProducts {
   u32 operands;  // of its own pixels, in OwnPixels
   u32 columns;   // in PixelsAsColumns
@@ -48,7 +48,7 @@ struct ForProducts {
 };
 
 // And what sums of values take, which is loaded when it is wanted.
-template <int DEPTH, int PARTS = 1>
+template <int DEPTH, int PARTS>
 struct ForSums {
   u32 words;  // of its own pixels, in OwnPixels
   u32 rows;   // in PixelsAsRows
@@ -58,7 +58,9 @@ struct ForSums {
 
   DEVICE ForSums() {
     u32 all[4];
-    load_of_table(all, PLACES<DEPTH, PARTS>.for_sums[threadIdx.x]);
+    // For each head, so that they take no registers for the next.
+    const u32 number = Heads<DEPTH>::COUNT > 1 ? thread_again() : threadIdx.x;
+    load_of_table(all, PLACES<DEPTH, PARTS>.for_sums[number]);
     words = all[0], rows = all[1], far_of_four = all[2];
   }
 };

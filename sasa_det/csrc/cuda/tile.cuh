@@ -9,10 +9,10 @@
 #include <warp.cuh>
 
 constexpr int TILE_ROWS = 8, TILE_COLS = 16;
-// Of a block whose warps have one part, or another number.
-constexpr int WARPS = 8, THREADS = 32 * WARPS;
+// Parts of a tile, and warps of a block whose warps have PARTS of them each.
+constexpr int PARTS_OF_TILE = 8;
 template <int PARTS>
-constexpr int WARPS_OF = WARPS / PARTS;
+constexpr int WARPS_OF = PARTS_OF_TILE / PARTS;
 
 // Logit of what is outside of the window or the image. Finite, as it may be added to itself, and a
 // power of 2: its product with LOG2_E is exact, and less itself it is 0 in a fused operation too.
@@ -25,9 +25,9 @@ struct Heads {
   static constexpr int CHANNELS = DEPTH < 32 ? 32 : DEPTH, COUNT = CHANNELS / DEPTH;
   static constexpr int CHUNKS = CHANNELS / 8;  // of 16 bytes
   static constexpr int PIXEL_BYTES = 2 * CHANNELS;
-  // Columns of a tile with its halo. Warps read 24, the last two for nothing: those are in the next
-  // row, or what comes behind the tile, which must be numbers. Heads of 64 channels have nothing
-  // there.
+  // Columns of a tile with its halo. Warps read 24, the last two for nothing, with weights of 0:
+  // those are in the next row, or what comes behind the tile, which must be numbers. Heads of 64
+  // channels have nothing there.
   static constexpr int HALO_COLS = TILE_COLS + (DEPTH < 64 ? 6 : 8);
   static constexpr int ROW_BYTES = HALO_COLS * PIXEL_BYTES;
   // Steps of 16 channels of a head, and chunks of it.
@@ -55,8 +55,7 @@ constexpr int tile_bytes() {
 struct Thread {
   int lane, warp, g, t;  // lane = 4 g + t
   int parts;             // of its warp
-  DEVICE Thread() : Thread(threadIdx.x) {}
-  DEVICE constexpr explicit Thread(u32 number, int parts = 1)
+  DEVICE constexpr explicit Thread(u32 number, int parts)
       : lane(number % 32), warp(number / 32), g(lane / 4), t(lane % 4), parts(parts) {}
   // The first of its warp's pixels in the block.
   DEVICE constexpr int row() const { return warp / 2 * 2 * parts; }

@@ -72,6 +72,12 @@ template <typename T>
 DEVICE T load(const T* from) {
   return __ldg(from);
 }
+// The same, not as late as the compiler would.
+DEVICE float load_now(const float* from) {
+  float value;
+  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(value) : "l"(from));
+  return value;
+}
 // 16 bytes.
 DEVICE void load(float (&values)[4], const float* from) {
   asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];"

@@ -1,4 +1,4 @@
-// How the 16 pixels of a warp meet the windows around them.
+// How the 16 pixels of a part of a warp meet the windows around them.
 //
 // The windows of 2 x 8 pixels cover 8 rows of the other tensor, or KERNEL + 1, and in each of those
 // 16 columns, in two halves of 8. As KERNEL < 8, a pixel's window has at most one of the columns c
@@ -100,20 +100,13 @@ class PixelsAsRows {
   DEVICE void product(float (&sum)[4], const u32 (&weights)[4], const u32 (&b)[4]) const {
     T::sparse_product(sum, weights, far_of_four_, b, sum);
   }
-  // The same of rows j and j + 1.
-  template <typename T>
-  DEVICE void product(float (&sum)[4], const u32 (&weights)[4], int j, int chunk) const {
-    u32 b[4];
-    load(b, j, chunk);
-    product<T>(sum, weights, b);
-  }
 };
 
 // Relative embeddings of a block's heads in shared memory, as right operands of the products with
 // 16 pixels: a word of two 16-bit numbers for the value of each, and one for what rounding left
-// out. Heads below 32 channels have a slot, with both words of the row and then of the column
-// embeddings; wider ones have one for each 16 channels, with the values of their two halves and
-// then what was left out, each of which is an operand.
+// out. Heads of 8 channels have a slot, with both words of the row and then of the column
+// embeddings. Wider ones have one for each 16 channels, with the values of their two halves and then what was
+// left out. The halves are row and column embeddings, or, from 32 channels on, parts of an operand.
 template <int DEPTH, int KERNEL>
 struct Embeddings {
   using H = Heads<DEPTH>;
@@ -121,7 +114,7 @@ struct Embeddings {
   static constexpr int BYTES = SLOTS * 32 * 16;
 
   // Both are (heads, DEPTH / 2, KERNEL). Each warp prepares half of a slot, or two.
-  template <typename T, int PARTS = 1>
+  template <typename T, int PARTS>
   static DEVICE void prepare(Shared to, const float* rel_rows, const float* rel_cols,
                              const Block& block, const Thread& me) {
 #pragma unroll
@@ -145,7 +138,7 @@ struct Embeddings {
     const u32 value = T::pack(first, second);
     const u32 rest = T::pack(first - T::low(value), second - T::high(value));
     to += (slot * 32 + me.lane) * 16;
-    if (DEPTH < 32)
+    if (DEPTH == 8)
       store_shared(to + 8 * half, value, rest);
     else
       store_shared(to + 4 * half, value), store_shared(to + 8 + 4 * half, rest);
@@ -170,8 +163,8 @@ struct Embeddings {
     } else if constexpr (DEPTH == 16) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        T::product(by_row, a[0][0], a[0][1], b[0][e], by_row);
-        T::product(by_col, a[0][2], a[0][3], b[0][2 + e], by_col);
+        T::product(by_row, a[0][0], a[0][1], b[0][2 * e], by_row);
+        T::product(by_col, a[0][2], a[0][3], b[0][2 * e + 1], by_col);
       }
     } else {
 #pragma unroll
@@ -183,28 +176,38 @@ struct Embeddings {
     }
   }
 
-  // sum += sums of 16 pixels by row and by column offset, times the embeddings' 8 channels of a
-  // chunk.
+  // The operands of products with sums by offset: the values of the embeddings' chunks from `first`
+  // on whose sums are made in turn.
+  static DEVICE void load_by_offset(u32 (&b)[H::IN_TURN][2], Shared from, int head, int first,
+                                    const Thread& me) {
+    from += ((DEPTH < 32 ? head : first / 2) * 32 + me.lane) * 16;
+    if constexpr (DEPTH == 8) {
+      u32 words[4];
+      load_shared(words, from);
+      b[0][0] = transposed(words[0]), b[0][1] = transposed(words[2]);
+    } else {
+      u32 words[2];
+      load_shared(words, from);
+#pragma unroll
+      for (int c = 0; c < 2; ++c) b[c][0] = transposed(words[c]);
+    }
+  }
+  // sum += sums of 16 pixels by row and by column offset, times the 8 channels of a chunk.
   template <typename T>
-  static DEVICE void product_by_offset(float (&sum)[4], const u32 (&by_offset)[4], Shared from,
-                                       int head, int chunk, const Thread& me) {
-    u32 b[DEPTH < 32 ? 4 : 2];
-    const int slot = DEPTH < 32 ? head : chunk / 2;
-    load_shared(b, from + (slot * 32 + me.lane) * 16);
+  static DEVICE void product_by_offset(float (&sum)[4], const u32 (&by_offset)[4],
+                                       const u32 (&b)[2], int chunk) {
     if constexpr (DEPTH == 8)
-      T::product(sum, by_offset[0], by_offset[1], by_offset[2], by_offset[3], transposed(b[0]),
-                 transposed(b[2]), sum);
+      T::product(sum, by_offset[0], by_offset[1], by_offset[2], by_offset[3], b[0], b[1], sum);
     else {
       const int first = chunk < H::HEAD_CHUNKS / 2 ? 0 : 2;
-      T::product(sum, by_offset[first], by_offset[first + 1],
-                 transposed(b[DEPTH < 32 ? chunk % 2 * 2 : chunk % 2]), sum);
+      T::product(sum, by_offset[first], by_offset[first + 1], b[0], sum);
     }
   }
 };
 
 // The queries of a block and what they attend to, in shared memory: keys if logits contain q.k,
 // values, and embeddings. It is there when the copies have landed and all threads have come so far.
-template <typename T, int DEPTH, int KERNEL, bool CONTENT, bool POSITION, int PARTS = 1>
+template <typename T, int DEPTH, int KERNEL, bool CONTENT, bool POSITION, int PARTS>
 struct Attended {
   static constexpr int TILE = tile_bytes<DEPTH, KERNEL>();
   Shared keys, values;
@@ -233,7 +236,7 @@ struct Attended {
   }
 };
 
-// What is added to the logits of a warp's windows: terms by row and by column offset, or LOWEST.
+// What is added to the logits of a part's windows: terms by row and by column offset, or LOWEST.
 template <int DEPTH, int KERNEL, bool MASK, bool POSITION>
 class Terms {
   using E = Embeddings<DEPTH, KERNEL>;

@@ -349,6 +349,7 @@ DEVICE T load(const T* from) {
   emulation::check_global(from, sizeof(T), false);
   return *from;
 }
+DEVICE float load_now(const float* from) { return load(from); }
 DEVICE void load(float (&values)[4], const float* from) {
   emulation::check_global(from, 16, false);
   memcpy(values, from, 16);
