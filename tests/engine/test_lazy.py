@@ -4,8 +4,6 @@ import builtins
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -209,7 +207,9 @@ def test_yaml_and_lazy_runs_are_bit_equal(
 
 
 @pytest.mark.slow
-def test_processes_execute_the_config_and_stop_and_one_goes_on(config, digits, tmp_path, capsys):
+def test_processes_execute_the_config_and_stop_and_one_goes_on(
+    config, digits, start, read_until, tmp_path, capsys
+):
     """The data sets are registered by the config itself."""
     register = "from sasa_det.data import register_coco\n"
     for key, name in DATA.items():
@@ -220,17 +220,13 @@ def test_processes_execute_the_config_and_stop_and_one_goes_on(config, digits, t
     arguments = ["tools/lazyconfig_train_net.py", "--config-file", config]
     options = ["dataloader.train.total_batch_size=4", "train.checkpointer.period=2"]
     options.append(f"train.output_dir={folder}")
-    endless = [*arguments, "--num-gpus", 2, "--dist-url", "auto", *options, "train.max_iter=100000"]
-    with subprocess.Popen(
-        [sys.executable, *map(str, endless)], stdout=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert any("Saving checkpoint" in line for line in process.stdout)
-            process.send_signal(signal.SIGTERM)
-            rest = process.stdout.read()
-            assert process.wait() == 143, rest
-        finally:
-            process.kill()
+    tool, *given = arguments
+    endless = ["--num-gpus", 2, "--dist-url", "auto", *options, "train.max_iter=100000"]
+    process = start(*endless, tool=tool, data=given)
+    read_until(process, "Saving checkpoint")
+    process.send_signal(signal.SIGTERM)
+    rest = process.communicate()[0]
+    assert process.returncode == 143, rest
     assert "SIGTERM was received; everything is saved" in rest
     last = int(Path((folder / "last_checkpoint").read_text()).stem.removeprefix("model_"))
 
