@@ -151,8 +151,8 @@ def learn_by_heart(digits, folder):
         "SEED", 1, "SOLVER.MAX_ITER", 100, "SOLVER.IMS_PER_BATCH", 4,
         "SOLVER.CHECKPOINT_PERIOD", 1000,
         "INPUT.JITTER.MIN_SCALE", 1.0, "INPUT.JITTER.MAX_SCALE", 1.0,
-        # An exported file holds the operators of each head of attention.
-        "MODEL.SASA.NUM_HEADS", 2,
+        # An exported file holds the operators of each layer and head of attention.
+        "MODEL.SASA.NUM_HEADS", 2, "MODEL.SASA.ATTENTION_STAGES", "['res3', 'res5']",
     ]  # fmt: skip
     config = Path(__file__).parents[2] / CONFIG
     words = ["--config-file", config, "--train", *data, "--test", *data, *options]

@@ -342,7 +342,7 @@ def test_evaluation_with_augmentation(command, predict, trained, digits, tmp_pat
     """One that leaves the images as they are, and one of more sizes."""
     data = {"test": (digits / "train.json", digits / "train")}
     run = ["--eval-only", "MODEL.WEIGHTS", trained, "MODEL.SASA.NUM_HEADS", 2, "SEED", 1]
-    run += AUGMENTATION
+    run += ["MODEL.SASA.ATTENTION_STAGES", "['res3', 'res5']", *AUGMENTATION]
     assert command(*run, **data) == 0
     folders = [tmp_path / "run" / "inference" / part for part in ("", "TTA")]
     plain, same = (next(f.glob("*/coco_instances_results.json")) for f in folders if f.exists())
