@@ -73,7 +73,7 @@ def start(words):
                 start_new_session=True,
             )
         else:
-            process = ForkedCommand([tool, *words_], env)
+            process = ForkedCommand([str(tool), *words_], env)
         processes.append(process)
         return process
 

@@ -78,14 +78,15 @@ def test_analyze_model(monkeypatch, capsys):
     assert error.strip().splitlines()[-1].startswith("error: config file nowhere.yaml")
 
 
-def test_a_hostile_config_executes_nothing(tmp_path):
+def test_a_hostile_config_executes_nothing(start, tmp_path):
     marker, base = tmp_path / "executed", tmp_path / "base.yaml"
     base.write_text(f"SEED: !!python/object/apply:os.system ['touch {marker}']")
     (tmp_path / "config.yaml").write_text("_BASE_: base.yaml")
-    result = call("tools/train_net.py", "--config-file", tmp_path / "config.yaml")
-    assert result.returncode == 2
-    assert "Traceback" not in result.stderr
-    last = result.stderr.strip().splitlines()[-1]
+    process = start(data=["--config-file", tmp_path / "config.yaml"])
+    output = process.communicate()[0]
+    assert process.returncode == 2
+    assert "Traceback" not in output
+    last = output.strip().splitlines()[-1]
     assert last.startswith(
         f"error: {base}, line 1: a value of type !!python/object/apply:os.system"
     )
