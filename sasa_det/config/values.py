@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -273,6 +274,7 @@ def warn_of_slow_averages(options: RunOptions) -> None:
             )
 
 
+@cache  # of a few thousand pairs, which every config that is read asks for
 def _is_among(key: str, patterns: str) -> bool:
     return any(fnmatchcase(key, pattern) for pattern in patterns.split())
 

@@ -15,6 +15,7 @@ from sasa_det.benchmark.command import benchmark_parser, run_benchmark
 from sasa_det.command_line import run_command
 
 ROOT = Path(__file__).parents[2]
+TWIN_CONFIG = models.twin_config
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +133,13 @@ def test_operators_layers_and_stems_run_without_detectron2(tmp_path):
     )
 
 
+def small_twin_config(*given):
+    cfg = TWIN_CONFIG(*given)
+    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.SASA.WIDTH_MULTIPLIER = 26, 0.25
+    cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.RETINANET.NUM_CONVS = 32, 1
+    return cfg
+
+
 @pytest.mark.slow
 def test_every_layer_and_detector_runs_and_is_written(tmp_path, monkeypatch):
     def cases_of(settings, groups):
@@ -143,6 +151,7 @@ def test_every_layer_and_detector_runs_and_is_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(command, "make_cases", cases_of)
     monkeypatch.setattr(command, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(models, "twin_config", small_twin_config)
     monkeypatch.setattr(models, "_DIGITS_BATCH", 2)
     monkeypatch.setattr(models, "_DIGITS_SIZE", 64)
     groups = "layer,backbone,retinanet,digits"

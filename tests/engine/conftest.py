@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from sasa_det.data import write_digits
 from sasa_det.engine import argument_parser, run
 
 CONFIG = "configs/Quick/retinanet_SASA.yaml"
+ForkedCommand = runpy.run_path(Path(__file__).with_name("forked_command.py"))["ForkedCommand"]
 
 
 @pytest.fixture(scope="session")
@@ -51,21 +53,27 @@ def command(words):
 
 @pytest.fixture
 def start(words):
-    """Return a function that starts a command in a process of its own, all output in one pipe."""
+    """Return a function that starts a command in a process of its own, all output in one pipe.
+
+    With a launcher, it is one that Python starts.
+    """
     processes = []
 
     def begin(*args, launcher=(), tool="tools/train_net.py", data=None, **kwargs):
         # `data` stands for the words about config and data.
         words_ = words(*args, **kwargs) if data is None else [str(w) for w in (*data, *args)]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            [sys.executable, *launcher, tool, *words_],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=env,
-            start_new_session=True,
-        )
+        if launcher:
+            process = subprocess.Popen(
+                [sys.executable, *launcher, tool, *words_],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=env,
+                start_new_session=True,
+            )
+        else:
+            process = ForkedCommand([str(tool), *words_], env)
         processes.append(process)
         return process
 
@@ -143,8 +151,8 @@ def learn_by_heart(digits, folder):
         "SEED", 1, "SOLVER.MAX_ITER", 100, "SOLVER.IMS_PER_BATCH", 4,
         "SOLVER.CHECKPOINT_PERIOD", 1000,
         "INPUT.JITTER.MIN_SCALE", 1.0, "INPUT.JITTER.MAX_SCALE", 1.0,
-        # An exported file holds the operators of each head of attention.
-        "MODEL.SASA.NUM_HEADS", 2,
+        # An exported file holds the operators of each layer and head of attention.
+        "MODEL.SASA.NUM_HEADS", 2, "MODEL.SASA.ATTENTION_STAGES", "['res3', 'res5']",
     ]  # fmt: skip
     config = Path(__file__).parents[2] / CONFIG
     words = ["--config-file", config, "--train", *data, "--test", *data, *options]

@@ -78,14 +78,15 @@ def test_analyze_model(monkeypatch, capsys):
     assert error.strip().splitlines()[-1].startswith("error: config file nowhere.yaml")
 
 
-def test_a_hostile_config_executes_nothing(tmp_path):
+def test_a_hostile_config_executes_nothing(start, tmp_path):
     marker, base = tmp_path / "executed", tmp_path / "base.yaml"
     base.write_text(f"SEED: !!python/object/apply:os.system ['touch {marker}']")
     (tmp_path / "config.yaml").write_text("_BASE_: base.yaml")
-    result = call("tools/train_net.py", "--config-file", tmp_path / "config.yaml")
-    assert result.returncode == 2
-    assert "Traceback" not in result.stderr
-    last = result.stderr.strip().splitlines()[-1]
+    process = start(data=["--config-file", tmp_path / "config.yaml"])
+    output = process.communicate()[0]
+    assert process.returncode == 2
+    assert "Traceback" not in output
+    last = output.strip().splitlines()[-1]
     assert last.startswith(
         f"error: {base}, line 1: a value of type !!python/object/apply:os.system"
     )
@@ -189,7 +190,7 @@ def test_names_outside_ascii_in_any_locale(digits, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
+def test_two_runs_do_not_share_a_folder(start, read_until, tmp_path, capsys):
     """The second is refused while the first lives, and goes on where that was killed."""
     digits = write_digits(tmp_path / "digits", num_train=4, num_val=2, image_size=64)
     words = ["--config-file", "configs/Quick/retinanet_SASA.yaml"]
@@ -197,7 +198,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
         words += [f"--{split}", digits / f"{name}.json", digits / name]
     folder = tmp_path / "run"
     output = ["OUTPUT_DIR", folder, "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.MAX_CHECKPOINTS", 2]
-    endless = ["tools/train_net.py", *words, *output, "SOLVER.MAX_ITER", 10**6]
+    endless = [*output, "SOLVER.MAX_ITER", 10**6]
 
     def in_this_process(*flags, end=4):
         command = [*words, *flags, *output, "SOLVER.MAX_ITER", end]
@@ -205,19 +206,16 @@ def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
         printed = capsys.readouterr()
         return status, printed.out, printed.err.strip().splitlines()[-1:]
 
-    with subprocess.Popen(
-        [sys.executable, *map(str, endless)], stdout=subprocess.PIPE, text=True
-    ) as first:
-        try:
-            for _ in range(2):  # when the second is begun, the first is there
-                assert any("Saving checkpoint" in line for line in first.stdout)
-            refusal = f"error: OUTPUT_DIR {folder} is in use by another run (process {first.pid} on"
-            for flags in ([], ["--overwrite"], ["--resume"], ["--resume", "auto"]):
-                status, _, (error,) = in_this_process(*flags)
-                assert status == 2 and error.startswith(refusal)
-            assert first.poll() is None
-        finally:
-            first.kill()
+    first = start(*endless, data=words)
+    for _ in range(2):  # when the second is begun, the first is there
+        read_until(first, "Saving checkpoint")
+    refusal = f"error: OUTPUT_DIR {folder} is in use by another run (process {first.pid} on"
+    for flags in ([], ["--overwrite"], ["--resume"], ["--resume", "auto"]):
+        status, _, (error,) = in_this_process(*flags)
+        assert status == 2 and error.startswith(refusal)
+    assert first.poll() is None
+    first.kill()
+    first.wait()
     last = int(Path((folder / "last_checkpoint").read_text()).stem.removeprefix("model_"))
     status, printed, _ = in_this_process("--resume", "auto", end=last + 3)
     assert status == 0

@@ -6,7 +6,6 @@ import os
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -306,7 +305,7 @@ def test_a_mistake_is_one_sentence(predict, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_no_part_of_a_video(trained, digits, tmp_path):
+def test_ctrl_c_leaves_no_part_of_a_video(trained, digits, start, tmp_path):
     frame = cv2.imread(str(next(digits.glob("train/*.png"))))
     code = cv2.VideoWriter_fourcc(*"MJPG")
     writer = cv2.VideoWriter(str(tmp_path / "clip.avi"), code, 5, (64, 64))
@@ -314,15 +313,13 @@ def test_ctrl_c_leaves_no_part_of_a_video(trained, digits, tmp_path):
         writer.write(frame)
     writer.release()
     words = ["--weights", trained, "--input", tmp_path / "clip.avi", "--output", tmp_path / "out"]
-    with subprocess.Popen(
-        [sys.executable, "tools/predict.py", *map(str, words)], stderr=subprocess.PIPE, text=True
-    ) as process:
-        while not any((tmp_path / "out").glob(".writing*")):
-            assert process.poll() is None
-            os.sched_yield()
-        process.send_signal(signal.SIGINT)
-        errors = process.communicate()[1]
-    assert process.returncode == 130 and "Traceback" not in errors
+    process = start(tool="tools/predict.py", data=words)
+    while not any((tmp_path / "out").glob(".writing*")):
+        assert process.poll() is None
+        os.sched_yield()
+    process.send_signal(signal.SIGINT)
+    output = process.communicate()[0]
+    assert process.returncode == 130 and "Traceback" not in output
     assert list(Path(tmp_path, "out").iterdir()) == []
 
 
@@ -345,7 +342,7 @@ def test_evaluation_with_augmentation(command, predict, trained, digits, tmp_pat
     """One that leaves the images as they are, and one of more sizes."""
     data = {"test": (digits / "train.json", digits / "train")}
     run = ["--eval-only", "MODEL.WEIGHTS", trained, "MODEL.SASA.NUM_HEADS", 2, "SEED", 1]
-    run += AUGMENTATION
+    run += ["MODEL.SASA.ATTENTION_STAGES", "['res3', 'res5']", *AUGMENTATION]
     assert command(*run, **data) == 0
     folders = [tmp_path / "run" / "inference" / part for part in ("", "TTA")]
     plain, same = (next(f.glob("*/coco_instances_results.json")) for f in folders if f.exists())

@@ -84,7 +84,7 @@ def test_mistakes_about_attention(tool, refused, trained, digits, tmp_path):
         words = ["--weights", weights, "--input", image, "--output", output, *words]
         return refused("visualize_attention", *words)
 
-    assert "layer res4.9 does not exist; did you mean res4.3?" in error("--layer", "res4.9")
+    assert "layer res5.9 does not exist; did you mean res5.0?" in error("--layer", "res5.9")
     assert "no head 11: --head must be 0 to 1 or all; did you mean 1?" in error(
         *("--layer", "res3.0", "--head", 11)
     )

@@ -6,8 +6,6 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -235,27 +233,24 @@ def test_damaged_newest_checkpoint(command, tmp_path, capsys):
 
 
 LIMITED = """
-import resource, runpy, signal, sys
+import resource, runpy, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+runpy.run_path("tools/train_net.py", run_name="__main__")
 """
 
 
 @pytest.mark.slow
-def test_full_disk(command, words, tmp_path):
+def test_full_disk(command, start, tmp_path):
     folder = tmp_path / "run"
     assert command() == 0
     before = {path.name for path in folder.iterdir()}
-    arguments = words("--resume", "SOLVER.MAX_ITER", 8)
-    process = subprocess.run(
-        [sys.executable, "-c", LIMITED, "tools/train_net.py", *arguments],
-        capture_output=True,
-        text=True,
-    )
+    script = tmp_path / "limited.py"
+    script.write_text(LIMITED)
+    process = start("--resume", "SOLVER.MAX_ITER", 8, tool=script)
+    output = process.communicate()[0]
     assert process.returncode == 1
-    last = process.stderr.strip().splitlines()[-1]
+    last = output.strip().splitlines()[-1]
     assert last.startswith("error: ") and "model_0000005.pth" in last
     left = {path.name for path in folder.iterdir() if not path.name.startswith("events.")}
     assert left == {name for name in before if not name.startswith("events.")}

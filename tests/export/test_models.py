@@ -20,6 +20,7 @@ def rcnn(*opts):
     words = "MODEL.DEVICE cpu MODEL.RESNETS.DEPTH 26 MODEL.SASA.WIDTH_MULTIPLIER 0.25 "
     words += "MODEL.FPN.OUT_CHANNELS 32 MODEL.RPN.CONV_DIMS [32] MODEL.ROI_BOX_HEAD.FC_DIM 32 "
     words += "MODEL.ROI_MASK_HEAD.CONV_DIM 16 MODEL.ROI_HEADS.NUM_CLASSES 3 "
+    words += "MODEL.SASA.ATTENTION_STAGES ['res5'] MODEL.SASA.NUM_HEADS 2 "
     words += "MODEL.RPN.POST_NMS_TOPK_TEST 50 MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.26"
     config = "configs/COCO-InstanceSegmentation/mask_rcnn_SASA_R_50_FPN.yaml"
     model = build_model(load_config(config, [*words.split(), *opts])).eval()
@@ -69,6 +70,7 @@ def test_a_san_classifier_takes_images_of_any_size(attention, format, tmp_path):
     torch.manual_seed(0)
     config = f"configs/ImageNet/SAN10_{attention}.yaml"
     opts = ["MODEL.DEVICE", "cpu", "MODEL.CLASSIFIER.NUM_CLASSES", "5"]
+    opts += ["MODEL.SAN.WIDTH_MULTIPLIER", "0.25"]
     model = build_model(load_config(config, opts)).eval()
     path = tmp_path / f"model{FORMATS[format]}"
     export_model(model, *images((64, 64)), path, format)

@@ -131,6 +131,7 @@ def detector(*opts):
     words += "MODEL.RESNETS.NORM BN MODEL.FPN.NORM BN MODEL.RETINANET.NORM BN "
     words += "MODEL.FPN.OUT_CHANNELS 32 MODEL.RETINANET.NUM_CLASSES 3 MODEL.WEIGHTS '' "
     words += "MODEL.RETINANET.NUM_CONVS 1 MODEL.RETINANET.SCORE_THRESH_TEST 0.5 "
+    words += "MODEL.SASA.ATTENTION_STAGES ['res5'] MODEL.SASA.NUM_HEADS 2 "
     words += "MODEL.RETINANET.IN_FEATURES ['p4'] MODEL.ANCHOR_GENERATOR.SIZES [[64]]"
     cfg.merge_from_list([word.strip("'") for word in words.split()] + list(opts))
     model = build_model(cfg).eval()

@@ -123,13 +123,15 @@ def test_window_and_heads_may_be_symbols():
         torch.testing.assert_close(actual, function(*inputs[:3], *embeddings, **options))
 
 
-# Without detectron2, which operators do not need and which takes seconds to import.
-SCRIPT = """
-import importlib.util, logging, sys
-import torch
-
+# Operators do not need detectron2, which takes seconds to import.
+WITHOUT_DETECTRON2 = """
+import importlib.util
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == "detectron2" else find(name, *a)
+"""
+SCRIPT = """
+import logging, sys
+import torch
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
@@ -176,7 +178,8 @@ def test_the_same_with_and_without_the_extension(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     found = []
     for extension in ("present", "absent"):
-        command = [sys.executable, "-c", SCRIPT, extension, tmp_path / extension]
+        script = WITHOUT_DETECTRON2 + SCRIPT
+        command = [sys.executable, "-c", script, extension, tmp_path / extension]
         subprocess.run(command, env=env, check=True, timeout=300)
         found.append(torch.load(tmp_path / extension))
     present, absent = found
@@ -218,7 +221,7 @@ for _ in range(2):
 torch.testing.assert_close(y, q)
 """
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-W", "ignore", "-c", code]
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_DETECTRON2 + code]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (line,) = done.stderr.splitlines()
