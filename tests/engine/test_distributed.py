@@ -3,8 +3,6 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -84,16 +82,13 @@ def test_two_processes_train_as_one_and_save_when_they_are_stopped(
     assert any((value != first[name]).any() for name, value in weights(alone).items())
 
 
-def test_what_two_processes_do(tmp_path):
+def test_what_two_processes_do(start, tmp_path):
     """Saves, errors, evaluation, signals and models in shards, in process_checks.py."""
-    script = Path(__file__).with_name("process_checks.py")
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = start(tool=Path(__file__).with_name("process_checks.py"), data=[tmp_path])
     # Where processes wait for one another in vain, this ends it. A launcher ends the others half a
     # minute after the first one has ended.
-    result = subprocess.run(
-        [sys.executable, script, tmp_path], env=env, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
 
 
 def workers(parent):

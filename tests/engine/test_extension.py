@@ -71,14 +71,18 @@ if __name__ == "__main__":
 """
 
 
+# Such a mapper resizes images as detectron2's does.
+OPTIONS = ["SEED", 1, "INPUT.MIN_SIZE_TRAIN", "(64,)"]
+
+
 def test_a_trainer_with_its_own_mapper_evaluator_and_hook(words, tmp_path, monkeypatch, capsys):
     script = tmp_path / "my_train_net.py"
     script.write_text(SCRIPT)
     trainer = runpy.run_path(script)["MyTrainer"]
-    begun = argument_parser().parse_args(words("SOLVER.MAX_ITER", 2, "SEED", 1))
+    begun = argument_parser().parse_args(words("SOLVER.MAX_ITER", 2, *OPTIONS))
     assert run(begun, trainer=trainer) == 0
     # And as a command.
-    command = [str(script), *words("--resume", "SOLVER.MAX_ITER", 4, "SEED", 1)]
+    command = [str(script), *words("--resume", "SOLVER.MAX_ITER", 4, *OPTIONS)]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit, match="0"):
         runpy.run_path(script, run_name="__main__")
