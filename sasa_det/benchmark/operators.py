@@ -186,10 +186,8 @@ def _op_cases(settings: Settings) -> list[Case]:
 
 def _layer_cases(settings: Settings) -> list[Case]:
     size = settings.image_size // 8
-    convolution, attention = (
-        partial(square_convolution, 256),
-        partial(LocalSelfAttention2d, 256, 256),
-    )
+    convolution = partial(square_convolution, 256)
+    attention = partial(LocalSelfAttention2d, 256, 256)
     unfold, halo = partial(attention, backend="reference"), partial(others.halo_attention, 256)
 
     def contenders(training: bool) -> list[Contender]:

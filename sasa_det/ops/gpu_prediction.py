@@ -10,14 +10,14 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from .cuda_kernels import Maps, Variant, blocks_of, embedding_sums_shape
+from .cuda_kernels import THREADS, Maps, Variant, blocks_of, embedding_sums_shape
 from .gpu_instructions import Work
 
 _ISSUES = 4  # instructions that an SM issues in a clock, in which it has one wavefront
 _NOT_OVERLAPPED = 0.25  # of the shorter of arithmetic and memory traffic
 _START = 3e-6  # seconds to start a kernel
 _SHORTEST = 5e-6  # seconds of a convolution or a product, at least
-_PARTS_OF_BLOCK = 8  # of 16 pixels
+_PARTS_OF_BLOCK = THREADS // 32  # of 16 pixels
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 ``python -m sasa_det.ops.gpu_report`` compiles the kernels and prints a table of registers, bytes
 that spill and shared memory. Where NVIDIA's disassembler is installed, which Triton brings, it adds
-the instructions that a warp executes for 16 queries of a head, the wavefronts of shared memory
-that they take, and the times that these predict.
-None of this needs a GPU. On a GPU it goes on to measure, see :mod:`sasa_det.benchmark.gpu_measure`.
+the instructions that a warp executes for 16 queries of a head, the wavefronts of shared memory that
+they take, and the times that these predict. None of this needs a GPU. On a GPU it goes on to
+measure, see :mod:`sasa_det.benchmark.gpu_measure`.
 
 It is a command, and as those of ``tools`` it may use every part of the project.
 """

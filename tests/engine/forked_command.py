@@ -4,6 +4,7 @@ They are forked from a process that has done nothing but import what the command
 is as where Python runs a script, with the signals and the output of a process.
 """
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -36,7 +37,8 @@ class ForkedCommand:
     def returncode(self):
         return self._process.exitcode
 
-    poll = returncode.fget
+    def poll(self):
+        return self.returncode
 
     def wait(self):
         self._process.join()
@@ -63,8 +65,6 @@ class ForkedCommand:
 
 def _run(words, env, output):
     """Become the process of a script."""
-    import atexit
-
     os.setsid()
     multiprocessing.set_start_method(None, force=True)  # Python's own, not that of this process
     os.environ.clear()

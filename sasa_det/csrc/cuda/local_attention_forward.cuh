@@ -110,21 +110,20 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) {
       const Pixels pixels(block, me, part);
-      attended.queries.load(a[part], for_products, x.query, x.query_stride, block, pixels, me, head,
-                            part);
+      attended.queries.load(a[part], for_products, x.query, x.query_stride, block, pixels, me,
+                            head);
       terms[part].template find<T>(a[part], embeddings, me);
     }
     float logits[PARTS][PAIRS][2][4];
     const Columns keys_as_columns(attended.keys, for_products, head);
-    // Rows 2p and 2p + 1 are rows 2 (p - part) and the next of a part's windows.
 #pragma unroll
     for (int p = 0; p < PAIRS + PARTS - 1; ++p) {
       u32 b[Columns::LOADS][4];
       if (CONTENT) keys_as_columns.load(b, 2 * p);
 #pragma unroll
       for (int part = 0; part < PARTS; ++part) {
+        if (!meets<PAIRS>(part, p)) continue;
         const int q = p - part;
-        if (q < 0 || q >= PAIRS) continue;
         window_products<T, CONTENT, DEPTH>(
             logits[part][q], a[part], b, windows,
             [&](float (&quad)[4], int r) { terms[part].start(quad, 2 * q + r); });
@@ -175,17 +174,7 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
 #pragma unroll
     for (int first = 0; first < H::HEAD_CHUNKS; first += H::IN_TURN) {
       float sums[PARTS][H::IN_TURN][4] = {};
-#pragma unroll
-      for (int p = 0; p < PAIRS + PARTS - 1; ++p)
-#pragma unroll
-        for (int c = 0; c < H::IN_TURN; ++c) {
-          u32 b[4];
-          values_as_rows.load(b, 2 * p, first + c);
-#pragma unroll
-          for (int part = 0; part < PARTS; ++part)
-            if (p >= part && p - part < PAIRS)
-              values_as_rows.template product<T>(sums[part][c], weights[part][p - part], b);
-        }
+      values_as_rows.template product_of_all<T>(sums, weights, first);
 #pragma unroll
       for (int part = 0; part < PARTS; ++part)
 #pragma unroll
@@ -195,13 +184,13 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
           if constexpr (POOLED) {
             const u32 word = outputs.template put_sums<T>(sum, inverse[part], for_sums, x.output,
                                                           x.output_stride, block, pixels, me, head,
-                                                          first + c, part);
+                                                          first + c);
             collected = T::add_zero_times(word, collected);
           } else {
             u32 words[2];
             pack_pair<T>(words, collected, sum, inverse[part][0], inverse[part][1]);
             outputs.put(words, for_sums, x.output, x.output_stride, block, pixels, me, head,
-                        first + c, part);
+                        first + c);
           }
         }
     }
@@ -219,7 +208,5 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
     }
   }
   wait_for_warp();
-  // What a loop over heads does not need takes no registers there.
-  outputs.template store_all<POOLED, PARTS>(
-      x.output, x.output_stride, block, H::COUNT > 1 ? Thread(thread_again(), PARTS) : me);
+  outputs.template store_all<POOLED, PARTS>(x.output, x.output_stride, block, again<DEPTH>(me));
 }

@@ -119,13 +119,13 @@ struct QueryTables {
 };
 
 // Where what is in shared memory begins.
-template <int DEPTH, int KERNEL>
+template <int DEPTH, int KERNEL, int PARTS>
 struct KeyShared {
   static constexpr int GRADS = 0, QUERIES = tile_bytes<DEPTH, KERNEL>(),
                        VALUES = QUERIES + tile_bytes<DEPTH, KERNEL>(),
                        KEYS = VALUES + OwnPixels<DEPTH>::BYTES,
                        TABLES = KEYS + OwnPixels<DEPTH>::BYTES,
-                       EMBEDDINGS = TABLES + QueryTables<DEPTH, KERNEL, 1>::BYTES;
+                       EMBEDDINGS = TABLES + QueryTables<DEPTH, KERNEL, PARTS>::BYTES;
 };
 
 template <typename T, int DEPTH, int KERNEL, bool CONTENT, bool POOLED, int PARTS>
@@ -185,7 +185,7 @@ template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSIT
 __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
     local_attention_key(const KeyArguments x) {
   using H = Heads<DEPTH>;
-  using S = KeyShared<DEPTH, KERNEL>;
+  using S = KeyShared<DEPTH, KERNEL, PARTS>;
   using Tables = QueryTables<DEPTH, KERNEL, PARTS>;
   using Columns = PixelsAsColumns<DEPTH>;
   constexpr int PAIRS = (KERNEL + 1) / 2, LAST = KERNEL - 1;
@@ -232,16 +232,15 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
 #pragma unroll
       for (int part = 0; part < PARTS; ++part) {
         const Pixels pixels(block, me, part);
-        keys.load(k[part], for_products, x.key, x.key_stride, block, pixels, me, head, part);
-        values.load(v[part], for_products, x.value, x.value_stride, block, pixels, me, head, part);
+        keys.load(k[part], for_products, x.key, x.key_stride, block, pixels, me, head);
+        values.load(v[part], for_products, x.value, x.value_stride, block, pixels, me, head);
       }
     if (head) {
       wait_for_copies();
       wait_for_warp();
     }
-    // Places of a thread take no registers for the next head.
     Tables::template prepare<T, POSITION>(tables, queries, embeddings, block, head,
-                                          H::COUNT > 1 ? Thread(thread_again(), PARTS) : me);
+                                          again<DEPTH>(me));
     wait_for_block();
     const Columns queries_as_columns(queries, for_products, head);
     const Columns grads_as_columns(grads, for_products, head);
@@ -259,7 +258,6 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
     const PixelsAsRows<DEPTH> queries_as_rows(queries, for_sums, head);
     const PixelsAsRows<DEPTH> grads_as_rows(grads, for_sums, head);
     float to_value[PARTS][H::HEAD_CHUNKS][4] = {}, to_key[PARTS][H::HEAD_CHUNKS][4] = {};
-    // Rows 2p and 2p + 1 are rows 2 (p - part) and the next of a part's windows.
 #pragma unroll
     for (int p = 0; p < PAIRS + PARTS - 1; ++p) {
       float term[2][2], minus_mean[2][2];
@@ -280,8 +278,8 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
       }
 #pragma unroll
       for (int part = 0; part < PARTS; ++part) {
+        if (!meets<PAIRS>(part, p)) continue;
         const int q = p - part;
-        if (q < 0 || q >= PAIRS) continue;
         float logits[2][4], products[2][4];
         window_products<T, CONTENT, DEPTH>(
             logits, k[part], of_queries, windows,
@@ -321,7 +319,7 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
         if (CONTENT) queries_as_rows.load(query_rows, 2 * p, c);
 #pragma unroll
         for (int part = 0; part < PARTS; ++part) {
-          if (p < part || p - part >= PAIRS) continue;
+          if (!meets<PAIRS>(part, p)) continue;
           grads_as_rows.template product<T>(to_value[part][c], weights[part], grad_rows);
           if (CONTENT)
             queries_as_rows.template product<T>(to_key[part][c], slopes[part], query_rows);
@@ -336,11 +334,10 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
         const Pixels pixels(block, me, part);
         u32 words[2];
         pack_pair<T>(words, collected, to_value[part][c], PART<POOLED>, PART<POOLED>);
-        values.put(words, for_sums, x.grad_value, x.grad_value_stride, block, pixels, me, head, c,
-                   part);
+        values.put(words, for_sums, x.grad_value, x.grad_value_stride, block, pixels, me, head, c);
         if (!CONTENT) continue;
         pack_pair<T>(words, collected, to_key[part][c], PART<POOLED>, PART<POOLED>);
-        keys.put(words, for_sums, x.grad_key, x.grad_key_stride, block, pixels, me, head, c, part);
+        keys.put(words, for_sums, x.grad_key, x.grad_key_stride, block, pixels, me, head, c);
       }
     }
     if (in_any_thread(not_finite(collected))) {

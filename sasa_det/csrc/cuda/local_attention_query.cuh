@@ -80,37 +80,44 @@ SELDOM void query_gradients_one_by_one(const QueryArguments x, Shared keys, Shar
 
 // Sums of slopes by row and by column offset, of each of a warp's pixels: operands of the products
 // that are the gradients of queries and embeddings.
-template <typename T, int ROWS>
-DEVICE void sums_by_offset(u32 (&by_offset)[4], const u32 (&slopes)[ROWS / 2][4], u32 places,
-                           const Thread& me) {
+template <typename T, int PARTS, int PAIRS>
+DEVICE void sums_by_offset(u32 (&by_offset)[PARTS][4], const u32 (&slopes)[PARTS][PAIRS][4],
+                           u32 places, const Thread& me) {
   // Operands of four registers: the compiler copies a pair that stands twice for each product.
   const u32 ones = T::pack(1.f, 1.f), zero = held_zero();
   // Near and far of columns 0 to 3, and of 4 to 7, become columns 0 to 3 and 4 to 7.
   const u32 low = me.g == me.t ? ones : 0u, high = me.g == me.t + 4 ? ones : 0u;
   const u32 of_cols[4] = {low, high, in_own_register(low, zero), in_own_register(high, zero)};
-  float row[4] = {0.f, 0.f, 0.f, 0.f}, col[4] = {0.f, 0.f, 0.f, 0.f};
+  float row[PARTS][4] = {}, col[PARTS][4] = {};
 #pragma unroll
-  for (int p = 0; p < ROWS / 2; ++p) {
+  for (int p = 0; p < PAIRS; ++p) {
     // The two rows of windows become columns 2p and 2p + 1.
     const u32 even = me.g == 2 * p ? ones : 0u, odd = me.g == 2 * p + 1 ? ones : 0u;
     const u32 of_rows[4] = {even, in_own_register(even, zero), odd, in_own_register(odd, zero)};
-    T::sparse_product(row, slopes[p], places, of_rows, row);
-    T::sparse_product(col, slopes[p], places, of_cols, col);
-  }
-  // Rows of the second pixel are one further on than its offsets.
-  const float next = of_quad(row[2], me.t + 1 & 3);
-  by_offset[0] = T::pack(row[0], row[1]);
-  by_offset[1] = T::pack(row[3], me.t == 3 ? 0.f : next);
-  // Offset 2t + i of pixel g is in column 2t + i + g, modulo 8: an even one for every second g.
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    float of[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float sum = me.g % 2 ? col[2 * h + 1 - i] : col[2 * h + i];
-      of[i] = of_quad(sum, (2 * me.t + i + me.g & 7) / 2);
+    for (int part = 0; part < PARTS; ++part) {
+      T::sparse_product(row[part], slopes[part][p], places, of_rows, row[part]);
+      T::sparse_product(col[part], slopes[part][p], places, of_cols, col[part]);
     }
-    by_offset[2 + h] = T::pack(of[0], of[1]);
+  }
+#pragma unroll
+  for (int part = 0; part < PARTS; ++part) {
+    const float (&r)[4] = row[part], (&c)[4] = col[part];
+    // Rows of the second pixel are one further on than its offsets.
+    const float next = of_quad(r[2], me.t + 1 & 3);
+    by_offset[part][0] = T::pack(r[0], r[1]);
+    by_offset[part][1] = T::pack(r[3], me.t == 3 ? 0.f : next);
+    // Offset 2t + i of pixel g is in column 2t + i + g, modulo 8: an even one for every second g.
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float of[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float sum = me.g % 2 ? c[2 * h + 1 - i] : c[2 * h + i];
+        of[i] = of_quad(sum, (2 * me.t + i + me.g & 7) / 2);
+      }
+      by_offset[part][2 + h] = T::pack(of[0], of[1]);
+    }
   }
 }
 
@@ -162,17 +169,16 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) {
       const Pixels pixels(block, me, part);
-      attended.queries.load(a[part], for_products, x.query, x.query_stride, block, pixels, me, head,
-                            part);
+      attended.queries.load(a[part], for_products, x.query, x.query_stride, block, pixels, me,
+                            head);
       grads.template load<POOLED>(g[part], for_products, x.grad, x.grad_stride, block, pixels, me,
-                                  head, part);
+                                  head);
       if (DEPTH < 32) load_shifts(part, head);
       terms[part].template find<T>(a[part], embeddings, me);
     }
     float weights[PARTS][PAIRS][2][4], products[PARTS][PAIRS][2][4];
     const Columns keys_as_columns(attended.keys, for_products, head);
     const Columns values_as_columns(attended.values, for_products, head);
-    // Rows 2p and 2p + 1 are rows 2 (p - part) and the next of a part's windows.
 #pragma unroll
     for (int p = 0; p < PAIRS + PARTS - 1; ++p) {
       u32 of_keys[Columns::LOADS][4], of_values[Columns::LOADS][4];
@@ -180,8 +186,8 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
       if (CONTENT) keys_as_columns.load(of_keys, 2 * p);
 #pragma unroll
       for (int part = 0; part < PARTS; ++part) {
+        if (!meets<PAIRS>(part, p)) continue;
         const int q = p - part;
-        if (q < 0 || q >= PAIRS) continue;
         window_products<T, true, DEPTH>(products[part][q], g[part], of_values, windows,
                                         [](float (&quad)[4], int) {
                                           quad[0] = quad[1] = quad[2] = quad[3] = 0.f;
@@ -222,27 +228,15 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
           slopes[part][j / 2][j % 2 * 2 + h] = T::pack(slope[0], slope[1]);
         }
       slopes[part][0][1] = slopes[part][PAIRS - 1][2] = held_zero();  // out of the window
-      if (POSITION)
-        sums_by_offset<T, ROWS>(by_offset[part], slopes[part], for_sums.far_of_four, me);
     }
+    if (POSITION) sums_by_offset<T>(by_offset, slopes, for_sums.far_of_four, me);
     const PixelsAsRows<DEPTH> keys_as_rows(attended.keys, for_sums, head);
     u32 collected = 0;
     wait_for_warp();  // whose queries give way to their gradients
 #pragma unroll
     for (int first = 0; first < H::HEAD_CHUNKS; first += H::IN_TURN) {
       float sums[PARTS][H::IN_TURN][4] = {};
-      if (CONTENT)
-#pragma unroll
-        for (int p = 0; p < PAIRS + PARTS - 1; ++p)
-#pragma unroll
-          for (int c = 0; c < H::IN_TURN; ++c) {
-            u32 b[4];
-            keys_as_rows.load(b, 2 * p, first + c);
-#pragma unroll
-            for (int part = 0; part < PARTS; ++part)
-              if (p >= part && p - part < PAIRS)
-                keys_as_rows.template product<T>(sums[part][c], slopes[part][p - part], b);
-          }
+      if (CONTENT) keys_as_rows.template product_of_all<T>(sums, slopes, first);
       u32 of_offsets[H::IN_TURN][2];
       if (POSITION) E::load_by_offset(of_offsets, attended.embeddings, head, first, me);
 #pragma unroll
@@ -257,7 +251,7 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
           u32 words[2];
           pack_pair<T>(words, collected, sum, PART<POOLED>, PART<POOLED>);
           results.put(words, for_sums, x.grad_query, x.grad_query_stride, block, pixels, me, head,
-                      c, part);
+                      c);
         }
     }
 #pragma unroll
@@ -309,10 +303,8 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
     }
   }
   wait_for_warp();
-  // What a loop over heads does not need takes no registers there.
-  results.template store_all<false, PARTS>(
-      x.grad_query, x.grad_query_stride, block,
-      H::COUNT > 1 ? Thread(thread_again(), PARTS) : me);
+  results.template store_all<false, PARTS>(x.grad_query, x.grad_query_stride, block,
+                                           again<DEPTH>(me));
   if (POSITION) {
     wait_for_block();
     // The sums of all warps.

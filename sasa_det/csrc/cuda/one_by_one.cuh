@@ -36,7 +36,7 @@ struct OnePixel {
   int head, y, x, first_chunk;  // head: in the block; y and x: in the tile
   bool inside;
 
-  DEVICE OnePixel(const Block& block, const Thread& me, int head, int part = 0)
+  DEVICE OnePixel(const Block& block, const Thread& me, int head, int part)
       : block(block),
         head(head),
         y(me.row() + 2 * part + me.lane / 8 % 2),

@@ -6,10 +6,11 @@
 
 // The 16 pixels of a part of a warp: those in row g and g + 8 of products.
 struct Pixels {
+  int part;
   int row, col;  // of the first of a thread's two in the tile
   bool inside[2];
   DEVICE Pixels(const Block& block, const Thread& me, int part)
-      : row(me.row() + 2 * part), col(me.col() + me.g) {
+      : part(part), row(me.row() + 2 * part), col(me.col() + me.g) {
 #pragma unroll
     for (int h = 0; h < 2; ++h)
       inside[h] = block.has_row(block.top + row + h) && block.has_col(block.left + col);
@@ -53,7 +54,7 @@ template <int DEPTH>
 class OwnPixels {
   using H = Heads<DEPTH>;
   static constexpr bool STAGED = DEPTH < 64;
-  static constexpr int ROW_BYTES = TILE_COLS * H::PIXEL_BYTES;
+  static constexpr int ROW_BYTES = H::OWN_ROW_BYTES;
   Shared tile_;
 
   DEVICE static Shared at(int row, int col, int chunk) {
@@ -86,12 +87,12 @@ class OwnPixels {
   template <bool POOLED = false, int PARTS>
   DEVICE void load(u32 (&a)[H::STEPS][4], const ForProducts<DEPTH, PARTS>& places,
                    const u16* images, u32 stride, const Block& block, const Pixels& pixels,
-                   const Thread& me, int head, int part = 0) const {
+                   const Thread& me, int head) const {
     if constexpr (STAGED) {
 #pragma unroll
       for (int s = 0; s < H::STEPS; ++s)
         load_matrices(a[s], turned(places.operands, head * H::HEAD_CHUNKS + 2 * s) +
-                                (tile_ + 2 * part * ROW_BYTES));
+                                (tile_ + 2 * pixels.part * ROW_BYTES));
     } else {
       const u16* from[2];
       if constexpr (POOLED)
@@ -114,12 +115,12 @@ class OwnPixels {
   template <int PARTS>
   DEVICE void put(const u32 (&words)[2], const ForSums<DEPTH, PARTS>& places, u16* images,
                   u32 stride, const Block& block, const Pixels& pixels, const Thread& me, int head,
-                  int chunk, int part = 0) const {
+                  int chunk) const {
     if constexpr (STAGED) {
 #pragma unroll
       for (int h = 0; h < 2; ++h)
         store_shared(turned(places.words, head * H::HEAD_CHUNKS + chunk) +
-                         (tile_ + (2 * part + h) * ROW_BYTES),
+                         (tile_ + (2 * pixels.part + h) * ROW_BYTES),
                      words[h]);
     } else {
       u16* to[2];
@@ -147,7 +148,7 @@ class OwnPixels {
   DEVICE u32 put_sums(const float (&sum)[4], const float (&factors)[2],
                       const ForSums<DEPTH, PARTS>& places, u16* images, u32 stride,
                       const Block& block, const Pixels& pixels, const Thread& me, int head,
-                      int chunk, int part = 0) const {
+                      int chunk) const {
     float sums[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -158,7 +159,7 @@ class OwnPixels {
     if constexpr (STAGED) {
       if (me.g % 2 == 0)
         store_shared(turned(places.words, head * H::HEAD_CHUNKS + chunk) +
-                         (tile_ + 2 * part * ROW_BYTES),
+                         (tile_ + 2 * pixels.part * ROW_BYTES),
                      word);
     } else {
       if (me.g % 2 == 0 && pixels.inside[0])

@@ -9,21 +9,21 @@
 template <int DEPTH, int PARTS>
 struct Places {
   using H = Heads<DEPTH>;
-  static constexpr int OWN_ROW_BYTES = TILE_COLS * H::PIXEL_BYTES, THREADS = 32 * WARPS_OF<PARTS>;
+  static constexpr int THREADS = 32 * WARPS_OF<PARTS>;
   alignas(16) u32 for_products[THREADS][4], for_sums[THREADS][4];
 
   DEVICE constexpr Places() : for_products{}, for_sums{} {
     for (int number = 0; number < THREADS; ++number) {
       const Thread me(number, PARTS);
       const int pixel = me.lane % 8, matrix = me.lane / 8;
-      for_products[number][0] = (me.row() + matrix % 2) * OWN_ROW_BYTES +
+      for_products[number][0] = (me.row() + matrix % 2) * H::OWN_ROW_BYTES +
                                 H::at(me.col() + pixel, DEPTH == 8 ? 0 : matrix / 2);
       // The head's chunk, near and far, of two rows; two chunks, near and far; or four chunks.
       const int row = me.row() + (DEPTH == 8 ? matrix / 2 : 0);
       const int further = DEPTH == 8 ? matrix % 2 : DEPTH == 16 ? matrix / 2 : 0;
       const int chunk = DEPTH == 8 ? 0 : DEPTH == 16 ? matrix % 2 : matrix;
       for_products[number][1] = row * H::ROW_BYTES + H::at(me.col() + 8 * further + pixel, chunk);
-      for_sums[number][0] = me.row() * OWN_ROW_BYTES + H::at(me.col() + me.g, 0) + 4 * me.t;
+      for_sums[number][0] = me.row() * H::OWN_ROW_BYTES + H::at(me.col() + me.g, 0) + 4 * me.t;
       // Two rows, near and far of columns 0 to 3 and of columns 4 to 7.
       const int col = me.col() + matrix % 2 * 4 + pixel / 2 + pixel % 2 * 8;
       for_sums[number][1] = (me.row() + matrix / 2) * H::ROW_BYTES + H::at(col, 0);

@@ -30,6 +30,7 @@ struct Heads {
   // channels have nothing there.
   static constexpr int HALO_COLS = TILE_COLS + (DEPTH < 64 ? 6 : 8);
   static constexpr int ROW_BYTES = HALO_COLS * PIXEL_BYTES;
+  static constexpr int OWN_ROW_BYTES = TILE_COLS * PIXEL_BYTES;  // without the halo
   // Steps of 16 channels of a head, and chunks of it.
   static constexpr int STEPS = DEPTH < 16 ? 1 : DEPTH / 16, HEAD_CHUNKS = DEPTH / 8;
   // Chunks whose sums are made in turn, as a product that waits for the one before costs more.
@@ -61,6 +62,13 @@ struct Thread {
   DEVICE constexpr int row() const { return warp / 2 * 2 * parts; }
   DEVICE constexpr int col() const { return warp % 2 * 8; }
 };
+
+// The same thread, read again for each head or behind the loop over heads: what is found from it
+// takes no registers in the loop.
+template <int DEPTH>
+DEVICE Thread again(const Thread& me) {
+  return Heads<DEPTH>::COUNT > 1 ? Thread(thread_again(), me.parts) : me;
+}
 
 // Images of one size: all of a batch, or those of one of its levels.
 struct Level {

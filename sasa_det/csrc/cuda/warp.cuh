@@ -89,7 +89,8 @@ DEVICE void load(u32 (&words)[4], const u32* from) {
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                : "l"(from));
 }
-// Of a table in the memory of the GPU, which is loaded with the kernel's code.
+// Of a table in the memory of the GPU, which is loaded with the kernel's code. The compiler may
+// load what it wants of it where it wants it.
 #define TABLE __device__ constexpr
 DEVICE void load_of_table(u32 (&words)[4], const u32* from) {
   asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"

@@ -14,6 +14,13 @@ struct Windows {
   DEVICE explicit Windows(const Thread& me) : near{2 * me.t >= me.g, 2 * me.t + 1 >= me.g} {}
 };
 
+// Whether the rows 2p and 2p + 1 that a warp reads are in the windows of a part of it, whose rows
+// 2 (p - part) and the next they are. PAIRS are those of a part.
+template <int PAIRS>
+DEVICE constexpr bool meets(int part, int p) {
+  return p >= part && p - part < PAIRS;
+}
+
 // Rows of a tile as right operands, transposed: their pixels are the columns of the result.
 template <int DEPTH>
 class PixelsAsColumns {
@@ -100,13 +107,30 @@ class PixelsAsRows {
   DEVICE void product(float (&sum)[4], const u32 (&weights)[4], const u32 (&b)[4]) const {
     T::sparse_product(sum, weights, far_of_four_, b, sum);
   }
+  // The same of all rows that the parts of a warp meet, and the chunks from `first` on that are
+  // summed in turn.
+  template <typename T, int PARTS, int PAIRS>
+  DEVICE void product_of_all(float (&sums)[PARTS][H::IN_TURN][4],
+                             const u32 (&weights)[PARTS][PAIRS][4], int first) const {
+#pragma unroll
+    for (int p = 0; p < PAIRS + PARTS - 1; ++p)
+#pragma unroll
+      for (int c = 0; c < H::IN_TURN; ++c) {
+        u32 b[4];
+        load(b, 2 * p, first + c);
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part)
+          if (meets<PAIRS>(part, p)) product<T>(sums[part][c], weights[part][p - part], b);
+      }
+  }
 };
 
 // Relative embeddings of a block's heads in shared memory, as right operands of the products with
 // 16 pixels: a word of two 16-bit numbers for the value of each, and one for what rounding left
 // out. Heads of 8 channels have a slot, with both words of the row and then of the column
-// embeddings. Wider ones have one for each 16 channels, with the values of their two halves and then what was
-// left out. The halves are row and column embeddings, or, from 32 channels on, parts of an operand.
+// embeddings. Wider ones have one for each 16 channels, with the values of their two halves and
+// then what was left out. The halves are row and column embeddings, or, from 32 channels on, parts
+// of an operand.
 template <int DEPTH, int KERNEL>
 struct Embeddings {
   using H = Heads<DEPTH>;
@@ -248,7 +272,7 @@ class Terms {
 
  public:
   // For a part of a warp's pixels.
-  DEVICE void begin(const Block& block, const Thread& me, int part = 0) {
+  DEVICE void begin(const Block& block, const Thread& me, int part) {
     constexpr int REACH = KERNEL / 2;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -267,21 +291,18 @@ class Terms {
   template <typename T>
   DEVICE void find(const u32 (&a)[Heads<DEPTH>::STEPS][4], const u32 (&embeddings)[E::OF_HEAD][4],
                    const Thread& me) {
-    // Read again, what is found from it takes no registers for the next head.
-    t_ = Heads<DEPTH>::COUNT > 1 ? thread_again() % 4 : me.t;
+    t_ = again<DEPTH>(me).t;
     float row[4], col[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) row[i] = row_start_[i / 2 + i % 2], col[i] = col_start_[i % 2];
     if (POSITION) E::template product<T>(row, col, a, embeddings);
     // Offset o of the second pixel is in row o + 1. Those of no window are not used.
-    const float before = of_quad(row[3], me.t + 3 & 3);
-    const float of_second[2] = {before, row[2]};
+    const float by_row[2][2] = {{row[0], row[1]}, {of_quad(row[3], me.t + 3 & 3), row[2]}};
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float (&of)[2] = h ? of_second : reinterpret_cast<const float (&)[2]>(row);
-      by_row_[h] = Bfloat16::pack(of[0], of[1]);
-      by_row_[2 + h] = Bfloat16::pack(of[0] - Bfloat16::low(by_row_[h]),
-                                      of[1] - Bfloat16::high(by_row_[h]));
+      by_row_[h] = Bfloat16::pack(by_row[h][0], by_row[h][1]);
+      by_row_[2 + h] = Bfloat16::pack(by_row[h][0] - Bfloat16::low(by_row_[h]),
+                                      by_row[h][1] - Bfloat16::high(by_row_[h]));
       // Column 2t + i is at offset 2t + i - g of pixel g, modulo 8: an even one for every second g.
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
