@@ -35,35 +35,43 @@ class PixelCopies {
     in_last_cols_ = COL_STEPS * STEP <= COLS || col_ + (COL_STEPS - 1) * STEP < COLS;
   }
 
-  // Starts to copy to a tile, which is at a constant place in memory, from images whose pixels lie
-  // `stride` elements apart. If the images are `POOLED`, pixels have the values of their squares.
+  // Images whose pixels lie `stride` elements apart, and a tile for them, which is at a constant
+  // place in memory. If the images are `POOLED`, pixels have the values of their squares.
+  struct Source {
+    Shared tile;
+    const u16* first;
+    int row_step, col_step;  // in elements
+  };
   template <bool POOLED = false>
-  DEVICE void start(Shared tile, const u16* from, u32 stride, const Block& block) const {
-    const u16* row;
-    int row_step = WARPS * block.width * stride, col_step = STEP * stride;
+  DEVICE Source source(Shared tile, const u16* images, u32 stride, const Block& block) const {
     if constexpr (POOLED) {
       // Steps are of whole squares.
       const Squares squares(block);
-      row = squares.of(from, stride, row_ - REACH, col_ - REACH, channel_);
-      row_step = WARPS / 2 * squares.cols * stride, col_step = STEP / 2 * stride;
-    } else {
-      row = pixel_of(from, stride, block, row_ - REACH, col_ - REACH, channel_);
+      return {tile, squares.of(images, stride, row_ - REACH, col_ - REACH, channel_),
+              static_cast<int>(WARPS / 2 * squares.cols * stride),
+              static_cast<int>(STEP / 2 * stride)};
     }
+    return {tile, pixel_of(images, stride, block, row_ - REACH, col_ - REACH, channel_),
+            static_cast<int>(WARPS * block.width * stride), static_cast<int>(STEP * stride)};
+  }
+
+  // Starts to copy from all sources, those of a pixel together: what they share is found once, and
+  // takes no registers.
+  template <typename... Sources>
+  DEVICE void start(const Sources&... sources) const {
 #pragma unroll
-    for (int r = 0; r < ROW_STEPS; ++r) {
-      const u16* chunks = row;
+    for (int r = 0; r < ROW_STEPS; ++r)
 #pragma unroll
       for (int c = 0; c < COL_STEPS; ++c) {
+        const bool present = in_rows_[r] && in_cols_[c];
+        const bool wanted = in_tile_[r] && (c + 1 < COL_STEPS || in_last_cols_);
         // The column within a step has none of the bits of the step: their turns add up.
-        const bool turned = H::turn(c * STEP) != 0;
-        copy_async(places_[turned] +
-                       (tile - shared_memory() + r * WARPS * ROW_BYTES + c * STEP * H::PIXEL_BYTES),
-                   chunks, in_rows_[r] && in_cols_[c],
-                   in_tile_[r] && (c + 1 < COL_STEPS || in_last_cols_));
-        chunks += col_step;
+        const Shared place = places_[H::turn(c * STEP) != 0];
+        const int further = r * WARPS * ROW_BYTES + c * STEP * H::PIXEL_BYTES;
+        (copy_async(place + (sources.tile - shared_memory() + further),
+                    sources.first + r * sources.row_step + c * sources.col_step, present, wanted),
+         ...);
       }
-      row += row_step;
-    }
   }
 };
 

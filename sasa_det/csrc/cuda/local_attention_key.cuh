@@ -196,8 +196,8 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
   const Shared grads = shared_memory() + S::GRADS, queries = shared_memory() + S::QUERIES;
   const Shared tables = shared_memory() + S::TABLES, embeddings = shared_memory() + S::EMBEDDINGS;
   const TileCopies<DEPTH, KERNEL, PARTS> copies(block, me);
-  copies.start(queries, x.query, x.query_stride, block);
-  copies.template start<POOLED>(grads, x.grad, x.grad_stride, block);
+  copies.start(copies.source(queries, x.query, x.query_stride, block),
+               copies.template source<POOLED>(grads, x.grad, x.grad_stride, block));
   // Then their gradients, in their place.
   const OwnPixels<DEPTH> keys(shared_memory() + S::KEYS);
   const OwnPixels<DEPTH> values(shared_memory() + S::VALUES);

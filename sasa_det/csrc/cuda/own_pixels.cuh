@@ -80,7 +80,7 @@ class OwnPixels {
   template <bool POOLED = false, int PARTS>
   DEVICE void copy(const OwnCopies<DEPTH, PARTS>& copies, const u16* images, u32 stride,
                    const Block& block) const {
-    if (STAGED) copies.template start<POOLED>(tile_, images, stride, block);
+    if (STAGED) copies.start(copies.template source<POOLED>(tile_, images, stride, block));
   }
 
   // A head's channels of 16 pixels as left operands.

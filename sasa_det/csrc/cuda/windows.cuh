@@ -247,9 +247,12 @@ struct Attended {
         embeddings(values + TILE + OwnPixels<DEPTH>::BYTES),
         end(embeddings + (POSITION ? Embeddings<DEPTH, KERNEL>::BYTES : 0)) {
     const TileCopies<DEPTH, KERNEL, PARTS> copies(block, me);
-    if (CONTENT) copies.start(keys, x.key, x.key_stride, block);
     queries.copy(own_copies, x.query, x.query_stride, block);
-    copies.start(values, x.value, x.value_stride, block);
+    const auto of_values = copies.source(values, x.value, x.value_stride, block);
+    if constexpr (CONTENT)
+      copies.start(copies.source(keys, x.key, x.key_stride, block), of_values);
+    else
+      copies.start(of_values);
   }
   // After all copies have been started, as those behind a branch cost more.
   template <typename Arguments>
