@@ -83,9 +83,13 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
   const ForProducts<DEPTH, PARTS> for_products;
   const Block block = Block::of<DEPTH>(x.sizes);
   if (!block.is_there()) return;
-  const Attended<T, DEPTH, KERNEL, CONTENT, POSITION, PARTS> attended(x, block, {block, me}, me);
-  attended.prepare(x, block, me);
+  const Attended<T, DEPTH, KERNEL, CONTENT, POSITION, PARTS> attended(x, block, me);
   const OwnPixels<DEPTH>& outputs = attended.queries;  // in their place
+  if constexpr (OwnPixels<DEPTH>::STAGED) {
+    const OwnCopies<DEPTH, PARTS> copies(block, me);
+    copies.start(copies.source(outputs.tile(), x.query, x.query_stride, block));
+  }
+  attended.prepare(x, block, me);
   const Windows windows(me);
   Terms<DEPTH, KERNEL, MASK, POSITION> terms[PARTS];
   float factors[PARTS][2];  // of the pixels in what is written
@@ -124,7 +128,7 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
       for (int part = 0; part < PARTS; ++part) {
         if (!meets<PAIRS>(part, p)) continue;
         const int q = p - part;
-        window_products<T, CONTENT, DEPTH>(
+        window_products<T, CONTENT, Columns>(
             logits[part][q], a[part], b, windows,
             [&](float (&quad)[4], int r) { terms[part].start(quad, 2 * q + r); });
       }

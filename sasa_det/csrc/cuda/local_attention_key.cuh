@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
   using H = Heads<DEPTH>;
   using S = KeyShared<DEPTH, KERNEL, PARTS>;
   using Tables = QueryTables<DEPTH, KERNEL, PARTS>;
-  using Columns = PixelsAsColumns<DEPTH>;
+  using Columns = PixelsAsColumns<DEPTH, ORDER<DEPTH>>;
   constexpr int PAIRS = (KERNEL + 1) / 2, LAST = KERNEL - 1;
   const Thread me(threadIdx.x, PARTS);
   const ForProducts<DEPTH, PARTS> for_products;
@@ -201,9 +201,15 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
   // Then their gradients, in their place.
   const OwnPixels<DEPTH> keys(shared_memory() + S::KEYS);
   const OwnPixels<DEPTH> values(shared_memory() + S::VALUES);
-  const OwnCopies<DEPTH, PARTS> own_copies(block, me);
-  if (CONTENT) keys.copy(own_copies, x.key, x.key_stride, block);
-  values.copy(own_copies, x.value, x.value_stride, block);
+  if constexpr (OwnPixels<DEPTH>::STAGED) {
+    const OwnCopies<DEPTH, PARTS> own_copies(block, me);
+    // Values in any case: they are behind the queries, see HALO_COLS.
+    const auto of_values = own_copies.source(values.tile(), x.value, x.value_stride, block);
+    if constexpr (CONTENT)
+      own_copies.start(own_copies.source(keys.tile(), x.key, x.key_stride, block), of_values);
+    else
+      own_copies.start(of_values);
+  }
   Tables::copy(tables, x, block, 0, me);
   if (POSITION)
     Embeddings<DEPTH, KERNEL>::template prepare<T, PARTS>(embeddings, x.rel_rows, x.rel_cols, block,
@@ -232,8 +238,10 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
 #pragma unroll
       for (int part = 0; part < PARTS; ++part) {
         const Pixels pixels(block, me, part);
-        keys.load(k[part], for_products, x.key, x.key_stride, block, pixels, me, head);
-        values.load(v[part], for_products, x.value, x.value_stride, block, pixels, me, head);
+        keys.template load<ORDER<DEPTH>>(k[part], for_products, x.key, x.key_stride, block, pixels,
+                                         me, head);
+        values.template load<ORDER<DEPTH>>(v[part], for_products, x.value, x.value_stride, block,
+                                           pixels, me, head);
       }
     if (head) {
       wait_for_copies();
@@ -281,10 +289,10 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
         if (!meets<PAIRS>(part, p)) continue;
         const int q = p - part;
         float logits[2][4], products[2][4];
-        window_products<T, CONTENT, DEPTH>(
+        window_products<T, CONTENT, Columns>(
             logits, k[part], of_queries, windows,
             [&](float (&quad)[4], int r) { for_both(quad, term[r]); });
-        window_products<T, CONTENT, DEPTH>(
+        window_products<T, CONTENT, Columns>(
             products, v[part], of_grads, windows,
             [&](float (&quad)[4], int r) { for_both(quad, minus_mean[r]); });
         // Out of the window.

@@ -128,18 +128,22 @@ template <typename T, int DEPTH, int KERNEL, bool MASK, bool CONTENT, bool POSIT
 __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
     local_attention_query(const QueryArguments x) {
   using H = Heads<DEPTH>;
-  using Columns = PixelsAsColumns<DEPTH>;
+  using Keys = PixelsAsColumns<DEPTH>;
+  using Values = PixelsAsColumns<DEPTH, ORDER<DEPTH>>;
   constexpr int ROWS = KERNEL + 1, PAIRS = ROWS / 2;
   const Thread me(threadIdx.x, PARTS);
   const ForProducts<DEPTH, PARTS> for_products;
   const Block block = Block::of<DEPTH>(x.sizes);
   if (!block.is_there()) return;
-  const OwnCopies<DEPTH, PARTS> own_copies(block, me);
-  const Attended<T, DEPTH, KERNEL, CONTENT, POSITION, PARTS> attended(x, block, own_copies, me);
-  const OwnPixels<DEPTH> grads(attended.end);
-  grads.template copy<POOLED>(own_copies, x.grad, x.grad_stride, block);
-  attended.prepare(x, block, me);
+  const Attended<T, DEPTH, KERNEL, CONTENT, POSITION, PARTS> attended(x, block, me);
   const OwnPixels<DEPTH>& results = attended.queries;  // in their place
+  const OwnPixels<DEPTH> grads(attended.end);
+  if constexpr (OwnPixels<DEPTH>::STAGED) {
+    const OwnCopies<DEPTH, PARTS> copies(block, me);
+    copies.start(copies.source(results.tile(), x.query, x.query_stride, block),
+                 copies.template source<POOLED>(grads.tile(), x.grad, x.grad_stride, block));
+  }
+  attended.prepare(x, block, me);
   // Heads of 64 channels leave no room beside the tiles.
   const Shared sums_of_warps = DEPTH < 64 ? attended.end + grads.BYTES : attended.values;
   const Windows windows(me);
@@ -171,28 +175,28 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
       const Pixels pixels(block, me, part);
       attended.queries.load(a[part], for_products, x.query, x.query_stride, block, pixels, me,
                             head);
-      grads.template load<POOLED>(g[part], for_products, x.grad, x.grad_stride, block, pixels, me,
+      grads.template load<ORDER<DEPTH>, POOLED>(g[part], for_products, x.grad, x.grad_stride, block, pixels, me,
                                   head);
       if (DEPTH < 32) load_shifts(part, head);
       terms[part].template find<T>(a[part], embeddings, me);
     }
     float weights[PARTS][PAIRS][2][4], products[PARTS][PAIRS][2][4];
-    const Columns keys_as_columns(attended.keys, for_products, head);
-    const Columns values_as_columns(attended.values, for_products, head);
+    const Keys keys_as_columns(attended.keys, for_products, head);
+    const Values values_as_columns(attended.values, for_products, head);
 #pragma unroll
     for (int p = 0; p < PAIRS + PARTS - 1; ++p) {
-      u32 of_keys[Columns::LOADS][4], of_values[Columns::LOADS][4];
+      u32 of_keys[Keys::LOADS][4], of_values[Values::LOADS][4];
       values_as_columns.load(of_values, 2 * p);
       if (CONTENT) keys_as_columns.load(of_keys, 2 * p);
 #pragma unroll
       for (int part = 0; part < PARTS; ++part) {
         if (!meets<PAIRS>(part, p)) continue;
         const int q = p - part;
-        window_products<T, true, DEPTH>(products[part][q], g[part], of_values, windows,
-                                        [](float (&quad)[4], int) {
-                                          quad[0] = quad[1] = quad[2] = quad[3] = 0.f;
-                                        });
-        window_products<T, CONTENT, DEPTH>(
+        window_products<T, true, Values>(products[part][q], g[part], of_values, windows,
+                                         [](float (&quad)[4], int) {
+                                           quad[0] = quad[1] = quad[2] = quad[3] = 0.f;
+                                         });
+        window_products<T, CONTENT, Keys>(
             weights[part][q], a[part], of_keys, windows,
             [&](float (&quad)[4], int r) { terms[part].start(quad, 2 * q + r); });
 #pragma unroll

@@ -53,7 +53,6 @@ struct OneOfPair {
 template <int DEPTH>
 class OwnPixels {
   using H = Heads<DEPTH>;
-  static constexpr bool STAGED = DEPTH < 64;
   static constexpr int ROW_BYTES = H::OWN_ROW_BYTES;
   Shared tile_;
 
@@ -63,6 +62,7 @@ class OwnPixels {
   DEVICE static u32 turned(Shared first, int chunk) { return first ^ chunk << 4; }
 
  public:
+  static constexpr bool STAGED = DEPTH < 64;
   static constexpr int BYTES = STAGED ? TILE_ROWS * ROW_BYTES : 0;
 
   DEVICE explicit OwnPixels(Shared tile) : tile_(tile) {}
@@ -76,15 +76,8 @@ class OwnPixels {
     return (rows ? 0.5f : 1.f) * (cols ? 0.5f : 1.f);
   }
 
-  // Starts to copy operands.
-  template <bool POOLED = false, int PARTS>
-  DEVICE void copy(const OwnCopies<DEPTH, PARTS>& copies, const u16* images, u32 stride,
-                   const Block& block) const {
-    if (STAGED) copies.start(copies.template source<POOLED>(tile_, images, stride, block));
-  }
-
   // A head's channels of 16 pixels as left operands.
-  template <bool POOLED = false, int PARTS>
+  template <Order ORDER = Order::PAIRS, bool POOLED = false, int PARTS>
   DEVICE void load(u32 (&a)[H::STEPS][4], const ForProducts<DEPTH, PARTS>& places,
                    const u16* images, u32 stride, const Block& block, const Pixels& pixels,
                    const Thread& me, int head) const {
@@ -94,12 +87,31 @@ class OwnPixels {
         load_matrices(a[s], turned(places.operands, head * H::HEAD_CHUNKS + 2 * s) +
                                 (tile_ + 2 * pixels.part * ROW_BYTES));
     } else {
+      constexpr bool IN_CHUNKS = ORDER == Order::CHUNKS;
+      const int channel = block.first_head * DEPTH + (IN_CHUNKS ? 8 : 2) * me.t;
       const u16* from[2];
       if constexpr (POOLED)
-        from[0] = from[1] = Squares(block).of(images, stride, pixels.row, pixels.col,
-                                              block.first_head * DEPTH + 2 * me.t);
+        from[0] = from[1] = Squares(block).of(images, stride, pixels.row, pixels.col, channel);
       else
-        pixels.of(from, images, stride, block, block.first_head * DEPTH + 2 * me.t);
+        pixels.of(from, images, stride, block, channel);
+      if constexpr (IN_CHUNKS) {
+        // What is not inside is 0. The choice also moves a word to its operand, which the compiler
+        // does for each product otherwise; so it reads another pixel there, which is inside.
+        const u16* first = POOLED ? Squares(block).of(images, stride, 0, 0, channel)
+                                  : pixel_of(images, stride, block, 0, 0, channel);
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+          for (int j = 0; j < H::STEPS / 2; ++j) {
+            u32 chunk[4];
+            ::load(chunk,
+                   reinterpret_cast<const u32*>((pixels.inside[h] ? from[h] : first) + 32 * j));
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+              a[2 * j + i / 2][i % 2 * 2 + h] = pixels.inside[h] ? chunk[i] : 0u;
+          }
+        return;
+      }
 #pragma unroll
       for (int s = 0; s < H::STEPS; ++s)
 #pragma unroll

@@ -23,6 +23,7 @@ struct Places {
       const int further = DEPTH == 8 ? matrix % 2 : DEPTH == 16 ? matrix / 2 : 0;
       const int chunk = DEPTH == 8 ? 0 : DEPTH == 16 ? matrix % 2 : matrix;
       for_products[number][1] = row * H::ROW_BYTES + H::at(me.col() + 8 * further + pixel, chunk);
+      for_products[number][2] = me.row() * H::ROW_BYTES + H::at(me.col() + me.g, me.t);
       for_sums[number][0] = me.row() * H::OWN_ROW_BYTES + H::at(me.col() + me.g, 0) + 4 * me.t;
       // Two rows, near and far of columns 0 to 3 and of columns 4 to 7.
       const int col = me.col() + matrix % 2 * 4 + pixel / 2 + pixel % 2 * 8;
@@ -38,12 +39,13 @@ TABLE Places<DEPTH, PARTS> PLACES{};
 template <int DEPTH, int PARTS>
 struct ForProducts {
   u32 operands;  // of its own pixels, in OwnPixels
-  u32 columns;   // in PixelsAsColumns
+  u32 columns;   // in PixelsAsColumns, of matrices
+  u32 chunks;    // and of chunks
 
   DEVICE ForProducts() {
     u32 words[4];
     load_of_table(words, PLACES<DEPTH, PARTS>.for_products[threadIdx.x]);
-    operands = words[0], columns = words[1];
+    operands = words[0], columns = words[1], chunks = words[2];
   }
 };
 

@@ -36,15 +36,24 @@ struct Heads {
   // Chunks whose sums are made in turn, as a product that waits for the one before costs more.
   static constexpr int IN_TURN = HEAD_CHUNKS < 2 ? 1 : 2;
 
-  // What the number of a chunk is xor-ed with, so that neither 8 neighbours nor 4 neighbours and
-  // those 8 further on share a bank.
+  // What the number of a chunk is xor-ed with, so that no bank is shared by 8 neighbours, by 4
+  // neighbours and those 8 further on, or by the first or last 4 chunks of 2 neighbours.
   static DEVICE constexpr int turn(int col) {
-    return CHUNKS == 4 ? (col >> 1 ^ col >> 3 << 1) & 3 : (col ^ col >> 3 << 2) & 7;
+    return CHUNKS == 4 ? (col >> 1 ^ col >> 3 << 1) & 3
+                       : (col & 1) << 2 | ((col >> 2 ^ col >> 3) & 1) << 1 | (col >> 1 & 1);
   }
   static DEVICE constexpr Shared at(int col, int chunk) {
     return col * PIXEL_BYTES + ((chunk ^ turn(col)) << 4);
   }
 };
+
+// In which order a product sums up the channels of a head. PAIRS are those of matrices that are
+// loaded as such. Of CHUNKS, thread t of four has chunk t of a pixel, and chunk t + 4 of eight: it
+// loads them whole, also from the images.
+enum class Order { PAIRS, CHUNKS };
+// Of operands that go from the images to registers, where they meet no embeddings.
+template <int DEPTH>
+constexpr Order ORDER = DEPTH < 64 ? Order::PAIRS : Order::CHUNKS;
 
 constexpr int halo_rows(int kernel) { return TILE_ROWS + kernel - 1; }
 template <int DEPTH, int KERNEL>

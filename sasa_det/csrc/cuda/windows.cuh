@@ -22,19 +22,19 @@ DEVICE constexpr bool meets(int part, int p) {
 }
 
 // Rows of a tile as right operands, transposed: their pixels are the columns of the result.
-template <int DEPTH>
+template <int DEPTH, Order ORDER = Order::PAIRS>
 class PixelsAsColumns {
   using H = Heads<DEPTH>;
   Shared tile_;
-  u32 near_, far_;  // in the tile; only near_ below 32 channels
+  u32 near_, far_;  // in the tile, far_ but for 8 pixels; only near_ below 32 channels
 
  public:
   template <int PARTS>
   DEVICE PixelsAsColumns(Shared tile, const ForProducts<DEPTH, PARTS>& places, int head)
       : tile_(tile),
-        near_(places.columns ^ head * H::HEAD_CHUNKS << 4),
-        // 8 columns further on, or 4 chunks of 8, chunks are turned by half.
-        far_(near_ ^ 8 * H::CHUNKS) {}
+        near_((ORDER == Order::CHUNKS ? places.chunks : places.columns) ^
+              head * H::HEAD_CHUNKS << 4),
+        far_(near_ ^ H::turn(8) << 4) {}
 
   // The operands of rows j and j + 1.
   static constexpr int LOADS = DEPTH == 8 ? 1 : 2 * H::STEPS;
@@ -50,9 +50,15 @@ class PixelsAsColumns {
         else
 #pragma unroll
           for (int s = 0; s < H::STEPS; s += 2) {
-            load_matrices(b[r * H::STEPS + s], (s == 0 ? near_ : far_) + row);
-            load_matrices(b[r * H::STEPS + s + 1],
-                          (s == 0 ? far_ : near_) + row + 8 * H::PIXEL_BYTES);
+            const u32 near = (near_ ^ 2 * s << 4) + row;
+            const u32 far = (far_ ^ 2 * s << 4) + (row + 8 * H::PIXEL_BYTES);
+            if constexpr (ORDER == Order::CHUNKS) {
+              load_chunks(b[r * H::STEPS + s], near);
+              load_chunks(b[r * H::STEPS + s + 1], far);
+            } else {
+              load_matrices(b[r * H::STEPS + s], near);
+              load_matrices(b[r * H::STEPS + s + 1], far);
+            }
           }
       }
   }
@@ -238,16 +244,15 @@ struct Attended {
   OwnPixels<DEPTH> queries;
   Shared embeddings, end;
 
+  // All but the queries.
   template <typename Arguments>
-  DEVICE Attended(const Arguments& x, const Block& block,
-                  const OwnCopies<DEPTH, PARTS>& own_copies, const Thread& me)
+  DEVICE Attended(const Arguments& x, const Block& block, const Thread& me)
       : keys(shared_memory()),
         values(CONTENT ? keys + TILE : keys),
         queries(values + TILE),
         embeddings(values + TILE + OwnPixels<DEPTH>::BYTES),
         end(embeddings + (POSITION ? Embeddings<DEPTH, KERNEL>::BYTES : 0)) {
     const TileCopies<DEPTH, KERNEL, PARTS> copies(block, me);
-    queries.copy(own_copies, x.query, x.query_stride, block);
     const auto of_values = copies.source(values, x.value, x.value_stride, block);
     if constexpr (CONTENT)
       copies.start(copies.source(keys, x.key, x.key_stride, block), of_values);
@@ -325,10 +330,10 @@ class Terms {
 
 // Products of the 16 pixels a with those of their windows in two rows, whose operands are b. They
 // begin with what start(quad, r) makes of those of row r.
-template <typename T, bool PRODUCTS, int DEPTH, typename Start>
-DEVICE void window_products(float (&results)[2][4], const u32 (&a)[Heads<DEPTH>::STEPS][4],
-                            const u32 (&b)[PixelsAsColumns<DEPTH>::LOADS][4],
-                            const Windows& windows, Start start) {
+template <typename T, bool PRODUCTS, typename Columns, int STEPS, typename Start>
+DEVICE void window_products(float (&results)[2][4], const u32 (&a)[STEPS][4],
+                            const u32 (&b)[Columns::LOADS][4], const Windows& windows,
+                            Start start) {
   float near[2][4], far[2][4];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -336,7 +341,7 @@ DEVICE void window_products(float (&results)[2][4], const u32 (&a)[Heads<DEPTH>:
 #pragma unroll
     for (int i = 0; i < 4; ++i) far[r][i] = near[r][i];
   }
-  if (PRODUCTS) PixelsAsColumns<DEPTH>::template product<T>(near, far, a, b);
+  if (PRODUCTS) Columns::template product<T>(near, far, a, b);
 #pragma unroll
   for (int r = 0; r < 2; ++r)
 #pragma unroll

@@ -245,6 +245,23 @@ inline void load_matrices(u32 (&words)[4], Shared row, bool transposed) {
   memcpy(words, mine.words, 16);
 }
 
+// 16 bytes for each thread, of eight threads in turn from all banks.
+inline void load_chunks(u32 (&words)[4], Shared from) {
+  Matrices mine{{}, from};
+  shared(from, 16);
+  together("load_chunks", mine, [](Matrices** all) {
+    for (int first = 0; first < 32; first += 8) {
+      int banks = 0;
+      for (int lane = first; lane < first + 8; ++lane) {
+        banks |= 1 << all[lane]->row / 16 % 8;
+        memcpy(all[lane]->words, &memory[all[lane]->row], 16);
+      }
+      bank_conflicts += banks != 255;
+    }
+  });
+  memcpy(words, mine.words, 16);
+}
+
 struct Product {
   u32 a[4], b[4], places;
   float d[4];
@@ -422,6 +439,7 @@ DEVICE void store_shared(Shared to, float first, float second) {
 }
 DEVICE void store_shared(Shared to, float value) { memcpy(emulation::shared(to, 4), &value, 4); }
 
+DEVICE void load_chunks(u32 (&words)[4], Shared from) { emulation::load_chunks(words, from); }
 DEVICE void load_matrices(u32 (&words)[4], Shared row) {
   emulation::load_matrices(words, row, false);
 }
