@@ -23,12 +23,12 @@ BF16, FP16 = torch.bfloat16, torch.float16
 FORWARD, QUERY, KEY = KERNELS
 # Instructions that a warp executes for 16 queries of a head, by kernel and head width.
 INSTRUCTIONS = {
-    FORWARD: {8: 390, 16: 440, 32: 610, 64: 850},
-    QUERY: {8: 590, 16: 690, 32: 890, 64: 1310},
-    KEY: {8: 610, 16: 700, 32: 880, 64: 1360},
+    FORWARD: {8: 385, 16: 430, 32: 590, 64: 800},
+    QUERY: {8: 575, 16: 665, 32: 855, 64: 1230},
+    KEY: {8: 600, 16: 690, 32: 880, 64: 1290},
 }
 # Of the last two together.
-BACKWARD = {8: 1170, 16: 1360, 32: 1740, 64: 2600}
+BACKWARD = {8: 1150, 16: 1330, 32: 1700, 64: 2450}
 # Wavefronts of shared memory, likewise.
 WAVEFRONTS = {
     FORWARD: {8: 70, 16: 115, 32: 205, 64: 335},
