@@ -193,9 +193,16 @@ class Kernel:
 def _splits_forward(head_width: int) -> tuple[Split, ...]:
     if head_width == 64:
         return Split(2, 2), Split(1, 2)
-    # With four blocks, narrower heads have too few registers.
-    first, second = (4, 3) if head_width == 32 else (3, 4)
-    return Split(2, first), Split(2, second), Split(1, 3)
+    return Split(2, 4), Split(2, 3), Split(1, 3)
+
+
+def _splits_query(head_width: int) -> tuple[Split, ...]:
+    # Narrow heads have too few registers with three blocks, and load too little to share it.
+    if head_width == 8:
+        return Split(1, 2), Split(2, 3), Split(2, 2)
+    if head_width == 32:
+        return Split(2, 3), Split(2, 2), Split(1, 2)
+    return Split(2, 2), Split(1, 2)
 
 
 KERNELS = {
@@ -212,7 +219,7 @@ KERNELS = {
             "grad query key value grad_query",
             "grad query key value rel_rows rel_cols log_sum grad_query minus_mean grad_embeddings",
         ),
-        lambda head_width: (Split(2, 2), Split(1, 2)),
+        _splits_query,
     ),
     "local_attention_key": Kernel(
         "local_attention_key.cuh",

@@ -185,9 +185,8 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
     const Values values_as_columns(attended.values, for_products, head);
 #pragma unroll
     for (int p = 0; p < PAIRS + PARTS - 1; ++p) {
-      u32 of_keys[Keys::LOADS][4], of_values[Values::LOADS][4];
+      u32 of_values[Values::LOADS][4];
       values_as_columns.load(of_values, 2 * p);
-      if (CONTENT) keys_as_columns.load(of_keys, 2 * p);
 #pragma unroll
       for (int part = 0; part < PARTS; ++part) {
         if (!meets<PAIRS>(part, p)) continue;
@@ -196,6 +195,16 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
                                          [](float (&quad)[4], int) {
                                            quad[0] = quad[1] = quad[2] = quad[3] = 0.f;
                                          });
+      }
+    }
+#pragma unroll
+    for (int p = 0; p < PAIRS + PARTS - 1; ++p) {
+      u32 of_keys[Keys::LOADS][4];
+      if (CONTENT) keys_as_columns.load(of_keys, 2 * p);
+#pragma unroll
+      for (int part = 0; part < PARTS; ++part) {
+        if (!meets<PAIRS>(part, p)) continue;
+        const int q = p - part;
         window_products<T, CONTENT, Keys>(
             weights[part][q], a[part], of_keys, windows,
             [&](float (&quad)[4], int r) { terms[part].start(quad, 2 * q + r); });
