@@ -139,7 +139,9 @@ class Variant:
         # For heads of 64 channels the sums take the place of the tiles.
         warps = self.split_of("local_attention_query").threads // 32
         sums = warps * 32 * 8 * 4 if self.position and self.head_width < 64 else 0
-        return self.forward_bytes() + self.own_bytes() + sums
+        # Of each pixel of the tile.
+        log_sums = 4 * _TILE_ROWS * _TILE_COLS * self.heads_of_block if self.head_width < 32 else 0
+        return self.forward_bytes() + self.own_bytes() + log_sums + sums
 
     def key_bytes(self) -> int:
         """Return the shared memory of a block of the kernel for gradients of keys and values."""

@@ -83,13 +83,15 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
   const ForProducts<DEPTH, PARTS> for_products;
   const Block block = Block::of<DEPTH>(x.sizes);
   if (!block.is_there()) return;
+  using E = Embeddings<DEPTH, KERNEL>;
+  const typename E::template Loaded<PARTS, POSITION> loaded(x.rel_rows, x.rel_cols, block, me);
   const Attended<T, DEPTH, KERNEL, CONTENT, POSITION, PARTS> attended(x, block, me);
   const OwnPixels<DEPTH>& outputs = attended.queries;  // in their place
   if constexpr (OwnPixels<DEPTH>::STAGED) {
     const OwnCopies<DEPTH, PARTS> copies(block, me);
     copies.start(copies.source(outputs.tile(), x.query, x.query_stride, block));
   }
-  attended.prepare(x, block, me);
+  if (POSITION) E::template prepare<T>(attended.embeddings, loaded, me);
   const Windows windows(me);
   Terms<DEPTH, KERNEL, MASK, POSITION> terms[PARTS];
   float factors[PARTS][2];  // of the pixels in what is written
@@ -108,7 +110,6 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
 #pragma unroll 1
   for (int head = 0; head < block.heads; ++head) {
     u32 a[PARTS][H::STEPS][4];
-    using E = Embeddings<DEPTH, KERNEL>;
     u32 embeddings[E::OF_HEAD][4];
     if (POSITION) E::load_operands(embeddings, attended.embeddings, head, me);
 #pragma unroll

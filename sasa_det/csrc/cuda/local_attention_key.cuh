@@ -39,23 +39,26 @@ struct QueryTables {
   // log_sum itself, until the terms are there: there are at most 7 offsets.
   static DEVICE Shared log_sum(int col) { return by_row(col, 7); }
 
-  // Starts to copy log_sum and minus_mean of the queries, two rows at a time, which `prepare` has
-  // in the same warp.
-  static DEVICE void copy(Shared to, const KeyArguments& x, const Block& block, int head,
-                          const Thread& me) {
-    const bool first = me.lane < 16;
-    const int col = me.lane % 8, left = block.left + col - REACH;
+  // Starts to copy log_sum or minus_mean of the queries, of the rows that `prepare` has in the same
+  // warp, to the place of the first column.
+  static DEVICE void copy(Shared to, Shared place, const float* planes, const Block& block,
+                          int head, const Thread& me) {
+    static_assert(4 * WARPS >= ROWS);
+    const int row = me.warp * 2 + me.lane / 8 % 2 + me.lane / 16 * 2 * WARPS, col = me.lane % 8;
+    const int y = block.top + row - REACH, left = block.left + col - REACH;
+    const float* from = planes + block.in_planes(head, row - REACH, col - REACH);
+    to += row * ROW_BYTES + place + 4 * col;
 #pragma unroll
-    for (int done = 0; done < ROWS; done += 2 * WARPS) {
-      const int row = done + 2 * me.warp + me.lane / 8 % 2, y = block.top + row - REACH;
-      const float* from =
-          (first ? x.log_sum : x.minus_mean) + block.in_planes(head, row - REACH, col - REACH);
-      const Shared in_row = to + row * ROW_BYTES + (first ? log_sum(col) : minus_mean(col));
-#pragma unroll
-      for (int c = 0; c < COLS; c += 8)
-        copy_async(in_row + 4 * c, from + c, block.has_row(y) && block.has_col(left + c),
-                   row < ROWS);
-    }
+    for (int c = 0; c < COLS; c += 8)
+      copy_async(to + 4 * c, from + c, block.has_row(y) && block.has_col(left + c), row < ROWS);
+  }
+  static DEVICE void copy_log_sum(Shared to, const KeyArguments& x, const Block& block, int head,
+                                  const Thread& me) {
+    copy(to, log_sum(0), x.log_sum, block, head, me);
+  }
+  static DEVICE void copy_minus_mean(Shared to, const KeyArguments& x, const Block& block, int head,
+                                     const Thread& me) {
+    copy(to, minus_mean(0), x.minus_mean, block, head, me);
   }
 
   template <typename T, bool POSITION>
@@ -195,6 +198,8 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
   if (!block.is_there()) return;
   const Shared grads = shared_memory() + S::GRADS, queries = shared_memory() + S::QUERIES;
   const Shared tables = shared_memory() + S::TABLES, embeddings = shared_memory() + S::EMBEDDINGS;
+  using E = Embeddings<DEPTH, KERNEL>;
+  const typename E::template Loaded<PARTS, POSITION> loaded(x.rel_rows, x.rel_cols, block, me);
   const TileCopies<DEPTH, KERNEL, PARTS> copies(block, me);
   copies.start(copies.source(queries, x.query, x.query_stride, block),
                copies.template source<POOLED>(grads, x.grad, x.grad_stride, block));
@@ -210,10 +215,9 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
     else
       own_copies.start(of_values);
   }
-  Tables::copy(tables, x, block, 0, me);
-  if (POSITION)
-    Embeddings<DEPTH, KERNEL>::template prepare<T, PARTS>(embeddings, x.rel_rows, x.rel_cols, block,
-                                                          me);
+  Tables::copy_log_sum(tables, x, block, 0, me);
+  Tables::copy_minus_mean(tables, x, block, 0, me);
+  if (POSITION) E::template prepare<T>(embeddings, loaded, me);
   const Windows windows(me);
   // Tables of the queries in columns 2t and 2t + 1, or 8 further on: terms for the offset of key g,
   // and the others for offset 0.
@@ -230,8 +234,9 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
 #pragma unroll 1
   for (int head = 0; head < block.heads; ++head) {
     if (head) {
+      wait_for_copies();
       wait_for_block();  // which may still read the tables
-      Tables::copy(tables, x, block, head, me);
+      Tables::copy_minus_mean(tables, x, block, head, me);
     }
     u32 k[PARTS][H::STEPS][4], v[PARTS][H::STEPS][4];
     if (CONTENT)
@@ -243,13 +248,13 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
         values.template load<ORDER<DEPTH>>(v[part], for_products, x.value, x.value_stride, block,
                                            pixels, me, head);
       }
-    if (head) {
-      wait_for_copies();
-      wait_for_warp();
-    }
     Tables::template prepare<T, POSITION>(tables, queries, embeddings, block, head,
                                           again<DEPTH>(me));
+    if (head) wait_for_copies();
     wait_for_block();
+    // In the place where this head's have been read, by this warp.
+    if (head + 1 < block.heads)
+      Tables::copy_log_sum(tables, x, block, head + 1, again<DEPTH>(me));
     const Columns queries_as_columns(queries, for_products, head);
     const Columns grads_as_columns(grads, for_products, head);
     const u32 zero = held_zero();

@@ -135,6 +135,8 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
   const ForProducts<DEPTH, PARTS> for_products;
   const Block block = Block::of<DEPTH>(x.sizes);
   if (!block.is_there()) return;
+  using E = Embeddings<DEPTH, KERNEL>;
+  const typename E::template Loaded<PARTS, POSITION> loaded(x.rel_rows, x.rel_cols, block, me);
   const Attended<T, DEPTH, KERNEL, CONTENT, POSITION, PARTS> attended(x, block, me);
   const OwnPixels<DEPTH>& results = attended.queries;  // in their place
   const OwnPixels<DEPTH> grads(attended.end);
@@ -143,14 +145,20 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
     copies.start(copies.source(results.tile(), x.query, x.query_stride, block),
                  copies.template source<POOLED>(grads.tile(), x.grad, x.grad_stride, block));
   }
-  attended.prepare(x, block, me);
+  if (POSITION) E::template prepare<T>(attended.embeddings, loaded, me);
+  // One head has them in registers.
+  const OwnPlanes<DEPTH> log_sums(attended.end + grads.BYTES);
+  constexpr int PLANES_BYTES = H::COUNT > 1 ? log_sums.BYTES : 0;
+  if (H::COUNT > 1) log_sums.template copy<PARTS>(x.log_sum, block);
   // Heads of 64 channels leave no room beside the tiles.
-  const Shared sums_of_warps = DEPTH < 64 ? attended.end + grads.BYTES : attended.values;
+  const Shared sums_of_warps =
+      DEPTH < 64 ? attended.end + grads.BYTES + PLANES_BYTES : attended.values;
   const Windows windows(me);
   Terms<DEPTH, KERNEL, MASK, POSITION> terms[PARTS];
   float shift[PARTS][2];
   const auto load_shifts = [&](int part, int head) {
     const Pixels pixels(block, me, part);
+    if (H::COUNT > 1) return log_sums.load(shift[part], pixels, head);
     const float* log_sum[2];
     pixels.of_planes(log_sum, x.log_sum, block, head);
 #pragma unroll
@@ -167,7 +175,6 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
   for (int head = 0; head < block.heads; ++head) {
     u32 a[PARTS][H::STEPS][4], g[PARTS][H::STEPS][4];
     float mean[PARTS][2] = {};
-    using E = Embeddings<DEPTH, KERNEL>;
     u32 embeddings[E::OF_HEAD][4];
     if (POSITION) E::load_operands(embeddings, attended.embeddings, head, me);
 #pragma unroll

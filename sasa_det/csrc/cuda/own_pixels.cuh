@@ -46,6 +46,37 @@ struct OneOfPair {
   }
 };
 
+// Values of the tile's pixels in planes, of all heads of a block, in shared memory.
+template <int DEPTH>
+class OwnPlanes {
+  static constexpr int PLANE = TILE_ROWS * TILE_COLS;
+  Shared planes_;
+
+ public:
+  static constexpr int BYTES = Heads<DEPTH>::COUNT * PLANE * 4;
+
+  DEVICE explicit OwnPlanes(Shared planes) : planes_(planes) {}
+
+  // Starts to copy them, zeros outside of the image.
+  template <int PARTS>
+  DEVICE void copy(const float* planes, const Block& block) const {
+    constexpr int THREADS = 32 * WARPS_OF<PARTS>;
+    const int row = threadIdx.x % PLANE / TILE_COLS, col = threadIdx.x % TILE_COLS;
+    const bool present = block.has_row(block.top + row) && block.has_col(block.left + col);
+#pragma unroll
+    for (int first = 0; first < Heads<DEPTH>::COUNT; first += THREADS / PLANE) {
+      const int head = first + threadIdx.x / PLANE;
+      copy_async(planes_ + (first * PLANE + threadIdx.x) * 4,
+                 planes + block.in_planes(head, row, col), present && head < block.heads);
+    }
+  }
+  DEVICE void load(float (&both)[2], const Pixels& pixels, int head) const {
+    const Shared first = planes_ + (head * PLANE + pixels.row * TILE_COLS + pixels.col) * 4;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) load_shared(both[h], first + h * TILE_COLS * 4);
+  }
+};
+
 // The pixels of the tile without halo: operands of the warps' products, and results on their way
 // to the images. Those of up to 32 channels pass through shared memory, where a warp has room for
 // its pixels: so they are read before they are wanted, and all channels of a pixel are read and

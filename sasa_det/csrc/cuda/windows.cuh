@@ -143,35 +143,51 @@ struct Embeddings {
   static constexpr int SLOTS = DEPTH < 32 ? H::COUNT : H::STEPS;
   static constexpr int BYTES = SLOTS * 32 * 16;
 
-  // Both are (heads, DEPTH / 2, KERNEL). Each warp prepares half of a slot, or two.
-  template <typename T, int PARTS>
-  static DEVICE void prepare(Shared to, const float* rel_rows, const float* rel_cols,
-                             const Block& block, const Thread& me) {
+  // What a thread prepares: two channels of half a slot, or of two of them.
+  template <int PARTS, bool POSITION>
+  struct Loaded {
+    static constexpr int COUNT = (2 * SLOTS + WARPS_OF<PARTS> - 1) / WARPS_OF<PARTS>;
+    float pairs[COUNT][2];
+
+    // Both are (heads, DEPTH / 2, KERNEL). It starts to load them, before what can run meanwhile.
+    DEVICE Loaded(const float* rel_rows, const float* rel_cols, const Block& block,
+                  const Thread& me) {
 #pragma unroll
-    for (int first = 0; first < 2 * SLOTS; first += WARPS_OF<PARTS>)
-      prepare_half<T>(to, rel_rows, rel_cols, block, me, (first + me.warp) / 2, me.warp % 2);
-  }
-  template <typename T>
-  static DEVICE void prepare_half(Shared to, const float* rel_rows, const float* rel_cols,
-                                  const Block& block, const Thread& me, int slot, int half) {
-    const int head = DEPTH < 32 ? slot : 0;
-    if (slot >= SLOTS || head >= block.heads) return;
-    const bool of_rows = DEPTH < 32 ? half == 0 : slot < SLOTS / 2;
-    int channel = 2 * me.t;
-    // Heads of 8 channels have those of the rows in threads 0 and 1, of the columns in 2 and 3.
-    if (DEPTH == 8) channel -= 4 * half;
-    if (DEPTH >= 32) channel += 16 * slot % (DEPTH / 2) + 8 * half;
-    const float* from = (of_rows ? rel_rows : rel_cols) +
-                        ((block.first_head + head) * (DEPTH / 2) + channel) * KERNEL + me.g;
-    const bool known = me.g < KERNEL && channel >= 0 && channel < DEPTH / 2;
-    const float first = known ? load(from) : 0.f, second = known ? load(from + KERNEL) : 0.f;
-    const u32 value = T::pack(first, second);
-    const u32 rest = T::pack(first - T::low(value), second - T::high(value));
-    to += (slot * 32 + me.lane) * 16;
-    if (DEPTH == 8)
-      store_shared(to + 8 * half, value, rest);
-    else
-      store_shared(to + 4 * half, value), store_shared(to + 8 + 4 * half, rest);
+      for (int i = 0; i < COUNT; ++i) {
+        const int slot = slot_of(i, me), half = me.warp % 2, head = DEPTH < 32 ? slot : 0;
+        const bool of_rows = DEPTH < 32 ? half == 0 : slot < SLOTS / 2;
+        int channel = 2 * me.t;
+        // Heads of 8 channels have those of the rows in threads 0 and 1, of the columns in 2 and 3.
+        if (DEPTH == 8) channel -= 4 * half;
+        if (DEPTH >= 32) channel += 16 * slot % (DEPTH / 2) + 8 * half;
+        const float* from = (of_rows ? rel_rows : rel_cols) +
+                            ((block.first_head + head) * (DEPTH / 2) + channel) * KERNEL + me.g;
+        pairs[i][0] = pairs[i][1] = 0.f;
+        if (POSITION && slot < SLOTS && head < block.heads && me.g < KERNEL && channel >= 0 &&
+            channel < DEPTH / 2)
+          pairs[i][0] = load_now(from), pairs[i][1] = load_now(from + KERNEL);
+      }
+    }
+    static DEVICE int slot_of(int i, const Thread& me) {
+      return (i * WARPS_OF<PARTS> + me.warp) / 2;
+    }
+  };
+
+  template <typename T, typename Loaded>
+  static DEVICE void prepare(Shared to, const Loaded& loaded, const Thread& me) {
+#pragma unroll
+    for (int i = 0; i < Loaded::COUNT; ++i) {
+      const int slot = loaded.slot_of(i, me), half = me.warp % 2;
+      if (slot >= SLOTS) continue;
+      const float(&pair)[2] = loaded.pairs[i];
+      const u32 value = T::pack(pair[0], pair[1]);
+      const u32 rest = T::pack(pair[0] - T::low(value), pair[1] - T::high(value));
+      const Shared place = to + (slot * 32 + me.lane) * 16;
+      if (DEPTH == 8)
+        store_shared(place + 8 * half, value, rest);
+      else
+        store_shared(place + 4 * half, value), store_shared(place + 8 + 4 * half, rest);
+    }
   }
 
   // The slots of a head.
@@ -243,6 +259,7 @@ struct Attended {
   Shared keys, values;
   OwnPixels<DEPTH> queries;
   Shared embeddings, end;
+  using E = Embeddings<DEPTH, KERNEL>;
 
   // All but the queries.
   template <typename Arguments>
@@ -251,20 +268,13 @@ struct Attended {
         values(CONTENT ? keys + TILE : keys),
         queries(values + TILE),
         embeddings(values + TILE + OwnPixels<DEPTH>::BYTES),
-        end(embeddings + (POSITION ? Embeddings<DEPTH, KERNEL>::BYTES : 0)) {
+        end(embeddings + (POSITION ? E::BYTES : 0)) {
     const TileCopies<DEPTH, KERNEL, PARTS> copies(block, me);
     const auto of_values = copies.source(values, x.value, x.value_stride, block);
     if constexpr (CONTENT)
       copies.start(copies.source(keys, x.key, x.key_stride, block), of_values);
     else
       copies.start(of_values);
-  }
-  // After all copies have been started, as those behind a branch cost more.
-  template <typename Arguments>
-  DEVICE void prepare(const Arguments& x, const Block& block, const Thread& me) const {
-    if (POSITION)
-      Embeddings<DEPTH, KERNEL>::template prepare<T, PARTS>(embeddings, x.rel_rows, x.rel_cols,
-                                                            block, me);
   }
 };
 
