@@ -199,11 +199,9 @@ def _splits_forward(head_width: int) -> tuple[Split, ...]:
 
 
 def _splits_query(head_width: int) -> tuple[Split, ...]:
-    # Narrow heads have too few registers with three blocks, and load too little to share it.
-    if head_width == 8:
-        return Split(1, 2), Split(2, 3), Split(2, 2)
     if head_width == 32:
         return Split(2, 3), Split(2, 2), Split(1, 2)
+    # With three blocks, they have too few registers.
     return Split(2, 2), Split(1, 2)
 
 
