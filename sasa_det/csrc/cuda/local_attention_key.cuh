@@ -199,10 +199,11 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
   const Shared grads = shared_memory() + S::GRADS, queries = shared_memory() + S::QUERIES;
   const Shared tables = shared_memory() + S::TABLES, embeddings = shared_memory() + S::EMBEDDINGS;
   using E = Embeddings<DEPTH, KERNEL>;
-  const typename E::template Loaded<PARTS, POSITION> loaded(x.rel_rows, x.rel_cols, block, me);
   const TileCopies<DEPTH, KERNEL, PARTS> copies(block, me);
-  copies.start(copies.source(queries, x.query, x.query_stride, block),
-               copies.template source<POOLED>(grads, x.grad, x.grad_stride, block));
+  const auto of_queries = copies.source(queries, x.query, x.query_stride, block);
+  const auto of_grads = copies.template source<POOLED>(grads, x.grad, x.grad_stride, block);
+  const typename E::template Loaded<PARTS, POSITION> loaded(x.rel_rows, x.rel_cols, block, me);
+  copies.start(of_queries, of_grads);
   // Then their gradients, in their place.
   const OwnPixels<DEPTH> keys(shared_memory() + S::KEYS);
   const OwnPixels<DEPTH> values(shared_memory() + S::VALUES);
