@@ -17,7 +17,8 @@ from .layout import stride_between_pixels
 
 HEAD_WIDTHS = (8, 16, 32, 64)
 WIDEST_KERNEL = 7
-THREADS = 256  # of a block whose warps have a part each
+PARTS_OF_TILE = 8  # of 2 x 8 pixels
+THREADS = 32 * PARTS_OF_TILE  # of a block whose warps have a part each
 # Elements of a row of pixels: those of 16 rows are counted with 31 bits.
 LARGEST_ROW = 2**31 // 32
 
@@ -118,8 +119,11 @@ class Variant:
 
     def tile_bytes(self) -> int:
         """Return the bytes of a tile and its halo."""
-        cols = _TILE_COLS + (6 if self.head_width < 64 else 8)
-        return self._halo_rows() * cols * self._pixel_bytes()
+        return self._halo_rows() * (_TILE_COLS + 6) * self._pixel_bytes()
+
+    def behind_bytes(self) -> int:
+        """Return the bytes of zeros behind a block's second tile, where it has any."""
+        return 2 * self._pixel_bytes() if self.head_width == 64 else 0
 
     def own_bytes(self) -> int:
         """Return the bytes of a tile without its halo, where it has a place."""
@@ -132,7 +136,8 @@ class Variant:
 
     def forward_bytes(self) -> int:
         """Return the shared memory of a block of the forward kernel."""
-        return (1 + self.content) * self.tile_bytes() + self.own_bytes() + self.embedding_bytes()
+        tiles = (1 + self.content) * self.tile_bytes() + self.behind_bytes()
+        return tiles + self.own_bytes() + self.embedding_bytes()
 
     def query_bytes(self) -> int:
         """Return the shared memory of a block of the kernel for gradients of queries."""
@@ -148,7 +153,8 @@ class Variant:
         # Of each row: 8 terms by column of each query, lines of terms by row, and means.
         cols = _TILE_COLS + 8
         tables = self._halo_rows() * 4 * (8 * cols + 8 * _LINE + cols)
-        return 2 * self.tile_bytes() + 2 * self.own_bytes() + tables + self.embedding_bytes()
+        tiles = 2 * self.tile_bytes() + self.behind_bytes()
+        return tiles + 2 * self.own_bytes() + tables + self.embedding_bytes()
 
     def _halo_rows(self) -> int:
         return _TILE_ROWS + self.kernel_size - 1

@@ -103,16 +103,17 @@ def work_per_head(kernel: CompiledKernel, heads: int, parts: int) -> Work:
     Raises:
         RuntimeError: if the disassembler is not installed, or cannot read the code.
     """
-    executed = _executed(print_code(kernel.code, kernel.name), heads)
-    wavefronts = sum(_wavefronts(*instruction[:2]) for instruction in executed)
-    return Work(len(executed) / heads / parts, wavefronts / heads / parts)
+    code, labels = read_listing(print_code(kernel.code, kernel.name))
+    executed = [code[i] for i in way_through(code, labels, heads)]
+    passed = sum(wavefronts(*instruction[:2]) for instruction in executed)
+    return Work(len(executed) / heads / parts, passed / heads / parts)
 
 
 _PASSING = ("LDS", "STS", "LDG", "STG", "LDL", "STL", "LDGSTS")
 
 
-def _wavefronts(predicate: str | None, name: str) -> int:
-    """Return those of an instruction."""
+def wavefronts(predicate: str | None, name: str) -> int:
+    """Return those of an instruction, see :class:`Work`."""
     kind, *modifiers = name.split(".")
     if predicate == "@!PT":  # never done
         return 0
@@ -125,17 +126,17 @@ def _wavefronts(predicate: str | None, name: str) -> int:
     return 0
 
 
-def _executed(listing: str, heads: int) -> list[Instruction]:
-    code, labels = read_listing(listing)
+def way_through(code: list[Instruction], labels: dict[str, int], heads: int) -> list[int]:
+    """Return the numbers of the instructions that a warp executes, see :func:`work_per_head`."""
     # The only loop on this way is that over heads, if a block has several.
     rounds = 1
-    executed: list[Instruction] = []
+    way: list[int] = []
     at = 0
     voted = False
     while True:
         instruction = code[at]
         name = instruction[1]
-        executed.append(instruction)
+        way.append(at)
         at += 1
         if name.startswith("VOTE.ANY"):
             voted = True
@@ -148,6 +149,6 @@ def _executed(listing: str, heads: int) -> list[Instruction]:
                 taken = voted or not is_conditional(instruction)
             voted = False
             if taken and target is None:
-                return executed
+                return way
             if taken:
                 at = target

@@ -10,14 +10,13 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from .cuda_kernels import THREADS, Maps, Variant, blocks_of, embedding_sums_shape
+from .cuda_kernels import PARTS_OF_TILE, Maps, Variant, blocks_of, embedding_sums_shape
 from .gpu_instructions import Work
 
 _ISSUES = 4  # instructions that an SM issues in a clock, in which it has one wavefront
 _NOT_OVERLAPPED = 0.25  # of the shorter of arithmetic and memory traffic
 _START = 3e-6  # seconds to start a kernel
 _SHORTEST = 5e-6  # seconds of a convolution or a product, at least
-_PARTS_OF_BLOCK = THREADS // 32  # of 16 pixels
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,7 @@ def attention(layer: Layer, gpu: Gpu, work: Callable[[str, int, bool], Work]) ->
         blocks = blocks_of(variant, maps, layer.channels)
         done = work(name, head_width, pooled)
         clocks = done.instructions / _ISSUES + done.wavefronts
-        parts = blocks * _PARTS_OF_BLOCK * variant.heads_of_block
+        parts = blocks * PARTS_OF_TILE * variant.heads_of_block
         arithmetic = parts * clocks / gpu.clocks
         memory = (units * layer.unit + more) / gpu.bandwidth
         smaller, larger = sorted((arithmetic, memory))

@@ -125,7 +125,8 @@ struct QueryTables {
 template <int DEPTH, int KERNEL, int PARTS>
 struct KeyShared {
   static constexpr int GRADS = 0, QUERIES = tile_bytes<DEPTH, KERNEL>(),
-                       VALUES = QUERIES + tile_bytes<DEPTH, KERNEL>(),
+                       BEHIND = QUERIES + tile_bytes<DEPTH, KERNEL>(),
+                       VALUES = BEHIND + Heads<DEPTH>::BEHIND_BYTES,
                        KEYS = VALUES + OwnPixels<DEPTH>::BYTES,
                        TABLES = KEYS + OwnPixels<DEPTH>::BYTES,
                        EMBEDDINGS = TABLES + QueryTables<DEPTH, KERNEL, PARTS>::BYTES;
@@ -204,6 +205,7 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
   const auto of_grads = copies.template source<POOLED>(grads, x.grad, x.grad_stride, block);
   const typename E::template Loaded<PARTS, POSITION> loaded(x.rel_rows, x.rel_cols, block, me);
   copies.start(of_queries, of_grads);
+  put_zeros<DEPTH>(shared_memory() + S::BEHIND);
   // Then their gradients, in their place.
   const OwnPixels<DEPTH> keys(shared_memory() + S::KEYS);
   const OwnPixels<DEPTH> values(shared_memory() + S::VALUES);

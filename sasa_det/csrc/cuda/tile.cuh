@@ -27,8 +27,9 @@ struct Heads {
   static constexpr int PIXEL_BYTES = 2 * CHANNELS;
   // Columns of a tile with its halo. Warps read 24, the last two for nothing, with weights of 0:
   // those are in the next row, or what comes behind the tile, which must be numbers. Heads of 64
-  // channels have nothing there.
-  static constexpr int HALO_COLS = TILE_COLS + (DEPTH < 64 ? 6 : 8);
+  // channels have zeros behind their second tile, and the others the tile's own pixels.
+  static constexpr int HALO_COLS = TILE_COLS + 6;
+  static constexpr int BEHIND_BYTES = DEPTH < 64 ? 0 : 2 * PIXEL_BYTES;
   static constexpr int ROW_BYTES = HALO_COLS * PIXEL_BYTES;
   static constexpr int OWN_ROW_BYTES = TILE_COLS * PIXEL_BYTES;  // without the halo
   // Steps of 16 channels of a head, and chunks of it.
@@ -59,6 +60,13 @@ constexpr int halo_rows(int kernel) { return TILE_ROWS + kernel - 1; }
 template <int DEPTH, int KERNEL>
 constexpr int tile_bytes() {
   return halo_rows(KERNEL) * Heads<DEPTH>::ROW_BYTES;
+}
+
+// Puts zeros behind the second tile of a block, see HALO_COLS.
+template <int DEPTH>
+DEVICE void put_zeros(Shared behind) {
+  const u32 zeros[4] = {};
+  if (16 * threadIdx.x < Heads<DEPTH>::BEHIND_BYTES) store_shared(behind + 16 * threadIdx.x, zeros);
 }
 
 // Where a thread is.

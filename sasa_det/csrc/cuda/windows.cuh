@@ -267,7 +267,7 @@ struct Attended {
       : keys(shared_memory()),
         values(CONTENT ? keys + TILE : keys),
         queries(values + TILE),
-        embeddings(values + TILE + OwnPixels<DEPTH>::BYTES),
+        embeddings(values + TILE + OwnPixels<DEPTH>::BYTES + Heads<DEPTH>::BEHIND_BYTES),
         end(embeddings + (POSITION ? E::BYTES : 0)) {
     const TileCopies<DEPTH, KERNEL, PARTS> copies(block, me);
     const auto of_values = copies.source(values, x.value, x.value_stride, block);
@@ -275,6 +275,7 @@ struct Attended {
       copies.start(copies.source(keys, x.key, x.key_stride, block), of_values);
     else
       copies.start(of_values);
+    put_zeros<DEPTH>(values + TILE);
   }
 };
 
