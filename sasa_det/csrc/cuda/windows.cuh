@@ -146,7 +146,7 @@ struct Embeddings {
   // What a thread prepares: two channels of half a slot, or of two of them.
   template <int PARTS, bool POSITION>
   struct Loaded {
-    static constexpr int COUNT = (2 * SLOTS + WARPS_OF<PARTS> - 1) / WARPS_OF<PARTS>;
+    static constexpr int WARPS = WARPS_OF<PARTS>, COUNT = (2 * SLOTS + WARPS - 1) / WARPS;
     float pairs[COUNT][2];
 
     // Both are (heads, DEPTH / 2, KERNEL). It starts to load them, before what can run meanwhile.
@@ -163,13 +163,16 @@ struct Embeddings {
         const float* from = (of_rows ? rel_rows : rel_cols) +
                             ((block.first_head + head) * (DEPTH / 2) + channel) * KERNEL + me.g;
         pairs[i][0] = pairs[i][1] = 0.f;
-        if (POSITION && slot < SLOTS && head < block.heads && me.g < KERNEL && channel >= 0 &&
-            channel < DEPTH / 2)
+        // A block of one head has it, and only heads of 8 have other channels.
+        const bool there = (COUNT * WARPS == 2 * SLOTS || slot < SLOTS) &&
+                           (H::COUNT == 1 || head < block.heads) &&
+                           (DEPTH > 8 || (channel >= 0 && channel < DEPTH / 2));
+        if (POSITION && there && me.g < KERNEL)
           pairs[i][0] = load_now(from), pairs[i][1] = load_now(from + KERNEL);
       }
     }
     static DEVICE int slot_of(int i, const Thread& me) {
-      return (i * WARPS_OF<PARTS> + me.warp) / 2;
+      return (i * WARPS + me.warp) / 2;
     }
   };
 
@@ -178,7 +181,7 @@ struct Embeddings {
 #pragma unroll
     for (int i = 0; i < Loaded::COUNT; ++i) {
       const int slot = loaded.slot_of(i, me), half = me.warp % 2;
-      if (slot >= SLOTS) continue;
+      if (Loaded::COUNT * Loaded::WARPS > 2 * SLOTS && slot >= SLOTS) continue;
       const float(&pair)[2] = loaded.pairs[i];
       const u32 value = T::pack(pair[0], pair[1]);
       const u32 rest = T::pack(pair[0] - T::low(value), pair[1] - T::high(value));
