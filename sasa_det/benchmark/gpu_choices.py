@@ -34,7 +34,7 @@ _SIZES = {8: 160, 16: 80, 32: 80, 64: 20}
 
 def choices_of(kernel: str, head_width: int) -> Iterator[Variant]:
     """Yield the variants of a kernel that do the same, the one in use first."""
-    for split in KERNELS[kernel].splits(head_width):
+    for split in KERNELS[kernel].splits(head_width, pooled=False):
         yield Variant(torch.bfloat16, head_width, WIDEST_KERNEL, split=split)
 
 

@@ -108,7 +108,7 @@ class Variant:
 
     def split_of(self, kernel: str) -> Split:
         """Return how a kernel splits the tile of a block."""
-        return self.split or KERNELS[kernel].splits(self.head_width)[0]
+        return self.split or KERNELS[kernel].splits(self.head_width, self.pooled)[0]
 
     def name(self, kernel: str) -> str:
         """Return a kernel's name with its template arguments."""
@@ -194,18 +194,19 @@ class Kernel:
     header: str
     shared_bytes: Callable[[Variant], int]
     arguments: type[ctypes.Structure]
-    # By head width. The first one is in use, and the others are measured beside it.
-    splits: Callable[[int], tuple[Split, ...]]
+    # By head width, and whether it pools. The first one is in use, and the others are measured
+    # beside it.
+    splits: Callable[[int, bool], tuple[Split, ...]]
 
 
-def _splits_forward(head_width: int) -> tuple[Split, ...]:
+def _splits_forward(head_width: int, pooled: bool) -> tuple[Split, ...]:
     if head_width == 64:
         return Split(2, 2), Split(1, 2)
     return Split(2, 4), Split(2, 3), Split(1, 3)
 
 
-def _splits_query(head_width: int) -> tuple[Split, ...]:
-    if head_width == 32:
+def _splits_query(head_width: int, pooled: bool) -> tuple[Split, ...]:
+    if head_width == 32 and not pooled:
         return Split(2, 3), Split(2, 2), Split(1, 2)
     # With three blocks, they have too few registers.
     return Split(2, 2), Split(1, 2)
@@ -234,7 +235,7 @@ KERNELS = {
             "grad query key value grad_key grad_value",
             "grad query key value rel_rows rel_cols log_sum minus_mean grad_key grad_value",
         ),
-        lambda head_width: (Split(2, 2), Split(1, 2)),
+        lambda head_width, pooled: (Split(2, 2), Split(1, 2)),
     ),
 }
 

@@ -103,7 +103,9 @@ def read_issues(kernel: CompiledKernel, heads: int, machine: Machine) -> list[Is
     listing = print_code(kernel.code, kernel.name, option="-hex")
     code, labels = read_listing(listing)
     # The second half of each instruction stands in a line of its own.
-    words = [int(x, 16) for x in re.findall(r"^\s+/\* 0x([0-9a-f]{16}) \*/$", listing, re.MULTILINE)]
+    words = [
+        int(x, 16) for x in re.findall(r"^\s+/\* 0x([0-9a-f]{16}) \*/$", listing, re.MULTILINE)
+    ]
     if len(words) != len(code):
         raise RuntimeError(f"{kernel.name} has {len(code)} instructions and {len(words)} words.")
     return [_issue(*code[i][:2], words[i], machine) for i in way_through(code, labels, heads)]
@@ -156,11 +158,11 @@ class _Sm:
     def __init__(self, issues: Sequence[Issue], warps: int, blocks: int, machine: Machine):
         self.issues, self.machine, self.warps_of_block = issues, machine, warps
         # Blocks begin one after the other, as they do later.
-        self.warps = [
-            _Warp(i // warps, 150 * (i // warps)) for i in range(warps * blocks)
-        ]
+        self.warps = [_Warp(i // warps, 150 * (i // warps)) for i in range(warps * blocks)]
         self.schedulers = [self.warps[i::_SCHEDULERS] for i in range(_SCHEDULERS)]
-        self.taken: list[dict[str, int]] = [collections.defaultdict(int) for _ in range(4)]
+        self.taken: list[dict[str, int]] = [
+            collections.defaultdict(int) for _ in range(_SCHEDULERS)
+        ]
         self.queues: list[collections.deque] = [collections.deque() for _ in range(_SCHEDULERS)]
         self.events: list[tuple] = []  # counters that go down, by clock
         self.clock = self.memory_free = self.next_queue = self.number = 0
@@ -320,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     for name, kernel in KERNELS.items():
         for head_width in options.head_widths:
-            for split in kernel.splits(head_width):
+            for split in kernel.splits(head_width, pooled=False):
                 variant = Variant(torch.bfloat16, head_width, WIDEST_KERNEL, split=split)
                 warps, clocks = simulate(name, variant, machine)
                 row = {

@@ -23,21 +23,22 @@ BF16, FP16 = torch.bfloat16, torch.float16
 FORWARD, QUERY, KEY = KERNELS
 # Instructions that a warp executes for 16 queries of a head, by kernel and head width.
 INSTRUCTIONS = {
-    FORWARD: {8: 385, 16: 430, 32: 590, 64: 800},
-    QUERY: {8: 575, 16: 665, 32: 855, 64: 1230},
-    KEY: {8: 600, 16: 690, 32: 880, 64: 1290},
+    FORWARD: {8: 390, 16: 440, 32: 590, 64: 790},
+    QUERY: {8: 550, 16: 650, 32: 870, 64: 1260},
+    KEY: {8: 610, 16: 690, 32: 880, 64: 1280},
 }
 # Of the last two together.
-BACKWARD = {8: 1150, 16: 1330, 32: 1700, 64: 2450}
+BACKWARD = {8: 1130, 16: 1300, 32: 1700, 64: 2450}
 # Wavefronts of shared memory, likewise.
 WAVEFRONTS = {
     FORWARD: {8: 70, 16: 115, 32: 205, 64: 335},
-    QUERY: {8: 105, 16: 160, 32: 280, 64: 490},
+    QUERY: {8: 105, 16: 160, 32: 310, 64: 490},
     KEY: {8: 185, 16: 260, 32: 425, 64: 700},
 }
 # What pooling takes of the kernel that writes the output, and of the others.
 POOLING = {FORWARD: 120, QUERY: 60, KEY: 90}
 SPILLED_BYTES = {8: 64, 16: 64, 32: 64, 64: 180}
+SPILLED_BYTES_OF_100 = 180  # whose compiler loads earlier
 # All GPUs from compute capability 8.0 on have 99 KiB for a block. The widest heads need more in the
 # backward pass, and twice this is what an SM of 9.0 has.
 SHARED_BYTES = {8: 99 * 1024, 16: 99 * 1024, 32: 99 * 1024, 64: 113 * 1024}
@@ -60,7 +61,8 @@ def check_limits(architecture, dtype, head_width, pooled=False):
         split = variant.split_of(name)
         # As many blocks as planned fit an SM.
         assert compiled.resources.registers * split.threads * split.blocks <= 2**16
-        assert compiled.resources.spill_bytes <= SPILLED_BYTES[head_width]
+        spilled = SPILLED_BYTES_OF_100 if architecture == "sm_100" else SPILLED_BYTES[head_width]
+        assert compiled.resources.spill_bytes <= spilled
         assert kernel.shared_bytes(variant) <= SHARED_BYTES[head_width]
         if disassembler():
             count, wavefronts = work_per_head(compiled, variant.heads_of_block, split.parts)
@@ -99,7 +101,7 @@ def test_kernels_that_pool_stay_within_their_limits(head_width):
 @pytest.mark.parametrize("head_width", [8, 64])
 def test_an_sm_holds_as_many_blocks_as_are_chosen(head_width):
     for name, kernel in KERNELS.items():
-        first, *others = kernel.splits(head_width)
+        first, *others = kernel.splits(head_width, pooled=False)
         usual = Variant(BF16, head_width, 7)
         assert replace(usual, split=first).name(name) == usual.name(name)
         for split in (first, *others):
