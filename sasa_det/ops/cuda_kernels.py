@@ -122,7 +122,7 @@ class Variant:
         return self._halo_rows() * (_TILE_COLS + 6) * self._pixel_bytes()
 
     def behind_bytes(self) -> int:
-        """Return the bytes of zeros behind a block's second tile, where it has any."""
+        """Return the bytes of zeros behind a block's last tile, where it has any."""
         return 2 * self._pixel_bytes() if self.head_width == 64 else 0
 
     def own_bytes(self) -> int:

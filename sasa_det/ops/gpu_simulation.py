@@ -1,6 +1,6 @@
 """A simulation of an SM that runs one of the CUDA kernels, from the code that was compiled.
 
-Its compiler writes into each instruction how many clocks a warp waits before its next one, and
+The compiler writes into each instruction how many clocks a warp waits before its next one, and
 which of six counters it waits for: those of results that take longer, such as of loads. Four
 schedulers issue one instruction a clock each, of a warp that waits for nothing and whose unit is
 free. Warps of an SM share what moves wavefronts into and out of shared memory. So the simulation
@@ -23,10 +23,11 @@ from typing import NamedTuple
 
 import torch
 
+from ..errors import UsageError
 from ..utils.text import markdown_table
 from .cuda_compiler import CompiledKernel, compile_kernel
 from .cuda_kernels import HEAD_WIDTHS, KERNELS, PARTS_OF_TILE, WIDEST_KERNEL, Variant
-from .gpu_instructions import print_code, read_listing, wavefronts, way_through
+from .gpu_instructions import disassembler, print_code, read_listing, wavefronts, way_through
 
 _SCHEDULERS = 4
 _COUNTERS = 6
@@ -95,7 +96,7 @@ class Issue(NamedTuple):
 
 
 def read_issues(kernel: CompiledKernel, heads: int, machine: Machine) -> list[Issue]:
-    """Return what a warp issues in a block, on the way of :func:`work_per_head`.
+    """Return what a warp issues in a block, along the path that :func:`work_per_head` counts.
 
     Raises:
         RuntimeError: if the disassembler is not installed, or cannot read the code.
@@ -113,7 +114,7 @@ def read_issues(kernel: CompiledKernel, heads: int, machine: Machine) -> list[Is
 
 def _issue(predicate: str | None, full_name: str, word: int, machine: Machine) -> Issue:
     name, *modifiers = full_name.split(".")
-    of_table = name == "LDG" and "128" in modifiers
+    of_table = name == "LDG" and "EL" in modifiers  # load_of_table of csrc/cuda/warp.cuh
     latency = machine.latencies.get("LDG of a table" if of_table else name, 0)
     if name in _MEMORY and predicate != "@!PT":
         unit, clocks = "memory", max(1, wavefronts(predicate, full_name))
@@ -158,6 +159,7 @@ class _Sm:
     def __init__(
         self, issues: Sequence[Issue], warps: int, blocks: int, machine: Machine, apart: int
     ):
+        assert issues[-1].name != "BAR", "a block ends behind its last barrier"
         self.issues, self.machine, self.warps_of_block = issues, machine, warps
         self.warps = [_Warp(i // warps, apart * (i // warps)) for i in range(warps * blocks)]
         self.schedulers = [self.warps[i::_SCHEDULERS] for i in range(_SCHEDULERS)]
@@ -316,7 +318,11 @@ def simulate(name: str, variant: Variant, machine: Machine) -> tuple[int, float]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command."""
+    """Run the command.
+
+    Raises:
+        UsageError: if the disassembler is not installed.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m sasa_det.ops.gpu_simulation",
         description="Simulate a multiprocessor that runs the CUDA kernels of local attention "
@@ -324,8 +330,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "SM. It takes no GPU.",
     )
     parser.add_argument("--architecture", default="sm_90", choices=MACHINES)
-    parser.add_argument("--head-widths", nargs="+", type=int, default=HEAD_WIDTHS, metavar="N")
+    parser.add_argument(
+        "--head-widths", nargs="+", type=int, default=HEAD_WIDTHS, choices=HEAD_WIDTHS
+    )
     options = parser.parse_args(arguments)
+    if disassembler() is None:
+        raise UsageError(
+            "nvdisasm, which Triton brings and the simulation needs, is not installed."
+        )
     machine = MACHINES[options.architecture]
     rows = []
     for name, kernel in KERNELS.items():

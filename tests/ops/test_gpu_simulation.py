@@ -5,19 +5,26 @@ import torch
 
 from sasa_det.ops import cuda_compiler
 from sasa_det.ops.cuda_compiler import compile_kernel
-from sasa_det.ops.cuda_kernels import KERNELS, PARTS_OF_TILE, Variant
+from sasa_det.ops.cuda_kernels import KERNELS, Variant
 from sasa_det.ops.gpu_instructions import disassembler, work_per_head
 from sasa_det.ops.gpu_simulation import (
     MACHINES,
     Issue,
     _issue,
     clocks_of_block,
+    main,
     read_issues,
     simulate,
 )
 
 H100 = MACHINES["sm_90"]
 COUNT = 1000
+FORWARD, QUERY, KEY = KERNELS
+
+needs_compiler = pytest.mark.skipif(
+    cuda_compiler.missing() is not None or disassembler() is None,
+    reason="there is no compiler or disassembler of kernels",
+)
 
 
 def clocks(issues, warps=1, blocks=1):
@@ -83,22 +90,40 @@ def test_an_instruction_is_read_from_its_word():
     assert issue == Issue("LDSM", "memory", 4, 26, 11, 3, None, (0, 5))
     assert _issue(None, "HMMA.1688.F32", word, H100).clocks == 4
     assert _issue("@!PT", "LDS", word, H100).unit == ""
+    # Of images, and of the kernels' tables.
+    latencies = [_issue(None, x, word, H100).latency for x in ("LDG.E.128", "LDG.E.EL.64")]
+    assert latencies == [400, 60]
 
 
+@needs_compiler
 @pytest.mark.slow
-@pytest.mark.skipif(cuda_compiler.missing() is not None, reason=str(cuda_compiler.missing()))
-@pytest.mark.skipif(disassembler() is None, reason="nvdisasm is not installed")
-@pytest.mark.parametrize("name", KERNELS)
-def test_a_kernel_takes_what_it_executes_at_least(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name,head_width", [(FORWARD, 32), (FORWARD, 64), (QUERY, 16), (QUERY, 32), (KEY, 8)]
+)
+def test_a_kernel_takes_what_it_executes_at_least(name, head_width, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    variant = Variant(torch.bfloat16, 32, 7)
+    variant = Variant(torch.bfloat16, head_width, 7)
+    heads, parts = variant.heads_of_block, variant.split_of(name).parts
     kernel = compile_kernel(KERNELS[name].header, variant.name(name), "sm_90")
-    work = work_per_head(kernel, variant.heads_of_block, variant.split_of(name).parts)
-    issues = read_issues(kernel, variant.heads_of_block, H100)
-    parts = variant.split_of(name).parts
-    assert len(issues) == work.instructions * parts
+    work = work_per_head(kernel, heads, parts)
+    issues = read_issues(kernel, heads, H100)
+    assert len(issues) == work.instructions * heads * parts
     moved = sum(x.clocks for x in issues if x.unit == "memory" and x.name != "MOVM")
-    assert moved == work.wavefronts * parts
+    assert moved == work.wavefronts * heads * parts
     warps, simulated = simulate(name, variant, H100)
-    assert warps % (PARTS_OF_TILE // parts) == 0
-    assert max(work.instructions / 4, work.wavefronts) < simulated < 2 * sum(work)
+    split = variant.split_of(name)
+    assert warps == split.blocks * split.threads // 32
+    together = work.instructions / 4 + work.wavefronts
+    assert max(work.instructions / 4, work.wavefronts) < simulated < 1.1 * together
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_the_command_prints_all_choices(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    main(["--architecture", "sm_80", "--head-widths", "64"])
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == sum(len(kernel.splits(64, pooled=False)) for kernel in KERNELS.values())
+    assert rows[0].startswith("| forward | 64 | 2 parts, 2 blocks | 8 | ")
+    # An A100 has shared memory for one block of the last kernel.
+    assert rows[-2].startswith("| key | 64 | 2 parts, 2 blocks | 4 | ")

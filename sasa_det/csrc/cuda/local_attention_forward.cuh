@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
   if (!block.is_there()) return;
   using E = Embeddings<DEPTH, KERNEL>;
   const typename E::template Loaded<PARTS, POSITION> loaded(x.rel_rows, x.rel_cols, block, me);
-  const Attended<T, DEPTH, KERNEL, CONTENT, POSITION, PARTS> attended(x, block, me);
+  const Attended<DEPTH, KERNEL, CONTENT, POSITION, PARTS> attended(x, block, me);
   const OwnPixels<DEPTH>& outputs = attended.queries;  // in their place
   if constexpr (OwnPixels<DEPTH>::STAGED) {
     const OwnCopies<DEPTH, PARTS> copies(block, me);

@@ -39,8 +39,7 @@ struct QueryTables {
   // log_sum itself, until the terms are there: there are at most 7 offsets.
   static DEVICE Shared log_sum(int col) { return by_row(col, 7); }
 
-  // Starts to copy log_sum or minus_mean of the queries, of the rows that `prepare` has in the same
-  // warp, to the place of the first column.
+  // Starts to copy log_sum or minus_mean of the queries, to rows whose first column is at `place`.
   static DEVICE void copy(Shared to, Shared place, const float* planes, const Block& block,
                           int head, const Thread& me) {
     static_assert(4 * WARPS >= ROWS);
@@ -255,7 +254,7 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
                                           again<DEPTH>(me));
     if (head) wait_for_copies();
     wait_for_block();
-    // In the place where this head's have been read, by this warp.
+    // In the place of this head's, which have been read.
     if (head + 1 < block.heads)
       Tables::copy_log_sum(tables, x, block, head + 1, again<DEPTH>(me));
     const Columns queries_as_columns(queries, for_products, head);

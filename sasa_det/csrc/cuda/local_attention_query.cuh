@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
   if (!block.is_there()) return;
   using E = Embeddings<DEPTH, KERNEL>;
   const typename E::template Loaded<PARTS, POSITION> loaded(x.rel_rows, x.rel_cols, block, me);
-  const Attended<T, DEPTH, KERNEL, CONTENT, POSITION, PARTS> attended(x, block, me);
+  const Attended<DEPTH, KERNEL, CONTENT, POSITION, PARTS> attended(x, block, me);
   const OwnPixels<DEPTH>& results = attended.queries;  // in their place
   const OwnPixels<DEPTH> grads(attended.end);
   if constexpr (OwnPixels<DEPTH>::STAGED) {
@@ -182,8 +182,8 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
       const Pixels pixels(block, me, part);
       attended.queries.load(a[part], for_products, x.query, x.query_stride, block, pixels, me,
                             head);
-      grads.template load<ORDER<DEPTH>, POOLED>(g[part], for_products, x.grad, x.grad_stride, block, pixels, me,
-                                  head);
+      grads.template load<ORDER<DEPTH>, POOLED>(g[part], for_products, x.grad, x.grad_stride, block,
+                                                pixels, me, head);
       if (DEPTH < 32) load_shifts(part, head);
       terms[part].template find<T>(a[part], embeddings, me);
     }

@@ -27,7 +27,7 @@ struct Heads {
   static constexpr int PIXEL_BYTES = 2 * CHANNELS;
   // Columns of a tile with its halo. Warps read 24, the last two for nothing, with weights of 0:
   // those are in the next row, or what comes behind the tile, which must be numbers. Heads of 64
-  // channels have zeros behind their second tile, and the others the tile's own pixels.
+  // channels have zeros behind their last tile, and the others the tile's own pixels.
   static constexpr int HALO_COLS = TILE_COLS + 6;
   static constexpr int BEHIND_BYTES = DEPTH < 64 ? 0 : 2 * PIXEL_BYTES;
   static constexpr int ROW_BYTES = HALO_COLS * PIXEL_BYTES;
@@ -62,7 +62,7 @@ constexpr int tile_bytes() {
   return halo_rows(KERNEL) * Heads<DEPTH>::ROW_BYTES;
 }
 
-// Puts zeros behind the second tile of a block, see HALO_COLS.
+// Puts zeros behind the last tile of a block, see HALO_COLS.
 template <int DEPTH>
 DEVICE void put_zeros(Shared behind) {
   const u32 zeros[4] = {};

@@ -90,10 +90,10 @@ DEVICE void load(u32 (&words)[4], const u32* from) {
                : "l"(from));
 }
 // Of a table in the memory of the GPU, which is loaded with the kernel's code. The compiler may
-// load what it wants of it where it wants it.
+// load what it wants of it where it wants it. All blocks read it: it is the last to leave a cache.
 #define TABLE __device__ constexpr
 DEVICE void load_of_table(u32 (&words)[4], const u32* from) {
-  asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm("ld.global.nc.L1::evict_last.v4.u32 {%0, %1, %2, %3}, [%4];"
       : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
       : "l"(from));
 }
@@ -147,7 +147,7 @@ DEVICE void load_shared(u32 (&words)[4], Shared from) {
                : "r"(from)
                : "memory");
 }
-// All: the same, of which eight threads in turn meet no bank twice.
+// All: the same; no two of eight consecutive threads share a bank.
 DEVICE void load_chunks(u32 (&words)[4], Shared from) { load_shared(words, from); }
 DEVICE void load_shared(u32 (&words)[2], Shared from) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"

@@ -256,7 +256,7 @@ struct Embeddings {
 
 // The queries of a block and what they attend to, in shared memory: keys if logits contain q.k,
 // values, and embeddings. It is there when the copies have landed and all threads have come so far.
-template <typename T, int DEPTH, int KERNEL, bool CONTENT, bool POSITION, int PARTS>
+template <int DEPTH, int KERNEL, bool CONTENT, bool POSITION, int PARTS>
 struct Attended {
   static constexpr int TILE = tile_bytes<DEPTH, KERNEL>();
   Shared keys, values;
@@ -264,7 +264,7 @@ struct Attended {
   Shared embeddings, end;
   using E = Embeddings<DEPTH, KERNEL>;
 
-  // All but the queries.
+  // Starts to copy keys and values. The kernels copy or load queries, and prepare embeddings.
   template <typename Arguments>
   DEVICE Attended(const Arguments& x, const Block& block, const Thread& me)
       : keys(shared_memory()),

@@ -2,7 +2,7 @@
 // are fibers. Between barriers they run in random order, one warp far ahead of the others; what a
 // warp does together happens when its last thread arrives, and follows the PTX documentation
 // element by element. Shared memory begins as NaN, asynchronous copies land when they are waited
-// for, and every address is checked.
+// for, or before, and every address is checked.
 #pragma once
 
 #include <csetjmp>
@@ -334,11 +334,22 @@ DEVICE void wait_for_warp() {
 }
 
 namespace emulation {
+inline void land(const Copy& copy) {
+  if (copy.from)
+    memcpy(&memory[copy.to], copy.from, copy.bytes);
+  else
+    memset(&memory[copy.to], 0, copy.bytes);
+}
 inline void copy_async(Shared to, const void* from, bool present, int bytes) {
   shared(to, bytes);
   check(reinterpret_cast<uintptr_t>(from) % bytes == 0, "a copy is not aligned");
   if (present) check_global(from, bytes, false);
-  fibers[current].copies.push_back({to, present ? from : nullptr, bytes});
+  const Copy copy{to, present ? from : nullptr, bytes};
+  // Some land at once, where something may still be read.
+  if (random_numbers() % 2)
+    fibers[current].copies.push_back(copy);
+  else
+    land(copy);
 }
 }  // namespace emulation
 DEVICE void copy_async(Shared to, const u16* from, bool present, bool wanted = true) {
@@ -349,10 +360,7 @@ DEVICE void copy_async(Shared to, const float* from, bool present, bool wanted =
 }
 DEVICE void wait_for_copies() {
   for (const emulation::Copy& copy : emulation::fibers[emulation::current].copies)
-    if (copy.from)
-      memcpy(&emulation::memory[copy.to], copy.from, copy.bytes);
-    else
-      memset(&emulation::memory[copy.to], 0, copy.bytes);
+    emulation::land(copy);
   emulation::fibers[emulation::current].copies.clear();
 }
 
