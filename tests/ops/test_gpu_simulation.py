@@ -11,8 +11,8 @@ from sasa_det.ops.gpu_simulation import (
     MACHINES,
     Issue,
     _issue,
+    blocks_of_sm,
     clocks_of_block,
-    main,
     read_issues,
     simulate,
 )
@@ -63,9 +63,11 @@ def test_other_warps_hide_what_a_result_takes():
     alone = clocks(pair * COUNT)
     # 19 clocks behind the one in the memory's pipe, and one in the queue before it.
     assert alone == pytest.approx(22 * COUNT, rel=0.02)
-    assert clocks(pair * COUNT, blocks=4) == pytest.approx(alone / 4, rel=0.05)
+    few = 100
+    some = 22 * few + H100.start
+    assert clocks(pair * few, blocks=4) == pytest.approx(some / 4, rel=0.05)
     # Until the pipe is full.
-    assert clocks(pair * 200, blocks=40) == pytest.approx(200, rel=0.1)
+    assert clocks(pair * few, blocks=40) == pytest.approx(few, rel=0.15)
 
 
 def test_counters_of_operands_are_down_before_those_of_results():
@@ -97,9 +99,7 @@ def test_an_instruction_is_read_from_its_word():
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name,head_width", [(FORWARD, 32), (FORWARD, 64), (QUERY, 16), (QUERY, 32), (KEY, 8)]
-)
+@pytest.mark.parametrize("name,head_width", [(FORWARD, 64), (QUERY, 16), (QUERY, 32)])
 def test_a_kernel_takes_what_it_executes_at_least(name, head_width, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     variant = Variant(torch.bfloat16, head_width, 7)
@@ -119,11 +119,10 @@ def test_a_kernel_takes_what_it_executes_at_least(name, head_width, tmp_path, mo
 
 @needs_compiler
 @pytest.mark.slow
-def test_the_command_prints_all_choices(capsys, tmp_path, monkeypatch):
+def test_an_a100_has_shared_memory_for_one_block_of_the_largest_kernel(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    main(["--architecture", "sm_80", "--head-widths", "64"])
-    rows = capsys.readouterr().out.splitlines()[2:]
-    assert len(rows) == sum(len(kernel.splits(64, pooled=False)) for kernel in KERNELS.values())
-    assert rows[0].startswith("| forward | 64 | 2 parts, 2 blocks | 8 | ")
-    # An A100 has shared memory for one block of the last kernel.
-    assert rows[-2].startswith("| key | 64 | 2 parts, 2 blocks | 4 | ")
+    variant = Variant(torch.bfloat16, 64, 7)
+    for architecture, blocks in (("sm_80", 1), ("sm_90", 2)):
+        kernel = compile_kernel(KERNELS[KEY].header, variant.name(KEY), architecture)
+        taken = variant.split_of(KEY).threads, KERNELS[KEY].shared_bytes(variant)
+        assert blocks_of_sm(kernel, *taken, MACHINES[architecture]) == blocks
