@@ -6,7 +6,7 @@ do while one block waits for its copies. What is best depends on the GPU.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -17,9 +17,9 @@ from ..ops.cuda_compiler import compile_kernel
 from ..ops.cuda_kernels import (
     HEAD_WIDTHS,
     KERNELS,
-    WIDEST_KERNEL,
     Maps,
     Variant,
+    choices_of,
     embedding_sums_shape,
     launch_of,
 )
@@ -30,12 +30,6 @@ _HEADS = 8
 _BATCH = 8
 # Pixels of a side, where RetinaNet-50 has most layers of a head width.
 _SIZES = {8: 160, 16: 80, 32: 80, 64: 20}
-
-
-def choices_of(kernel: str, head_width: int) -> Iterator[Variant]:
-    """Yield the variants of a kernel that do the same, the one in use first."""
-    for split in KERNELS[kernel].splits(head_width, pooled=False):
-        yield Variant(torch.bfloat16, head_width, WIDEST_KERNEL, split=split)
 
 
 def measure_choices(kernel: str, rounds: int) -> list[Choice]:

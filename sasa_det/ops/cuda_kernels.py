@@ -5,7 +5,7 @@ Their source is in ``csrc/cuda``; nothing here needs a GPU.
 
 import ctypes
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import NamedTuple
@@ -238,6 +238,12 @@ KERNELS = {
         lambda head_width, pooled: (Split(2, 2), Split(1, 2)),
     ),
 }
+
+
+def choices_of(kernel: str, head_width: int) -> Iterator[Variant]:
+    """Yield the variants of a kernel that do the same, the one in use first."""
+    for split in KERNELS[kernel].splits(head_width, pooled=False):
+        yield Variant(torch.bfloat16, head_width, WIDEST_KERNEL, split=split)
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
-
 from ..errors import UsageError
 from ..utils.text import markdown_table
 from .cuda_compiler import CompiledKernel, compile_kernel
-from .cuda_kernels import HEAD_WIDTHS, KERNELS, PARTS_OF_TILE, WIDEST_KERNEL, Variant
+from .cuda_kernels import HEAD_WIDTHS, KERNELS, PARTS_OF_TILE, Variant, choices_of
 from .gpu_instructions import disassembler, print_code, read_listing, wavefronts, way_through
 
 _SCHEDULERS = 4
@@ -35,6 +33,13 @@ _MEMORY = ("LDS", "STS", "LDSM", "SHFL", "MOVM", "LDG", "STG", "LDL", "STL", "LD
 _FLOATS = ("FFMA", "FMUL", "FADD", "IMAD", "HFMA2", "HADD2", "HMUL2")
 _CONSTANTS = ("S2R", "S2UR", "LDC", "ULDC")
 _CONTROL = ("BRA", "EXIT", "BAR", "BSSY", "BSYNC", "DEPBAR", "LDGDEPBAR", "NOP", "WARPSYNC", "CALL")
+# The units of instructions; those that are not here are of integers.
+_UNIT_OF = {
+    **dict.fromkeys(_FLOATS, "floats"),
+    **dict.fromkeys(_CONSTANTS, "constants"),
+    **{"MUFU": "MUFU", "HMMA": "HMMA"},
+    **dict.fromkeys((*_CONTROL, *_MEMORY), ""),  # of memory: those that are never done
+}
 
 
 @dataclass(frozen=True)
@@ -119,9 +124,7 @@ def _issue(predicate: str | None, full_name: str, word: int, machine: Machine) -
     if name in _MEMORY and predicate != "@!PT":
         unit, clocks = "memory", max(1, wavefronts(predicate, full_name))
     else:
-        kinds = {**dict.fromkeys(_FLOATS, "floats"), **dict.fromkeys(_CONSTANTS, "constants")}
-        kinds |= {"MUFU": "MUFU", "HMMA": "HMMA", **dict.fromkeys((*_CONTROL, *_MEMORY), "")}
-        unit = kinds.get(name, "integers")
+        unit = _UNIT_OF.get(name, "integers")
         clocks = machine.units.get(unit, 1)
         if "1688" in modifiers:  # of half as many channels
             clocks -= clocks // 3
@@ -340,15 +343,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     machine = MACHINES[options.architecture]
     rows = []
-    for name, kernel in KERNELS.items():
+    for name in KERNELS:
         for head_width in options.head_widths:
-            for split in kernel.splits(head_width, pooled=False):
-                variant = Variant(torch.bfloat16, head_width, WIDEST_KERNEL, split=split)
+            for variant in choices_of(name, head_width):
                 warps, clocks = simulate(name, variant, machine)
                 row = {
                     "kernel": name.removeprefix("local_attention_"),
                     "head width": head_width,
-                    "choice": str(split),
+                    "choice": str(variant.split),
                     "warps of an SM": warps,
                     "clocks": round(clocks),
                 }

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sasa_det.benchmark.gpu_choices import choices_of, make_launch
+from sasa_det.benchmark.gpu_choices import make_launch
 from sasa_det.layers import LocalSelfAttention2d, joined
 from sasa_det.layers.joined import is_joined
 from sasa_det.layers.one_piece import projections
@@ -23,6 +23,7 @@ from sasa_det.ops.cuda_kernels import (
     Maps,
     Split,
     Variant,
+    choices_of,
     embedding_sums_shape,
     embeddings_name,
     launch_of,
