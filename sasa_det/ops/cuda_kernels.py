@@ -26,7 +26,7 @@ LARGEST_ROW = 2**31 // 32
 MOST_LEVELS = 8
 
 # As in csrc/cuda/tile.cuh, and in the tables of local_attention_key.cuh.
-_TILE_ROWS, _TILE_COLS, _LINE = 8, 16, 28
+_TILE_ROWS, _TILE_COLS = 8, 16
 _TYPES = {torch.bfloat16: "Bfloat16", torch.float16: "Float16"}
 
 
@@ -150,9 +150,10 @@ class Variant:
 
     def key_bytes(self) -> int:
         """Return the shared memory of a block of the kernel for gradients of keys and values."""
-        # Of each row: 8 terms by column of each query, lines of terms by row, and means.
+        # Of each row of queries: 8 terms by column of each, means, and log_sum; of each row of keys:
+        # lines of terms by row.
         cols = _TILE_COLS + 8
-        tables = self._halo_rows() * 4 * (8 * cols + 8 * _LINE + cols)
+        tables = 4 * (self._halo_rows() * (8 * (cols - 1) + 2 * cols) + _TILE_ROWS * (7 * cols + 4))
         tiles = 2 * self.tile_bytes() + self.behind_bytes()
         return tiles + 2 * self.own_bytes() + tables + self.embedding_bytes()
 
@@ -206,9 +207,17 @@ def _splits_forward(head_width: int, pooled: bool) -> tuple[Split, ...]:
 
 
 def _splits_query(head_width: int, pooled: bool) -> tuple[Split, ...]:
-    if head_width == 32 and not pooled:
+    if head_width == 8 or (head_width == 32 and not pooled):
         return Split(2, 3), Split(2, 2), Split(1, 2)
     # With three blocks, they have too few registers.
+    return Split(2, 2), Split(1, 2)
+
+
+def _splits_key(head_width: int, pooled: bool) -> tuple[Split, ...]:
+    if head_width < 32:
+        return Split(2, 3), Split(2, 2), Split(1, 2)
+    if head_width == 32:
+        return Split(2, 2), Split(2, 3), Split(1, 2)
     return Split(2, 2), Split(1, 2)
 
 
@@ -235,7 +244,7 @@ KERNELS = {
             "grad query key value grad_key grad_value",
             "grad query key value rel_rows rel_cols log_sum minus_mean grad_key grad_value",
         ),
-        lambda head_width, pooled: (Split(2, 2), Split(1, 2)),
+        _splits_key,
     ),
 }
 

@@ -784,7 +784,7 @@ GPU = torch.device("cuda", 0)
         ({"major": 7, "minor": 5}, "it takes GPUs of compute capability 8.0 and higher, not 7.5"),
         (
             {"shared_memory_per_block_optin": 64 << 10},
-            "it needs 81472 bytes of shared memory for a block, and the GPU has 65536",
+            "it needs 75328 bytes of shared memory for a block, and the GPU has 65536",
         ),
         ({}, None),
     ],

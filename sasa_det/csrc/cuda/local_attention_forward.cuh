@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
             const u32 word = outputs.template put_sums<T>(sum, inverse[part], for_sums, x.output,
                                                           x.output_stride, block, pixels, me, head,
                                                           first + c);
-            collected = T::add_zero_times(word, collected);
+            collected = T::collect(word, word, collected);
           } else {
             u32 words[2];
             pack_pair<T>(words, collected, sum, inverse[part][0], inverse[part][1]);
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
       const OneOfPair one(block, Pixels(block, me, part), me);
       one.store(x.log_sum, block, head, one.of(shift[part]) + log2_of(one.of(total[part])));
     }
-    if (in_any_thread(not_finite(collected))) {
+    if (in_any_thread(not_finite<T>(collected))) {
       wait_for_warp();  // whose threads have written what others write again
 #pragma unroll 1
       for (int part = 0; part < PARTS; ++part)

@@ -21,23 +21,29 @@ template <int DEPTH, int KERNEL, int PARTS>
 struct QueryTables {
   static constexpr int REACH = KERNEL / 2, ROWS = halo_rows(KERNEL);
   static constexpr int WARPS = WARPS_OF<PARTS>;
-  // Columns that warps have, of which the last two are in no window.
+  // Columns that warps have, of which the last two are in no window. What the last one has is not
+  // read.
   static constexpr int COLS = TILE_COLS + 8;
-  // For each row of queries: its terms by column offset, 8 for each query; log_sum less the terms
-  // by row offset, for each offset and each query, in lines in which a warp that writes meets each
-  // bank once; less the mean of grad.value, for each query.
-  static constexpr int LINE = 28, BY_ROW = COLS * 8 * 4, MEAN = BY_ROW + 8 * LINE * 4,
-                       ROW_BYTES = MEAN + COLS * 4, BYTES = ROWS * ROW_BYTES;
+  // For each row of queries: its terms by column offset, 8 for each query; less the mean of
+  // grad.value, for each query; and log_sum. For each row of keys: log_sum less the terms by row
+  // offset, for each offset and each query in the row that is so far from that of the keys, in lines
+  // in which a warp that writes meets each bank once.
+  static constexpr int LINE = COLS, KEY_ROW_BYTES = (7 * LINE + 4) * 4;
+  static constexpr int MEAN = (COLS - 1) * 8 * 4, LOG_SUM = MEAN + COLS * 4,
+                       ROW_BYTES = LOG_SUM + COLS * 4, BY_ROW = ROWS * ROW_BYTES,
+                       BYTES = BY_ROW + TILE_ROWS * KEY_ROW_BYTES;
 
-  // Of each four columns after four, neighbours change places, so that neither the columns that a
-  // warp reads nor those that half of it writes share a bank.
+  // Places in a row of queries. Of each four columns before four, neighbours change places, so that
+  // neither the columns that a warp reads nor those that half of it writes share a bank.
   static DEVICE Shared by_col(int col, int offset) {
-    return ((col ^ col / 4 % 2) * 8 + offset) * 4;
+    return ((col ^ (col / 4 + 1) % 2) * 8 + offset) * 4;
   }
-  static DEVICE Shared by_row(int col, int offset) { return BY_ROW + (offset * LINE + col) * 4; }
   static DEVICE Shared minus_mean(int col) { return MEAN + col * 4; }
-  // log_sum itself, until the terms are there: there are at most 7 offsets.
-  static DEVICE Shared log_sum(int col) { return by_row(col, 7); }
+  static DEVICE Shared log_sum(int col) { return LOG_SUM + col * 4; }
+  // And behind them: of the queries that see a row of keys at an offset.
+  static DEVICE constexpr Shared by_row(int key_row, int col, int offset) {
+    return BY_ROW + key_row * KEY_ROW_BYTES + (offset * LINE + col) * 4;
+  }
 
   // Starts to copy log_sum or minus_mean of the queries, to rows whose first column is at `place`.
   static DEVICE void copy(Shared to, Shared place, const float* planes, const Block& block,
@@ -53,11 +59,11 @@ struct QueryTables {
   }
   static DEVICE void copy_log_sum(Shared to, const KeyArguments& x, const Block& block, int head,
                                   const Thread& me) {
-    copy(to, log_sum(0), x.log_sum, block, head, me);
+    copy(to, LOG_SUM, x.log_sum, block, head, me);
   }
   static DEVICE void copy_minus_mean(Shared to, const KeyArguments& x, const Block& block, int head,
                                      const Thread& me) {
-    copy(to, minus_mean(0), x.minus_mean, block, head, me);
+    copy(to, MEAN, x.minus_mean, block, head, me);
   }
 
   template <typename T, bool POSITION>
@@ -79,7 +85,7 @@ struct QueryTables {
                                   const u32 (&b)[Embeddings<DEPTH, KERNEL>::OF_HEAD][4],
                                   const Block& block, int head, const Thread& me, int row) {
     using H = Heads<DEPTH>;
-    to += row * ROW_BYTES;
+    const Shared rows = to + row * ROW_BYTES;
     const int matrix = me.lane / 8, offset = 2 * me.t;
     Shared operands[H::STEPS];
 #pragma unroll
@@ -90,10 +96,16 @@ struct QueryTables {
     bool in_rows[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) in_rows[h] = block.has_row(block.top + row + h - REACH);
+    // What is out of the window is LOWEST.
+    const float start[2] = {offset < KERNEL ? 0.f : LOWEST, offset + 1 < KERNEL ? 0.f : LOWEST};
     // 16 queries at a time, 8 columns of both rows.
+    constexpr int GROUPS = COLS / 8;
+    float of_keys[GROUPS][4];
 #pragma unroll
-    for (int first = 0; first < COLS; first += 8) {
-      float row_terms[4] = {0.f, 0.f, 0.f, 0.f}, col_terms[4] = {0.f, 0.f, 0.f, 0.f};
+    for (int group = 0; group < GROUPS; ++group) {
+      const int first = 8 * group;
+      float row_terms[4] = {0.f, 0.f, 0.f, 0.f};
+      float col_terms[4] = {start[0], start[1], start[0], start[1]};
       if (POSITION) {
         u32 a[H::STEPS][4];
 #pragma unroll
@@ -105,18 +117,31 @@ struct QueryTables {
       const bool in_cols = block.has_col(block.left + col - REACH);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const Shared table = to + h * ROW_BYTES;
+        const Shared table = rows + h * ROW_BYTES;
         float log_sum_of;
         load_shared(log_sum_of, table + log_sum(col));
         // Queries outside of the image have weights of 0.
         if (!in_cols || !in_rows[h]) log_sum_of = -LOWEST;
-        store_shared(table + by_row(col, offset), log_sum_of - row_terms[2 * h] * LOG2_E);
-        if (me.t < 3)
-          store_shared(table + by_row(col, offset + 1), log_sum_of - row_terms[2 * h + 1] * LOG2_E);
-        store_shared(table + by_col(col, offset), offset < KERNEL ? col_terms[2 * h] : LOWEST,
-                     offset + 1 < KERNEL ? col_terms[2 * h + 1] : LOWEST);
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          of_keys[group][2 * h + i] = log_sum_of - row_terms[2 * h + i] * LOG2_E;
+        if (group + 1 < GROUPS || me.g < 7)
+          store_shared(table + by_col(col, offset), col_terms[2 * h], col_terms[2 * h + 1]);
       }
     }
+    // For the rows of keys of the tile that see these rows of queries.
+    const Shared to_keys = to + by_row(row + offset - (KERNEL - 1), me.g, offset);
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const u32 key_row = row + h + offset + i - (KERNEL - 1);
+        if (offset + i < 7 && key_row < TILE_ROWS)
+#pragma unroll
+          for (int group = 0; group < GROUPS; ++group)
+            store_shared(to_keys + by_row(h + i, 8 * group, i) - BY_ROW,
+                         of_keys[group][2 * h + i]);
+      }
   }
 };
 
@@ -163,9 +188,9 @@ SELDOM void key_gradients_one_by_one(const KeyArguments x, Shared grads, Shared 
       float log_sum, term, minus_mean;  // the terms by row are in log_sum
       const Shared in_row = tables + (pixel.y + row) * Tables::ROW_BYTES;
       load_shared(term, in_row + Tables::by_col(pixel.x + col, LAST - col));
-      load_shared(log_sum, in_row + Tables::by_row(pixel.x + col, LAST - row));
+      load_shared(log_sum, tables + Tables::by_row(pixel.y, pixel.x + col, LAST - row));
       load_shared(minus_mean, in_row + Tables::minus_mean(pixel.x + col));
-      const float weight = exp2_of(smaller_of((sum + term) * LOG2_E - log_sum, 0.f));
+      const float weight = exp2_of_negative((sum + term) * LOG2_E - log_sum);
       const float slope = weight * (product + minus_mean);
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
@@ -222,14 +247,15 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
   if (POSITION) E::template prepare<T>(embeddings, loaded, me);
   const Windows windows(me);
   // Tables of the queries in columns 2t and 2t + 1, or 8 further on: terms for the offset of key g,
-  // and the others for offset 0.
-  Shared terms[2], others[2];
+  // means, and what there is for each offset from the first row of keys.
+  Shared terms[2], means[2], by_row[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int col = 2 * me.t + i + (windows.near[i] ? 0 : 8);
     const Shared row = tables + me.row() * Tables::ROW_BYTES;
     terms[i] = row + Tables::by_col(me.col() + col, me.g + LAST - col & 7);
-    others[i] = row + Tables::by_row(me.col() + col, 0);
+    means[i] = row + Tables::minus_mean(me.col() + col);
+    by_row[i] = tables + Tables::by_row(me.row(), me.col() + col, 0);
   }
   wait_for_copies();
   wait_for_block();
@@ -275,6 +301,7 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
     float to_value[PARTS][H::HEAD_CHUNKS][4] = {}, to_key[PARTS][H::HEAD_CHUNKS][4] = {};
 #pragma unroll
     for (int p = 0; p < PAIRS + PARTS - 1; ++p) {
+      if (p) keep_order<true>();
       float term[2][2], minus_mean[2][2];
       u32 weights[PARTS][4], slopes[PARTS][4];
 #pragma unroll
@@ -283,8 +310,7 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
         for (int i = 0; i < 2; ++i) {
           const int row = (2 * p + r) * Tables::ROW_BYTES;
           load_shared(term[r][i], terms[i] + row);
-          load_shared(minus_mean[r][i],
-                      others[i] + row + (Tables::minus_mean(0) - Tables::by_row(0, 0)));
+          load_shared(minus_mean[r][i], means[i] + row);
         }
       u32 of_queries[Columns::LOADS][4], of_grads[Columns::LOADS][4];
       if (CONTENT) {
@@ -316,11 +342,12 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
             for (int i = 0; i < 2; ++i) {
               const int n = 2 * h + i;
               float log_sum;
-              load_shared(log_sum, others[i] + (2 * p + r) * Tables::ROW_BYTES +
-                                       (Tables::by_row(0, offset) - Tables::by_row(0, 0)));
+              constexpr Shared FIRST = Tables::by_row(0, 0, 0);
+              load_shared(log_sum,
+                          by_row[i] + (Tables::by_row(2 * part + h, 0, offset) - FIRST));
               // Rounding of huge logits shall not make a weight of more than 1, and the keys
               // outside of the image, which are in no sum, no infinite one.
-              weight[i] = exp2_of(smaller_of(multiply_add(logits[r][n], LOG2_E, -log_sum), 0.f));
+              weight[i] = exp2_of_negative(multiply_add(logits[r][n], LOG2_E, -log_sum));
               slope[i] = weight[i] * products[r][n];
             }
             weights[part][2 * r + h] = T::pack(weight[0], weight[1]);
@@ -329,6 +356,7 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
       }
 #pragma unroll
       for (int c = 0; c < H::HEAD_CHUNKS; ++c) {
+        if (c % 4 == 0) keep_order<DEPTH == 64>();
         u32 grad_rows[4], query_rows[4];
         grads_as_rows.load(grad_rows, 2 * p, c);
         if (CONTENT) queries_as_rows.load(query_rows, 2 * p, c);
@@ -355,7 +383,7 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
         keys.put(words, for_sums, x.grad_key, x.grad_key_stride, block, pixels, me, head, c);
       }
     }
-    if (in_any_thread(not_finite(collected))) {
+    if (in_any_thread(not_finite<T>(collected))) {
       wait_for_warp();  // whose threads have written what others write again
 #pragma unroll 1
       for (int part = 0; part < PARTS; ++part)

@@ -46,7 +46,7 @@ SELDOM void query_gradients_one_by_one(const QueryArguments x, Shared keys, Shar
       if (POSITION) sum += q * pixel.embedding(x.rel_rows, x.rel_cols, row, col, d);
       product += T::low(load(grad + d)) * pixel.of_window(values, row, col, d);
     }
-    weight = exp2_of(smaller_of(sum * LOG2_E - log_sum, 0.f));
+    weight = exp2_of_negative(sum * LOG2_E - log_sum);
   };
   float mean = 0.f, weight, product;
 #pragma unroll 1
@@ -192,6 +192,7 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
     const Values values_as_columns(attended.values, for_products, head);
 #pragma unroll
     for (int p = 0; p < PAIRS + PARTS - 1; ++p) {
+      if (p) keep_order<DEPTH != 32>();
       u32 of_values[Values::LOADS][4];
       values_as_columns.load(of_values, 2 * p);
 #pragma unroll
@@ -224,7 +225,7 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
             float& weight = weights[part][q][r][i];
             // Rounding of huge logits shall not make a weight of more than 1.
             const float shifted = multiply_add(weight, LOG2_E, -shift[part][h]);
-            weight = exp2_of(smaller_of(shifted, 0.f));
+            weight = exp2_of_negative(shifted);
             mean[part][h] += weight * products[part][q][r][i];
           }
       }
@@ -279,7 +280,7 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
       const OneOfPair one(block, Pixels(block, me, part), me);
       one.store(x.minus_mean, block, head, -one.of(mean[part]));
     }
-    if (in_any_thread(not_finite(collected))) {
+    if (in_any_thread(not_finite<T>(collected))) {
       wait_for_warp();  // whose threads have written what others write again
 #pragma unroll 1
       for (int part = 0; part < PARTS; ++part)

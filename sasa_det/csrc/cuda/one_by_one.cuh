@@ -5,8 +5,12 @@
 
 #include <tile.cuh>
 
-// Whether a pair of 16-bit numbers that has been collected by T::add_zero_times says so.
-DEVICE bool not_finite(u32 collected) { return (collected & 0x7fff7fffu) != 0; }
+// Whether one of those is not finite that T::collect has collected.
+template <typename T>
+DEVICE bool not_finite(u32 collected) {
+  constexpr u32 LOW = T::EXPONENT, HIGH = LOW << 16;
+  return (collected & LOW) == LOW || (collected & HIGH) == HIGH;
+}
 
 // Two channels of a thread's two pixels, as products have them, times a factor for each pixel. They
 // are collected.
@@ -15,8 +19,7 @@ DEVICE void pack_pair(u32 (&words)[2], u32& collected, const float (&sum)[4], fl
                       float second) {
   words[0] = T::pack(sum[0] * first, sum[1] * first);
   words[1] = T::pack(sum[2] * second, sum[3] * second);
-#pragma unroll
-  for (int h = 0; h < 2; ++h) collected = T::add_zero_times(words[h], collected);
+  collected = T::collect(words[0], words[1], collected);
 }
 
 // A chunk of one pixel, times a factor.

@@ -231,16 +231,13 @@ DEVICE float exp2_of(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// 2^x of an x that is at most 0 but for rounding: 2^-|x|, which is never more than 1, and NaN where x
+// is. The sign and the magnitude cost nothing.
+DEVICE float exp2_of_negative(float x) { return exp2_of(-fabsf(x)); }
 DEVICE float log2_of(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-}
-// The smaller one; NaN if one of them is.
-DEVICE float smaller_of(float x, float y) {
-  float z;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
-  return z;
 }
 DEVICE float reciprocal_of(float x) {
   float y;
@@ -288,11 +285,13 @@ struct Bfloat16 {
   }
   static DEVICE float low(u32 word) { return __uint_as_float(word << 16); }
   static DEVICE float high(u32 word) { return __uint_as_float(word & 0xffff0000u); }
-  // 0 times both halves plus those of `sum`, which become NaN where one is not finite.
-  static DEVICE u32 add_zero_times(u32 word, u32 sum) {
-    asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(word), "r"(0u));
-    return sum;
+  // Something not finite if `collected` is, or a half of a word. Their product is collected: that
+  // of finite numbers is finite as well up to 1e19, and larger ones only cost what others cost.
+  static DEVICE u32 collect(u32 first, u32 second, u32 collected) {
+    asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(collected) : "r"(first), "r"(second));
+    return collected;
   }
+  static constexpr u32 EXPONENT = 0x7f80u;
   WIDE_PRODUCTS("bf16")
 };
 
@@ -312,9 +311,12 @@ struct Float16 {
     asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(value) : "r"(word));
     return value;
   }
-  static DEVICE u32 add_zero_times(u32 word, u32 sum) {
-    asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(word), "r"(0u));
-    return sum;
+  // Products would soon be infinite: 0 times each word is collected.
+  static DEVICE u32 collect(u32 first, u32 second, u32 collected) {
+    asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(collected) : "r"(first), "r"(0u));
+    asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(collected) : "r"(second), "r"(0u));
+    return collected;
   }
+  static constexpr u32 EXPONENT = 0x7c00u;
   WIDE_PRODUCTS("f16")
 };

@@ -495,8 +495,8 @@ DEVICE bool in_any_thread(bool x) {
 
 DEVICE float multiply_add(float x, float y, float z) { return std::fma(x, y, z); }
 DEVICE float exp2_of(float x) { return std::exp2(x); }
+DEVICE float exp2_of_negative(float x) { return std::exp2(-std::fabs(x)); }
 DEVICE float log2_of(float x) { return std::log2(x); }
-DEVICE float smaller_of(float x, float y) { return std::isnan(x) || x < y ? x : y; }
 DEVICE float reciprocal_of(float x) { return 1.f / x; }
 DEVICE u32 product_high(u32 a, u32 b) { return static_cast<u64>(a) * b >> 32; }
 
@@ -507,8 +507,9 @@ struct Half {
   }
   static float low(u32 word) { return T::value(static_cast<u16>(word)); }
   static float high(u32 word) { return T::value(static_cast<u16>(word >> 16)); }
-  static u32 add_zero_times(u32 word, u32 sum) {
-    return pack(0.f * low(word) + low(sum), 0.f * high(word) + high(sum));
+  // Both halves: a b + c.
+  static u32 multiply_add(u32 a, u32 b, u32 c) {
+    return pack(low(a) * low(b) + low(c), high(a) * high(b) + high(c));
   }
   static void product(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1,
                       const float (&c)[4]) {
@@ -532,8 +533,16 @@ struct Half {
 struct Bfloat16 : Half<Bfloat16> {
   static float value(u16 x) { return emulation::bfloat_value(x); }
   static u16 of(float x) { return emulation::bfloat_of(x); }
+  static u32 collect(u32 first, u32 second, u32 collected) {
+    return multiply_add(first, second, collected);
+  }
+  static constexpr u32 EXPONENT = 0x7f80u;
 };
 struct Float16 : Half<Float16> {
   static float value(u16 x) { return emulation::half_value(x); }
   static u16 of(float x) { return emulation::half_of(x); }
+  static u32 collect(u32 first, u32 second, u32 collected) {
+    return multiply_add(second, 0, multiply_add(first, 0, collected));
+  }
+  static constexpr u32 EXPONENT = 0x7c00u;
 };
