@@ -150,8 +150,8 @@ class Variant:
 
     def key_bytes(self) -> int:
         """Return the shared memory of a block of the kernel for gradients of keys and values."""
-        # Of each row of queries: 8 terms by column of each, means, and log_sum; of each row of keys:
-        # lines of terms by row.
+        # Of each row of queries: 8 terms by column of each, means, and log_sum; and of each row of
+        # keys 7 lines of terms by row.
         cols = _TILE_COLS + 8
         tables = 4 * (self._halo_rows() * (8 * (cols - 1) + 2 * cols) + _TILE_ROWS * (7 * cols + 4))
         tiles = 2 * self.tile_bytes() + self.behind_bytes()
@@ -215,7 +215,7 @@ def _splits_query(head_width: int, pooled: bool) -> tuple[Split, ...]:
 
 def _splits_key(head_width: int, pooled: bool) -> tuple[Split, ...]:
     if head_width < 32:
-        return Split(2, 3), Split(2, 2), Split(1, 2)
+        return Split(2, 3), Split(1, 2)
     if head_width == 32:
         return Split(2, 2), Split(2, 3), Split(1, 2)
     return Split(2, 2), Split(1, 2)

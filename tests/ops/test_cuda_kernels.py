@@ -380,6 +380,20 @@ def test_what_is_not_finite_stays_in_its_window(library, case, name):
         assert error_of(ours[finite], exact[finite]) <= TOLERANCE[variant.dtype]
 
 
+def test_results_whose_products_are_infinite_are_right(library):
+    # Products of two are collected, to find out whether one of them is not finite.
+    variant = VARIANTS["32"]
+    inputs = make(variant, 1, 1, 5, 9)
+    inputs[2] = (inputs[2] * 1e25).to(BF16)
+    grad, votes = make_grad(inputs), library.votes
+    output, log_sum, _ = forward(library, "32", inputs)
+    actual, _ = backward(library, "32", inputs, grad, log_sum)
+    assert library.votes > votes  # for the long way of what is not finite
+    expected = (expected_of(variant, inputs)[0], *expected_gradients(variant, inputs, grad))
+    for ours, exact in zip((output, *actual), expected, strict=True):
+        assert error_of(ours, exact) <= TOLERANCE[BF16]
+
+
 def test_values_far_from_zero_do_not_spoil_gradients(library):
     # g.v is large then, and all but the same over a window.
     variant = VARIANTS["32"]
