@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from torch import Tensor
 from ..utils.files import whole_file
 from . import cpu, loop
 from .cuda_compiler import CompilerError, cache_folder, source_digest
-from .cuda_kernels import Variant
+from .cuda_kernels import Split, Variant
 from .levels import join, split
 from .pooling import avg_pool_rounding_up
 from .precision import autocast_disabled
@@ -235,6 +236,11 @@ def _as_json(variant: Variant) -> dict[str, object]:
     return {**asdict(variant), "dtype": str(variant.dtype).removeprefix("torch.")}
 
 
+def _from_json(facts: dict[str, Any]) -> Variant:
+    of_tile = facts["split"] and Split(*facts["split"])
+    return Variant(**{**facts, "dtype": getattr(torch, facts["dtype"]), "split": of_tile})
+
+
 def main() -> None:
     """Compare kernels on the GPU that the command line names; variants come from standard input.
 
@@ -245,8 +251,7 @@ def main() -> None:
     torch.zeros(1, device=device).item()
     print(f"{_MARK}begins", flush=True)
     for facts in json.load(sys.stdin):
-        variant = Variant(**{**facts, "dtype": getattr(torch, facts["dtype"])})
-        verdict = verdict_of(variant, device)
+        verdict = verdict_of(_from_json(facts), device)
         print(f"{_MARK}{json.dumps(asdict(verdict))}", flush=True)
         if verdict.problem:
             return

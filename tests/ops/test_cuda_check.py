@@ -11,7 +11,7 @@ import torch
 
 from sasa_det.ops import cpu, cuda_check
 from sasa_det.ops.cuda_check import Verdict, in_other_process, keep_verdict, why_not_correct
-from sasa_det.ops.cuda_kernels import Variant
+from sasa_det.ops.cuda_kernels import KERNELS, Split, Variant
 
 VARIANTS = [Variant(torch.bfloat16, 32, 7), Variant(torch.float16, 8, 5, mask=False)]
 GPU = torch.device("cuda:0")
@@ -87,6 +87,17 @@ def test_a_verdict_is_of_a_build_of_the_extension(tmp_path, monkeypatch):
     assert cuda_check._extension_facts() == before
     os.utime(file, ns=(2 * 10**18, 2 * 10**18))
     assert cuda_check._extension_facts() != before
+
+
+@pytest.mark.parametrize("split", [None, Split(1, 2)])
+def test_a_variant_reaches_the_process_as_it_is(split):
+    variant = Variant(torch.float16, 16, 5, mask=False, split=split)
+    facts = json.loads(json.dumps(cuda_check._as_json(variant)))
+    read = cuda_check._from_json(facts)
+    assert read == variant
+    assert all(
+        read.split_of(kernel).threads == variant.split_of(kernel).threads for kernel in KERNELS
+    )
 
 
 def test_a_verdict_is_kept(tmp_path):
