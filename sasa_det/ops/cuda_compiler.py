@@ -200,8 +200,13 @@ def load_kernel(header: str, name: str, device: int, shared_bytes: int):
     # It stays loaded, as long as the function is in use.
     module = _call(driver.cuModuleLoadData, kernel.code)
     function = _call(driver.cuModuleGetFunction, module, kernel.symbol.encode())
-    most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    attributes = driver.CUfunction_attribute
+    most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _call(driver.cuFuncSetAttribute, function, most, shared_bytes)
+    if shared_bytes:
+        # Percents: as many blocks as there is room for, and what is left to the cache.
+        carveout = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        _call(driver.cuFuncSetAttribute, function, carveout, 100)
     return function
 
 

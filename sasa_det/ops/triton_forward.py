@@ -89,7 +89,9 @@ def forward_kernel(
             highest = new_highest
         sums *= (1.0 / total)[:, None]
         highest += tl.log2(total)
-        if not all_finite(sums, inside):
+        # All logits of a window may be -infinity, so that what is outside has the highest.
+        found = tl.min(tl.where(inside, highest, 0.0), 0) > MASKED
+        if not (all_finite(sums, inside) & found):
             # What is not finite, times the weights 0 of other windows, has spread as NaN.
             sums, highest = attend_windows(
                 query, key, value, rel_rows, rel_cols, head, start,

@@ -380,6 +380,25 @@ def test_what_is_not_finite_stays_in_its_window(library, case, name):
         assert error_of(ours[finite], exact[finite]) <= TOLERANCE[variant.dtype]
 
 
+@pytest.mark.parametrize("case", ["8", "32"])
+def test_windows_whose_logits_are_all_minus_infinity_are_nan(library, case):
+    variant = VARIANTS[case]
+    inputs = make(variant, 1, 1, 9, 14)
+    query, key = inputs[:2]
+    query[..., 0] = query[..., 0].abs() + 1
+    key[:, :, :7, 0] = -math.inf  # the windows of the first four columns, and no more
+    grad = make_grad(inputs, variant)
+    output, log_sum, _ = forward(library, case, inputs)
+    actual, _ = backward(library, case, inputs, grad, log_sum)
+    expected, _ = expected_of(variant, inputs)
+    assert expected[:, :, :4].isnan().all() and expected[:, :, 4:].isfinite().any()
+    gradients = expected_gradients(variant, inputs, grad)[:3]
+    for ours, exact in zip((output, *actual[:3]), (expected, *gradients), strict=True):
+        assert torch.equal(ours.isfinite(), exact.isfinite())
+        finite = exact.isfinite()
+        assert error_of(ours[finite], exact[finite]) <= TOLERANCE[variant.dtype]
+
+
 def test_results_whose_products_are_infinite_are_right(library):
     # Products of two are collected, to find out whether one of them is not finite.
     variant = VARIANTS["32"]

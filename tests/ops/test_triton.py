@@ -1,5 +1,6 @@
 """The Triton kernels against the reference: compiled where there is a GPU, else interpreted."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -229,6 +230,20 @@ def test_pixels_beside_what_is_not_finite(content, relative, border):
     expected = run(inputs, grad, "loop", **options)
     assert any(x.isnan().any() for x in expected)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("kernel_size,border", [(1, "zero"), (3, "mask"), (7, "mask")])
+def test_windows_whose_logits_are_all_minus_infinity_are_nan(kernel_size, border):
+    inputs, grad = make(1, 1, 8, 6, 14, kernel_size)
+    inputs[0][:, 0] = inputs[0][:, 0].abs() + 1
+    inputs[1][:, 0, :, :7] = -math.inf
+    options = {"kernel_size": kernel_size, "num_heads": 1, "border": border}
+    expected = run(inputs, grad, "reference", torch.float64, **options)
+    assert expected[0].isnan().any() and expected[0].isfinite().any()
+    for ours, exact in zip(run(inputs, grad, "triton", **options), expected, strict=True):
+        assert torch.equal(ours.isfinite(), exact.isfinite())
+        finite = exact.isfinite()
+        assert torch.allclose(ours[finite].double(), exact[finite], atol=1e-4)
 
 
 def test_values_far_from_zero_do_not_spoil_gradients():

@@ -123,6 +123,7 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
     const Columns keys_as_columns(attended.keys, for_products, head);
 #pragma unroll
     for (int p = 0; p < PAIRS + PARTS - 1; ++p) {
+      if (p) keep_order<(DEPTH < 64)>();
       u32 b[Columns::LOADS][4];
       if (CONTENT) keys_as_columns.load(b, 2 * p);
 #pragma unroll
@@ -199,12 +200,16 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
           }
         }
     }
+    bool one_by_one = not_finite<T>(collected);
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) {
       const OneOfPair one(block, Pixels(block, me, part), me);
-      one.store(x.log_sum, block, head, one.of(shift[part]) + log2_of(one.of(total[part])));
+      const float log_sum = one.of(shift[part]) + log2_of(one.of(total[part]));
+      one.store(x.log_sum, block, head, log_sum);
+      // All logits may be -infinity, so that what is outside of the window has the highest.
+      one_by_one |= one.inside & (log_sum <= LOWEST);
     }
-    if (in_any_thread(not_finite<T>(collected))) {
+    if (in_any_thread(one_by_one)) {
       wait_for_warp();  // whose threads have written what others write again
 #pragma unroll 1
       for (int part = 0; part < PARTS; ++part)

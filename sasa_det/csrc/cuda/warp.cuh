@@ -232,7 +232,7 @@ DEVICE float exp2_of(float x) {
   return y;
 }
 // 2^x of an x that is at most 0 but for rounding: 2^-|x|, which is never more than 1, and NaN where x
-// is. The sign and the magnitude cost nothing.
+// is. The sign and the magnitude cost nothing; a minimum would take an instruction.
 DEVICE float exp2_of_negative(float x) { return exp2_of(-fabsf(x)); }
 DEVICE float log2_of(float x) {
   float y;
@@ -285,8 +285,8 @@ struct Bfloat16 {
   }
   static DEVICE float low(u32 word) { return __uint_as_float(word << 16); }
   static DEVICE float high(u32 word) { return __uint_as_float(word & 0xffff0000u); }
-  // Something not finite if `collected` is, or a half of a word. Their product is collected: that
-  // of finite numbers is finite as well up to 1e19, and larger ones only cost what others cost.
+  // Something not finite if `collected` is, or a half of a word. Their product is collected: sums
+  // of those of finite numbers are finite as well up to 1e18, and larger ones only cost time.
   static DEVICE u32 collect(u32 first, u32 second, u32 collected) {
     asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(collected) : "r"(first), "r"(second));
     return collected;
