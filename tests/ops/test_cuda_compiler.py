@@ -39,7 +39,7 @@ WAVEFRONTS = {
 POOLING = {FORWARD: 120, QUERY: 60, KEY: 90}
 SPILLED_BYTES = {8: 64, 16: 64, 32: 64, 64: 120}
 # The compiler for sm_100 loads earlier.
-SPILLED_BYTES_OF_100 = {**SPILLED_BYTES, 8: 80, 32: 170}
+SPILLED_BYTES_OF_100 = {**SPILLED_BYTES, 32: 170}
 # All GPUs from compute capability 8.0 on have this for a block.
 SHARED_BYTES = 99 * 1024
 

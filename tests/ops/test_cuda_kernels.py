@@ -357,6 +357,12 @@ def test_gradients_equal_the_reference(library, case, batch, heads, height, widt
         assert error_of(ours, exact) <= TOLERANCE[variant.dtype]
 
 
+def assert_same_where_finite(ours, exact, variant):
+    finite = exact.isfinite()
+    assert torch.equal(ours.isfinite(), finite)
+    assert error_of(ours[finite], exact[finite]) <= TOLERANCE[variant.dtype]
+
+
 @pytest.mark.parametrize("case", ["8", "32", "8-pooled", "16-pooled", "64-pooled"])
 @pytest.mark.parametrize("name", ["query", "key", "value", "grad"])
 def test_what_is_not_finite_stays_in_its_window(library, case, name):
@@ -375,9 +381,8 @@ def test_what_is_not_finite_stays_in_its_window(library, case, name):
     assert expected.isnan().any() == (name != "grad")
     # Embeddings are seen by all windows: all of their gradients are NaN.
     for ours, exact in zip((output, *actual[:3]), (expected, *gradients[:3]), strict=True):
-        assert torch.equal(ours.isfinite(), exact.isfinite()) and exact.isfinite().any()
-        finite = exact.isfinite()
-        assert error_of(ours[finite], exact[finite]) <= TOLERANCE[variant.dtype]
+        assert exact.isfinite().any()
+        assert_same_where_finite(ours, exact, variant)
 
 
 @pytest.mark.parametrize("case", ["8", "32"])
@@ -394,9 +399,7 @@ def test_windows_whose_logits_are_all_minus_infinity_are_nan(library, case):
     assert expected[:, :, :4].isnan().all() and expected[:, :, 4:].isfinite().any()
     gradients = expected_gradients(variant, inputs, grad)[:3]
     for ours, exact in zip((output, *actual[:3]), (expected, *gradients), strict=True):
-        assert torch.equal(ours.isfinite(), exact.isfinite())
-        finite = exact.isfinite()
-        assert error_of(ours[finite], exact[finite]) <= TOLERANCE[variant.dtype]
+        assert_same_where_finite(ours, exact, variant)
 
 
 def test_results_whose_products_are_infinite_are_right(library):

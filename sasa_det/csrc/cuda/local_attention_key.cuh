@@ -25,9 +25,9 @@ struct QueryTables {
   // read.
   static constexpr int COLS = TILE_COLS + 8;
   // For each row of queries: its terms by column offset, 8 for each query; less the mean of
-  // grad.value, for each query; and log_sum. For each row of keys: log_sum less the terms by row
-  // offset, for each offset and each query in the row that is so far from that of the keys, in lines
-  // in which a warp that writes meets each bank once.
+  // grad.value, for each query; and log_sum. Behind them, for each row of keys: log_sum less the
+  // terms by row offset, for each offset and each query in the row that is so far from that of the
+  // keys, in lines in which a warp that writes meets each bank once.
   static constexpr int LINE = COLS, KEY_ROW_BYTES = (7 * LINE + 4) * 4;
   static constexpr int MEAN = (COLS - 1) * 8 * 4, LOG_SUM = MEAN + COLS * 4,
                        ROW_BYTES = LOG_SUM + COLS * 4, BY_ROW = ROWS * ROW_BYTES,
@@ -40,9 +40,9 @@ struct QueryTables {
   }
   static DEVICE Shared minus_mean(int col) { return MEAN + col * 4; }
   static DEVICE Shared log_sum(int col) { return LOG_SUM + col * 4; }
-  // And behind them: of the queries that see a row of keys at an offset.
+  // A place from BY_ROW on: of the queries that see a row of keys at an offset.
   static DEVICE constexpr Shared by_row(int key_row, int col, int offset) {
-    return BY_ROW + key_row * KEY_ROW_BYTES + (offset * LINE + col) * 4;
+    return key_row * KEY_ROW_BYTES + (offset * LINE + col) * 4;
   }
 
   // Starts to copy log_sum or minus_mean of the queries, to rows whose first column is at `place`.
@@ -130,7 +130,7 @@ struct QueryTables {
       }
     }
     // For the rows of keys of the tile that see these rows of queries.
-    const Shared to_keys = to + by_row(row + offset - (KERNEL - 1), me.g, offset);
+    const Shared to_keys = to + BY_ROW + by_row(row + offset - (KERNEL - 1), me.g, offset);
 #pragma unroll
     for (int h = 0; h < 2; ++h)
 #pragma unroll
@@ -139,8 +139,7 @@ struct QueryTables {
         if (offset + i < 7 && key_row < TILE_ROWS)
 #pragma unroll
           for (int group = 0; group < GROUPS; ++group)
-            store_shared(to_keys + by_row(h + i, 8 * group, i) - BY_ROW,
-                         of_keys[group][2 * h + i]);
+            store_shared(to_keys + by_row(h + i, 8 * group, i), of_keys[group][2 * h + i]);
       }
   }
 };
@@ -188,7 +187,8 @@ SELDOM void key_gradients_one_by_one(const KeyArguments x, Shared grads, Shared 
       float log_sum, term, minus_mean;  // the terms by row are in log_sum
       const Shared in_row = tables + (pixel.y + row) * Tables::ROW_BYTES;
       load_shared(term, in_row + Tables::by_col(pixel.x + col, LAST - col));
-      load_shared(log_sum, tables + Tables::by_row(pixel.y, pixel.x + col, LAST - row));
+      load_shared(log_sum, tables + Tables::BY_ROW +
+                               Tables::by_row(pixel.y, pixel.x + col, LAST - row));
       load_shared(minus_mean, in_row + Tables::minus_mean(pixel.x + col));
       const float weight = exp2_of_negative((sum + term) * LOG2_E - log_sum);
       const float slope = weight * (product + minus_mean);
@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
     const Shared row = tables + me.row() * Tables::ROW_BYTES;
     terms[i] = row + Tables::by_col(me.col() + col, me.g + LAST - col & 7);
     means[i] = row + Tables::minus_mean(me.col() + col);
-    by_row[i] = tables + Tables::by_row(me.row(), me.col() + col, 0);
+    by_row[i] = tables + Tables::BY_ROW + Tables::by_row(me.row(), me.col() + col, 0);
   }
   wait_for_copies();
   wait_for_block();
@@ -342,9 +342,7 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
             for (int i = 0; i < 2; ++i) {
               const int n = 2 * h + i;
               float log_sum;
-              constexpr Shared FIRST = Tables::by_row(0, 0, 0);
-              load_shared(log_sum,
-                          by_row[i] + (Tables::by_row(2 * part + h, 0, offset) - FIRST));
+              load_shared(log_sum, by_row[i] + Tables::by_row(2 * part + h, 0, offset));
               // Rounding of huge logits shall not make a weight of more than 1, and the keys
               // outside of the image, which are in no sum, no infinite one.
               weight[i] = exp2_of_negative(multiply_add(logits[r][n], LOG2_E, -log_sum));

@@ -224,8 +224,7 @@ __global__ void __launch_bounds__(32 * WARPS_OF<PARTS>, BLOCKS)
             if (offset < 0 || offset >= KERNEL) continue;
             float& weight = weights[part][q][r][i];
             // Rounding of huge logits shall not make a weight of more than 1.
-            const float shifted = multiply_add(weight, LOG2_E, -shift[part][h]);
-            weight = exp2_of_negative(shifted);
+            weight = exp2_of_negative(multiply_add(weight, LOG2_E, -shift[part][h]));
             mean[part][h] += weight * products[part][q][r][i];
           }
       }

@@ -231,8 +231,8 @@ DEVICE float exp2_of(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// 2^x of an x that is at most 0 but for rounding: 2^-|x|, which is never more than 1, and NaN where x
-// is. The sign and the magnitude cost nothing; a minimum would take an instruction.
+// 2^x of an x that is at most 0 but for rounding: 2^-|x|, which is never more than 1, and NaN where
+// x is. The sign and the magnitude cost nothing; a minimum would take an instruction.
 DEVICE float exp2_of_negative(float x) { return exp2_of(-fabsf(x)); }
 DEVICE float log2_of(float x) {
   float y;
