@@ -11,6 +11,7 @@ from .aggregation import aggregate
 from .cuda_check import first_use_problem, largest_errors, problem_of
 from .cuda_kernels import Launch
 from .precision import autocast_disabled
+from .structures import POINTER, structure
 
 HEADER = "vector_aggregation.cuh"
 KERNEL_SIZES = (1, 3, 5, 7)
@@ -22,11 +23,9 @@ _THREADS = 256  # as AGGREGATION_THREADS in the kernels' file
 _MOST_BLOCKS = 65535  # of a grid's second and third dimension
 
 
-class _Arguments(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int) for name in ("height", "width", "groups", "shared")),
-        *((name, ctypes.c_void_p) for name in ("weight", "value", "grad", "result")),
-    )
+_Arguments = structure(
+    (ctypes.c_int, "height width groups shared"), (POINTER, "weight value grad result")
+)
 
 
 def why_not(x: Tensor, groups: int, kernel_size: int) -> str | None:

@@ -3,9 +3,9 @@
 Their source is in ``csrc/cuda``; nothing here needs a GPU.
 """
 
-import ctypes
 import math
 from collections.abc import Callable, Iterator
+from ctypes import Structure, c_int, c_uint
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import NamedTuple
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .layout import stride_between_pixels
+from .structures import POINTER, pointers_of, structure
 
 HEAD_WIDTHS = (8, 16, 32, 64)
 WIDEST_KERNEL = 7
@@ -164,28 +165,17 @@ class Variant:
         return 2 * self.heads_of_block * self.head_width
 
 
-class _Level(ctypes.Structure):
-    # As in csrc/cuda/tile.cuh, like the next.
-    _fields_ = (
-        *((name, ctypes.c_int) for name in ("height", "width")),
-        *((name, ctypes.c_uint) for name in ("first_row", "first_tile", "first_pixel")),
-    )
+# As in csrc/cuda/tile.cuh.
+_Level = structure((c_int, "height width"), (c_uint, "first_row first_tile first_pixel"))
+_Sizes = structure(
+    (c_int, "heads"), (c_uint, "groups_inverse tiles"), (_Level * MOST_LEVELS, "levels")
+)
 
 
-class _Sizes(ctypes.Structure):
-    _fields_ = (
-        ("heads", ctypes.c_int),
-        *((name, ctypes.c_uint) for name in ("groups_inverse", "tiles")),
-        ("levels", _Level * MOST_LEVELS),
-    )
-
-
-def _structure(images: str, pointers: str) -> type[ctypes.Structure]:
+def _arguments(images: str, pointers: str) -> type[Structure]:
     """Return what a kernel takes: sizes, strides of images, and pointers, in this order."""
-    strides = [(f"{name}_stride", ctypes.c_uint) for name in images.split()]
-    addresses = [(name, ctypes.c_void_p) for name in pointers.split()]
-    fields = [("sizes", _Sizes), *strides, *addresses]
-    return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
+    strides = " ".join(f"{name}_stride" for name in images.split())
+    return structure((_Sizes, "sizes"), (c_uint, strides), (POINTER, pointers))
 
 
 @dataclass(frozen=True)
@@ -194,7 +184,7 @@ class Kernel:
 
     header: str
     shared_bytes: Callable[[Variant], int]
-    arguments: type[ctypes.Structure]
+    arguments: type[Structure]
     # By head width, and whether it pools. The first one is in use, and the others are measured
     # beside it.
     splits: Callable[[int, bool], tuple[Split, ...]]
@@ -225,13 +215,13 @@ KERNELS = {
     "local_attention_forward": Kernel(
         "local_attention_forward.cuh",
         Variant.forward_bytes,
-        _structure("query key value output", "query key value rel_rows rel_cols output log_sum"),
+        _arguments("query key value output", "query key value rel_rows rel_cols output log_sum"),
         _splits_forward,
     ),
     "local_attention_query": Kernel(
         "local_attention_query.cuh",
         Variant.query_bytes,
-        _structure(
+        _arguments(
             "grad query key value grad_query",
             "grad query key value rel_rows rel_cols log_sum grad_query minus_mean grad_embeddings",
         ),
@@ -240,7 +230,7 @@ KERNELS = {
     "local_attention_key": Kernel(
         "local_attention_key.cuh",
         Variant.key_bytes,
-        _structure(
+        _arguments(
             "grad query key value grad_key grad_value",
             "grad query key value rel_rows rel_cols log_sum minus_mean grad_key grad_value",
         ),
@@ -263,7 +253,7 @@ class Launch:
     name: str
     grid: tuple[int, int, int]
     shared_bytes: int
-    arguments: ctypes.Structure
+    arguments: Structure
     threads: int  # of a block
 
 
@@ -310,19 +300,14 @@ class _Facts(NamedTuple):
 # Both are called for every launch, which is to take less time than the kernel.
 @cache
 def _facts(kernel: str, variant: Variant) -> _Facts:
-    structure = KERNELS[kernel].arguments
-    names = {name for name, _ in structure._fields_}
+    arguments = KERNELS[kernel].arguments
+    names = {name for name, _ in arguments._fields_}
     pointers = tuple(
         (name, f"{name}_stride" if f"{name}_stride" in names else "")
-        for name in pointers_of(structure)
+        for name in pointers_of(arguments)
     )
     shared_bytes, threads = KERNELS[kernel].shared_bytes(variant), variant.split_of(kernel).threads
     return _Facts(variant.name(kernel), shared_bytes, threads, pointers)
-
-
-def pointers_of(structure: type[ctypes.Structure]) -> list[str]:
-    """Return the names of the pointers in a kernel's structure of arguments, in their order."""
-    return [name for name, kind in structure._fields_ if kind is ctypes.c_void_p]
 
 
 @lru_cache(maxsize=1024)
@@ -372,15 +357,8 @@ def embedding_sums_shape(maps: Maps, channels: int) -> tuple[int, int, int]:
 
 
 EMBEDDINGS_HEADER = "local_attention_embeddings.cuh"
-EmbeddingArguments = type(
-    "EmbeddingArguments",
-    (ctypes.Structure,),
-    {
-        "_fields_": [
-            *((name, ctypes.c_uint) for name in ("tiles", "channels")),
-            *((x, ctypes.c_void_p) for x in ("grad_embeddings", "grad_rows", "grad_cols")),
-        ]
-    },
+EmbeddingArguments = structure(
+    (c_uint, "tiles channels"), (POINTER, "grad_embeddings grad_rows grad_cols")
 )
 
 

@@ -16,9 +16,9 @@ from .cuda_kernels import (
     embedding_sums_shape,
     launch_of,
     launch_of_embeddings,
-    pointers_of,
 )
 from .operator import say_once
+from .structures import pointers_of
 
 
 def is_there(device: torch.device) -> bool:

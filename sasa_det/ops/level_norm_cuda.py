@@ -18,6 +18,7 @@ from .cuda_check import first_use_problem, largest_errors, problem_of
 from .cuda_kernels import MOST_LEVELS, Launch
 from .exporting import why_not_instead
 from .precision import autocast_disabled
+from .structures import POINTER, structure
 
 HEADER, FINISH_HEADER = "level_norm.cuh", "level_norm_finish.cuh"
 TYPES = {
@@ -40,43 +41,36 @@ _FINISH_BYTES = 80 * THREADS // 32
 _LARGEST_INT = 2**31 - 1
 
 
-class _LevelRuns(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int) for name in ("count", "channels", "run_pixels")),
-        *((x, ctypes.c_int * MOST_LEVELS) for x in ("first_run", "first_pixel", "pixels")),
-    )
-
-
-def _structure(*fields: str | tuple[str, type]) -> type[ctypes.Structure]:
-    """Return what a kernel takes: levels, numbers with their types, and pointers by their names."""
-    typed = [(x, ctypes.c_void_p) if isinstance(x, str) else x for x in fields]
-    return type("Arguments", (ctypes.Structure,), {"_fields_": [("levels", _LevelRuns), *typed]})
-
-
-_Pointers = ctypes.c_void_p * MOST_LEVELS
+_LevelRuns = structure(
+    (ctypes.c_int, "count channels run_pixels"),
+    (ctypes.c_int * MOST_LEVELS, "first_run first_pixel pixels"),
+)
+_LEVELS = (_LevelRuns, "levels")
+_POINTERS = ctypes.c_void_p * MOST_LEVELS
 _PARAMETERS = ("weight", "bias", "running_mean", "running_var")
 _TABLES = ("mean", "rstd", "scale", "shift")
 # Kernels with their structures in the kernels' files, and the same structures here.
 KERNELS = {
-    "moments": ("LevelMomentsArguments", _structure("x", "parts")),
+    "moments": ("LevelMomentsArguments", structure(_LEVELS, (POINTER, "x parts"))),
     "finish": (
         "LevelFinishArguments",
-        _structure(
-            ("processes", ctypes.c_int),
-            *((name, ctypes.c_float) for name in ("momentum", "eps")),
-            *("parts", "moments", "totals", *_TABLES),
-            *((name, _Pointers) for name in _PARAMETERS),
+        structure(
+            _LEVELS,
+            (ctypes.c_int, "processes"),
+            (ctypes.c_float, "momentum eps"),
+            (POINTER, "parts moments totals mean rstd scale shift"),
+            (_POINTERS, "weight bias running_mean running_var"),
         ),
     ),
-    "apply": ("LevelApplyArguments", _structure("x", "scale", "shift", "y")),
-    "sums": ("LevelSumsArguments", _structure("x", "grad", "mean", "scale", "shift", "parts")),
+    "apply": ("LevelApplyArguments", structure(_LEVELS, (POINTER, "x scale shift y"))),
+    "sums": ("LevelSumsArguments", structure(_LEVELS, (POINTER, "x grad mean scale shift parts"))),
     "parameters": (
         "LevelParametersArguments",
-        _structure("parts", "rstd", "sums", "grad_weight", "grad_bias"),
+        structure(_LEVELS, (POINTER, "parts rstd sums grad_weight grad_bias")),
     ),
     "gradient": (
         "LevelGradientArguments",
-        _structure("x", "grad", *_TABLES, "sums", "totals", "grad_x"),
+        structure(_LEVELS, (POINTER, "x grad mean rstd scale shift sums totals grad_x")),
     ),
 }
 _FINISHING = ("finish", "parameters")  # kernels that read no map
@@ -311,7 +305,7 @@ def _addresses(name: str, tensors: Sequence[Tensor | None], like: Tensor) -> cty
                 f"{name} of a level must be float32, contiguous, of shape {shape} and on "
                 f"{like.device}, got {t.dtype} of shape {tuple(t.shape)} on {t.device}."
             )
-    return _Pointers(*(None if t is None else t.data_ptr() for t in tensors))
+    return _POINTERS(*(None if t is None else t.data_ptr() for t in tensors))
 
 
 def _run_pixels(channels: int) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .blocks import STEM_BLOCK
 from .cuda_kernels import Launch
+from .structures import POINTER, structure
 
 HEADER = "stem_attention.cuh"
 HEAD_WIDTHS = (4, 8, 16, 32)
@@ -20,25 +21,16 @@ PIXELS, OFFSETS = STEM_BLOCK**2, 2 * STEM_BLOCK - 1
 _GROUPS = (32, 64, THREADS)  # threads for a block of the image
 
 
-class _Stem(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int) for name in ("height", "width", "rows", "cols", "blocks")),
-        *((name, ctypes.c_int) for name in ("channels", "heads", "group_threads")),
-        *((f"{name}_stride", ctypes.c_longlong) for name in ("image", "channel", "row", "col")),
-        *((name, ctypes.c_void_p) for name in ("image", "bilinear", "rel_rows", "rel_cols")),
-        *((name, ctypes.c_void_p) for name in ("values", "weight")),
-    )
-
-
-def _arguments(pointers: str) -> type[ctypes.Structure]:
-    fields = [("stem", _Stem), *((name, ctypes.c_void_p) for name in pointers.split())]
-    return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
-
-
-_ARGUMENTS = {
-    "stem_attention_forward": _arguments("extremes moments"),
-    "stem_attention_backward": _arguments("grad peak slope constant grad_values grad_logits"),
+_Stem = structure(
+    (ctypes.c_int, "height width rows cols blocks channels heads group_threads"),
+    (ctypes.c_longlong, "image_stride channel_stride row_stride col_stride"),
+    (POINTER, "image bilinear rel_rows rel_cols values weight"),
+)
+_POINTERS = {
+    "stem_attention_forward": "extremes moments",
+    "stem_attention_backward": "grad peak slope constant grad_values grad_logits",
 }
+_ARGUMENTS = {name: structure((_Stem, "stem"), (POINTER, x)) for name, x in _POINTERS.items()}
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ from sasa_det.ops.cuda_kernels import (
     launch_of,
     launch_of_embeddings,
     pixel_stride,
-    pointers_of,
 )
 from sasa_det.ops.pooling import avg_pool_rounding_up
+from sasa_det.ops.structures import pointers_of
 
 BF16, FP16 = torch.bfloat16, torch.float16
 TOLERANCE = {BF16: 1e-2, FP16: 2e-3}
