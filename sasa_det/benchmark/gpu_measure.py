@@ -1,9 +1,10 @@
 """Measurements on a GPU for the report of the CUDA kernels; they need torch alone.
 
 What comes first matters most: errors of the kernels, what the GPU reaches at best, the layers of
-RetinaNet-50 beside convolutions, whole models where detectron2 is installed, the choices that there
-are for each kernel, and FlexAttention, which takes seconds to compile for each layer, as long as
-there is time.
+RetinaNet-50 beside convolutions, errors of other pieces, whole models where detectron2 is
+installed, the choices that there are for each kernel, and FlexAttention, which takes seconds to
+compile for each layer, as long as there is time. What fails is in the report, and the next part
+goes on.
 """
 
 import logging
@@ -20,15 +21,17 @@ from torch import Tensor, nn
 from ..config_files import CONFIGS
 from ..layers import LocalSelfAttention2d
 from ..layers.joined import attend_levels, runs_on_levels
-from ..ops import cuda_check
+from ..ops import cpu, cuda, cuda_check, cuda_layer
+from ..ops.cuda_compiler import describe_versions
 from ..ops.cuda_kernels import HEAD_WIDTHS, Maps, Variant
 from ..ops.gpu_prediction import Gpu, Layer, layers_by_size
-from ..ops.gpu_timing import Run, time_calls
+from ..ops.gpu_timing import Run, describe_error, time_calls
 from ..ops.levels import join, multiply_levels
 from ..ops.operator import BACKENDS
 from ..utils.files import write_text
 from ..utils.machine import describe_machine
 from . import others
+from .gpu_checks import checks_parts
 from .gpu_choices import choices_parts
 from .gpu_tables import (
     ATTENTION,
@@ -48,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 ROUNDS = 11
 _LAST_PART = 30  # seconds that it may take
+_FOR_ERRORS = 0.5  # of the time that there is
 _DTYPE = torch.bfloat16
 _COPIED_BYTES = 1 << 30
 _PRODUCT = 8192  # side of the matrices
@@ -66,31 +70,73 @@ def measure(output: Path, end: float, gpu: Gpu | None, predicted: Predicted) -> 
         predicted: see :func:`sasa_det.benchmark.gpu_tables.as_markdown`.
     """
     device = torch.device("cuda", torch.cuda.current_device())
-    measured = Measured(describe_machine("cuda", "bfloat16"), _describe_backends(device))
+    measured = Measured(_describe_software())
     deadline = end - _LAST_PART
-    parts = _parts(measured, device)
     torch.backends.cudnn.benchmark = True  # convolutions at their best
+
+    def write() -> None:
+        write_text(output / "report.md", as_markdown(measured, predicted, gpu))
+        write_text(output / "report.json", as_json(measured, predicted))
+
+    run_parts(measured, _parts(measured, device, deadline), deadline, write, torch.cuda.synchronize)
+    print(f"\n{as_markdown(measured, predicted, gpu)}\nWritten to {output}: report.md, report.json")
+
+
+def run_parts(
+    measured: Measured,
+    parts: Sequence[tuple[str, Callable[[], object]]],
+    deadline: float,
+    write: Callable[[], None],
+    use: Callable[[], object],
+) -> None:
+    """Run parts, as long as there is time; note what fails, and go on.
+
+    Args:
+        measured: what the parts add to.
+        parts: their names and what they do.
+        deadline: by ``time.monotonic``, after which none begins.
+        write: writes what was measured, after each part.
+        use: uses the GPU; after a part failed, it fails if no other one can run.
+    """
     for done, (name, run) in enumerate(parts):
         if time.monotonic() > deadline:
             left = ", ".join(name for name, _ in parts[done:])
             measured.notes.append(f"Not begun for want of time (--minutes): {left}.")
             break
         start = time.monotonic()
-        run()
+        failure = _failure(run)
         now = time.monotonic()
+        measured.seconds[name] = now - start
+        if failure:
+            measured.notes.append(f"{name} failed: {failure.rstrip('.')}.")
+            if _failure(use):
+                left = ", ".join(name for name, _ in parts[done + 1 :])
+                measured.notes.append(f"The GPU cannot be used any more, for: {left or 'nothing'}.")
+                break
         print(
-            f"{name}: {now - start:.0f} s; {done + 1} of {len(parts)} parts, at most "
-            f"{max(0, deadline - now):.0f} s until the last one begins",
+            f"{name}{' failed' if failure else ''}: {now - start:.0f} s; {done + 1} of "
+            f"{len(parts)} parts, at most {max(0, deadline - now):.0f} s until the last one begins",
             flush=True,
         )
-        _write(output, measured, gpu, predicted)
-    _write(output, measured, gpu, predicted)
-    print(f"\n{as_markdown(measured, predicted, gpu)}\nWritten to {output}: report.md, report.json")
+        write()
+    write()
 
 
-def _write(output: Path, measured: Measured, gpu: Gpu | None, predicted: Predicted) -> None:
-    write_text(output / "report.md", as_markdown(measured, predicted, gpu))
-    write_text(output / "report.json", as_json(measured, predicted))
+def _failure(run: Callable[[], object]) -> str | None:
+    """Return the error of a part, or None."""
+    try:
+        run()
+    except Exception as error:  # of whatever library it calls
+        logger.warning("What follows is in the report.", exc_info=True)
+        return describe_error(error)
+    return None
+
+
+def _describe_software() -> str:
+    """Say what runs on what, and what there is of the project."""
+    extension = cpu.MISSING or "layers are called from C++"
+    versions = cuda.MISSING or describe_versions()
+    return f"{describe_machine('cuda', 'bfloat16')}, {versions}, {extension}"
 
 
 def _describe_backends(device: torch.device) -> str:
@@ -105,8 +151,15 @@ def _describe_backends(device: torch.device) -> str:
     return ", ".join(f"{backend} for {name}" for name, backend in backends.items())
 
 
-def _parts(measured: Measured, device: torch.device) -> list[tuple[str, Callable[[], None]]]:
+def _parts(
+    measured: Measured, device: torch.device, deadline: float
+) -> list[tuple[str, Callable[[], None]]]:
     """Return name and measurement of each part; it adds to what was measured."""
+
+    def add_errors() -> None:
+        seconds = _FOR_ERRORS * (deadline - time.monotonic())
+        measured.errors.extend(measure_errors(device, seconds))
+        measured.backend = _describe_backends(device)
 
     def add_ceilings() -> None:
         measured.ceilings = measure_ceilings()
@@ -115,13 +168,13 @@ def _parts(measured: Measured, device: torch.device) -> list[tuple[str, Callable
         return lambda: rows.extend(measure_rows(*arguments))
 
     layers = layers_by_size()
-    parts = [("errors", adding(measured.errors, measure_errors, device))]
-    parts.append(("ceilings", add_ceilings))
+    parts = [("errors", add_errors), ("ceilings", add_ceilings)]
     parts += [(x.name, adding(measured.layers, measure_layer, x, ways_of(x))) for x in layers]
+    parts += [(name, adding(measured.comparisons, x)) for name, x in checks_parts(device)]
     if find_spec("detectron2") is None:
         measured.notes.append("Models were left out, as detectron2 is not installed.")
     else:
-        parts += [(name, adding(measured.models, x)) for name, x in _models()]
+        parts += [(x, adding(measured.models, measure_model, x)) for x in MODELS]
     parts += [(name, adding(measured.choices, x)) for name, x in choices_parts(ROUNDS)]
     by_work = sorted(
         filter(lambda x: x.is_plain, layers), key=lambda x: x.count * x.unit, reverse=True
@@ -148,10 +201,17 @@ def checked_variants() -> Iterator[tuple[Variant, str]]:
         yield Variant(torch.bfloat16, head_width, 7, pooled=True), "a stride of 2"
 
 
-def measure_errors(device: torch.device) -> list[Errors]:
-    """Compare the kernels with the loop backend in float32, in processes of their own."""
-    variants, options = zip(*checked_variants(), strict=True)
-    verdicts = cuda_check.check(variants, device)
+def measure_errors(device: torch.device, seconds: float) -> list[Errors]:
+    """Compare the kernels with the loop backend in float32, in processes of their own.
+
+    Args:
+        device: the GPU.
+        seconds: that it may take.
+    """
+    # Layers that pool are called from C++ alone.
+    checked = [x for x in checked_variants() if cuda_layer.is_there(device) or not x[0].pooled]
+    variants, options = zip(*checked, strict=True)
+    verdicts = cuda_check.check_now(variants, device, seconds)
     return [
         Errors(
             str(variant.dtype).removeprefix("torch."),
@@ -318,17 +378,22 @@ def layer_maker(layer: Layer, build: Build, training: bool, device: str) -> Make
     return make
 
 
-def _models() -> Sequence[tuple[str, Callable[[], list[Row]]]]:
-    from .gpu_networks import NETWORKS, network_maker
+# RetinaNet-50 by names in the report, the first one to compare with.
+MODELS = {
+    "convolutional": "COCO-Detection/retinanet_R_50.yaml",
+    "attentional": "COCO-Detection/retinanet_SASA_R_50_full.yaml",
+    "attentional, convolutional stem": "COCO-Detection/retinanet_SASA_R_50_convstem_full.yaml",
+}
+
+
+def measure_model(name: str) -> list[Row]:
+    """Measure one of :data:`MODELS`, which takes detectron2."""
+    from .gpu_networks import network_maker
 
     settings = Settings("cuda", _DTYPE, 8, 640, CONFIGS)
-
-    def measure_model(name: str, config: str) -> list[Row]:
-        forward, step = (
-            time_calls({name: network_maker(settings, config, x)}, ROUNDS, rotate=False)
-            for x in (False, True)
-        )
-        problem = forward[1].get(name) or step[1].get(name)
-        return [Row(name, name, forward[0].get(name), step[0].get(name), why_not=problem)]
-
-    return [(name, partial(measure_model, name, config)) for name, config in NETWORKS.items()]
+    forward, step = (
+        time_calls({name: network_maker(settings, MODELS[name], x)}, ROUNDS, rotate=False)
+        for x in (False, True)
+    )
+    problem = forward[1].get(name) or step[1].get(name)
+    return [Row(name, name, forward[0].get(name), step[0].get(name), why_not=problem)]

@@ -10,12 +10,6 @@ from ..ops.gpu_timing import Run
 from .measure import Settings
 from .models import twin_config
 
-NETWORKS = {
-    "convolutional": "COCO-Detection/retinanet_R_50.yaml",
-    "attentional": "COCO-Detection/retinanet_SASA_R_50_full.yaml",
-    "attentional, convolutional stem": "COCO-Detection/retinanet_SASA_R_50_convstem_full.yaml",
-}
-
 
 class Network(nn.Module):
     """Backbone, FPN and heads of a RetinaNet."""
@@ -45,7 +39,7 @@ def network_maker(
 
     Args:
         settings: of the run.
-        config: one of NETWORKS' values.
+        config: of a RetinaNet, in the settings' folder.
         training: forward and backward pass with gradients of all weights, or inference.
         autocast: whether weights and images are float32, and autocast casts them to the type of the
             settings; else they have that type themselves.

@@ -26,6 +26,23 @@ class Errors:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """The largest error of something that runs on the GPU.
+
+    Attributes:
+        what: what runs.
+        theirs: what it is compared with.
+        error: of the largest value of each result, or of 1.
+        problem: what is wrong, or None.
+    """
+
+    what: str
+    theirs: str
+    error: float
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
 class Ceilings:
     """What the GPU reaches at best: bytes read and written, and FLOPs in bfloat16, per second."""
 
@@ -83,20 +100,23 @@ class Measured:
 
     Attributes:
         machine: the GPU, versions and the date.
-        backend: of local_attention, that ran in the layers.
-        errors, ceilings, layers, models, choices: see the classes; ceilings are None until
-            measured.
-        notes: sentences on what was left out.
+        backend: of local_attention, that ran in the layers; empty until it is known.
+        errors, ceilings, layers, comparisons, models, choices: see the classes; ceilings are None
+            until measured.
+        notes: sentences on what was left out, and on what failed.
+        seconds: that each part took.
     """
 
     machine: str
-    backend: str
+    backend: str = ""
     errors: list[Errors] = field(default_factory=list)
     ceilings: Ceilings | None = None
     layers: list[Row] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
     models: list[Row] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 Predicted = Mapping[str, tuple[Times, Times]]
@@ -120,13 +140,17 @@ def as_markdown(measured: Measured, predicted: Predicted, gpu: Gpu | None) -> st
         predicted: see :func:`sasa_det.ops.gpu_report.predict`; empty if nothing is predicted.
         gpu: what was predicted for, or None.
     """
-    parts = [f"{measured.machine}. Attention ran on the backend `{measured.backend}`."]
+    parts = [f"{measured.machine}."]
+    if measured.backend:
+        parts[0] += f" Attention ran on the backend `{measured.backend}`."
     if measured.errors:
         parts += [_ERRORS, markdown_table([_errors_row(x) for x in measured.errors])]
     if measured.ceilings:
         parts.append(_ceilings_text(measured.ceilings, gpu))
     if measured.layers:
         parts += [_LAYERS, layers_table(measured.layers, predicted)]
+    if measured.comparisons:
+        parts += [_COMPARISONS, markdown_table([_comparison_row(x) for x in measured.comparisons])]
     if measured.models:
         parts += [_MODELS, models_table(measured.models)]
     if measured.choices:
@@ -145,6 +169,7 @@ _ERRORS = (
     "Largest errors of each result against the loop backend in float32, of the result's largest "
     "value:"
 )
+_COMPARISONS = "Largest errors of other pieces, of the largest value of each result:"
 _LAYERS = (
     "Microseconds, forward / forward and backward, bfloat16, batch 8; attention with the products "
     "of its projections. Medians of CUDA-graph replays, whose tensors are not in the cache. Ratios "
@@ -170,6 +195,15 @@ def _errors_row(errors: Errors) -> dict[str, str]:
     for name in (*RESULTS, LAYER):
         cells[name] = f"{errors.errors[name]:.1e}" if name in errors.errors else _NONE
     return {**cells, "problem": errors.problem or "none"}
+
+
+def _comparison_row(comparison: Comparison) -> dict[str, str]:
+    return {
+        "piece": comparison.what,
+        "against": comparison.theirs,
+        "error": f"{comparison.error:.1e}",
+        "problem": comparison.problem or "none",
+    }
 
 
 def _ceilings_text(ceilings: Ceilings, gpu: Gpu | None) -> str:

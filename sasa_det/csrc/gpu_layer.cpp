@@ -4,12 +4,14 @@
 // Python would take longer for the nodes, the tensors and the launches than a GPU for a small map.
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
 
 #include <array>
 #include <cstring>
+#include <optional>
 
 namespace sasa_det {
 namespace {
@@ -40,19 +42,28 @@ class Launch {
                   sizeof(pointer));
     void* arguments[] = {structure.data()};
     const auto number = [&](int index) { return static_cast<unsigned>(numbers_[index]); };
-    const int status = reinterpret_cast<LaunchKernel*>(numbers_[0])(
-        reinterpret_cast<void*>(numbers_[1]), number(2), number(3), number(4), number(5), 1, 1,
-        number(6), reinterpret_cast<void*>(stream), arguments, nullptr);
-    TORCH_CHECK(status == 0, "cuLaunchKernel failed with CUDA_ERROR ", status);
+    const auto pointer = [&](int index) { return reinterpret_cast<void*>(numbers_[index]); };
+    // A thread of autograd that has called nothing of CUDA's runtime has no context.
+    check("cuCtxSetCurrent", reinterpret_cast<SetCurrent*>(pointer(SET_CURRENT))(pointer(CONTEXT)));
+    check("cuLaunchKernel", reinterpret_cast<LaunchKernel*>(pointer(LAUNCH_KERNEL))(
+                                pointer(KERNEL), number(GRID), number(GRID + 1), number(GRID + 2),
+                                number(THREADS), 1, 1, number(SHARED_BYTES),
+                                reinterpret_cast<void*>(stream), arguments, nullptr));
   }
 
  private:
-  // The driver's cuLaunchKernel.
+  // Functions of the driver.
+  using SetCurrent = int(void*);
   using LaunchKernel = int(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                            unsigned, void*, void**, void**);
 
-  // Behind the address of cuLaunchKernel, the kernel, the grid, threads and shared bytes.
-  static constexpr int COUNT = 7, WORDS = 8, POINTERS = 9;
+  static void check(const char* function, int status) {
+    TORCH_CHECK(status == 0, function, " failed with CUDA_ERROR ", status);
+  }
+
+  // What the numbers are. Behind them are the places of the pointers, and the structure.
+  enum { LAUNCH_KERNEL, SET_CURRENT, CONTEXT, KERNEL, GRID, THREADS = GRID + 3, SHARED_BYTES };
+  static constexpr int COUNT = SHARED_BYTES + 1, WORDS = COUNT + 1, POINTERS = WORDS + 1;
   int64_t count() const { return numbers_[COUNT]; }
   int64_t words() const { return numbers_[WORDS]; }
 
@@ -117,8 +128,9 @@ struct JoinedLayerFunction : torch::autograd::Function<JoinedLayerFunction> {
     const int64_t channels = weights[0].size(0);
     const Tensor weight = at::cat(weights).to(type).flatten(1);
     const Tensor bias = biases.empty() ? Tensor() : at::cat(biases).to(type);
-    const Tensor pixels = channels_behind(x).to(type);
-    const Tensor joined = at::linear(pixels, weight, bias);
+    const Tensor pixels = channels_behind(x.to(type));
+    // One product of all pixels, in whatever layout they are.
+    const Tensor joined = at::linear(pixels.contiguous(), weight, bias);
     std::vector<int64_t> shape = pixels.sizes().vec();
     shape.back() = channels;
     if (pooled)
@@ -133,7 +145,9 @@ struct JoinedLayerFunction : torch::autograd::Function<JoinedLayerFunction> {
           .start({of.query, of.key, of.value, address(rows), address(cols), address(output),
                   address(log_sum)},
                  stream);
-    context->save_for_backward({pixels, weight, joined, rows, cols, log_sum});
+    // An input that is no copy is saved itself: autograd finds out if it is changed in place.
+    const Tensor input = x.scalar_type() == type ? x : channels_before(pixels);
+    context->save_for_backward({input, weight, joined, rows, cols, log_sum});
     context->set_materialize_grads(false);
     auto& data = context->saved_data;
     data["plans"] = *plans;
@@ -151,8 +165,9 @@ struct JoinedLayerFunction : torch::autograd::Function<JoinedLayerFunction> {
 
   static variable_list backward(AutogradContext* context, variable_list grads) {
     const variable_list saved = context->get_saved_variables();
-    const Tensor &pixels = saved[0], &weight = saved[1], &joined = saved[2], &rows = saved[3],
-                 &cols = saved[4], &log_sum = saved[5];
+    const Tensor &weight = saved[1], &joined = saved[2], &rows = saved[3], &cols = saved[4],
+                 &log_sum = saved[5];
+    const Tensor pixels = channels_behind(saved[0]);
     auto& data = context->saved_data;
     const int64_t channels = data["channels"].toInt(), num_biases = data["biases"].toInt();
     const int64_t num_weights = joined.size(-1) / channels;
@@ -239,6 +254,9 @@ Tensor joined_layer(const Tensor& x, const Optional& rel_rows, const Optional& r
                     at::ScalarType type, bool pooled, int64_t tiles, int64_t stream,
                     at::TensorList plans) {
   const std::vector<Tensor> of_kernels = plans.vec();  // no inputs of the node
+  // Which needs no node, whatever the mode of gradients is in it.
+  std::optional<at::NoGradGuard> no_grad;
+  if (c10::InferenceMode::is_enabled()) no_grad.emplace();
   return JoinedLayerFunction::apply(x, rel_rows, rel_cols, weights, biases, num_heads, type, pooled,
                                     tiles, stream, &of_kernels);
 }

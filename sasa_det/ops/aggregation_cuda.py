@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import cuda
 from .aggregation import aggregate
-from .cuda_check import first_use_problem, largest_errors, problem_of
+from .cuda_check import draw, first_use_problem, largest_errors, problem_of
 from .cuda_kernels import Launch
 from .precision import autocast_disabled
 from .structures import POINTER, structure
@@ -120,7 +120,7 @@ def errors_of(device: torch.device, kernel_size: int) -> dict[str, float]:
     random = torch.Generator().manual_seed(0)
     image = (2, groups * shared, *size)
     shapes = [(2, groups, kernel_size**2, *size), image, image]
-    weight, value, grad = (torch.randn(shape, generator=random).to(device) for shape in shapes)
+    weight, value, grad = (draw(shape, random).to(device) for shape in shapes)
     with torch.enable_grad(), autocast_disabled(device):
         ours = [
             forward(weight, value, kernel_size),

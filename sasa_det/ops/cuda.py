@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .cuda_check import why_not_correct
-from .cuda_compiler import launch, load_kernel
+from .cuda_compiler import bind_context, launch, load_kernel
 from .cuda_kernels import (
     HEAD_WIDTHS,
     LARGEST_ROW,
@@ -250,6 +250,7 @@ def start(kernel: Launch, like: Tensor) -> None:
     """Start a kernel on the device of a tensor, in PyTorch's current stream."""
     with torch.cuda.device_of(like):
         device = like.device.index
+        bind_context(device)
         function = load_kernel(kernel.header, kernel.name, device, kernel.shared_bytes)
         stream = torch.cuda.current_stream(device).cuda_stream
         launch(function, kernel.grid, kernel.threads, kernel.shared_bytes, kernel.arguments, stream)

@@ -11,10 +11,12 @@ kernels, for this source, GPU, driver and PyTorch.
 
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -39,6 +41,8 @@ CHECK_VARIABLE = "SASA_DET_SELF_CHECK"
 # Of the largest values of each result, or of 1.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
 RESULTS = ("output", "grad_query", "grad_key", "grad_value", "grad_rel_rows", "grad_rel_cols")
+_BEGINNING = time.time()  # of this process, nearly
+
 LAYER = "layer"  # the same kernels started from C++: the largest error of all results
 
 _SECONDS_TO_START = 120  # of the process: Python, PyTorch and a context on the GPU
@@ -61,10 +65,13 @@ class Verdict:
     Args:
         errors: the largest error of each result, of the result's largest value or of 1.
         problem: why the kernels cannot be used, or None.
+        transient: whether another check may find something else, as the problem was one of time or
+            memory.
     """
 
     errors: dict[str, float]
     problem: str | None = None
+    transient: bool = False
 
 
 _verdicts: dict[tuple[torch.device, Variant], Verdict] = {}
@@ -110,6 +117,8 @@ def _kept_verdict(device: torch.device, variant: Variant, again: bool) -> Verdic
 def keep_verdict(path: Path, make: Callable[[], Verdict], again: bool = False) -> Verdict:
     """Read a verdict, or make and keep it. Other processes wait, and read it too.
 
+    One that is transient is for processes that run already, such as the others of a training.
+
     Args:
         path: where it is kept.
         make: makes it.
@@ -118,14 +127,25 @@ def keep_verdict(path: Path, make: Callable[[], Verdict], again: bool = False) -
     verdict = None
     try:
         with whole_file(path) as part:
-            if not again and path.exists():
-                verdict = Verdict(**json.loads(path.read_text()))
+            if not again:
+                verdict = _read_verdict(path)
             if verdict is None:
                 verdict = make()
             part.write_text(json.dumps(asdict(verdict)))
     except OSError as error:
         logger.warning("Checks of CUDA kernels cannot be kept; every run makes them: %s.", error)
     return make() if verdict is None else verdict
+
+
+def _read_verdict(path: Path) -> Verdict | None:
+    """Return what is kept; None if there is nothing, or what is damaged or of no use any more."""
+    if not path.exists():
+        return None
+    try:
+        verdict = Verdict(**json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        return None
+    return None if verdict.transient and path.stat().st_mtime < _BEGINNING else verdict
 
 
 def _facts_digest(device: torch.device, variant: Variant) -> str:
@@ -154,7 +174,20 @@ def _driver_version() -> str:
     return str(driver.cuDriverGetVersion())
 
 
-def check(variants: Sequence[Variant], device: torch.device) -> list[Verdict]:
+def check_now(variants: Sequence[Variant], device: torch.device, seconds: float) -> list[Verdict]:
+    """Check kernels, whatever is known of them; this process uses what it finds.
+
+    Args:
+        variants, device, seconds: see :func:`check`.
+    """
+    verdicts = check(variants, device, seconds)
+    _verdicts.update(zip([(device, x) for x in variants], verdicts, strict=True))
+    return verdicts
+
+
+def check(
+    variants: Sequence[Variant], device: torch.device, seconds: float = math.inf
+) -> list[Verdict]:
     """Compare kernels with the loop backend in processes of their own.
 
     Where no other process can use the GPU, they are compared in this one.
@@ -162,14 +195,20 @@ def check(variants: Sequence[Variant], device: torch.device) -> list[Verdict]:
     Args:
         variants: of the kernels.
         device: a GPU.
+        seconds: that it may take; what it does not come to has a problem.
 
     Returns:
         list[Verdict]: one for each variant.
     """
+    logger.info("The CUDA kernels are compared with the loop backend, which takes some seconds.")
+    end = time.monotonic() + seconds
     verdicts: list[Verdict] = []
     while len(verdicts) < len(variants):
         rest = variants[len(verdicts) :]
-        found = in_other_process(_command(device), rest)
+        left = end - time.monotonic()
+        if left <= 0:
+            return verdicts + [Verdict({}, "there was no time to check it", True) for _ in rest]
+        found = in_other_process(_command(device), rest, most_seconds=left)
         if found is None:
             logger.info("CUDA kernels are checked in this process: no other one can use the GPU.")
             return verdicts + [verdict_of(variant, device) for variant in rest]
@@ -189,6 +228,7 @@ def in_other_process(
     variants: Sequence[Variant],
     seconds_to_start: float = _SECONDS_TO_START,
     seconds_of_variant: float = _SECONDS_OF_VARIANT,
+    most_seconds: float = math.inf,
 ) -> list[Verdict] | None:
     """Return verdicts of a process, as many as it came to, at least one; None if it cannot begin.
 
@@ -196,10 +236,12 @@ def in_other_process(
         command: starts it; see :func:`main`.
         variants: to check.
         seconds_to_start, seconds_of_variant: how long it may take to begin, and for each of them.
+        most_seconds: how long it may take in all.
     """
     if command is None:
         return None
     paths = os.pathsep.join(path for path in sys.path if path)
+    timeout = min(seconds_to_start + seconds_of_variant * len(variants), most_seconds)
     try:
         done = subprocess.run(
             command,
@@ -208,12 +250,15 @@ def in_other_process(
             capture_output=True,
             text=True,
             check=False,
-            timeout=seconds_to_start + seconds_of_variant * len(variants),
+            timeout=timeout,
         )
         output, end = done.stdout, _describe_end(done.returncode)
+        # As where memory is short.
+        transient = done.returncode == -signal.SIGKILL
     except subprocess.TimeoutExpired as late:
         # Bytes, whatever `text` says.
         output, end = (late.stdout or b"").decode(), f"took more than {late.timeout:.0f} s"
+        transient = True
     except OSError as error:
         logger.info("No process for the check of CUDA kernels can be started: %s.", error)
         return None
@@ -222,7 +267,7 @@ def in_other_process(
         return None
     verdicts = [Verdict(**json.loads(line)) for line in lines[1:]]  # the first says that it began
     if len(verdicts) < len(variants) and not (verdicts and verdicts[-1].problem):
-        verdicts.append(Verdict({}, f"the process that compared them {end}"))
+        verdicts.append(Verdict({}, f"the process that compared them {end}", transient))
     return verdicts
 
 
@@ -244,17 +289,24 @@ def _from_json(facts: dict[str, Any]) -> Variant:
 def main() -> None:
     """Compare kernels on the GPU that the command line names; variants come from standard input.
 
-    Standard output has a line when the GPU is ready, and one for each variant. The process ends
-    after the first problem, for an error on a GPU leaves a process that cannot use it any more.
+    Standard output has a line when the GPU is ready, and one for each variant. After an error that
+    leaves a process which cannot use the GPU any more, it ends.
     """
     device = torch.device(sys.argv[1])
-    torch.zeros(1, device=device).item()
+    _use(device)
     print(f"{_MARK}begins", flush=True)
     for facts in json.load(sys.stdin):
         verdict = verdict_of(_from_json(facts), device)
         print(f"{_MARK}{json.dumps(asdict(verdict))}", flush=True)
         if verdict.problem:
-            return
+            try:
+                _use(device)
+            except RuntimeError:
+                return
+
+
+def _use(device: torch.device) -> None:
+    torch.zeros(1, device=device).item()
 
 
 def verdict_of(variant: Variant, device: torch.device) -> Verdict:
@@ -268,11 +320,17 @@ def verdict_of(variant: Variant, device: torch.device) -> Verdict:
         # The first call of a layer may come from within an autocast context.
         with outside_of_forward(), torch.no_grad(), autocast_disabled(device):
             errors = errors_of(variant, device)
-    except CompilerError as error:
-        return Verdict({}, str(error))
-    except RuntimeError as error:  # of the GPU
-        return Verdict({}, str(error).partition("\n")[0])
+    except RuntimeError as error:
+        return _verdict_of_error(error)
     return judge(errors, TOLERANCE[variant.dtype], "the loop backend's")
+
+
+def _verdict_of_error(error: RuntimeError) -> Verdict:
+    """Return what an error says of kernels: of the compiler, the driver or the GPU."""
+    if isinstance(error, CompilerError):
+        return Verdict({}, str(error))
+    short_of_memory = isinstance(error, torch.cuda.OutOfMemoryError)
+    return Verdict({}, str(error).partition("\n")[0], short_of_memory)
 
 
 def judge(errors: dict[str, float], tolerance: float, theirs: str) -> Verdict:
@@ -330,13 +388,29 @@ def problem_of(key: tuple[object, ...], check: Callable[[], str | None]) -> str 
 def outside_of_forward() -> Iterator[None]:
     """Run a check in the middle of a model's forward pass, whatever surrounds that.
 
-    Inference mode has no gradients, and activation checkpointing counts the tensors that are saved.
+    Inference mode has no gradients, activation checkpointing counts the tensors that are saved, and
+    whoever debugs a model wants to know of its own waits and gradients.
     """
     with (
         torch.inference_mode(False),
         torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
+        torch.autograd.set_detect_anomaly(False),
+        _waits_allowed(),
     ):
         yield
+
+
+@contextmanager
+def _waits_allowed() -> Iterator[None]:
+    if not torch.cuda.is_initialized():
+        yield
+        return
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def first_use_problem(
@@ -352,12 +426,17 @@ def first_use_problem(
     try:
         with outside_of_forward():
             verdict = judge(errors(), tolerance, theirs)
-    except CompilerError as error:
-        verdict = Verdict({}, str(error))
+    except RuntimeError as error:
+        verdict = _verdict_of_error(error)
     if verdict.problem:
         problem = verdict.problem.rstrip(".")
         logger.warning("%s does not use its CUDA kernels: %s.", what, problem)
     return verdict.problem
+
+
+def draw(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Draw float32 numbers on the CPU, whatever PyTorch's default type and device are."""
+    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
 
 
 def errors_of(variant: Variant, device: torch.device) -> dict[str, float]:
@@ -375,14 +454,9 @@ def errors_of(variant: Variant, device: torch.device) -> dict[str, float]:
     heads = variant.heads_of_block + 1
     generator = torch.Generator().manual_seed(0)
     shape = (2, heads * variant.head_width, 11, 19)
-    grad, *images = (
-        torch.randn(shape, generator=generator, device="cpu").to(device, variant.dtype)
-        for _ in range(4)
-    )
+    grad, *images = (draw(shape, generator).to(device, variant.dtype) for _ in range(4))
     shape = (heads, variant.head_width // 2, variant.kernel_size)
-    embeddings = [
-        torch.randn(shape, generator=generator, device="cpu").to(device) for _ in range(2)
-    ]
+    embeddings = [draw(shape, generator).to(device) for _ in range(2)]
     if not variant.content:
         images[1] = None
     if not variant.position:
@@ -447,7 +521,8 @@ def layer_error(
     images = [x for x in images if x is not None]
     channels = grad.shape[1]
     # Projections that pick queries, keys and values out of an input that has them all.
-    weights = torch.eye(len(images) * channels, device=grad.device)[:, :, None, None]
+    weights = torch.eye(len(images) * channels, dtype=torch.float32, device=grad.device)
+    weights = weights[:, :, None, None]
     errors = []
     for num_levels in range(1, most_levels + 1):
         with torch.enable_grad():

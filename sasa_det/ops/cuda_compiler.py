@@ -119,6 +119,17 @@ def _compile(header: str, name: str, architecture: str) -> CompiledKernel:
     return CompiledKernel(name, symbol, _resources(messages), code)
 
 
+def describe_versions() -> str:
+    """Name the versions of NVRTC and of CUDA that the driver has."""
+    from cuda.bindings import driver, nvrtc
+
+    _, *compiler = nvrtc.nvrtcVersion()
+    version = _call(driver.cuDriverGetVersion)
+    of_driver = (version // 1000, version % 1000 // 10)
+    names = {"NVRTC": compiler, "driver of CUDA": of_driver}
+    return ", ".join(f"{name} {'.'.join(map(str, x))}" for name, x in names.items())
+
+
 def _call(function, *arguments):
     """Call a function of cuda-bindings; return its one result, or None."""
     status, *results = function(*arguments)
@@ -162,6 +173,7 @@ def _cached_path(header: str, name: str, architecture: str) -> Path:
 # A line of json, which tells all but the code, and the code.
 def _write(path: Path, kernel: CompiledKernel) -> None:
     facts = {"name": kernel.name, "symbol": kernel.symbol, **asdict(kernel.resources)}
+    facts["sha256"] = hashlib.sha256(kernel.code).hexdigest()
     try:
         with whole_file(path) as part:
             part.write_bytes(json.dumps(facts).encode() + b"\n" + kernel.code)
@@ -172,11 +184,32 @@ def _write(path: Path, kernel: CompiledKernel) -> None:
 def _read(path: Path) -> CompiledKernel | None:
     try:
         line, code = path.read_bytes().split(b"\n", 1)
-    except OSError:
+        facts = json.loads(line)
+        if facts.pop("sha256") != hashlib.sha256(code).hexdigest():
+            return None
+        name, symbol = facts.pop("name"), facts.pop("symbol")
+        return CompiledKernel(name, symbol, Resources(**facts), code)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # not there, or damaged
         return None
-    facts = json.loads(line)
-    name, symbol = facts.pop("name"), facts.pop("symbol")
-    return CompiledKernel(name, symbol, Resources(**facts), code)
+
+
+@functools.cache
+def primary_context(device: int):
+    """Return PyTorch's context of a GPU, a cuda.bindings.driver.CUcontext."""
+    from cuda.bindings import driver
+
+    return _call(driver.cuDevicePrimaryCtxRetain, _call(driver.cuDeviceGet, device))
+
+
+def bind_context(device: int) -> None:
+    """Make PyTorch's context of a GPU current in this thread, as calls of CUDA's runtime do.
+
+    A thread that has made no such call has none, as may be autograd's, and the driver refuses it.
+    """
+    from cuda.bindings import driver
+
+    if int(_call(driver.cuCtxGetCurrent)) == 0:
+        _call(driver.cuCtxSetCurrent, primary_context(device))
 
 
 @functools.cache
@@ -186,7 +219,7 @@ def load_kernel(header: str, name: str, device: int, shared_bytes: int):
     Args:
         header: as of :func:`compile_kernel`.
         name: as of :func:`compile_kernel`.
-        device: the GPU's number, the current device of PyTorch.
+        device: the GPU's number, the current device of PyTorch, whose context is current.
         shared_bytes: the most shared memory that it will be launched with.
 
     Returns:
@@ -218,7 +251,10 @@ def launch(
     arguments: ctypes.Structure,
     stream: int,
 ) -> None:
-    """Start a kernel that takes one structure; it runs when the stream comes to it."""
+    """Start a kernel that takes one structure; it runs when the stream comes to it.
+
+    The context of the kernel's GPU must be current.
+    """
     from cuda.bindings import driver
 
     # The driver reads the structure before it returns.

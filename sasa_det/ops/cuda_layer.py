@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .cuda_compiler import load_kernel
+from .cuda_compiler import bind_context, load_kernel, primary_context
 from .cuda_kernels import (
+    KERNELS,
     Launch,
     Maps,
     Variant,
@@ -54,8 +55,7 @@ def attend(
     say_once("cuda")
     if maps is None:
         maps = Maps(x.shape[0], (tuple(x.shape[2:]),))
-    trains = torch.is_grad_enabled()
-    tiles, plans = plans_of(x.device.index, variant, maps, weights[0].shape[0], trains)
+    tiles, plans = plans_of(x.device.index, variant, maps, weights[0].shape[0])
     stream = torch.cuda.current_stream(x.device).cuda_stream
     return torch.ops.sasa_det_gpu.joined_layer(
         *(x, rel_rows, rel_cols, weights, biases, num_heads),
@@ -64,17 +64,17 @@ def attend(
 
 
 @lru_cache(maxsize=4096)
-def plans_of(
-    device: int, variant: Variant, maps: Maps, channels: int, trains: bool
-) -> tuple[int, list[Tensor]]:
+def plans_of(device: int, variant: Variant, maps: Maps, channels: int) -> tuple[int, list[Tensor]]:
     """Return how the kernels of a layer start, whatever the tensors are.
+
+    Those of the backward pass are loaded as well: a training step may be captured as a CUDA graph,
+    in which nothing can be loaded, after the layer has run without gradients.
 
     Args:
         device: the GPU's number.
         variant: of the kernels.
         maps: that the layer takes.
         channels: of its output.
-        trains: whether there are the kernels of the backward pass too.
 
     Returns:
         (tiles, plans): the number of sums of :func:`embedding_sums_shape`, and of each kernel the
@@ -91,11 +91,8 @@ def plans_of(
     gradients = {f"grad_{name}": x for name, x in slices.items()}
     images = {**slices, **gradients, "output": output, "grad": output}
     others = dict.fromkeys(("rel_rows", "rel_cols", "log_sum", "minus_mean", "grad_embeddings"))
-    kernels = ["local_attention_forward"]
-    if trains:
-        kernels += ["local_attention_query", "local_attention_key"]
-    launches = [launch_of(name, variant, maps, **images, **others) for name in kernels]
-    if trains and variant.position:
+    launches = [launch_of(name, variant, maps, **images, **others) for name in KERNELS]
+    if variant.position:
         launches.append(launch_of_embeddings(variant, sums, sums, sums))
     return sums.shape[0], [_plan(launch, device) for launch in launches]
 
@@ -104,7 +101,7 @@ def _plan(launch: Launch, device: int) -> Tensor:
     kind = type(launch.arguments)
     offsets = [getattr(kind, name).offset for name in pointers_of(kind)]
     words = memoryview(bytes(launch.arguments)).cast("q").tolist()
-    kernel = (launcher(), function_of(launch, device))
+    kernel = (*driver_functions(), context_of(device), function_of(launch, device))
     start = [*kernel, *launch.grid, launch.threads, launch.shared_bytes]
     numbers = [*start, len(offsets), len(words), *offsets, *words]
     return torch.tensor(numbers, dtype=torch.int64, device="cpu")
@@ -113,10 +110,18 @@ def _plan(launch: Launch, device: int) -> Tensor:
 def function_of(launch: Launch, device: int) -> int:
     """Return the address of a kernel that is loaded on a GPU."""
     with torch.cuda.device(device):
+        bind_context(device)
         return int(load_kernel(launch.header, launch.name, device, launch.shared_bytes))
 
 
+def context_of(device: int) -> int:
+    """Return the address of PyTorch's context of a GPU."""
+    return int(primary_context(device))
+
+
 @cache
-def launcher() -> int:
-    """Return the address of the driver's cuLaunchKernel."""
-    return ctypes.cast(ctypes.CDLL("libcuda.so.1").cuLaunchKernel, ctypes.c_void_p).value
+def driver_functions() -> tuple[int, int]:
+    """Return the addresses of the driver's cuLaunchKernel and cuCtxSetCurrent."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    functions = (driver.cuLaunchKernel, driver.cuCtxSetCurrent)
+    return tuple(ctypes.cast(x, ctypes.c_void_p).value for x in functions)

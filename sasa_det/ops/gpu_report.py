@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from ..utils.text import markdown_table
-from .cuda_compiler import CompiledKernel, compile_kernel
+from .cuda_compiler import CompiledKernel, CompilerError, compile_kernel
 from .cuda_kernels import HEAD_WIDTHS, KERNELS, WIDEST_KERNEL, Variant
 from .gpu_instructions import Work, disassembler, work_per_head
 from .gpu_prediction import GPUS, WHOLE, Gpu, Times, attention, convolution, gpu_of, layers_by_size
@@ -144,7 +144,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         architectures = ["sm_{}{}".format(*torch.cuda.get_device_capability())]
     else:
         predicted_gpus, architectures = GPUS, ARCHITECTURES
-    print(markdown_table(resources(options.architectures or architectures, options.head_widths)))
+    try:
+        _describe(options.architectures or architectures, options.head_widths, predicted_gpus)
+        predicted = predict(gpu) if measuring and gpu and disassembler() else {}
+    except CompilerError as error:
+        if not measuring:
+            raise
+        print(f"\nThis is left out: {error}")  # what can be measured tells more
+        predicted = {}
+    if not measuring:
+        print("\nNothing was measured, as PyTorch finds no GPU.")
+        return
+    from ..benchmark.gpu_measure import measure
+
+    measure(options.output, start + 60 * options.minutes, gpu, predicted)
+
+
+def _describe(
+    architectures: Sequence[str], head_widths: Sequence[int], predicted_gpus: Sequence[Gpu]
+) -> None:
+    print(markdown_table(resources(architectures, head_widths)))
     if disassembler() is None:
         print("\nnvdisasm, which Triton brings, is not installed: nothing is predicted.")
     elif predicted_gpus:
@@ -153,13 +172,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(markdown_table([row for x in predicted_gpus for row in predictions(x)]))
     else:
         print("\nNothing is predicted of this GPU.")
-    if not measuring:
-        print("\nNothing was measured, as PyTorch finds no GPU.")
-        return
-    from ..benchmark.gpu_measure import measure
-
-    predicted = predict(gpu) if gpu and disassembler() else {}
-    measure(options.output, start + 60 * options.minutes, gpu, predicted)
 
 
 if __name__ == "__main__":

@@ -153,8 +153,18 @@ def time_calls(
         try:
             calls[name] = capture(make, rotate)
         except Exception as error:  # of whatever library it calls
-            problems[name] = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
-    medians = {name: statistics.median(x) for name, x in time_rounds(calls, rounds).items()}
+            problems[name] = describe_error(error)
+    try:
+        medians = {name: statistics.median(x) for name, x in time_rounds(calls, rounds).items()}
+    except RuntimeError as error:  # of a kernel in one of the graphs
+        medians, problems = {}, {name: describe_error(error) for name in calls} | problems
     calls.clear()
     torch.cuda.empty_cache()
     return medians, problems
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an error's first line: that of the first error, where others followed from it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")

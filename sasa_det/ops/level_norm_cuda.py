@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import cuda
-from .cuda_check import first_use_problem, largest_errors, problem_of
+from .cuda_check import draw, first_use_problem, largest_errors, problem_of
 from .cuda_kernels import MOST_LEVELS, Launch
 from .exporting import why_not_instead
 from .precision import autocast_disabled
@@ -400,11 +400,11 @@ def errors_of(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     channels, pixels, momentum, eps = 40, (1300, 77, 2), 0.1, 1e-5
     random = torch.Generator().manual_seed(0)
 
-    def draw(*shape):
-        return torch.randn(shape, generator=random, device="cpu").to(device)
+    def drawn(*shape):
+        return draw(shape, random).to(device)
 
-    x = (2 * draw(sum(pixels), channels) + draw(channels)).to(dtype)
-    weights, biases, means = (list(draw(len(pixels), channels)) for _ in range(3))
+    x = (2 * drawn(sum(pixels), channels) + drawn(channels)).to(dtype)
+    weights, biases, means = (list(drawn(len(pixels), channels)) for _ in range(3))
     variances = [m.square() for m in means]
     exact = [[t.double() for t in tensors] for tensors in (weights, biases, means, variances)]
     exact_x = x.double()
@@ -414,7 +414,7 @@ def errors_of(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
         output = normalize(x, pixels, weights, biases, means, variances, momentum, eps)
         expected = reference(exact_x, pixels, *exact, momentum, eps)
         # Nothing depends on what is a hair's breadth from the bend of the ReLU.
-        grad = torch.where(expected.detach().abs() > 1e-3, draw(*x.shape), 0).to(dtype)
+        grad = torch.where(expected.detach().abs() > 1e-3, drawn(*x.shape), 0).to(dtype)
         outputs = ((output, x, weights, biases), (expected, exact_x, *exact[:2]))
         results = []
         for y, of_x, *of_norms in outputs:

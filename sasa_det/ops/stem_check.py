@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from . import standard_blocks
 from .blocks import STEM_BLOCK, place_matrices
-from .cuda_check import first_use_problem, largest_errors, problem_of
+from .cuda_check import draw, first_use_problem, largest_errors, problem_of
 from .precision import autocast_disabled
 from .stem_cuda import normalized
 from .stem_kernels import OFFSETS
@@ -61,8 +61,8 @@ def errors_of(
         "weight": (channels,),
         "bias": (channels,),
     }
-    drawn = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
-    grad = torch.randn(2, channels, 3, 3, generator=random).to(device)
+    drawn = {name: draw(shape, random) for name, shape in shapes.items()}
+    grad = draw((2, channels, 3, 3), random).to(device)
     eps, results = 1e-5, []
     with torch.enable_grad(), autocast_disabled(device):
         for dtype in (torch.float32, torch.float64):

@@ -92,13 +92,18 @@ def combine(
         num_heads: number of heads.
     """
     queries = _LOG2_E * query.unflatten(0, (num_heads, -1))
-    bilinear = queries.transpose(1, 2) @ key.unflatten(0, (num_heads, -1))
+    bilinear = _products(queries, key.unflatten(0, (num_heads, -1)))
     if rel_rows is None or rel_cols is None:
         zeros = query.new_zeros(num_heads, OFFSETS, query.shape[1])
         return bilinear, zeros, zeros
     halves = queries.chunk(2, 1)
     pairs = zip((rel_rows, rel_cols), halves, strict=True)
-    return bilinear, *((x.float().transpose(1, 2) @ half).contiguous() for x, half in pairs)
+    return bilinear, *(_products(x.float(), half) for x, half in pairs)
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Sum (heads, width, M) times (heads, width, C_in) over the width, never in TF32."""
+    return (a[..., :, None] * b[..., None, :]).sum(1)
 
 
 class _Normalized(torch.autograd.Function):

@@ -1,11 +1,20 @@
 """What is measured on a GPU, run on a CPU where it can be."""
 
 import inspect
+import time
+from dataclasses import replace
 
 import pytest
 import torch
 
-from sasa_det.benchmark.gpu_measure import WAYS, checked_variants, layer_maker, ways_of
+from sasa_det.benchmark.gpu_measure import (
+    WAYS,
+    checked_variants,
+    layer_maker,
+    run_parts,
+    ways_of,
+)
+from sasa_det.benchmark.gpu_tables import Measured, as_markdown
 from sasa_det.ops.gpu_prediction import RETINANET, Layer, layers_by_size
 from sasa_det.ops.gpu_report import main
 
@@ -38,6 +47,39 @@ def test_convolution_and_attention_make_results_of_the_same_size(options):
 def test_variants_are_measured_once():
     variants = [variant for variant, _ in checked_variants()]
     assert len(set(variants)) == len(variants) == 16
+
+
+def fail(message="an illegal memory access\nMore"):
+    raise RuntimeError(message)
+
+
+def test_a_part_that_fails_is_noted_and_the_next_one_runs():
+    measured, written = Measured("a GPU"), []
+    parts = [
+        ("first", lambda: measured.rows.append(1)),  # there are no such rows
+        ("second", lambda: measured.layers.append("a row")),
+        ("third", fail),
+        ("fourth", lambda: measured.layers.append("another")),
+    ]
+
+    def write():
+        written.append(as_markdown(replace(measured, layers=[]), {}, None))
+
+    run_parts(measured, parts, time.monotonic() + 60, write, lambda: None)
+    assert measured.layers == ["a row", "another"] and list(measured.seconds) == [*dict(parts)]
+    assert measured.notes == [
+        "first failed: AttributeError: 'Measured' object has no attribute 'rows'.",
+        "third failed: RuntimeError: an illegal memory access.",
+    ]
+    assert all(note in written[-1] for note in measured.notes)
+    measured = Measured("a GPU")
+    run_parts(measured, parts[2:], time.monotonic() + 60, write, fail)
+    assert measured.notes[1:] == ["The GPU cannot be used any more, for: fourth."]
+    measured = Measured("a GPU")
+    run_parts(measured, parts, time.monotonic() - 1, write, fail)
+    assert measured.notes == [
+        "Not begun for want of time (--minutes): first, second, third, fourth."
+    ]
 
 
 @pytest.mark.parametrize("name", ["convolution", "attention", "HaloAttn (timm)"])

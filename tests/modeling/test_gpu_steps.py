@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sasa_det.benchmark.gpu_networks import NETWORKS, network_maker
+from sasa_det.benchmark.gpu_measure import MODELS
+from sasa_det.benchmark.gpu_networks import network_maker
 from sasa_det.benchmark.measure import Settings
 from sasa_det.config_files import CONFIGS
 from sasa_det.layers import attention_stem
@@ -96,7 +97,7 @@ def trace(name, training):
         # As on a GPU that runs the CUDA kernels.
         patch.setattr(cuda, "why_not_like", lambda *arguments, **options: None)
         patch.setattr(attention_stem, "prefers_channels_last", lambda x: True)
-        run = network_maker(settings, NETWORKS[name], training, autocast=False)()
+        run = network_maker(settings, MODELS[name], training, autocast=False)()
         with Trace() as traced:
             run()
     return traced

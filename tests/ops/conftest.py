@@ -134,6 +134,16 @@ def _source(headers, structures):
 
 
 @pytest.fixture
+def other_defaults():
+    """PyTorch makes tensors of float64, without values, unless it is told otherwise."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    with torch.device("meta"):
+        yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture
 def emulated(library, monkeypatch):
     """The backend "cuda" with the emulated kernels of ``library``; the names of what started."""
 
@@ -154,14 +164,23 @@ def emulated(library, monkeypatch):
 @pytest.fixture
 def launched(library, emulated, monkeypatch):
     """Layers as one call of C++, which starts emulated kernels; the names of those that started."""
-    names = []
+    names, contexts = [], []
 
     def load(launch, device):
         names.append(launch.name)
         return len(names)
 
+    @_SET_CURRENT
+    def set_current(context):
+        contexts.append(context)
+        return 0
+
     @_LAUNCH_KERNEL
     def launch(function, x, y, z, threads, _, __, shared_bytes, stream, arguments, ___):
+        # Each launch may be the first of its thread, which then has no context.
+        if contexts != [_CONTEXT]:
+            return 201
+        contexts.clear()
         name = names[function - 1]
         structure = _structure_of(name).from_address(arguments[0])
         started.append(name)
@@ -173,8 +192,9 @@ def launched(library, emulated, monkeypatch):
     started = []
     cuda_layer.plans_of.cache_clear()
     monkeypatch.setattr(cuda_layer, "function_of", load)
-    address = ctypes.cast(launch, ctypes.c_void_p).value
-    monkeypatch.setattr(cuda_layer, "launcher", lambda: address)
+    functions = tuple(ctypes.cast(x, ctypes.c_void_p).value for x in (launch, set_current))
+    monkeypatch.setattr(cuda_layer, "driver_functions", lambda: functions)
+    monkeypatch.setattr(cuda_layer, "context_of", lambda device: _CONTEXT)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=5))
     monkeypatch.setattr(cuda_layer, "is_there", lambda device: True)
     monkeypatch.setattr(joined, "product_dtype", lambda x: torch.bfloat16)
@@ -182,7 +202,10 @@ def launched(library, emulated, monkeypatch):
     cuda_layer.plans_of.cache_clear()
 
 
-# The driver's cuLaunchKernel.
+_CONTEXT = 3  # of the GPU that there is not
+
+# The driver's cuCtxSetCurrent and cuLaunchKernel.
+_SET_CURRENT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
 _UNSIGNED = [ctypes.c_uint] * 7
 _LAUNCH_KERNEL = ctypes.CFUNCTYPE(
     *(ctypes.c_int, ctypes.c_size_t, *_UNSIGNED),

@@ -119,6 +119,11 @@ def test_the_check_at_first_use_finds_what_is_wrong(emulated, monkeypatch, caplo
     assert "vector_aggregation does not use its CUDA kernels: output differs" in caplog.text
 
 
+def test_defaults_do_not_change_the_check(emulated, other_defaults):
+    errors = aggregation_cuda.errors_of(torch.device("cpu"), 3)
+    assert max(errors.values()) <= aggregation_cuda.TOLERANCE / 10
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_what_the_kernels_do_not_take():
     def reason(kernel_size=7, **options):

@@ -1,5 +1,6 @@
 """The check of the CUDA kernels in a process of its own, which may end in any way."""
 
+import io
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import torch
 
 from sasa_det.ops import cpu, cuda_check
 from sasa_det.ops.cuda_check import Verdict, in_other_process, keep_verdict, why_not_correct
+from sasa_det.ops.cuda_compiler import CompilerError
 from sasa_det.ops.cuda_kernels import KERNELS, Split, Variant
 
 VARIANTS = [Variant(torch.bfloat16, 32, 7), Variant(torch.float16, 8, 5, mask=False)]
@@ -108,6 +110,74 @@ def test_a_verdict_is_kept(tmp_path):
     other = Verdict({"output": 0.001})
     assert keep_verdict(path, lambda: other, again=True) == other
     assert keep_verdict(path, pytest.fail) == other
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"errors": {}, "more": 1}', "null"])
+def test_a_damaged_verdict_is_made_again(tmp_path, text):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    verdict = Verdict({"output": 0.01})
+    assert keep_verdict(path, lambda: verdict) == verdict
+    assert keep_verdict(path, pytest.fail) == verdict
+
+
+def test_a_want_of_time_or_memory_is_kept_for_this_run_alone(tmp_path):
+    path = tmp_path / "x.json"
+    late = Verdict({}, "it took more than 180 s", transient=True)
+    assert keep_verdict(path, lambda: late) == late
+    # The other processes of a training need not wait for it again, later ones try.
+    assert keep_verdict(path, pytest.fail) == late
+    before = cuda_check._BEGINNING - 1
+    os.utime(path, (before, before))
+    verdict = Verdict({"output": 0.01})
+    assert keep_verdict(path, lambda: verdict) == verdict
+
+
+@pytest.mark.parametrize(
+    "code,transient",
+    [("os.kill(os.getpid(), 9)", True), ("os.abort()", False), ("sys.exit(3)", False)],
+)
+def test_the_end_of_a_process_may_be_want_of_memory(code, transient):
+    (verdict,) = in_other_process(process(code), VARIANTS[:1])
+    assert verdict.transient == transient and verdict.problem
+
+
+def test_errors_of_the_gpu_are_problems_and_end_no_forward_pass(caplog):
+    for error, transient in (
+        (torch.cuda.OutOfMemoryError("CUDA out of memory.\nMore lines"), True),
+        (RuntimeError('Function "cuLaunchKernelEx" not found'), False),
+        (CompilerError("it cannot be compiled"), False),
+    ):
+
+        def errors(error=error):
+            raise error
+
+        caplog.clear()
+        problem = cuda_check.first_use_problem("A layer", errors, 0.1, "theirs")
+        assert problem == str(error).partition("\n")[0]
+        assert f"A layer does not use its CUDA kernels: {problem.rstrip('.')}." in caplog.text
+        assert cuda_check._verdict_of_error(error).transient == transient
+
+
+def test_a_check_has_no_more_time_than_it_is_given():
+    first, second = cuda_check.check(VARIANTS, GPU, seconds=0)
+    assert first == second == Verdict({}, "there was no time to check it", transient=True)
+    (verdict,) = in_other_process(
+        process("import signal; signal.pause()"), VARIANTS[:1], most_seconds=1
+    )
+    assert verdict.problem == "the process that compared them took more than 1 s"
+    assert verdict.transient
+
+
+def test_a_problem_that_leaves_the_gpu_as_it_was_does_not_end_the_process(monkeypatch, capsys):
+    """One of the driver, which is not there."""
+    variants = json.dumps([cuda_check._as_json(variant) for variant in VARIANTS])
+    monkeypatch.setattr("sys.argv", ["check", "cpu"])
+    monkeypatch.setattr("sys.stdin", io.StringIO(variants))
+    cuda_check.main()
+    _, *lines = capsys.readouterr().out.splitlines()
+    verdicts = [json.loads(line.removeprefix(cuda_check._MARK)) for line in lines]
+    assert len(verdicts) == len(VARIANTS) and all(x["problem"] for x in verdicts)
 
 
 def test_where_nothing_can_be_kept_it_says_so(tmp_path, caplog):

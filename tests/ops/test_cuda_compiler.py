@@ -144,6 +144,22 @@ def test_a_compiled_kernel_is_kept(cache, caplog):
 
 
 @needs_compiler
+def test_a_damaged_file_is_compiled_again(cache):
+    name = Variant(BF16, 8, 1, content=False).name("local_attention_forward")
+    arguments = "local_attention_forward.cuh", name, "sm_80"
+    right = compile_kernel(*arguments)
+    (path,) = cache.glob("local_attention_forward-Bfloat16-8-1-*.kernel")
+    whole = path.read_bytes()
+    line = whole.split(b"\n")[0]
+    changed = bytearray(whole)
+    changed[-1] ^= 1
+    for damaged in (b"", whole[:100], line, line + b"\n", whole[:-9], changed, b"[1]\n", b"1\n2"):
+        path.write_bytes(damaged)
+        assert cuda_compiler._read(path) is None
+    assert compile_kernel(*arguments) == right and path.read_bytes() == whole
+
+
+@needs_compiler
 def test_what_does_not_compile_is_told():
     with pytest.raises(CompilerError, match=r"missing<1> cannot be compiled for sm_90: .*missing"):
         compile_kernel("local_attention_forward.cuh", "missing<1>", "sm_90")

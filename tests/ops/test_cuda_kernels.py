@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sasa_det.benchmark import gpu_checks
 from sasa_det.benchmark.gpu_choices import make_launch
 from sasa_det.layers import LocalSelfAttention2d, joined
 from sasa_det.layers.joined import is_joined
@@ -683,6 +684,42 @@ def test_a_node_without_gradients_and_of_no_images(launched):
     assert len(launched) == 2 and not any(map(torch.any, gradients))
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_an_input_that_is_changed_before_the_backward_pass_is_an_error(launched, layout):
+    layer = make_layer().to(BF16)
+    images = torch.randn(1, 24, 3, 4, dtype=BF16).to(memory_format=layout).requires_grad_()
+    x = images.relu()
+    y = joined.attend(layer, x)
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.float().sum().backward()
+    # A copy of another type is not changed.
+    x = images.float()
+    y = joined.attend(layer, x)
+    x.mul_(2)
+    y.float().sum().backward()
+    assert images.grad.isfinite().all() and images.grad.any()
+
+
+def test_there_is_no_node_in_inference_mode(launched):
+    layer, x = make_layer(), torch.randn(1, 24, 3, 4)
+    with torch.inference_mode():
+        expected = joined.attend(layer, x)
+        with torch.enable_grad():
+            found = joined.attend(layer, x.clone())
+    assert torch.equal(found, expected) and not found.requires_grad
+
+
+def test_the_first_pass_loads_the_kernels_of_the_backward_pass_too(launched, monkeypatch):
+    """In the capture of a step as a CUDA graph, nothing can be loaded."""
+    layer, x = make_layer(), torch.randn(1, 24, 3, 4)
+    with torch.no_grad():
+        joined.attend(layer, x)
+    monkeypatch.setattr(cuda_layer, "function_of", pytest.fail)
+    joined.attend(layer, x).float().sum().backward()
+    assert layer.query.weight.grad.any()
+
+
 def test_a_node_is_not_differentiated_twice(launched):
     x = torch.randn(1, 24, 3, 4).requires_grad_()
     (grad,) = torch.autograd.grad(joined.attend(make_layer(), x).sum(), x, create_graph=True)
@@ -794,6 +831,26 @@ def test_the_check_at_first_use_sees_other_levels(launched, monkeypatch):
     monkeypatch.setattr(cuda_layer, "attend", wrong)
     verdict = cuda_check.verdict_of(VARIANTS["position"], torch.device("cpu"))
     assert verdict.problem.startswith("layer differs from the loop backend's by ")
+
+
+def test_what_the_report_compares_of_levels(launched, monkeypatch):
+    monkeypatch.setattr(gpu_checks, "runs_on_levels", lambda layer, x: True)
+    device = torch.device("cpu")
+    errors = gpu_checks.errors_of_levels(device)
+    assert len(errors) == 11 and max(errors.values()) <= 1e-2
+    assert max(error for name, error in errors.items() if "output" in name) == 0
+    right = gpu_checks.attend_levels
+    monkeypatch.setattr(gpu_checks, "attend_levels", lambda *inputs: 1.1 * right(*inputs))
+    ((_, compare),) = [x for x in gpu_checks.checks_parts(device) if x[0] == "levels in one call"]
+    (comparison,) = compare()
+    assert comparison.error > 0.05
+    assert "differs from that of one level after the other by" in comparison.problem
+
+
+def test_defaults_do_not_change_the_check(launched, other_defaults):
+    for case in ("position", "32-pooled"):
+        verdict = cuda_check.verdict_of(VARIANTS[case], torch.device("cpu"))
+        assert verdict.problem is None and verdict.errors[cuda_check.LAYER] > 0
 
 
 def test_autocast_does_not_change_the_check(emulated):

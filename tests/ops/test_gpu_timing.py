@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sasa_det.layers import LocalSelfAttention2d
-from sasa_det.ops.gpu_timing import capture, make_copies, num_calls, num_copies
+from sasa_det.ops.gpu_timing import capture, describe_error, make_copies, num_calls, num_copies
 
 MIB = 1 << 20
 
@@ -39,6 +39,17 @@ def test_calls_are_made_until_they_fill_the_cache_twice():
     assert [run() for run in runs] == made == [0, 1, 2, 3, 4]
     made.clear()
     assert len(make_copies(make, 0, lambda: 30 * len(made))) == 1
+
+
+def test_the_first_error_is_told_and_not_what_it_did_to_a_capture():
+    try:
+        try:
+            raise ValueError("it takes no such sizes\nMore")
+        finally:
+            raise RuntimeError("the capture was invalidated")
+    except RuntimeError as error:
+        assert describe_error(error) == "ValueError: it takes no such sizes"
+    assert describe_error(RuntimeError("")) == "RuntimeError"
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

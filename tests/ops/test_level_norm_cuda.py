@@ -316,6 +316,11 @@ def test_the_check_at_first_use_finds_what_is_wrong(emulated, monkeypatch, caplo
     assert "The norm of levels does not use its CUDA kernels:" in caplog.text
 
 
+def test_defaults_do_not_change_the_check(emulated, other_defaults):
+    errors = level_norm_cuda.errors_of(torch.device("cpu"), BF16)
+    assert max(errors.values()) <= level_norm_cuda.TOLERANCE[BF16]
+
+
 def test_what_the_kernels_do_not_take():
     assert why_not(torch.empty(3, 8), (3,)) == "they take CUDA tensors, not cpu"
     # meta tensors stand for those of a GPU, whose type is asked first

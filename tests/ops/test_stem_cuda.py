@@ -1,5 +1,7 @@
 """The stem's CUDA kernels against PyTorch, on a CPU that emulates the warps of a GPU."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from sasa_det.layers import AttentionStem
 from sasa_det.ops import cuda, stem_check, stem_cuda
 from sasa_det.ops.blocks import place_matrices
 from sasa_det.ops.cuda_compiler import compile_kernel, missing
+from sasa_det.ops.stem_cuda import combine
 from sasa_det.ops.stem_kernels import HEADER, launch_of
 
 # Channels of the image, heads and their width.
@@ -128,6 +131,27 @@ def test_no_barrier_is_superfluous(emulated, skipped):
 def test_check_before_the_first_use(emulated):
     errors = stem_check.errors_of(torch.device("cpu"), 3, 4, 16)
     assert len(errors) == 9 and max(errors.values()) <= stem_check.TOLERANCE / 10
+
+
+def test_defaults_do_not_change_the_check(emulated, other_defaults):
+    errors = stem_check.errors_of(torch.device("cpu"), 3, 4, 16)
+    assert max(errors.values()) <= stem_check.TOLERANCE / 10
+
+
+def test_the_matrices_that_the_kernels_take_are_exact():
+    """Products would be in TF32 where a user wants it, of which the check sees the rounding."""
+    tensors = [torch.randn(12, 3), torch.randn(12, 3), *torch.randn(2, 2, 3, 7)]
+    found = combine(*tensors, 2)
+    query, key, rel_rows, rel_cols = (x.double() for x in tensors)
+    query = query.reshape(2, 6, 3) / math.log(2)
+    expected = [
+        torch.einsum("hdi,hdj->hij", query, key.reshape(2, 6, 3)),
+        torch.einsum("hdo,hdi->hoi", rel_rows, query[:, :3]),
+        torch.einsum("hdo,hdi->hoi", rel_cols, query[:, 3:]),
+    ]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.is_contiguous()
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(missing() is not None, reason="NVRTC is not installed")
