@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from itertools import takewhile
 
 DATA_HELP = (
     "COCO-format json and image folder, a YOLO data.yaml, or a Pascal VOC folder; the last two may "
@@ -70,14 +71,15 @@ class DataParser(argparse.ArgumentParser):
 
 def _num_words(words: Sequence[str]) -> int:
     """Return how many of the words after a flag name data."""
-    words = [*words[:2], "-", "-"]
-    if words[0].startswith("-"):
-        return 0
-    if words[1].startswith("-"):
-        return 1
+    words = list(takewhile(lambda word: not word.startswith("-"), words))
+    if len(words) < 2:
+        return len(words)
+    is_override = _OVERRIDE.fullmatch(words[1]) is not None
     if data_format(words[0]) == "coco":
-        return 2
-    return 1 if _OVERRIDE.fullmatch(words[1]) else 2
+        # A folder may have such a name, and the overrides behind it come in pairs.
+        in_pairs = "=" in words[1] or len(words) % 2 == 1
+        is_override = is_override and in_pairs and not os.path.isdir(words[1])
+    return 1 if is_override else 2
 
 
 class _Words(argparse.Action):

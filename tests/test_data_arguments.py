@@ -49,6 +49,10 @@ def test_words(parser, words, train, test, opts):
     [
         ("--train", "argument --train: expected at least one argument"),
         ("--train a.json", "argument --train: expected the image folder of a.json behind it"),
+        (
+            "--train a.json SOLVER.MAX_ITER 2",
+            "argument --train: expected the image folder of a.json behind it",
+        ),
     ],
 )
 def test_words_that_name_no_data(parser, words, message, capsys):

@@ -100,6 +100,7 @@ def run(
     trainer = trainer or kind.trainer
     flush_denormals()
     log_to(None)
+    early = _EarlyWarnings()
     if is_elastic_restart():
         # torchrun repeats the command that it was given.
         args.resume, args.overwrite = "auto", False
@@ -107,12 +108,12 @@ def run(
         options = kind.load(args)
         if started_by_torchrun():
             check_processes(options, int(os.environ["LOCAL_WORLD_SIZE"]))
-            work = (trainer, options, args)
+            work = (trainer, options, args, early)
             return launch(_torchrun_worker, 1, device=options.device, args=work)
         check_processes(options, args.num_gpus, args.num_machines, args.dist_url)
         processes = args.num_gpus * args.num_machines
         leader = args.machine_rank == 0
-        with _prepared(trainer, options, args, leader, processes) as output:
+        with _prepared(trainer, options, args, leader, processes, early) as output:
             status = launch(
                 _worker,
                 args.num_gpus,
@@ -135,6 +136,7 @@ def _prepared(
     args: argparse.Namespace,
     leader: bool,
     num_processes: int,
+    early: "_EarlyWarnings",
 ) -> Iterator[OutputFolder]:
     """Claim the output folder of a run in a block and check the run."""
     with claim_output(
@@ -152,16 +154,23 @@ def _prepared(
             num_processes=num_processes,
         )
         output.clear()
+        if leader:
+            early.write(Path(options.output_dir, "log.txt"))
         yield output
 
 
-def _torchrun_worker(trainer: type[Trainer], options: RunOptions, args: argparse.Namespace) -> int:
+def _torchrun_worker(
+    trainer: type[Trainer],
+    options: RunOptions,
+    args: argparse.Namespace,
+    early: "_EarlyWarnings",
+) -> int:
     """Check the run in the first process, and do the work of this one if the check succeeded."""
     with ExitStack() as stack:
         status, resumed, output = 0, False, None
         if comm.is_main_process():
             try:
-                prepared = _prepared(trainer, options, args, True, comm.get_world_size())
+                prepared = _prepared(trainer, options, args, True, comm.get_world_size(), early)
                 output = stack.enter_context(prepared)
                 resumed = output.resumed
             except USAGE_ERRORS as error:
@@ -397,6 +406,32 @@ def log_to(
                 handler.stream.reconfigure(encoding=encoding, errors="backslashreplace")
             if shown is not None and on_terminal:
                 handler.addFilter(shown)
+
+
+class _EarlyWarnings(logging.Handler):
+    """Keeps the warnings of what comes before a run, until there is its log.txt to have them.
+
+    They are kept until :func:`log_to` is called.
+    """
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self._lines: list[str] = []
+        self.addFilter(_escape)
+        # As lines of log.txt are.
+        form = "[%(asctime)s] %(name)s %(levelname)s: %(message)s"
+        self.setFormatter(logging.Formatter(form, datefmt="%m/%d %H:%M:%S"))
+        for name in _LOGGERS:
+            logging.getLogger(name).addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(self.format(record))
+
+    def write(self, path: Path) -> None:
+        """Write them behind what is in a file."""
+        if self._lines:
+            with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.writelines(f"{line}\n" for line in self._lines)
 
 
 def _escape(record: logging.LogRecord) -> bool:

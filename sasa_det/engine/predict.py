@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -251,6 +252,24 @@ def _read_ahead(batches: Iterator[list]) -> Iterator[list]:
             yield batch
 
 
+@dataclass
+class _Video:
+    """A video that is written, of what, and to which file until it is whole."""
+
+    medium: Medium
+    writer: cv2.VideoWriter
+    part: Path
+    num_frames: int = 0
+
+
+def _num_frames(path: Path) -> int:
+    video = cv2.VideoCapture(str(path))
+    try:
+        return int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+    finally:
+        video.release()
+
+
 class _Outputs:
     """The files that a command writes; a video is written while its images are predicted on."""
 
@@ -263,7 +282,7 @@ class _Outputs:
         # The images of a COCO json have one already.
         self._images = None if args.test or not self._json else images_path(self._json)
         self.tables = [path for path in (self._json, self._images, self._csv) if path]
-        self._video: tuple[Medium, cv2.VideoWriter] | None = None
+        self._video: _Video | None = None
         self._stack = ExitStack()
         if len({os.path.abspath(path) for path in self.tables}) < len(self.tables):
             raise UsageError("--json and --csv must name different files.")
@@ -290,10 +309,11 @@ class _Outputs:
 
     def __exit__(self, kind, error, trace) -> None:
         if error is None:
-            self._end_video()
+            with self._stack:  # which removes a video that is not whole
+                self._end_video()
         else:
             if self._video is not None:
-                self._video[1].release()
+                self._video.writer.release()
             # The video is removed, for it is not whole.
             self._stack.__exit__(kind, error, trace)
 
@@ -302,7 +322,7 @@ class _Outputs:
         if self._folder is None:
             return
         # A folder is locked while a file is written into it.
-        if self._video is not None and self._video[0] is not frame.medium:
+        if self._video is not None and self._video.medium is not frame.medium:
             self._end_video()
         rgb = draw_instances(frame.image[:, :, ::-1], instances, class_name)
         if frame.index is not None:
@@ -334,11 +354,18 @@ class _Outputs:
             writer = cv2.VideoWriter(str(part), code, frame.fps, (width, height))
             if not writer.isOpened():
                 raise UsageError("this OpenCV cannot write mp4 videos; leave --output out.")
-            self._video = frame.medium, writer
-        self._video[1].write(np.ascontiguousarray(rgb[:, :, ::-1]))
+            self._video = _Video(frame.medium, writer, part)
+        self._video.writer.write(np.ascontiguousarray(rgb[:, :, ::-1]))
+        self._video.num_frames += 1
 
     def _end_video(self) -> None:
-        if self._video is not None:
-            self._video[1].release()
-            self._video = None
-            self._stack.close()
+        video, self._video = self._video, None
+        if video is None:
+            return
+        video.writer.release()
+        # OpenCV does not say that it could not write, as on a full disk.
+        if _num_frames(video.part) != video.num_frames:
+            raise UsageError(
+                f"{self._picture(video.medium)} could not be written whole; the disk may be full."
+            )
+        self._stack.close()

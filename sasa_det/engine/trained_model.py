@@ -145,15 +145,33 @@ def _load_exported(path: str | os.PathLike, config_file: str, opts: Sequence[str
     if config_file:
         raise UsageError(f"{path} holds its config; leave --config-file out.")
     model = read_exported(path)
+    _check_overrides(path, opts)
     options = stored_options(model.facts["config"], f"the config in {path}", opts)
     options = options.replace(device="cpu")
     _check_kind(options, path)
-    if options.tta_enabled and options.meta_architecture == "GeneralizedRCNN":
+    if options.tta_enabled:
         raise UsageError(
-            f"{path}: TEST.AUG.ENABLED must be False, for an exported R-CNN has no test-time "
+            f"{path}: TEST.AUG.ENABLED must be False, for an exported model has no test-time "
             "augmentation."
         )
     return TrainedModel(model, options, model.facts["classes"], model.facts["category_ids"])
+
+
+def _check_overrides(path: str | os.PathLike, opts: Sequence[str]) -> None:
+    """Refuse the overrides of a config that would do nothing, as the exported model is made."""
+    if any("=" in word for word in opts):  # of a LazyConfig
+        keys = [word.split("=")[0].lstrip("+~") for word in opts]
+    else:
+        keys = list(opts[::2])
+        if opts[1::2] and (key := "MODEL.DEVICE") in keys:
+            if opts[2 * keys.index(key) + 1] == "cpu":
+                keys.remove(key)
+    for key in keys:
+        if not key.startswith(("INPUT.", "TEST.AUG.", "dataloader.")):
+            raise UsageError(
+                f"{key} is part of the exported file {path} and cannot be changed, as only keys of "
+                "INPUT (dataloader in a LazyConfig) can: export the checkpoint again with it."
+            )
 
 
 def _on_device(options: RunOptions, opts: Sequence[str]) -> RunOptions:

@@ -55,13 +55,13 @@ def rewind_metrics(path: Path, iteration: int, metrics: Mapping[str, float] | No
     lines = []
     if path.is_file():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    records = {line: _record(line) for line in lines}
-    kept = [line for line in lines if records[line].get("iteration", math.inf) <= iteration]
+    records: dict[int, dict[str, Any]] = {}
+    for record in map(_record, lines):
+        if record.get("iteration", math.inf) <= iteration:
+            records.setdefault(record["iteration"], {}).update(record)
     if metrics:
-        last = {"iteration": iteration}
-        if kept and records[kept[-1]]["iteration"] == iteration:
-            last = records[kept.pop()]
-        kept.append(json.dumps({**last, **metrics}, sort_keys=True))
+        records.setdefault(iteration, {"iteration": iteration}).update(metrics)
+    kept = [json.dumps(record, sort_keys=True) for record in records.values()]
     if kept != lines:
         write_text(path, "".join(f"{line}\n" for line in kept))
 

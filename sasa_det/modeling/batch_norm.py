@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .backbone.training_warnings import WarnsInTraining
+
 _PYTORCH = "Expected more than 1 value per channel"
 
 
@@ -54,7 +56,11 @@ def check_batch_norms(model: nn.Module, batch_size: int, side: int) -> None:
     Raises:
         SingleValueError: as :func:`naming_batch_norms`.
     """
-    model = copy.deepcopy(model).to("meta").train()
+    model = copy.deepcopy(model).to("meta")
+    for module in model.modules():
+        if isinstance(module, WarnsInTraining):
+            module.recipe_keys = ()  # this is not yet its training
+    model.train()
     divisor = max(1, model.backbone.size_divisibility)
     side = -(-side // divisor) * divisor
     image = torch.empty(batch_size, len(model.pixel_mean), side, side, device="meta")

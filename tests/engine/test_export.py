@@ -1,6 +1,7 @@
 """The command that exports, and prediction and evaluation with what it wrote."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from sasa_det.engine import Predictor, UsageError
 from sasa_det.engine.export import export_parser, run_export
 from sasa_det.engine.predict import predict_parser, run_predict
+from sasa_det.engine.trained_model import _check_overrides
 from sasa_det.export import read_exported
 
 
@@ -46,6 +48,32 @@ def test_prediction_with_an_exported_file_is_that_of_the_checkpoint(
     assert json.loads((tmp_path / "found.json").read_text())
     with pytest.raises(UsageError, match="score threshold must be at least 0.05"):
         Predictor.from_checkpoint(file, score_threshold=0.01)
+    with pytest.raises(UsageError, match="for an exported model has no test-time augmentation"):
+        Predictor.from_checkpoint(file, opts=["TEST.AUG.ENABLED", "True"])
+    with pytest.raises(UsageError, match="^TEST.DETECTIONS_PER_IMAGE is part of the exported file"):
+        Predictor.from_checkpoint(file, opts=["TEST.DETECTIONS_PER_IMAGE", "1"])
+
+
+@pytest.mark.parametrize(
+    ("opts", "key"),
+    [
+        ("", None),
+        ("INPUT.MIN_SIZE_TEST 64 MODEL.DEVICE cpu", None),
+        ("MODEL.DEVICE cuda", "MODEL.DEVICE"),
+        ("INPUT.FORMAT RGB MODEL.PIXEL_MEAN [0,0,0]", "MODEL.PIXEL_MEAN"),
+        ("dataloader.test.mapper.image_format=RGB", None),
+        ("model.test_score_thresh=0.1", "model.test_score_thresh"),
+        ("dataloader.test=null ~model.backbone", "model.backbone"),
+    ],
+)
+def test_what_is_part_of_an_exported_file_cannot_be_changed(opts, key):
+    if key is None:
+        _check_overrides("model.ts", opts.split())
+        return
+    with pytest.raises(
+        UsageError, match=f"^{re.escape(key)} is part of the exported file model.ts"
+    ):
+        _check_overrides("model.ts", opts.split())
 
 
 @pytest.mark.slow

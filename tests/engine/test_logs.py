@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from sasa_det.engine.defaults import log_to
+from sasa_det.engine.defaults import _EarlyWarnings, log_to
 from sasa_det.errors import UsageError, print_error
 
 HOSTILE = "cup\x1b[2J\x1b]0;title\x07\x9b31m\u202e\r\nerror: forged"
@@ -26,6 +26,25 @@ def logged(tmp_path, capsys):
         return (tmp_path / "log.txt").read_bytes().decode(), capsys.readouterr().out
 
     return call
+
+
+def test_warnings_before_a_run_are_in_its_log(tmp_path):
+    log_to(None)
+    early = _EarlyWarnings()
+    logger = logging.getLogger("sasa_det.data")
+    logger.warning("Class %s has no boxes.", HOSTILE)
+    logger.info("A file is read.")
+    path = tmp_path / "log.txt"
+    path.write_text("of an earlier run\n")
+    early.write(path)
+    log_to(str(tmp_path))
+    logger.info("The run begins.")
+    log_to(None)
+    text = path.read_text()
+    assert text.startswith("of an earlier run\n[")
+    assert f"] sasa_det.data WARNING: Class {SHOWN}\nerror: forged has no boxes.\n" in text
+    assert "A file is read." not in text and "The run begins." in text
+    assert text.count("has no boxes") == 1
 
 
 def test_messages_and_tables_are_escaped(logged):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import resource
 import runpy
 import shutil
 import signal
@@ -117,13 +118,37 @@ def test_unreadable_files_are_named_and_left_out(predict, digits, tmp_path, caps
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["good.png"]
 
 
-def test_videos(predict, digits, tmp_path):
-    frames = [cv2.imread(str(file)) for file in sorted(digits.glob("train/*.png"))]
+def make_video(path, images):
     code = cv2.VideoWriter_fourcc(*"MJPG")
-    writer = cv2.VideoWriter(str(tmp_path / "clip.avi"), code, 5, (64, 64))
-    for frame in frames:
-        writer.write(frame)
+    writer = cv2.VideoWriter(str(path), code, 5, (64, 64))
+    for image in images:
+        writer.write(cv2.imread(str(image)))
     writer.release()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_video_that_is_not_written_whole_is_an_error(predict, digits, tmp_path, overwrite):
+    """A limit on the size of files stands for a full disk: OpenCV says of neither."""
+    make_video(tmp_path / "clip.avi", sorted(digits.glob("train/*.png")))
+    out = tmp_path / "out"
+    words = ["--output", out, *(["--overwrite"] if overwrite else [])]
+    if overwrite:
+        assert predict(*words, data=("--input", tmp_path / "clip.avi")) == 0
+    before = {path.name: path.read_bytes() for path in out.glob("*")}
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.SIGXFSZ
+    ignored = signal.signal(handler, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(UsageError, match=r"clip.avi.mp4 could not be written whole; the disk"):
+            predict(*words, data=("--input", tmp_path / "clip.avi"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(handler, ignored)
+    assert {path.name: path.read_bytes() for path in out.glob("*")} == before
+
+
+def test_videos(predict, digits, tmp_path):
+    make_video(tmp_path / "clip.avi", sorted(digits.glob("train/*.png")))
     shutil.copy(tmp_path / "clip.avi", tmp_path / "more.avi")
     image = next(digits.glob("train/*.png"))
     data = ["--input", tmp_path / "clip.avi", tmp_path / "more.avi", image]

@@ -76,6 +76,15 @@ def test_the_check_refuses_exactly_what_cannot_be_trained(kind):
         assert found[1, 128].startswith("head.cls_subnet.0.norms.4 is a batch norm")
 
 
+def test_the_check_is_not_a_training_whose_keys_nobody_reads(caplog):
+    model = build(CLASSIFIER).eval()
+    model.backbone.recipe_keys = ("SOLVER.READ_BY_NOBODY",)
+    check_batch_norms(model, 1, 192)
+    assert "READ_BY_NOBODY" not in caplog.text
+    model.train()  # which is one
+    assert "READ_BY_NOBODY, which this training does not read" in caplog.text
+
+
 def test_other_errors_pass():
     with pytest.raises(ValueError, match="^another$"), naming_batch_norms(torch.nn.Identity()):
         raise ValueError("another")
