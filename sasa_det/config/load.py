@@ -111,6 +111,9 @@ def load_config(
     merge_overrides(cfg, opts)
     for split, source in (("TRAIN", train), ("TEST", test)):
         if source:
+            for name in (split, f"{split}_JSON"):
+                if (key := f"DATASETS.{name}") in opts[::2] and cfg.DATASETS[name]:
+                    raise UsageError(f"--{split.lower()} and {key} both name data; leave one out.")
             words = [*map(str, source), ""]
             cfg.DATASETS[f"{split}_JSON"], cfg.DATASETS[f"{split}_IMAGES"] = words[:2]
     _reset(cfg, overruled(opts[::2]))

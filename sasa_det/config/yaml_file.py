@@ -39,6 +39,11 @@ def read_config_file(path: str) -> list[tuple[str, dict[str, Any]]]:
     Raises:
         UsageError: in one sentence that names the file and, where there is one, the line.
     """
+    if path.endswith(".py"):
+        raise UsageError(
+            f"config file {path} is not yaml: LazyConfigs are for `sasa-det lazy-train` and the "
+            "commands that name them in their --help."
+        )
     files: list[tuple[str, dict[str, Any]]] = []
     _collect(path, f"config file {path}", (), files)
     return files

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 from detectron2.engine import default_argument_parser
-from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
@@ -32,6 +31,7 @@ from ..errors import USAGE_ERRORS, StopTraining, UsageError, print_error
 from ..utils.files import write_text
 from ..utils.text import printable
 from .checks import check_processes, check_run
+from .expected_results import verify
 from .launch import first_to_say, is_elastic_restart, launch, started_by_torchrun
 from .output_folder import OutputFolder, claim_output
 from .train_loop import NonFiniteError
@@ -235,7 +235,7 @@ def _evaluation(trainer: type[Trainer], options: RunOptions, resume: bool) -> Ca
         if options.tta_enabled:
             results.update(trainer.test_with_TTA(options.config, model))
         if options.expected_results:
-            verify_results(options.config, results)
+            verify(options.config, results)
 
     return evaluate
 

@@ -14,7 +14,6 @@ from detectron2.evaluation import (
     DatasetEvaluator,
     inference_on_dataset,
     print_csv_format,
-    verify_results,
 )
 from detectron2.modeling import build_model
 from detectron2.solver import LRMultiplier
@@ -37,6 +36,7 @@ from ..evaluation.validation_loss import validation_losses
 from ..modeling import with_augmentation
 from .checks import check_losses
 from .distributed import distribute, unsharded
+from .expected_results import verify
 from .hooks import (
     BestMetric,
     Checkpoints,
@@ -193,7 +193,7 @@ class Trainer(DefaultTrainer):
         results = getattr(self, "_last_eval_results", {})
         # A finished run that is resumed has no results.
         if results and self.options.expected_results and comm.is_main_process():
-            verify_results(self.cfg, results)
+            verify(self.cfg, results)
         return results
 
     def run_step(self) -> None:

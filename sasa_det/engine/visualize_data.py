@@ -19,7 +19,7 @@ from ..config.load import load_config
 from ..config.options import RunOptions
 from ..data.images import read_image
 from ..data_arguments import DataParser
-from ..errors import UsageError
+from ..errors import ImageError, UsageError
 from ..evaluation.drawing import enlarged, enlarged_visualizer
 from ..utils.files import whole_file
 from ..utils.text import without_formulas
@@ -69,7 +69,8 @@ def run_visualize_data(args: argparse.Namespace) -> None:
 
     Raises:
         UsageError, DatasetError, FileNotFoundError: in one sentence, before anything is written.
-        ImageError: if an image cannot be read.
+        ImageError: if an image cannot be read that is to be trained on; those of ``--source
+            annotation`` are named and skipped.
     """
     flush_denormals()
     log_to(None)
@@ -97,13 +98,15 @@ def run_visualize_data(args: argparse.Namespace) -> None:
         pictures = _annotated(records, options.max_pixels)
     output = Path(args.output_dir)
     inputs = {os.path.realpath(record["file_name"]) for record, _ in records}
+    drawn = 0
     for name, picture in tqdm(islice(pictures, number), total=number, desc="Drawing", unit="image"):
         path = output / name
         if os.path.realpath(path) in inputs:
             raise UsageError(f"output {path} is an image of the data set.")
         with explained(path), whole_file(path) as part:
             Image.fromarray(picture).save(part)
-    logger.info("%d pictures written to %s.", number, output)
+        drawn += 1
+    logger.info("%d pictures written to %s.", drawn, output)
 
 
 def _options(args: argparse.Namespace) -> RunOptions:
@@ -117,7 +120,11 @@ def _annotated(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the names of pictures and pictures of records, each with its data set's name."""
     for record, name in records:
-        image = read_image(record["file_name"], max_pixels, "RGB")
+        try:
+            image = read_image(record["file_name"], max_pixels, "RGB")
+        except ImageError as error:
+            logger.warning("Skipped: %s", error)
+            continue
         yield picture_name(record, name), draw_record(image, record, MetadataCatalog.get(name))
 
 

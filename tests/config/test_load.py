@@ -106,3 +106,13 @@ def test_a_config_that_was_written_is_read_as_it_was(tmp_path):
     again = load_config(str(tmp_path / "config.yaml"))
     # Without its aliases, and without the tuples in lists, which yaml makes lists.
     assert yaml.safe_load(again.dump()) == yaml.safe_load(cfg.dump())
+
+
+@pytest.mark.parametrize("split", ["TRAIN", "TEST"])
+def test_data_is_named_once(split):
+    sources = {split.lower(): ("a.json", "images")}
+    for key in (f"DATASETS.{split}", f"DATASETS.{split}_JSON"):
+        opts = [key, "('digits',)" if key.endswith(split) else "b.json"]
+        with pytest.raises(UsageError) as error:
+            load_config(CONFIG, opts, **sources)
+        assert str(error.value) == f"--{split.lower()} and {key} both name data; leave one out."

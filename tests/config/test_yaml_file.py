@@ -225,3 +225,8 @@ def test_files_that_cannot_be_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     assert refused(tmp_path / "pipe").endswith("is not a file.")
     assert refused("/dev/zero") == "config file /dev/zero is not a file."
+
+
+def test_a_lazy_config_is_named_as_such(write):
+    path = write("model = dict()\n", "lazy.py")
+    assert refused(path).startswith(f"config file {path} is not yaml: LazyConfigs are for")

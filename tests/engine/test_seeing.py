@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -151,6 +152,16 @@ def test_data_as_annotated(tool, refused, digits, tmp_path):
         drawn = np.asarray(Image.open(output / name))
         assert drawn.shape == (512, 512, 3) and (drawn != enlarged(image)).any()
     assert len(record["images"]) == 8
+    broken = tmp_path / "broken"
+    shutil.copytree(digits / "train", broken)
+    whole = (broken / names[1]).read_bytes()
+    (broken / names[1]).write_bytes(whole[: len(whole) // 2])
+    shutil.copy(digits / "train.json", tmp_path / "broken.json")
+    data_of_broken = ["--train", tmp_path / "broken.json", broken]
+    to = ["--source", "annotation", "--output-dir", tmp_path / "others"]
+    status, told = tool("visualize_data", *to, *data_of_broken)
+    assert status == 0 and len(images_in(tmp_path / "others")) == 7, told
+    assert f"Skipped: image {broken}/{names[1]}" in told and "7 pictures written" in told
     assert "exists already" in refused("visualize_data", *words, *data)
     assert "there is no data set to draw" in refused("visualize_data", *words, "--overwrite")
     test = ["--test", digits / "val.json", digits / "val"]

@@ -156,7 +156,10 @@ def test_a_damaged_file_is_compiled_again():
     for damaged in (b"", whole[:100], line, line + b"\n", whole[:-9], changed, b"[1]\n", b"1\n2"):
         path.write_bytes(damaged)
         assert cuda_compiler._read(path) is None
-    assert compile_kernel(*arguments) == right and path.read_bytes() == whole
+    again = compile_kernel(*arguments)
+    # Of two compilations, the code differs in what only says where it comes from.
+    assert (again.symbol, again.resources) == (right.symbol, right.resources)
+    assert cuda_compiler._read(path) == again
 
 
 @needs_compiler
