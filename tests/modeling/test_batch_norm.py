@@ -8,6 +8,7 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
 from sasa_det import add_sasa_config
+from sasa_det.config import read_keys
 from sasa_det.modeling.batch_norm import SingleValueError, check_batch_norms, naming_batch_norms
 
 CLASSIFIER = "configs/Quick/classifier_SASA.yaml"
@@ -76,7 +77,8 @@ def test_the_check_refuses_exactly_what_cannot_be_trained(kind):
         assert found[1, 128].startswith("head.cls_subnet.0.norms.4 is a batch norm")
 
 
-def test_the_check_is_not_a_training_whose_keys_nobody_reads(caplog):
+def test_the_check_is_not_a_training_whose_keys_nobody_reads(caplog, monkeypatch):
+    monkeypatch.setattr(read_keys, "_read", set())  # by other tests
     model = build(CLASSIFIER).eval()
     model.backbone.recipe_keys = ("SOLVER.READ_BY_NOBODY",)
     check_batch_norms(model, 1, 192)
