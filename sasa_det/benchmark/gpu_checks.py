@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..layers import LocalSelfAttention2d
 from ..layers.joined import attend_levels, runs_on_levels
@@ -53,12 +53,19 @@ def _compare(what: str, errors: Errors, theirs: str, tolerance: float) -> list[C
     return [Comparison(what, theirs, max(found.values()), problem)]
 
 
+def in_bfloat16(module: nn.Module, device: torch.device | str) -> nn.Module:
+    """Move a module in channels_last; relative embeddings stay float32, as under autocast."""
+    module.to(device, _DTYPE, memory_format=torch.channels_last)
+    for part in module.modules():
+        if isinstance(part, LocalSelfAttention2d):
+            for embedding in (part.rel_rows, part.rel_cols):
+                embedding.data = embedding.data.float()
+    return module
+
+
 def _layer(device: torch.device) -> LocalSelfAttention2d:
     torch.manual_seed(0)
-    layer = LocalSelfAttention2d(_CHANNELS, _CHANNELS, num_heads=_HEADS).to(device, _DTYPE)
-    for embedding in (layer.rel_rows, layer.rel_cols):
-        embedding.data = embedding.data.float()
-    return layer.to(memory_format=torch.channels_last)
+    return in_bfloat16(LocalSelfAttention2d(_CHANNELS, _CHANNELS, num_heads=_HEADS), device)
 
 
 def _image(device: torch.device, height: int, width: int) -> Tensor:

@@ -31,7 +31,7 @@ from ..ops.operator import BACKENDS
 from ..utils.files import write_text
 from ..utils.machine import describe_machine
 from . import others
-from .gpu_checks import checks_parts
+from .gpu_checks import checks_parts, in_bfloat16
 from .gpu_choices import choices_parts
 from .gpu_tables import (
     ATTENTION,
@@ -352,11 +352,7 @@ def layer_maker(layer: Layer, build: Build, training: bool, device: str) -> Make
     """
 
     def make() -> Run:
-        module = build(layer).to(device, _DTYPE, memory_format=torch.channels_last)
-        for part in module.modules():
-            if isinstance(part, LocalSelfAttention2d):
-                for embedding in (part.rel_rows, part.rel_cols):
-                    embedding.data = embedding.data.float()
+        module = in_bfloat16(build(layer), device)
         maps = [
             torch.randn(layer.batch, layer.channels, size, size, device=device, dtype=_DTYPE)
             for size in layer.sizes

@@ -36,6 +36,9 @@ _NO_DETECTORS = {
     "ProposalNetwork": "proposes boxes without classes",
 }
 
+# Keys of an exported model's config that its use reads, by how they begin.
+_CHANGEABLE = ("INPUT.", "TEST.AUG.", "dataloader.")
+
 
 @dataclass(frozen=True)
 class TrainedModel:
@@ -145,8 +148,8 @@ def _load_exported(path: str | os.PathLike, config_file: str, opts: Sequence[str
     if config_file:
         raise UsageError(f"{path} holds its config; leave --config-file out.")
     model = read_exported(path)
-    _check_overrides(path, opts)
     options = stored_options(model.facts["config"], f"the config in {path}", opts)
+    _check_overrides(path, opts, options.is_lazy)
     options = options.replace(device="cpu")
     _check_kind(options, path)
     if options.tta_enabled:
@@ -157,17 +160,15 @@ def _load_exported(path: str | os.PathLike, config_file: str, opts: Sequence[str
     return TrainedModel(model, options, model.facts["classes"], model.facts["category_ids"])
 
 
-def _check_overrides(path: str | os.PathLike, opts: Sequence[str]) -> None:
+def _check_overrides(path: str | os.PathLike, opts: Sequence[str], is_lazy: bool) -> None:
     """Refuse the overrides of a config that would do nothing, as the exported model is made."""
-    if any("=" in word for word in opts):  # of a LazyConfig
-        keys = [word.split("=")[0].lstrip("+~") for word in opts]
+    words = [word for word in opts if word != "--"]
+    if is_lazy:
+        pairs = [(key.lstrip("+~"), value) for key, _, value in (w.partition("=") for w in words)]
     else:
-        keys = list(opts[::2])
-        if opts[1::2] and (key := "MODEL.DEVICE") in keys:
-            if opts[2 * keys.index(key) + 1] == "cpu":
-                keys.remove(key)
-    for key in keys:
-        if not key.startswith(("INPUT.", "TEST.AUG.", "dataloader.")):
+        pairs = zip(words[::2], words[1::2], strict=False)
+    for key, value in pairs:
+        if not key.startswith(_CHANGEABLE) and (key, value) != ("MODEL.DEVICE", "cpu"):
             raise UsageError(
                 f"{key} is part of the exported file {path} and cannot be changed, as only keys of "
                 "INPUT (dataloader in a LazyConfig) can: export the checkpoint again with it."

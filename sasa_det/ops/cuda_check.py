@@ -41,12 +41,11 @@ CHECK_VARIABLE = "SASA_DET_SELF_CHECK"
 # Of the largest values of each result, or of 1.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
 RESULTS = ("output", "grad_query", "grad_key", "grad_value", "grad_rel_rows", "grad_rel_cols")
-_BEGINNING = time.time()  # of this process, nearly
-
 LAYER = "layer"  # the same kernels started from C++: the largest error of all results
 
 _SECONDS_TO_START = 120  # of the process: Python, PyTorch and a context on the GPU
 _SECONDS_OF_VARIANT = 60  # most of which are for compiling
+_BEGINNING = time.time()  # of this process, nearly
 _MARK = "sasa_det check: "
 # What the process runs: without all that importing the package registers, which takes seconds.
 _PROGRAM = f"""
